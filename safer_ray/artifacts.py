@@ -1,0 +1,360 @@
+"""Artifact directories: named by their recipe, complete when they hold a manifest, never half-written.
+
+A stage works in `.partial-NAME/`, which survives a kill and is taken up again by the next run, and is renamed to
+`NAME/` when its manifest is in place.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safer_ray.errors import SaferError, UserError, explain_disk_errors
+from safer_ray.schema import to_json
+
+MANIFEST = "manifest.json"
+PLAN = "plan.parquet"
+SCRATCH = ("journal", "state")  # of a stage at work; gone when it is whole
+PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A numbered range of rows of one file: the unit of work, of commit and of resume."""
+
+    number: int
+    source: int  # index of the source
+    path: str
+    start: int  # first row, 0-based
+    stop: int  # one past the last
+    size: int  # bytes of the file
+    etag: str  # modification time in ns, as text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes an artifact: equal recipes give equal artifacts. Hardware, paths and worker counts never enter."""
+
+    stage: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]  # role -> name of an artifact, or content hash of a foreign input
+
+    @property
+    def name(self) -> str:
+        text = to_json([self.stage, self.version, self.config, self.inputs])
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact, or a foreign directory or file used as one (`manifest` is then empty)."""
+
+    path: Path
+    name: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest.get("metrics", {})
+
+    @property
+    def red_team(self) -> bool:
+        return bool(self.manifest.get("red_team"))
+
+    @property
+    def licence(self) -> list[str]:
+        return self.manifest.get("licence", [])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage's build says about what it wrote."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    licence: tuple[str, ...] = ()
+    seed: int | None = None
+    red_team: bool = False
+
+
+def open_artifact(path: Path, stage: str | None = None) -> Artifact:
+    """The artifact at `path`, or the foreign directory or file there, named by its content.
+
+    Raises:
+        UserError: nothing there, an unreadable manifest, or an artifact of another stage.
+    """
+    if not path.exists():
+        raise UserError(f"no such {stage or 'input'}: {path}; check the path, or run the stage that writes it")
+    if not (path / MANIFEST).is_file():
+        return Artifact(path, f"{stage or 'foreign'}:{content_hash(path)}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found, name = manifest["stage"], manifest["name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"corrupt artifact: {path / MANIFEST} is not a manifest; delete {path} and run again") from None
+    if stage is not None and found != stage:
+        raise UserError(f"{path} holds {found!r}, wanted {stage!r}; pass the directory of that stage")
+    return Artifact(path, name, manifest)
+
+
+def content_hash(path: Path) -> str:
+    """First 16 hex digits of the sha256 over the names and bytes of a file or of all files below a directory."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.name.encode() + b"\0" if path.is_file() else str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:08}.parquet"
+
+
+def _tables(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*.parquet") if path.name != PLAN)
+
+
+def part_files(directory: Path) -> list[Path]:
+    """The Parquet files directly in `directory`, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = _tables(directory)
+    if not files:
+        raise UserError(f"no Parquet files in {directory}; pass the directory that a stage wrote")
+    return files
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file as a table.
+
+    Raises:
+        UserError: the file is missing, corrupt or without one of the columns.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns or [] if name not in file.schema_arrow.names]
+            if missing:
+                raise UserError(f"{path} has no column {missing[0]!r}; pass the directory of the stage that writes it")
+            return file.read(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
+
+
+def read_parts(directory: Path, columns: list[str] | None = None) -> pa.Table:
+    """All parts of a directory as one table, in fragment order."""
+    return pa.concat_tables([read_parquet(path, columns) for path in part_files(directory)])
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write beside, then rename: `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with explain_disk_errors(path.parent):
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write beside, then rename: `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with explain_disk_errors(path.parent):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: Path) -> None:
+    write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", path)
+
+
+def part_fragments(directory: Path) -> list[Fragment]:
+    """The parts of an artifact as fragments: one each, so downstream parts keep their numbers and their rows."""
+    fragments = []
+    for number, path in enumerate(part_files(directory)):
+        try:
+            rows = pq.read_metadata(path).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
+        stat = path.stat()
+        fragments.append(Fragment(number, 0, str(path), 0, rows, stat.st_size, str(stat.st_mtime_ns)))
+    return fragments
+
+
+def read_fragment(fragment: Fragment, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a Parquet fragment."""
+    return read_parquet(Path(fragment.path), columns).slice(fragment.start, fragment.stop - fragment.start)
+
+
+def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
+    """Write `plan.parquet`, or return the one that is there if it names the same files.
+
+    Raises:
+        UserError: an input changed since the plan was made.
+    """
+    path = directory / PLAN
+    if path.exists():
+        planned = [Fragment(**row) for row in read_parquet(path).to_pylist()]
+        files = {(f.path, f.size, f.etag) for f in planned}
+        changed = sorted({f.path for f in fragments if (f.path, f.size, f.etag) not in files})
+        if changed:
+            raise UserError(
+                f"{changed[0]} changed since the unfinished run in {directory} began; "
+                "put it back, or start again with --fresh"
+            )
+        return planned
+    columns = {name: [getattr(f, name) for f in fragments] for name in Fragment.__dataclass_fields__}
+    write_parquet(pa.table(columns), path)
+    return fragments
+
+
+def _tables_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in _tables(directory):
+        rows = read_parquet(path).replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def artifact_hash(directory: Path) -> str:
+    """sha256 over the rows of every table in part order (which is key order) and the bytes of every other file.
+
+    Manifests, also those of a bundle's parts, tell wall times and stay out.
+    """
+    digest = hashlib.sha256()
+    skip = {MANIFEST, PLAN, "done", *SCRATCH}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        relative = path.relative_to(directory)
+        if relative.parts[0] not in skip and path.name != MANIFEST and path.suffix != ".parquet":
+            digest.update(f"{relative}\0{content_hash(path)}".encode())
+    for folder in sorted({p.parent.relative_to(directory) for p in directory.rglob("*.parquet")}):
+        if not folder.parts or folder.parts[0] not in skip:
+            digest.update(f"{folder}\0{_tables_digest(directory / folder)}".encode())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _build(recipe: Recipe, build: Callable[[Path], Result], partial: Path) -> None:
+    """Run a stage's build in its partial directory; the manifest comes last."""
+    began = time.time()
+    result = build(partial)
+    manifest = {
+        "stage": recipe.stage,
+        "name": recipe.name,
+        "version": recipe.version,
+        "config": recipe.config,
+        "inputs": recipe.inputs,
+        "packages": _versions(),
+        "wall_seconds": round(time.time() - began, 3),
+        **asdict(result),
+        "content_sha256": artifact_hash(partial),
+    }
+    write_json(manifest, partial / MANIFEST)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where artifacts go: `root/NAME` by recipe, or exactly `out`."""
+
+    root: Path
+    out: Path | None = None
+    fresh: bool = False
+    dry: bool = False  # name artifacts, build none
+    on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None
+
+    def path(self, recipe: Recipe) -> Path:
+        return self.out or self.root / recipe.name
+
+    def find(self, recipe: Recipe) -> Artifact | None:
+        """The complete artifact of this recipe, if it is there.
+
+        Raises:
+            UserError: `out` holds something else.
+        """
+        path = self.path(recipe)
+        if not path.exists():
+            return None
+        if not (path / MANIFEST).is_file():
+            if not path.is_dir() or any(path.iterdir()):
+                raise UserError(f"{path} is not empty and holds no artifact; choose another --out")
+            return None
+        if self.fresh:
+            return None
+        artifact = open_artifact(path)
+        if artifact.name != recipe.name:
+            raise UserError(
+                f"{path} holds {artifact.name}, this command makes {recipe.name}: the config or the inputs differ; "
+                "choose another --out, or start again with --fresh"
+            )
+        return artifact
+
+    def make(self, recipe: Recipe, build: Callable[[Path], Result]) -> Artifact:
+        """The artifact of `recipe`: found complete, or built in its partial directory and renamed when whole."""
+        found = self.find(recipe)
+        if found is not None:
+            self.on_stage(recipe.name, found)
+            return found
+        if self.dry:
+            self.on_stage(recipe.name, None)
+            return Artifact(self.path(recipe), recipe.name)
+        self.on_stage(recipe.name, None)
+        path = self.path(recipe)
+        partial = path.with_name(f".partial-{recipe.name}")
+        with explain_disk_errors(partial):
+            if self.fresh:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+            for torn in [file for file in partial.rglob(".*") if file.is_file()]:
+                torn.unlink()  # what a killed process wrote beside and did not rename
+            if not (partial / MANIFEST).is_file():
+                _build(recipe, build, partial)
+            for scratch in SCRATCH:
+                shutil.rmtree(partial / scratch, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        artifact = Artifact(path, recipe.name, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        self.on_stage(recipe.name, artifact)
+        return artifact
+
+
+def check_whole(artifact: Artifact) -> None:
+    """Compare an artifact's rows and files with the hash in its manifest.
+
+    Raises:
+        SaferError: they differ.
+    """
+    if artifact_hash(artifact.path) != artifact.manifest["content_sha256"]:
+        raise SaferError(f"corrupt artifact: {artifact.path} differs from its manifest; delete it and run again")

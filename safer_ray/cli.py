@@ -1,0 +1,260 @@
+"""The command line: whole runs, one command a stage, audits and a look at data. Heavy modules load inside commands."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from safer_ray import __version__
+from safer_ray.errors import SaferError, UserError
+
+if TYPE_CHECKING:
+    from safer_ray.artifacts import Artifact
+
+from safer_ray import stage_commands
+from safer_ray.commands import (
+    Assignments,
+    Fresh,
+    build_config,
+    console,
+    open_input,
+    show_artifact,
+    stages_at,
+    state,
+    training_bar,
+)
+
+app = typer.Typer(
+    name="safer-ray",
+    help="Find the preference pairs that teach a reward model the wrong thing (SAFER, arXiv 2507.00665).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run the command line; a SaferError becomes one line on stderr and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except SaferError as error:
+        print(f"safer-ray: {error}", file=sys.stderr)
+        if state["verbose"]:
+            raise
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("safer-ray: interrupted; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Options of every command."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+    state["verbose"] = verbose
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="A YAML config, say configs/demo.yaml.")],
+    assignments: Assignments = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    runner: Annotated[str, typer.Option(help="local")] = "local",
+    fresh: Fresh = False,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
+) -> None:
+    """Run all stages of a config; what is there already is not made again."""
+    from safer_ray.config import load_config
+    from safer_ray.pipeline import run
+    from safer_ray.runner import LocalRunner
+
+    if runner != "local":
+        raise UserError(f"--runner {runner!r}: this version runs stages in one process; use --runner local")
+    loaded = load_config(config, assignments, red_team=red_team)
+    with training_bar() as on_step:
+        result = run(
+            loaded, LocalRunner(quiet=False), until=until, fresh=fresh, on_stage=_stage_line(), on_step=on_step
+        )
+    summary = result.directory / "summary.json"
+    if until in (None, "report"):
+        _closing_table(json.loads(summary.read_text(encoding="utf-8")), loaded.evaluate.base)
+        console.print(f"\nreport   {result.directory / 'report.html'}\nsummary  {summary}")
+
+
+def _stage_line() -> Callable[[str, "Artifact | None"], None]:
+    """One line for each stage that ran or was found."""
+    import time
+
+    began: dict[str, float] = {}
+
+    def show(name: str, artifact: "Artifact | None") -> None:
+        if artifact is None:
+            began[name] = time.monotonic()
+            return
+        if name in began:
+            console.print(f"[green]made [/] {name:<26} {time.monotonic() - began.pop(name):7.1f} s")
+        else:
+            console.print(f"[dim]found {name}[/]")
+
+    return show
+
+
+def _closing_table(summary: dict[str, Any], base: str) -> None:
+    """What the run found, as a table."""
+    found = summary["detection"]
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    sae = summary["sae"]
+    selected = summary["selected_features"]
+    facts.add_row("pairs", f"{summary['pairs']:,} ({summary['quarantined']} rows quarantined)")
+    facts.add_row("reward model", f"validation accuracy {summary['reward']['accuracy']:.3f}")
+    facts.add_row(
+        "SAE",
+        f"nmse {sae['nmse']:.3f}, explained variance {sae['explained_variance']:.3f}, "
+        f"L0 {sae['l0']:.1f}, dead {sae['dead_share']:.1%}",
+    )
+    facts.add_row("features", f"{selected['safe']} safe, {selected['unsafe']} unsafe")
+    console.print()
+    console.print(facts)
+    if found["auroc"]:
+        table = Table(title=f"Finding {found['planted']} planted label swaps", title_justify="left")
+        table.add_column("strategy")
+        table.add_column("AUROC", justify="right")
+        table.add_column("precision at planted", justify="right")
+        for name, auroc in found["auroc"].items():
+            table.add_row(name, f"{auroc:.3f}", f"{found['precision_at_planted'][name]:.3f}")
+        console.print(table)
+    console.print(_accuracy_table(summary, base))
+
+
+def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
+    """One row a section, one column a model, the p-value of its change under each accuracy."""
+    sections = sorted({section for values in summary["sections"].values() for section in values})
+    table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
+    table.add_column("section")
+    for name in summary["sections"]:
+        table.add_column(name, justify="right")
+    for section in sections:
+        cells = []
+        for name, values in summary["sections"].items():
+            test = summary["tests"].get(f"{name} vs {base}", {}).get(section)
+            cells.append(f"{values[section]:.3f}" + (f"\n[dim]p {test['p']:.2g}[/]" if test else ""))
+        table.add_row(section, *cells)
+    return table
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument()],
+    assignments: Assignments = None,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
+) -> None:
+    """List the artifacts of a config in order, and which of them are there."""
+    from safer_ray.config import load_config
+    from safer_ray.pipeline import run
+    from safer_ray.runner import LocalRunner
+
+    loaded = load_config(config, assignments, red_team=red_team)
+
+    def show(name: str, artifact: "Artifact | None") -> None:
+        console.print(f"{'there  ' if artifact else 'missing'} {name}")
+
+    run(loaded, LocalRunner(), dry=True, on_stage=show)
+
+
+@app.command("ls")
+def list_runs(root: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs")) -> None:
+    """List the artifacts of runs."""
+    if not root.is_dir():
+        raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
+    table = Table("artifact", "rows", "seconds", "made by", box=None)
+    for path in sorted(root.glob("**/manifest.json"), key=lambda p: p.stat().st_mtime):
+        if path.parent.parent.name in ("auditor",) or "auditor-" in path.parent.parent.name:
+            continue
+        artifact = open_input(path.parent)
+        rows = " ".join(f"{k}={v}" for k, v in artifact.manifest["rows"].items())
+        mark = " [red]red team[/]" if artifact.red_team else ""
+        version = artifact.manifest["packages"].get("safer_ray", "?")
+        table.add_row(f"{path.parent}{mark}", rows, f"{artifact.manifest['wall_seconds']:.1f}", version)
+    console.print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
+    format: Annotated[str, typer.Option(help="A format's name, or auto.")] = "auto",
+    rows: Annotated[int, typer.Option(help="Rows to read.")] = 1000,
+) -> None:
+    """Show a data set's format, counts, examples, and why rows would be refused."""
+    from safer_ray.sources import inspect as look
+
+    found = look(path, format, rows)
+    console.print(f"format    {found.format}\ncolumns   {', '.join(found.columns)}\nfiles     {len(found.files)}")
+    console.print(f"rows      {found.rows} read, {found.good} good, {found.rows - found.good} refused")
+    for reason, count in found.refused.items():
+        console.print(f"  refused {count:>6}  {reason}", markup=False)
+    for number, example in enumerate(found.examples, 1):
+        console.print(f"\n[bold]example {number}[/]")
+        for name in ("prompt", "chosen", "rejected"):
+            text = " / ".join(f"{m['role']}: {m['content']}" for m in example[name] or [])
+            console.print(f"{name:<9} {text[:300]}{'…' if len(text) > 300 else ''}", markup=False)
+
+
+app.add_typer(stage_commands.app)
+
+
+@app.command()
+def report(
+    config: Annotated[Path, typer.Argument(help="The config of a finished run.")],
+    assignments: Assignments = None,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
+) -> None:
+    """Stage 14: write the report and the summary of a finished run again."""
+    run_command(config, assignments, until="report", red_team=red_team)
+
+
+@app.command()
+def audit(
+    auditor: Annotated[Path, typer.Option(help="An auditor bundle.")],
+    pairs: Annotated[str, typer.Option(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option(help="A folder for the audit's artifacts.")],
+    format: Annotated[str, typer.Option()] = "auto",
+    flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
+    fresh: Fresh = False,
+) -> None:
+    """Score every pair of a corpus with a bundle, and list the suspicious ones."""
+    from safer_ray.artifacts import part_files, read_parquet
+    from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
+    from safer_ray.lock import locked
+
+    bundle = open_input(auditor, "auditor")
+    config = build_config(ScoresConfig, flag_quantile=flag_quantile)
+    sources = build_config(PairsConfig, sources=(build_config(SourceConfig, path=pairs, format=format),))
+    with locked(out), training_bar() as on_step:
+        stages = stages_at(out, on_step, fresh, root=out)
+        read = stages.pairs(sources)
+        scored = stages.audit(config, read, bundle)
+    show_artifact(read)
+    show_artifact(scored)
+    flagged = 0
+    with (out / "flagged.jsonl").open("w", encoding="utf-8") as stream:
+        for path in part_files(scored.path):
+            rows = read_parquet(path)
+            for row in rows.filter(rows["flag"]).to_pylist():
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                flagged += 1
+    console.print(f"{flagged:,} of {scored.manifest['rows']['written']:,} pairs flagged  ->  {out / 'flagged.jsonl'}")

@@ -1,0 +1,309 @@
+"""One frozen model per stage. Unknown keys are rejected; neither torch nor ray is imported here."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from safer_ray.errors import UserError
+from safer_ray.where import parse_where
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Mode = Literal["paper", "response"]
+StrategyName = Literal["safer", "reward_margin", "random", "length"]
+Action = Literal["drop", "relabel", "poison"]
+Format = Literal[
+    "auto", "canonical", "hh_rlhf", "pku_saferlhf", "ultrafeedback", "skywork", "trl_explicit", "trl_implicit"
+]
+
+
+class Frozen(BaseModel):
+    """Immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceConfig(Frozen):
+    """A place where preference pairs come from.
+
+    `path` is a file, a folder, a glob, a `datasets.save_to_disk` folder, `corpus:FILE` (the synthetic corpus) or
+    `hub:OWNER/NAME[@REVISION]` (through `datasets.load_dataset`).
+    """
+
+    path: str
+    format: Format = "auto"
+    name: str | None = None  # what `source` says in the rows; the file name by default
+    section: str | None = None  # where the rows name none
+    split: str = "train"  # of a hub name or a saved dataset dict
+    part: Literal["all", "train", "holdout"] = "all"  # by prompt group
+    holdout_percent: Percent = 20
+    prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides
+    limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
+    licence: str | None = None
+
+
+class PairsConfig(Frozen):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    max_chars: Annotated[int, Field(gt=0)] = 20_000  # of prompt plus longer response
+    max_refused_share: Share = 0.2
+    duplicates: Literal["quarantine", "keep"] = "quarantine"  # rows that repeat a pair_id; counted either way
+
+
+class CorpusConfig(Frozen):
+    """The synthetic corpus of the demo."""
+
+    train_per_section: Annotated[int, Field(gt=0)] = 2000
+    heldout_per_section: Annotated[int, Field(gt=0)] = 1000
+    seed: int = 0
+
+
+class NoiseConfig(Frozen):
+    """Swapped labels planted with the truth kept apart, to measure detection."""
+
+    swap_percent: Percent = 5
+    where: str | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _where(self) -> Self:
+        parse_where(self.where)
+        return self
+
+
+class TinyLlamaConfig(Frozen):
+    """A Llama made on the spot, with a byte-level BPE tokenizer trained on the pairs."""
+
+    hidden: Annotated[int, Field(gt=0)] = 96
+    layers: Annotated[int, Field(gt=0)] = 4
+    heads: Annotated[int, Field(gt=0)] = 4
+    intermediate: Annotated[int, Field(gt=0)] = 256
+    vocabulary: Annotated[int, Field(ge=300)] = 2000
+    positions: Annotated[int, Field(gt=0)] = 512
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden {self.hidden} must be an even multiple of heads {self.heads}")
+        return self
+
+
+class RewardConfig(Frozen):
+    """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
+    (a checkpoint inside an installed package) or a tiny Llama."""
+
+    base: TinyLlamaConfig | str = TinyLlamaConfig()
+    template: Literal["auto", "plain"] = "auto"
+    max_length: Annotated[int, Field(ge=8)] = 512
+    epochs: Annotated[float, Field(gt=0)] = 1
+    batch_size: Annotated[int, Field(gt=0)] = 32  # pairs a step
+    micro_batch_size: Annotated[int, Field(gt=0)] = 32  # pairs a forward pass
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    warmup: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    validation_percent: Annotated[float, Field(ge=0, le=50)] = 5
+    evaluations: Annotated[int, Field(gt=0)] = 4  # held-out accuracy is measured this often
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _micro(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class ActivationsConfig(Frozen):
+    layer: Annotated[int, Field(gt=0)] = 2  # output of block `layer`, 1-based, before the final norm
+    tokens: Literal["ends", "all"] = "ends"
+
+
+class SaeConfig(Frozen):
+    latents: Annotated[int, Field(gt=0)] = 1024
+    k: Annotated[int, Field(gt=0)] = 16
+    steps: Annotated[int, Field(gt=0)] = 1000
+    batch_size: Annotated[int, Field(gt=0)] = 1024
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: 2e-4 / sqrt(latents / 2^14)
+    warmup: Share = 0.05
+    decay: Share = 0.2
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    dead_after: Annotated[int, Field(gt=0)] = 50_000  # vectors without firing
+    validation_percent: Annotated[float, Field(gt=0, le=50)] = 5
+    norm_limit: Annotated[float, Field(gt=1)] = 10  # times the median raw norm; outliers are left out
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _k(self) -> Self:
+        if self.k > self.latents:
+            raise ValueError(f"k {self.k} is larger than the {self.latents} latents; lower k or widen the SAE")
+        return self
+
+
+class SalienceConfig(Frozen):
+    mode: Mode = "response"
+
+
+class ContextsConfig(Frozen):
+    candidates: Annotated[int, Field(gt=0)] = 256
+    per_feature: Annotated[int, Field(gt=0)] = 8
+
+
+class JudgeConfig(Frozen):
+    """The concept probe: a feature's AUROC on matched exchanges gives its rating.
+
+    `thresholds` are the |AUROC - 0.5| from which a rating is 2, 3, 4 and 5. `exchanges` is `safety` (shipped), a YAML
+    file, or `corpus:probe.yaml`.
+    """
+
+    kind: Literal["probe"] = "probe"
+    exchanges: str = "safety"
+    thresholds: tuple[Share, Share, Share, Share] = (0.03, 0.06, 0.10, 0.15)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if list(self.thresholds) != sorted(self.thresholds):
+            raise ValueError(f"thresholds {self.thresholds} must rise")
+        return self
+
+
+class SelectConfig(Frozen):
+    candidates: Annotated[int, Field(gt=0)] = 256
+    rating: Annotated[int, Field(ge=1, le=5)] = 5
+    limit: Annotated[int, Field(gt=0)] = 32
+
+
+class ScoresConfig(Frozen):
+    flag_quantile: Share = 0.05
+    reasons: Annotated[int, Field(ge=0)] = 5  # contributing features named per pair
+
+
+class CurateConfig(Frozen):
+    strategy: StrategyName
+    action: Action
+    percent: Percent
+    where: str | None = None
+    seed: int = 0
+    red_team: bool = False
+
+    @model_validator(mode="after")
+    def _checks(self) -> Self:
+        parse_where(self.where)
+        if self.action == "poison" and not self.red_team:
+            raise ValueError(
+                "poison flips labels on purpose; it needs `red_team: true` (or `--i-am-red-teaming`), "
+                "and marks every row it writes"
+            )
+        return self
+
+
+class EvaluateConfig(Frozen):
+    base: str = "clean"  # the model that McNemar's test compares the others with
+
+
+class ReportConfig(Frozen):
+    title: str = "SAFER audit"
+    pairs: Annotated[int, Field(ge=0)] = 20
+    features: Annotated[int, Field(ge=0)] = 20
+
+
+class RunConfig(Frozen):
+    """A whole run. `curate` names the retrained variants; `evaluation` the pairs that all models are measured on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: Path = Path("runs")
+    fragment_rows: Annotated[int, Field(gt=0)] = 1000  # rows a unit of work; never changes a result
+    corpus: CorpusConfig | None = None
+    pairs: PairsConfig
+    noise: NoiseConfig | None = None
+    evaluation: PairsConfig
+    reward: RewardConfig = RewardConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    sae: SaeConfig = SaeConfig()
+    salience: SalienceConfig = SalienceConfig()
+    contexts: ContextsConfig = ContextsConfig()
+    judge: JudgeConfig = JudgeConfig()
+    select: SelectConfig = SelectConfig()
+    scores: ScoresConfig = ScoresConfig()
+    curate: dict[str, CurateConfig] = {}
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        base = self.reward.base
+        if isinstance(base, TinyLlamaConfig) and self.activations.layer > base.layers:
+            raise ValueError(
+                f"activations.layer {self.activations.layer} lies past the model's {base.layers} layers; "
+                f"choose 1..{base.layers}"
+            )
+        if self.evaluate.base != "clean" and self.evaluate.base not in self.curate:
+            raise ValueError(
+                f"evaluate.base {self.evaluate.base!r} is neither 'clean' nor one of {sorted(self.curate)}"
+            )
+        if "clean" in self.curate:
+            raise ValueError("curate: 'clean' names the model trained on the uncurated pairs; choose another name")
+        if self.corpus is None:
+            for path in [s.path for s in (*self.pairs.sources, *self.evaluation.sources)] + [self.judge.exchanges]:
+                if path.startswith("corpus:"):
+                    raise ValueError(f"{path!r} needs a `corpus` section in the config")
+        return self
+
+
+def explain_validation(error: ValidationError, where: str) -> UserError:
+    """The first problem of a pydantic error as one line, with how many more there are."""
+    first, *rest = error.errors()
+    place = ".".join(str(part) for part in first["loc"]) or "the config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key; check the spelling against configs/demo.yaml"
+    elif "input" in first and not isinstance(first["input"], dict | BaseModel):
+        message = f"{message} (got {first['input']!r})"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return UserError(f"{where}: {place}: {message}{more}")
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment!r}: write it as key=value, say reward.epochs=2")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {key}: {parent!r} is a value, not a section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(path: Path, assignments: list[str] | None = None, *, red_team: bool = False) -> RunConfig:
+    """A run's config from YAML, with `key=value` assignments laid over it; `red_team` allows every poison variant.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, or values that cannot work together.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}; the shipped ones are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
+    for assignment in assignments or []:
+        _set(tree, assignment)
+    if red_team and isinstance(tree.get("curate"), dict):
+        for variant in tree["curate"].values():
+            if isinstance(variant, dict) and variant.get("action") == "poison":
+                variant["red_team"] = True
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain_validation(error, str(path)) from None

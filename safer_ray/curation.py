@@ -1,0 +1,149 @@
+"""Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy values pairs; low: suspicious."""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from safer_ray.config import Action, StrategyName
+from safer_ray.errors import UserError
+from safer_ray.schema import DECISIONS
+
+RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
+
+
+class StrategyInput(NamedTuple):
+    """Pairs joined with their scores, one row a pair: pair_id, row_key, chosen, rejected, score, reward_margin."""
+
+    table: pa.Table
+    seed: int
+
+
+Strategy = Callable[[StrategyInput], np.ndarray]
+
+
+def random_order(ids: list[str], salt: str) -> np.ndarray:
+    """A number in [0, 1) for each id, by a hash of salt and id."""
+    digests = [int(hashlib.sha256(f"{salt}:{i}".encode()).hexdigest()[:13], 16) for i in ids]
+    return np.array(digests, dtype=np.float64) / 16**13
+
+
+def safer(given: StrategyInput) -> np.ndarray:
+    """The SAFER score."""
+    return _numbers(given.table, "score")
+
+
+def reward_margin(given: StrategyInput) -> np.ndarray:
+    """r_chosen - r_rejected: the model disagrees with the label where it is low."""
+    return _numbers(given.table, "reward_margin")
+
+
+def random(given: StrategyInput) -> np.ndarray:
+    """Uniform in [0, 1) independent of the pairs' order."""
+    return random_order(given.table["pair_id"].to_pylist(), f"random:{given.seed}")
+
+
+def length(given: StrategyInput) -> np.ndarray:
+    """Characters of chosen minus rejected: the longer answer is presumed the better one."""
+    sides = [_characters(given.table[side]) for side in ("chosen", "rejected")]
+    return sides[0] - sides[1]
+
+
+STRATEGIES: dict[StrategyName, Strategy] = {
+    "safer": safer,
+    "reward_margin": reward_margin,
+    "random": random,
+    "length": length,
+}
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    if table[name].null_count:
+        raise UserError(
+            f"curate: {table[name].null_count} pairs have no {name}; score them first, or pick another strategy"
+        )
+    return table[name].to_numpy().astype(np.float64)
+
+
+def _characters(column: pa.ChunkedArray) -> np.ndarray:
+    return np.array([sum(len(m["content"]) for m in messages) for messages in column.to_pylist()], dtype=np.float64)
+
+
+def share_count(n: int, percent: float) -> int:
+    """floor(n percent / 100), safe against the rounding of percent."""
+    return int(np.floor(n * percent / 100 + 1e-9))
+
+
+def join_scores(pairs: pa.Table, scores: pa.Table) -> pa.Table:
+    """Pairs with `score` and `reward_margin` by `pair_id`, in the pairs' order.
+
+    Raises:
+        UserError: a pair has no score, or scores name a pair twice.
+    """
+    by_id = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
+    if len(by_id) != len(scores):
+        raise UserError("curate: scores name a pair_id twice; score the deduplicated pairs")
+    ids = pairs["pair_id"].to_pylist()
+    missing = [key for key in ids if key not in by_id]
+    if missing:
+        raise UserError(f"curate: {len(missing)} pairs have no score, the first is {missing[0]!r}; score all of them")
+    taken = scores.take(pa.array([by_id[key] for key in ids], pa.int64()))
+    for name in ("score", "reward_margin"):
+        pairs = pairs.append_column(name, taken[name])
+    return pairs
+
+
+def decide(
+    joined: pa.Table, eligible: np.ndarray, *, strategy: StrategyName, action: Action, percent: float, seed: int
+) -> pa.Table:
+    """DECISIONS of all pairs: floor(n percent / 100) of the n eligible ones change, ties by pair_id.
+
+    `poison` flips the highest values, `drop` and `relabel` take the lowest.
+    """
+    values = STRATEGIES[strategy](StrategyInput(joined, seed))
+    ids = np.array(joined["pair_id"].to_pylist(), dtype=object)
+    where = np.flatnonzero(eligible)
+    count = share_count(len(where), percent)
+    keys = -values[where] if action == "poison" else values[where]
+    taken = where[np.lexsort((ids[where].astype(str), keys))[:count]]
+    decision = np.full(len(ids), "keep", dtype=object)
+    decision[taken] = "drop" if action == "drop" else "flip"
+    return pa.table(
+        {
+            "pair_id": joined["pair_id"],
+            "row_key": joined["row_key"],
+            "strategy": [strategy] * len(ids),
+            "value": values,
+            "eligible": eligible,
+            "decision": decision,
+            "red_team": [action == "poison"] * len(ids),
+        },
+        schema=DECISIONS,
+    )
+
+
+def apply_decisions(pairs: pa.Table, decisions: pa.Table) -> pa.Table:
+    """Trainable pairs: dropped ones absent, flipped ones with their responses swapped; where pairs were poisoned
+    every row carries `red_team`."""
+    decision = dict(zip(decisions["pair_id"].to_pylist(), decisions["decision"].to_pylist(), strict=True))
+    taken = np.array([decision[key] for key in pairs["pair_id"].to_pylist()], dtype=object)
+    flipped = swap_sides(pairs, taken == "flip")
+    if any(decisions["red_team"].to_pylist()):
+        flipped = flipped.append_column("red_team", pa.array([True] * len(flipped)))
+    return flipped.filter(pa.array(taken != "drop"))
+
+
+def swap_sides(pairs: pa.Table, mask: np.ndarray) -> pa.Table:
+    """The table with chosen and rejected exchanged, and the label margin negated, where `mask` is true."""
+    index = np.where(mask, np.arange(len(pairs)) + len(pairs), np.arange(len(pairs)))
+    columns = {name: pairs[name] for name in pairs.column_names}
+    for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        both = pa.concat_arrays([pairs[name].combine_chunks(), pairs[other].combine_chunks()])
+        columns[name] = both.take(pa.array(index))
+    if "label_margin" in columns:
+        margin = pairs["label_margin"].to_pylist()
+        signed = [None if m is None else -m if s else m for m, s in zip(margin, mask, strict=True)]
+        columns["label_margin"] = pa.array(signed, pa.float32())
+    return pa.table(columns, schema=pairs.schema)

@@ -1,0 +1,194 @@
+"""The one forward pass: pairs in, layer vectors or sparse codes and rewards out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from safer_ray import schema
+from safer_ray.errors import UserError
+from safer_ray.reward import RewardModel, load_reward_model
+from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
+from safer_ray.text import PairTokens, Side
+
+
+class Encoded(NamedTuple):
+    """What one forward pass leaves of a batch of pairs; lists hold chosen then rejected of each pair in turn."""
+
+    tokens: list[PairTokens]
+    rewards: np.ndarray | None  # float32 [2 n]
+    vectors: list[Standardised]  # [2 n], each over that side's positions
+    codes: list[SparseCodes] | None
+
+
+class Engine:
+    """A reward model read at one layer, and an SAE on it if codes are wanted."""
+
+    def __init__(self, reward: RewardModel, layer: int, sae: TopKSae | None = None, *, rewards: bool = True) -> None:
+        reward.check_layer(layer)
+        if sae is not None and sae.d != reward.hidden_size:
+            raise UserError(
+                f"the SAE reads {sae.d} dimensions, {reward.name} has {reward.hidden_size}; "
+                "train an SAE on this model's activations"
+            )
+        self.reward = reward
+        self.layer = layer
+        self.sae = sae
+        self.rewards = rewards
+
+    @classmethod
+    def load(cls, reward: Path, layer: int | None = None, sae: Path | None = None, **options: Any) -> "Engine":
+        """From directories; the layer is the SAE's where it is not given."""
+        if layer is None:
+            if sae is None:
+                raise UserError("an Engine without an SAE needs the layer to read")
+            layer = sae_layer(sae)
+        return cls(load_reward_model(reward), layer, load_sae(sae) if sae else None, **options)
+
+    def encode(self, pairs: Sequence[dict[str, Any]], *, all_tokens: bool = False) -> Encoded:
+        """Layer vectors at sentence ends (or at all tokens), their codes and both rewards.
+
+        Raises:
+            UserError: the model gives a NaN or infinite activation or reward; the pair is named.
+        """
+        tokens = self.reward.pairs(pairs)
+        sides = [side for pair in tokens for side in (pair.chosen, pair.rejected)]
+        places = [np.arange(len(s.ids)) if all_tokens else s.token for s in sides]
+        output = self.reward.forward([s.ids for s in sides], layer=self.layer, positions=places, rewards=self.rewards)
+        assert output.hidden is not None
+        for i, raw in enumerate(output.hidden):
+            reward = output.rewards[i] if output.rewards is not None else torch.zeros(())
+            if not (torch.isfinite(raw).all() and torch.isfinite(reward)):
+                raise UserError(
+                    f"pair {tokens[i // 2].pair_id!r}: layer {self.layer} of {self.reward.name} gives NaN or infinite "
+                    "values; retrain with a lower learning rate, or load the model in float32"
+                )
+        vectors = [standardise(raw) for raw in output.hidden]
+        rewards = output.rewards.numpy() if output.rewards is not None else None
+        return Encoded(tokens, rewards, vectors, self._codes(vectors) if self.sae is not None else None)
+
+    @torch.inference_mode()
+    def _codes(self, vectors: list[Standardised]) -> list[SparseCodes]:
+        assert self.sae is not None
+        together = self.sae.encode(torch.cat([v.x for v in vectors]))
+        lengths = [len(v.x) for v in vectors]
+        features, values = together.features.split(lengths), together.values.split(lengths)
+        return [SparseCodes(f, v) for f, v in zip(features, values, strict=True)]
+
+
+def _active(codes: SparseCodes) -> tuple[list[list[int]], list[list[float]]]:
+    """Positive activations of each entry, by rising feature id."""
+    features, values = [], []
+    for f, v in zip(codes.features.numpy(), codes.values.numpy(), strict=True):
+        kept = np.flatnonzero(v > 0)
+        kept = kept[np.argsort(f[kept], kind="stable")]
+        features.append(f[kept].tolist())
+        values.append(v[kept].tolist())
+    return features, values
+
+
+def codes_table(encoded: Encoded) -> pa.Table:
+    """Encoded pairs in the CODES schema."""
+    assert encoded.codes is not None
+    rows = []
+    for i, pair in enumerate(encoded.tokens):
+        row: dict[str, Any] = {
+            "pair_id": pair.pair_id,
+            "n_prompt_tokens": pair.n_prompt_tokens,
+            "truncated": pair.truncated,
+        }
+        for j, (name, side) in enumerate(zip(schema.SIDES, (pair.chosen, pair.rejected), strict=True)):
+            features, values = _active(encoded.codes[2 * i + j])
+            row |= {
+                f"{name}_token": side.token.tolist(),
+                f"{name}_end": side.end.tolist(),
+                f"{name}_features": features,
+                f"{name}_values": values,
+                f"{name}_fallback": side.fallback,
+                f"{name}_reward": None if encoded.rewards is None else float(encoded.rewards[2 * i + j]),
+            }
+        rows.append(row)
+    return schema.table(rows, schema.CODES)
+
+
+class EncodeActivations:
+    """Batch function: pairs -> standardised layer vectors, one row a token."""
+
+    def __init__(self, reward: Path, layer: int, tokens: str) -> None:
+        self.engine = Engine.load(reward, layer, rewards=False)
+        self.all_tokens = tokens == "all"
+
+    @property
+    def width(self) -> int:
+        return self.engine.reward.hidden_size
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        encoded = self.engine.encode(pairs.to_pylist(), all_tokens=self.all_tokens)
+        tables = []
+        for i, pair in enumerate(encoded.tokens):
+            for j, side in enumerate((pair.chosen, pair.rejected)):
+                tables.append(self._rows(pair.pair_id, schema.SIDES[j], side, encoded.vectors[2 * i + j]))
+        return pa.concat_tables(tables)
+
+    def _rows(self, pair_id: str, name: str, side: Side, vectors: Standardised) -> pa.Table:
+        token = np.arange(len(side.ids), dtype=np.int32) if self.all_tokens else side.token
+        end = np.full(len(token), -1, dtype=np.int32) if self.all_tokens else side.end
+        x = pa.array(_half(vectors.x).reshape(-1))
+        return pa.table(
+            {
+                "pair_id": [pair_id] * len(token),
+                "side": [name] * len(token),
+                "token": token,
+                "end": end,
+                "norm": vectors.norm.numpy(),
+                "mean": vectors.mean.numpy(),
+                "std": vectors.std.numpy(),
+                "x": pa.FixedSizeListArray.from_arrays(x, self.width),
+            },
+            schema=schema.activations(self.width),
+        )
+
+
+def _half(x: Tensor) -> np.ndarray:
+    return x.clamp(-65504, 65504).to(torch.float16).numpy()
+
+
+class EncodePairs:
+    """Batch function: pairs -> codes and rewards."""
+
+    def __init__(self, reward: Path, sae: Path) -> None:
+        self.engine = Engine.load(reward, sae=sae)
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        return codes_table(self.engine.encode(pairs.to_pylist()))
+
+
+class RewardPairs:
+    """Batch function: pairs -> both rewards."""
+
+    def __init__(self, reward: Path) -> None:
+        self.reward = load_reward_model(reward)
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        tokens = self.reward.pairs(pairs.select(["pair_id", "prompt", "chosen", "rejected"]).to_pylist())
+        sequences = [side.ids for pair in tokens for side in (pair.chosen, pair.rejected)]
+        rewards = self.reward.forward(sequences).rewards
+        assert rewards is not None
+        if not torch.isfinite(rewards).all():
+            bad = tokens[int((~torch.isfinite(rewards)).nonzero()[0]) // 2].pair_id
+            raise UserError(f"pair {bad!r}: {self.reward.name} gives a NaN or infinite reward; retrain it")
+        chosen, rejected = rewards.numpy()[0::2], rewards.numpy()[1::2]
+        return pa.table(
+            {
+                "pair_id": pairs["pair_id"],
+                "section": pairs["section"],
+                "reward_chosen": chosen,
+                "reward_rejected": rejected,
+                "reward_margin": chosen - rejected,
+            },
+            schema=schema.REWARDS,
+        )

@@ -1,0 +1,36 @@
+"""The errors that end a run with one clear line: what was wanted, what came, and the remedy."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class SaferError(Exception):
+    """A failure that is explained to the user in one line; the process ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class UserError(SaferError):
+    """Something that the user can put right: a path, a key, a value, a corrupt input."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def explain_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk under `path` into one clear line.
+
+    Raises:
+        SaferError: the disk is full, over quota or read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise SaferError(
+                f"cannot write under {path}: {error.strerror}; free some space or choose another folder, "
+                "then run the same command again: finished work is kept"
+            ) from error
+        raise

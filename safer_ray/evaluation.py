@@ -1,0 +1,98 @@
+"""What changed: accuracy by section with intervals, paired tests between models, and detection of planted swaps."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import binomtest, norm
+
+from safer_ray.config import StrategyName
+from safer_ray.curation import STRATEGIES, StrategyInput
+from safer_ray.errors import UserError
+from safer_ray.judge import auroc
+
+
+class Accuracy(NamedTuple):
+    """Share of pairs with r_chosen > r_rejected (a tie is wrong), in [0, 1], with its 95% Wilson interval."""
+
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class McNemar(NamedTuple):
+    """Exact two-sided McNemar test of a model against a base on the same pairs."""
+
+    n: int
+    gained: int  # right here, wrong in the base
+    lost: int  # wrong here, right in the base
+    p: float
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    z = float(norm.ppf(0.5 + confidence / 2))
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def section_accuracy(rewards: pa.Table) -> dict[str, Accuracy]:
+    """Accuracy by section of a REWARDS table, sections by name."""
+    right = rewards["reward_margin"].to_numpy() > 0
+    return {name: _accuracy(right[mask]) for name, mask in _sections(rewards)}
+
+
+def _accuracy(right: np.ndarray) -> Accuracy:
+    n, correct = len(right), int(right.sum())
+    return Accuracy(n, correct, correct / n if n else 0.0, *wilson(correct, n))
+
+
+def _sections(rewards: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
+    names = np.array([name or "unnamed" for name in rewards["section"].to_pylist()], dtype=object)
+    for name in sorted(set(names)):
+        yield name, names == name
+
+
+def mcnemar(rewards: pa.Table, base: pa.Table) -> dict[str, McNemar]:
+    """By section, whether a model differs from the base; pairs are matched by id.
+
+    Raises:
+        UserError: the two tables hold different pairs.
+    """
+    theirs = dict(zip(base["pair_id"].to_pylist(), base["reward_margin"].to_pylist(), strict=True))
+    ids = rewards["pair_id"].to_pylist()
+    if set(ids) != set(theirs):
+        raise UserError("evaluate: the models were measured on different pairs; evaluate both on the same set")
+    here = rewards["reward_margin"].to_numpy() > 0
+    there = np.array([theirs[key] for key in ids]) > 0
+    return {name: paired_test(here[mask], there[mask]) for name, mask in _sections(rewards)}
+
+
+def paired_test(here: np.ndarray, there: np.ndarray) -> McNemar:
+    """McNemar's exact test on two vectors of right and wrong answers to the same pairs."""
+    gained, lost = int((here & ~there).sum()), int((~here & there).sum())
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return McNemar(len(here), gained, lost, p)
+
+
+class Detection(NamedTuple):
+    """How well a value finds planted swaps when low values are suspicious."""
+
+    auroc: float  # P(a planted pair's value is lower than a clean one's), 0.5: chance
+    precision_at_planted: float  # share of planted ones among the `planted` lowest values
+
+
+def detection(joined: pa.Table, planted: np.ndarray, strategy: StrategyName, seed: int) -> Detection:
+    """Of one curation strategy on pairs joined with their scores."""
+    values = STRATEGIES[strategy](StrategyInput(joined, seed))
+    ids = np.array(joined["pair_id"].to_pylist(), dtype=object).astype(str)
+    lowest = np.lexsort((ids, values))[: int(planted.sum())]
+    score = auroc(-values[planted][:, None], -values[~planted][:, None])[0]
+    return Detection(float(score), float(planted[lowest].mean()) if len(lowest) else 0.0)

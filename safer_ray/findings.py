@@ -1,0 +1,239 @@
+"""The stages that are arithmetic on codes, salience to curation; only the judge and an audit run the model."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from safer_ray import schema
+from safer_ray.artifacts import (
+    Artifact,
+    Result,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parquet,
+    read_parts,
+    write_json,
+    write_parquet,
+)
+from safer_ray.auditor import AUDITOR_FORMAT, AuditPairs, check_auditor, read_features, scorer
+from safer_ray.codes import latent_count
+from safer_ray.config import (
+    ContextsConfig,
+    CurateConfig,
+    JudgeConfig,
+    Mode,
+    ScoresConfig,
+    SelectConfig,
+)
+from safer_ray.contexts import FindContexts, merge_contexts
+from safer_ray.curation import RED_TEAM_MARK, apply_decisions, decide, join_scores
+from safer_ray.engine import Engine
+from safer_ray.errors import UserError
+from safer_ray.inputs import resolve_exchanges
+from safer_ray.judge import ProbeJudge, load_probe, ratings_of
+from safer_ray.runner import MapJob
+from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
+from safer_ray.scoring import Features, ScoreCodes, pair_scores
+from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, recipe
+from safer_ray.where import where_mask
+
+
+class Findings(StageContext):
+    """Salience, contexts, verdicts, selection, auditor, scores, curation."""
+
+    def salience(self, codes: Artifact, mode: Mode, latents: int | None = None) -> Artifact:
+        """Sums per fragment, reduced in order. `latents` is the SAE's width where the codes do not record it."""
+
+        def build(out: Path) -> Result:
+            job = MapJob(
+                "salience", read_fragment, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9
+            )
+            counts = self.map(job, part_fragments(codes.path), out)
+            tables = [read_parquet(path) for path in part_files(out / "state" / "sums")]
+            largest = max(int(t["feature"].to_numpy().max(initial=-1)) for t in tables)
+            known = latents or codes.metrics.get("latents")
+            width = known or max(latent_count(read_parquet(path)) for path in part_files(codes.path))
+            if largest >= width:
+                raise UserError(f"salience: feature {largest} fires, but the SAE has {width} latents; check --latents")
+            sums = reduce_sums(tables, width)
+            write_parquet(salience_table(sums, mode), out / part_name(0))
+            ends = {"ends_chosen": sums.ends_chosen, "ends_rejected": sums.ends_rejected}
+            return Result({**counts, "written": width}, {"mode": mode, "latents": width, **ends}, licence_of(codes))
+
+        return self.place.make(recipe("salience", {"mode": mode, "latents": latents}, codes=codes.name), build)
+
+    def contexts(
+        self, config: ContextsConfig, salience: Artifact, codes: Artifact, pairs: Artifact, reward: Artifact, mode: Mode
+    ) -> Artifact:
+        def build(out: Path) -> Result:
+            features = candidates(read_parts(salience.path), config.candidates)
+            job = MapJob(
+                "contexts",
+                join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
+                lambda: FindContexts.load(reward.path, features, mode, config.per_feature),
+                schema.CONTEXTS,
+                folder="state/found",
+                batch_rows=10**9,
+            )
+            counts = self.map(job, part_fragments(codes.path), out)
+            merged = merge_contexts((read_parquet(p) for p in part_files(out / "state" / "found")), config.per_feature)
+            write_parquet(merged, out / part_name(0))
+            return Result({**counts, "written": len(merged)}, {"features": len(features)}, licence_of(codes))
+
+        inputs = {"salience": salience.name, "codes": codes.name, "pairs": pairs.name}
+        return self.place.make(recipe("contexts", {**config.model_dump(), "mode": mode}, **inputs), build)
+
+    def verdicts(
+        self,
+        config: JudgeConfig,
+        salience: Artifact,
+        reward: Artifact,
+        sae: Artifact,
+        count: int,
+        corpus: Artifact | None,
+    ) -> Artifact:
+        exchanges, identity = resolve_exchanges(config.exchanges, corpus)
+
+        def build(out: Path) -> Result:
+            rows = read_parts(salience.path)
+            features = candidates(rows, count)
+            known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
+            judge = ProbeJudge(Engine.load(reward.path, sae=sae.path), load_probe(exchanges), config)
+            verdicts = judge({feature: known[feature] for feature in features})
+            write_parquet(verdicts, out / part_name(0))
+            ratings = Counter(str(r) for r in verdicts["rating"].to_pylist())
+            return Result({"features": len(features)}, {"ratings": dict(sorted(ratings.items()))})
+
+        shown = {**config.model_dump(mode="json", exclude={"exchanges"}), "candidates": count}
+        inputs = {"salience": salience.name, "reward": reward.name, "sae": sae.name, "exchanges": identity}
+        return self.place.make(recipe("verdicts", shown, **inputs), build)
+
+    def select(
+        self,
+        config: SelectConfig,
+        salience: Artifact,
+        *,
+        verdicts: Artifact | None = None,
+        ratings: dict[int, int | None] | None = None,
+    ) -> Artifact:
+        """Choose F+ and F-.
+
+        Raises:
+            UserError: no candidate has the rating wanted.
+        """
+        given = "" if ratings is None else schema.to_json({str(k): v for k, v in sorted(ratings.items())})
+
+        def build(out: Path) -> Result:
+            rated = ratings if verdicts is None else ratings_of(read_parts(verdicts.path))
+            assert rated is not None
+            rows = read_parts(salience.path, schema.SALIENCE.names)
+            chosen = select(rows, rated, count=config.candidates, rating=config.rating, limit=config.limit)
+            if not chosen["safe"] and not chosen["unsafe"]:
+                best = max((r for r in rated.values() if r is not None), default=None)
+                raise UserError(
+                    f"select: none of the {len(chosen['candidates'])} candidates is rated {config.rating} "
+                    f"(highest: {best}); lower judge.thresholds or select.rating, or train a wider SAE"
+                )
+            known = {"mode": salience.metrics.get("mode", "response"), "latents": salience.metrics.get("latents")}
+            write_json({**known, **chosen}, out / "features.json")
+            write_json({str(key): rated.get(key) for key in chosen["candidates"]}, out / "ratings.json")
+            return Result({"safe": len(chosen["safe"]), "unsafe": len(chosen["unsafe"])})
+
+        inputs = {"salience": salience.name, "ratings": verdicts.name if verdicts else given}
+        return self.place.make(recipe("select", config, **inputs), build)
+
+    def auditor(self, reward: Artifact, sae: Artifact, selected: Artifact, codes: Artifact) -> Artifact:
+        """The deployable bundle: `reward/ sae/ features.json reference.parquet`."""
+
+        def build(out: Path) -> Result:
+            for name, artifact in (("reward", reward), ("sae", sae)):
+                shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
+            shutil.copyfile(selected.path / "features.json", out / "features.json")
+            features = read_features(selected.path / "features.json")
+            scores = [pair_scores(read_parquet(path), features) for path in part_files(codes.path)]
+            write_parquet(pa.table({"score": np.sort(np.concatenate(scores))}), out / "reference.parquet")
+            rows = {"reference": sum(map(len, scores))}
+            return Result(rows, {"format": AUDITOR_FORMAT}, licence_of(codes), red_team=reward.red_team)
+
+        inputs = {"reward": reward.name, "sae": sae.name, "features": selected.name, "codes": codes.name}
+        return self.place.make(recipe("auditor", {"format": AUDITOR_FORMAT}, **inputs), build)
+
+    def scores(self, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:
+        """Scores of pairs whose codes are there, against the auditor's reference."""
+
+        def build(out: Path) -> Result:
+            job = MapJob(
+                "scores",
+                join_parts(codes.path, pairs_of(pairs), ["row_key", "extra"]),
+                lambda: scorer(auditor, config),
+                schema.SCORES,
+            )
+            counts = self.map(job, part_fragments(codes.path), out)
+            return Result(counts, {"mode": scorer(auditor, config).features.mode}, licence_of(pairs))
+
+        inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
+        return self.place.make(recipe("scores", config, **inputs), build)
+
+    def audit(self, config: ScoresConfig, pairs: Artifact, auditor: Artifact) -> Artifact:
+        """Scores of pairs by a bundle alone: one forward pass, then arithmetic."""
+        check_auditor(auditor)
+
+        def build(out: Path) -> Result:
+            job = MapJob("scores", read_fragment, lambda: AuditPairs(auditor, config), schema.SCORES)
+            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            return Result(counts, {"mode": scorer(auditor, config).features.mode}, licence_of(pairs))
+
+        return self.place.make(recipe("scores", config, pairs=pairs.name, auditor=auditor.name), build)
+
+    def rescore(self, config: ScoresConfig, codes: Artifact, features: Features) -> Artifact:
+        """Scores with another selection of features; the scored pairs themselves are the reference."""
+
+        def build(out: Path) -> Result:
+            reference = np.concatenate([pair_scores(read_parquet(p), features) for p in part_files(codes.path)])
+            job = MapJob(
+                "scores",
+                read_fragment,
+                lambda: ScoreCodes(features, reference, config.flag_quantile, config.reasons),
+                schema.SCORES,
+            )
+            counts = self.map(job, part_fragments(codes.path), out)
+            return Result(counts, {"mode": features.mode}, licence_of(codes))
+
+        shown = {**config.model_dump(), **features._asdict()}
+        return self.place.make(recipe("scores", shown, codes=codes.name), build)
+
+    def curate(self, config: CurateConfig, pairs: Artifact, scores: Artifact) -> Artifact:
+        """Drop, relabel or poison: `pairs/` is trainable as it is, `decisions/` has every row."""
+
+        def build(out: Path) -> Result:
+            parts = part_files(pairs_of(pairs))
+            rows = pa.concat_tables([read_parquet(path) for path in parts])
+            joined = join_scores(rows, read_parts(scores.path, ["pair_id", "score", "reward_margin"]))
+            decisions = decide(
+                joined,
+                where_mask(rows, config.where),
+                strategy=config.strategy,
+                action=config.action,
+                percent=config.percent,
+                seed=config.seed,
+            )
+            mark = RED_TEAM_MARK if config.action == "poison" else None
+            offset = 0
+            for path in parts:
+                part = read_parquet(path)
+                decided = decisions.slice(offset, len(part))
+                offset += len(part)
+                for folder, table in (("pairs", apply_decisions(part, decided)), ("decisions", decided)):
+                    write_parquet(table.replace_schema_metadata(mark), out / folder / path.name)
+            totals = Counter(decisions["decision"].to_pylist())
+            if totals["drop"] == len(rows):
+                raise UserError(f"curate: dropping {config.percent}% leaves no pairs; lower the percentage")
+            poisoned = config.action == "poison" or pairs.red_team
+            return Result(dict(totals), {}, licence_of(pairs), config.seed, poisoned)
+
+        return self.place.make(recipe("curate", config, pairs=pairs.name, scores=scores.name), build)

@@ -1,0 +1,182 @@
+"""The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from safer_ray import schema
+from safer_ray.artifacts import (
+    Artifact,
+    Result,
+    part_files,
+    part_fragments,
+    read_fragment,
+    read_parquet,
+    read_parts,
+    write_parquet,
+)
+from safer_ray.config import (
+    ActivationsConfig,
+    CorpusConfig,
+    NoiseConfig,
+    PairsConfig,
+    RewardConfig,
+    SaeConfig,
+)
+from safer_ray.corpus import write_corpus
+from safer_ray.curation import random_order, share_count, swap_sides
+from safer_ray.engine import EncodeActivations, EncodePairs, RewardPairs
+from safer_ray.evaluation import section_accuracy
+from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity
+from safer_ray.reward import hidden_size
+from safer_ray.runner import MapJob
+from safer_ray.sae import load_sae
+from safer_ray.sources import NormalisePairs, plan_sources, read_raw
+from safer_ray.stage import StageContext, licence_of, pairs_of, recipe
+from safer_ray.train_reward import train_reward
+from safer_ray.train_sae import train_sae
+from safer_ray.where import where_mask
+
+
+class Harvest(StageContext):
+    """Corpus, pairs, noise, reward, activations, SAE, codes, evaluation."""
+
+    def corpus(self, config: CorpusConfig) -> Artifact:
+        def build(out: Path) -> Result:
+            rows = write_corpus(
+                out,
+                train_per_section=config.train_per_section,
+                heldout_per_section=config.heldout_per_section,
+                seed=config.seed,
+            )
+            return Result(rows, seed=config.seed, licence=("synthetic",))
+
+        return self.place.make(recipe("corpus", config), build)
+
+    def pairs(self, config: PairsConfig, corpus: Artifact | None = None) -> Artifact:
+        """Sources to pairs, with everything refused in `quarantine`.
+
+        Raises:
+            UserError: more than the configured share was refused, or nothing is left.
+        """
+        sources = [resolve_source(source, corpus) for source in config.sources]
+        shown = config.model_dump(mode="json")
+        for source in shown["sources"]:
+            del source["path"]
+        inputs = {f"source{i}": source_identity(s, corpus) for i, s in enumerate(config.sources)}
+
+        def build(out: Path) -> Result:
+            job = MapJob(
+                "pairs",
+                lambda fragment: read_raw(fragment, sources[fragment.source]),
+                lambda: NormalisePairs(sources, config.max_chars),
+                schema.PAIRS,
+            )
+            counts = self.map(job, plan_sources(sources, rows=self.fragment_rows), out, refused_share=1)
+            return close_pairs(out, counts["read"], config)
+
+        return self.place.make(recipe("pairs", shown, **inputs), build)
+
+    def noise(self, config: NoiseConfig, pairs: Artifact) -> Artifact:
+        """Swap the labels of some pairs, and keep the truth apart."""
+
+        def build(out: Path) -> Result:
+            parts = part_files(pairs_of(pairs))
+            ids: list[str] = []
+            for path in parts:
+                rows = read_parquet(path)
+                ids += rows.filter(pa.array(where_mask(rows, config.where)))["pair_id"].to_pylist()
+            order = np.argsort(random_order(ids, f"noise:{config.seed}"), kind="stable")
+            planted = {ids[i] for i in order[: share_count(len(ids), config.swap_percent)]}
+            for path in parts:
+                rows = read_parquet(path)
+                mask = np.array([key in planted for key in rows["pair_id"].to_pylist()], dtype=bool)
+                write_parquet(swap_sides(rows, mask), out / "pairs" / path.name)
+                truth = pa.table({"pair_id": rows["pair_id"], "planted": mask}, schema=schema.TRUTH)
+                write_parquet(truth, out / "truth" / path.name)
+            return Result({"eligible": len(ids), "planted": len(planted)}, licence=licence_of(pairs), seed=config.seed)
+
+        return self.place.make(recipe("noise", config, pairs=pairs.name), build)
+
+    def reward(self, config: RewardConfig, pairs: Artifact) -> Artifact:
+        shown = config.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing"})
+        inputs = {"pairs": pairs.name}
+        if isinstance(config.base, str):
+            del shown["base"]
+            inputs["base"] = base_identity(config.base)
+
+        def build(out: Path) -> Result:
+            metrics = self.runner.train(
+                train_reward,
+                {
+                    "pairs": pairs_of(pairs),
+                    "out": out,
+                    "state": _state(out),
+                    "config": config,
+                    "on_step": functools.partial(self.on_step, "reward"),
+                },
+            )
+            rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
+            return Result(rows, metrics, licence_of(pairs), config.seed, pairs.red_team)
+
+        return self.place.make(recipe("reward", shown, **inputs), build)
+
+    def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
+        def build(out: Path) -> Result:
+            job = MapJob(
+                "activations",
+                read_fragment,
+                lambda: EncodeActivations(reward.path, config.layer, config.tokens),
+                schema.activations(hidden_size(reward.path)),
+            )
+            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            return Result(counts, {"layer": config.layer}, licence_of(pairs))
+
+        return self.place.make(recipe("activations", config, pairs=pairs.name, reward=reward.name), build)
+
+    def sae(self, config: SaeConfig, activations: Artifact, layer: int) -> Artifact:
+        def build(out: Path) -> Result:
+            metrics = self.runner.train(
+                train_sae,
+                {
+                    "activations": activations.path,
+                    "out": out,
+                    "state": _state(out),
+                    "config": config,
+                    "model": activations.manifest.get("inputs", {}).get("reward", activations.name),
+                    "layer": layer,
+                    "on_step": functools.partial(self.on_step, "sae"),
+                },
+            )
+            return Result({"vectors": metrics["train_vectors"]}, metrics, licence_of(activations), config.seed)
+
+        shown = {**config.model_dump(mode="json"), "layer": layer}
+        return self.place.make(recipe("sae", shown, activations=activations.name), build)
+
+    def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
+        def build(out: Path) -> Result:
+            job = MapJob("codes", read_fragment, lambda: EncodePairs(reward.path, sae.path), schema.CODES)
+            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            loaded = load_sae(sae.path)
+            return Result(counts, {"latents": loaded.latents, "k": loaded.k}, licence_of(pairs))
+
+        return self.place.make(recipe("codes", {}, pairs=pairs.name, reward=reward.name, sae=sae.name), build)
+
+    def evaluate(self, reward: Artifact, pairs: Artifact) -> Artifact:
+        """Rewards of every evaluation pair, and accuracy by section."""
+
+        def build(out: Path) -> Result:
+            job = MapJob("evaluate", read_fragment, lambda: RewardPairs(reward.path), schema.REWARDS)
+            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            sections = {name: a._asdict() for name, a in section_accuracy(read_parts(out)).items()}
+            return Result(counts, {"sections": sections}, licence_of(pairs), red_team=reward.red_team)
+
+        return self.place.make(recipe("evaluate", {}, reward=reward.name, pairs=pairs.name), build)
+
+
+def _state(out: Path) -> Path:
+    state = out / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    return state

@@ -1,0 +1,99 @@
+"""What comes from outside a run: where sources lie, their names by content, and the accounts of `pairs`."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from safer_ray import schema
+from safer_ray.artifacts import Artifact, Result, content_hash, part_files, read_parquet, write_parquet
+from safer_ray.config import PairsConfig, SourceConfig
+from safer_ray.errors import UserError
+from safer_ray.judge import load_probe
+from safer_ray.reward import resolve_base
+from safer_ray.runner import quarantine_rows
+from safer_ray.sources import source_files
+
+
+@functools.cache
+def _hashed(path: str) -> str:
+    return content_hash(Path(path))
+
+
+def resolve_source(source: SourceConfig, corpus: Artifact | None) -> SourceConfig:
+    if not source.path.startswith("corpus:"):
+        return source
+    assert corpus is not None
+    return source.model_copy(update={"path": str(corpus.path / source.path.removeprefix("corpus:"))})
+
+
+def source_identity(source: SourceConfig, corpus: Artifact | None) -> str:
+    if source.path.startswith("corpus:"):
+        assert corpus is not None
+        return f"{corpus.name}/{source.path.removeprefix('corpus:')}"
+    if source.path.startswith("hub:"):
+        return source.path
+    files = source_files(source)
+    return schema.to_json([[file.name, _hashed(str(file))] for file in files])
+
+
+def base_identity(base: str) -> str:
+    return base if base.startswith("hub:") else _hashed(resolve_base(base)[0])
+
+
+def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, str]:
+    """The probe's path or name, and what names it in a recipe."""
+    if name.startswith("corpus:"):
+        assert corpus is not None
+        file = name.removeprefix("corpus:")
+        return str(corpus.path / file), f"{corpus.name}/{file}"
+    return name, schema.to_json(load_probe(name).model_dump(mode="json"))
+
+
+def _take_duplicates(path: Path, seen: set[str], quarantine: Path | None) -> tuple[int, int]:
+    """Rows kept and duplicate ids found in one part; with a `quarantine` folder the duplicates are moved there."""
+    rows = read_parquet(path)
+    twice = []
+    for key in rows["pair_id"].to_pylist():
+        twice.append(key in seen)
+        seen.add(key)
+    if not any(twice) or quarantine is None:
+        return len(rows), sum(twice)
+    mask = pa.array(twice)
+    refused = [
+        {**row, "position": int(row["row_key"].rpartition("#")[2]), "stage": "pairs"}
+        | {"reason": f"duplicate id: {row['pair_id']}"}
+        for row in rows.filter(mask).select(["row_key", "pair_id", "source"]).to_pylist()
+    ]
+    write_parquet(schema.table(refused, schema.QUARANTINE), quarantine / f"duplicates-{path.name}")
+    write_parquet(rows.filter(pc.invert(mask)), path)
+    return len(rows) - len(refused), len(refused)
+
+
+def close_pairs(out: Path, read: int, config: PairsConfig) -> Result:
+    """Deal with duplicate ids, check the share refused, and close the accounts.
+
+    Raises:
+        UserError: more than `max_refused_share` was refused, or nothing is left.
+    """
+    seen: set[str] = set()
+    quarantine = out / "quarantine" if config.duplicates == "quarantine" else None
+    counts = [_take_duplicates(path, seen, quarantine) for path in part_files(out)]
+    written = sum(kept for kept, _ in counts)
+    refused_rows = quarantine_rows(out)
+    reasons = Counter(reason.split(":")[0] for reason in refused_rows["reason"].to_pylist())
+    common = ", ".join(f"{name} ({n})" for name, n in reasons.most_common(3))
+    if read and len(refused_rows) > config.max_refused_share * read:
+        raise UserError(
+            f"pairs: {len(refused_rows)} of {read} rows were refused, more than pairs.max_refused_share "
+            f"{config.max_refused_share}: {common}; see {out / 'quarantine'}"
+        )
+    if not written:
+        raise UserError(f"pairs: no pairs left of {read} rows; {common or 'check the sources and their `part`'}")
+    rows_by_kind = {"read": read, "pairs": written, "quarantined": len(refused_rows)}
+    rows_by_kind["left_out"] = read - written - len(refused_rows)
+    licences = tuple(sorted({s.licence for s in config.sources if s.licence}))
+    duplicates = reasons["duplicate id"] if quarantine else sum(found for _, found in counts)
+    return Result(rows_by_kind, {"reasons": dict(reasons), "duplicates": duplicates}, licences)

@@ -1,0 +1,177 @@
+"""The stages in order, as DESIGN section 2 lists them. Knows only a Runner."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safer_ray.artifacts import Artifact, Place
+from safer_ray.config import RunConfig
+from safer_ray.errors import UserError
+from safer_ray.findings import Findings
+from safer_ray.harvest import Harvest
+from safer_ray.judge import load_probe
+from safer_ray.lock import locked
+from safer_ray.reward import layer_count
+from safer_ray.runner import Runner
+from safer_ray.sources import source_files
+from safer_ray.summary import RunView, write_report, write_summary
+
+STAGES = (
+    "corpus",
+    "pairs",
+    "noise",
+    "reward",
+    "activations",
+    "sae",
+    "codes",
+    "salience",
+    "contexts",
+    "verdicts",
+    "select",
+    "auditor",
+    "scores",
+    "curate",
+    "evaluate",
+    "report",
+)
+CLEAN = "clean"  # the model trained on the uncurated pairs
+
+
+class Stages(Harvest, Findings):
+    """All stages."""
+
+
+class _Until(Exception):  # noqa: N818
+    """The last stage asked for is done."""
+
+
+@dataclass
+class Run:
+    """Artifacts by stage, and by variant where there are several."""
+
+    config: RunConfig
+    directory: Path
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    models: dict[str, Artifact] = field(default_factory=dict)
+    evaluations: dict[str, Artifact] = field(default_factory=dict)
+    curated: dict[str, Artifact] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def preflight(config: RunConfig) -> None:
+    """What can be known to fail, before anything is computed.
+
+    Raises:
+        UserError: a missing source or probe, or a layer past the model.
+    """
+    sources = (*config.pairs.sources, *config.evaluation.sources)
+    local = [s for s in sources if not s.path.startswith(("corpus:", "hub:"))]
+    for source in local:
+        source_files(source)
+    if not config.judge.exchanges.startswith("corpus:"):
+        load_probe(config.judge.exchanges)
+    if isinstance(config.reward.base, str):
+        count = layer_count(config.reward.base)
+        if config.activations.layer > count:
+            raise UserError(
+                f"activations.layer {config.activations.layer} lies past the {count} layers of "
+                f"{config.reward.base}; choose 1..{count}"
+            )
+
+
+def run(
+    config: RunConfig,
+    runner: Runner,
+    *,
+    until: str | None = None,
+    fresh: bool = False,
+    dry: bool = False,
+    on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None,
+    on_step: Callable[[str, int, int], None] = lambda stage, step, total: None,
+) -> Run:
+    """Run all stages, or those up to `until`; what is there already is not made again.
+
+    Raises:
+        UserError: anything in the config or the inputs that cannot work.
+    """
+    if until is not None and until not in STAGES:
+        raise UserError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
+    preflight(config)
+    directory = config.root / config.name
+    place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)
+    stages = Stages(place, runner, config.fragment_rows, on_step)
+    outcome = Run(config, directory)
+    if dry:
+        _all(stages, outcome, until)
+        return outcome
+    with locked(directory):
+        _all(stages, outcome, until)
+    return outcome
+
+
+def _all(stages: Stages, run: Run, until: str | None) -> None:
+    def done(stage: str, artifact: Artifact) -> Artifact:
+        run.artifacts[stage] = artifact
+        if stage == until:
+            raise _Until
+        return artifact
+
+    try:
+        _train(stages, run, done)
+        _find(stages, run, done)
+        _change(stages, run, until)
+        if not stages.place.dry and until in (None, "report"):
+            view = RunView(run.config, run.artifacts, run.models, run.evaluations, run.curated)
+            write_summary(view, run.directory / "summary.json")
+            began = time.monotonic()
+            write_report(view, run.directory / "report.html")
+            run.stage_seconds["report"] = time.monotonic() - began
+    except _Until:
+        return
+
+
+def _train(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -> None:
+    """Pairs in; a reward model, an SAE on its activations, and the codes of every pair out."""
+    config = run.config
+    corpus = done("corpus", stages.corpus(config.corpus)) if config.corpus else None
+    pairs = done("pairs", stages.pairs(config.pairs, corpus))
+    if config.noise:
+        pairs = done("noise", stages.noise(config.noise, pairs))
+    run.artifacts["training_pairs"] = pairs
+    reward = done("reward", stages.reward(config.reward, pairs))
+    run.models[CLEAN] = reward
+    activations = done("activations", stages.activations(config.activations, pairs, reward))
+    sae = done("sae", stages.sae(config.sae, activations, config.activations.layer))
+    done("codes", stages.codes(pairs, reward, sae))
+
+
+def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -> None:
+    """The features that tell safe from unsafe, the bundle that audits with them, and a score for every pair."""
+    config, made = run.config, run.artifacts
+    pairs, reward, sae, codes = (made[name] for name in ("training_pairs", "reward", "sae", "codes"))
+    salience = done("salience", stages.salience(codes, config.salience.mode))
+    done("contexts", stages.contexts(config.contexts, salience, codes, pairs, reward, config.salience.mode))
+    count = config.select.candidates
+    verdicts = done("verdicts", stages.verdicts(config.judge, salience, reward, sae, count, made.get("corpus")))
+    selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
+    auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
+    done("scores", stages.scores(config.scores, codes, pairs, auditor))
+
+
+def _change(stages: Stages, run: Run, until: str | None) -> None:
+    """Curate, retrain on what is left, and measure every model on the same pairs."""
+    config, made = run.config, run.artifacts
+    pairs, scores = made["training_pairs"], made["scores"]
+    for name, curate in config.curate.items():
+        run.curated[name] = stages.curate(curate, pairs, scores)
+    if until == "curate":
+        raise _Until
+    for name, curated in run.curated.items():
+        run.models[name] = stages.reward(config.reward, curated)
+    evaluation = stages.pairs(config.evaluation, made.get("corpus"))
+    made["evaluation_pairs"] = evaluation
+    for name, model in run.models.items():
+        run.evaluations[name] = stages.evaluate(model, evaluation)
+    if until == "evaluate":
+        raise _Until

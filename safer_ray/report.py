@@ -1,0 +1,398 @@
+"""One self-contained HTML page that tells what a run found (Jinja2, inline SVG)."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from safer_ray import plots
+
+
+@dataclass(frozen=True)
+class Context:
+    """A sentence that a feature fires on, with the text around it."""
+
+    before: str
+    sentence: str
+    after: str
+    value: float
+    side: str
+    pair_id: str
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    feature: int
+    salience: float  # [-1, 1]; > 0 fires more on chosen
+    sign: int  # +1 selected as safe, -1 as unsafe, 0 judged but not selected
+    rating: int | None
+    reason: str  # the judge's
+    n_chosen: int
+    n_rejected: int
+    contexts: tuple[Context, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReasonView:
+    feature: int
+    sign: int
+    contribution: float  # negative: makes the pair suspicious
+    side: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class PairView:
+    """A suspicious pair with its text."""
+
+    pair_id: str
+    section: str
+    score: float
+    suspicion: float
+    reward_margin: float | None
+    prompt: tuple[tuple[str, str], ...]  # (role, content)
+    chosen: str
+    rejected: str
+    reasons: tuple[ReasonView, ...] = ()
+    planted: bool | None = None  # whether its label was swapped on purpose, where that is known
+
+
+@dataclass(frozen=True)
+class StageView:
+    name: str
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DetectionView:
+    """How well a strategy finds planted swaps: AUROC in [0, 1], 0.5 is chance."""
+
+    strategy: str
+    auroc: float
+    precision_at_planted: float
+
+
+@dataclass(frozen=True)
+class SectionView:
+    """Held-out pairwise accuracy of a model with its 95% Wilson interval."""
+
+    model: str
+    section: str
+    n: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TestView:
+    """McNemar's exact test of a model against the base model on one section."""
+
+    model: str
+    base: str
+    section: str
+    gained: int  # pairs right here and wrong there
+    lost: int
+    p: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    title: str
+    run: str
+    mode: str  # paper or response
+    facts: tuple[tuple[str, str], ...]  # summary lines: name, value
+    conclusions: tuple[str, ...]  # plain sentences made from the numbers
+    stages: tuple[StageView, ...]
+    quarantine: dict[str, int]  # reason -> rows
+    reward: dict[str, float]  # validation_accuracy, train_pairs, parameters, ...
+    reward_history: tuple[dict[str, float], ...]  # step, loss, validation_accuracy, validation_loss
+    sae: dict[str, float]  # nmse, explained_variance, l0, dead_share, train_vectors, ...
+    sae_history: tuple[dict[str, float], ...]  # step, nmse, aux
+    salience: np.ndarray  # [latents]
+    features: tuple[FeatureCard, ...]
+    scores: np.ndarray  # [pairs]
+    planted: np.ndarray | None  # bool [pairs]
+    pairs: tuple[PairView, ...]
+    detection: tuple[DetectionView, ...] = ()
+    sections: tuple[SectionView, ...] = ()
+    tests: tuple[TestView, ...] = ()
+    red_team: tuple[str, ...] = ()  # names of the models trained on poisoned pairs
+    licences: tuple[str, ...] = field(default_factory=tuple)
+
+
+class Tile(NamedTuple):
+    """A figure with its name and one line on what it means."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+class Segment(NamedTuple):
+    """A stretch of a text, with the reasons that name it."""
+
+    text: str
+    reasons: tuple[ReasonView, ...] = ()
+
+
+class MarkedPair(NamedTuple):
+    """A pair whose texts are cut where reasons name a sentence."""
+
+    pair: PairView
+    prompt: tuple[tuple[str, list[Segment]], ...]
+    chosen: list[Segment]
+    rejected: list[Segment]
+
+
+class SectionPlot(NamedTuple):
+    name: str
+    n: str
+    plot: Markup
+
+
+PERCENTAGES = {"validation_accuracy", "dead_share"}
+ROLE_LABEL = re.compile(r"^\s*(?:human|user|assistant|system)\s*:\s*", re.IGNORECASE)
+
+
+def render_report(data: ReportData) -> str:
+    """The page as HTML: no outside requests, all text escaped, harmful text blurred until clicked."""
+    environment = Environment(
+        loader=PackageLoader("safer_ray"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": plots.number,
+        "count": _count,
+        "metric": _metric,
+        "signed": _signed,
+        "p_value": _p_value,
+        "duration": _duration,
+        "csp_hash": _csp_hash,
+        "clip_start": _clip_start,
+        "clip_end": _clip_end,
+        "salience_bar": lambda value: Markup(plots.salience_bar(value)),
+        "verdict": verdict_in_words,
+    }
+    features = sorted(data.features, key=lambda card: (-abs(card.salience), card.feature))
+    reward_loss, reward_accuracy = plots.reward_curves(data.reward_history)
+    return environment.get_template("report.html").render(
+        data=data,
+        summary=summary(data),
+        tiles=key_figures(data),
+        unsafe=[card for card in features if card.sign < 0],
+        safe=[card for card in features if card.sign > 0],
+        unselected=[card for card in features if card.sign == 0],
+        shown={card.feature for card in features},
+        pairs=[mark_pair(pair) for pair in data.pairs],
+        tail=plots.tail_of(data.scores, data.planted),
+        tail_share=plots.TAIL,
+        section_plots=section_plots(data),
+        base=_base_model(data),
+        plots={
+            "reward_loss": Markup(reward_loss),
+            "reward_accuracy": Markup(reward_accuracy),
+            "sae": Markup(plots.sae_curves(data.sae_history)),
+            "salience": Markup(plots.salience_histogram(data.salience, {c.feature: c.sign for c in features})),
+            "scores": Markup(plots.score_histogram(data.scores, data.planted)),
+            "detection": Markup(
+                plots.bar_plot(
+                    "plot-detection",
+                    "AUROC of finding planted swaps",
+                    [plots.Bar(found.strategy, found.auroc) for found in data.detection],
+                )
+            ),
+        },
+    )
+
+
+def summary(data: ReportData) -> str:
+    """What the run did, in plain sentences made from its numbers."""
+    parts = ["A reward model"]
+    if "train_pairs" in data.reward:
+        parts.append(f"trained on {_count(data.reward['train_pairs'])} preference pairs")
+    size = f" of {_count(len(data.salience))} features" if len(data.salience) else ""
+    parts.append(f"was opened up with a sparse autoencoder{size}.")
+    safe, unsafe = _selected(data)
+    if safe + unsafe:
+        parts.append(
+            f"{_count(len(data.scores))} pairs were scored by the selected ones, {safe} safe and {unsafe} unsafe."
+        )
+    elif len(data.scores):
+        parts.append(f"No feature was selected, so the scores of its {_count(len(data.scores))} pairs say nothing.")
+    if data.pairs:
+        parts.append(f"The {len(data.pairs)} most suspicious pairs are shown below with the reasons for each.")
+    if data.sections:
+        models, sections = ({getattr(row, name) for row in data.sections} for name in ("model", "section"))
+        what = f"{len(models)} {_plural(len(models), 'model')} on {len(sections)} {_plural(len(sections), 'section')}"
+        parts.append(f"Held-out accuracy is compared for {what}.")
+    return " ".join(parts)
+
+
+def key_figures(data: ReportData) -> list[Tile]:
+    """The few numbers to read first."""
+    tiles = [Tile("Pairs scored", _count(len(data.scores)), f"{data.mode} mode")]
+    if np.isfinite(data.reward.get("validation_accuracy", np.nan)):
+        tiles.append(Tile("Reward model", f"{data.reward['validation_accuracy']:.1%}", "held-out accuracy"))
+    if np.isfinite(data.sae.get("explained_variance", np.nan)):
+        tiles.append(Tile("Autoencoder", f"{data.sae['explained_variance']:.1%}", "variance explained"))
+    safe, unsafe = _selected(data)
+    tiles.append(Tile("Features selected", str(safe + unsafe), f"{safe} safe, {unsafe} unsafe"))
+    if data.detection:
+        best = max(data.detection, key=lambda found: found.auroc)
+        tiles.append(Tile("Best detection", f"{best.auroc:.3f}", f"AUROC by {best.strategy}; 0.5 is chance"))
+    if data.quarantine:
+        tiles.append(Tile("Rows refused", _count(sum(data.quarantine.values())), "in quarantine, with reasons"))
+    return tiles
+
+
+def highlight(text: str, reasons: Sequence[ReasonView]) -> list[Segment]:
+    """The text cut into segments; a sentence that several reasons name stands once, with all of them."""
+    spans: list[tuple[int, int, list[ReasonView]]] = []
+    found = [(span, reason) for reason in reasons if (span := _find(text, reason.sentence))]
+    for (start, end), reason in sorted(found, key=lambda item: (item[0][0], -item[0][1], item[1].feature)):
+        if spans and start < spans[-1][1]:
+            spans[-1][2].append(reason)
+        else:
+            spans.append((start, end, [reason]))
+    segments, at = [], 0
+    for start, end, named in spans:
+        segments += [Segment(text[at:start])] if start > at else []
+        segments.append(Segment(text[start:end], tuple(named)))
+        at = end
+    return [*segments, Segment(text[at:])] if at < len(text) else segments
+
+
+def mark_pair(pair: PairView) -> MarkedPair:
+    """Reasons are looked for in the response of their side; those of sentences not there, in the prompt."""
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
+    own = {side: [r for r in pair.reasons if r.side == side and _find(texts[side], r.sentence)] for side in texts}
+    rest = [r for r in pair.reasons if not any(r in named for named in own.values())]
+    return MarkedPair(
+        pair,
+        tuple((role, highlight(content, rest)) for role, content in pair.prompt),
+        highlight(pair.chosen, own["chosen"]),
+        highlight(pair.rejected, own["rejected"]),
+    )
+
+
+def section_plots(data: ReportData) -> list[SectionPlot]:
+    """A plot a section, models in their order and on one shared axis."""
+    base, names = _base_model(data), list(dict.fromkeys(row.section for row in data.sections))
+    rows = {name: [row for row in data.sections if row.section == name] for name in names}
+    intervals = {
+        name: [
+            plots.Interval(r.model, r.accuracy, r.low, r.high, r.model == base, r.model in data.red_team)
+            for r in rows[name]
+        ]
+        for name in names
+    }
+    domain = plots.accuracy_domain([row for group in intervals.values() for row in group])
+    found = []
+    for i, name in enumerate(names):
+        sizes = sorted({row.n for row in rows[name]})
+        n = _count(sizes[0]) if len(sizes) == 1 else f"{_count(sizes[0])} to {_count(sizes[-1])}"
+        plot = plots.interval_plot(f"plot-section-{i}", f"Accuracy on {name}", intervals[name], domain)
+        found.append(SectionPlot(name, n, Markup(plot)))
+    return found
+
+
+def verdict_in_words(test: TestView) -> str:
+    """What McNemar's test says, at the 5% level."""
+    if test.p >= 0.05 or test.gained == test.lost:
+        return "no clear difference"
+    direction = "better" if test.gained > test.lost else "worse"
+    return f"clearly {direction}" if test.p < 0.001 else direction
+
+
+def _base_model(data: ReportData) -> str:
+    if data.tests:
+        return data.tests[0].base
+    return data.sections[0].model if data.sections else ""
+
+
+def _selected(data: ReportData) -> tuple[int, int]:
+    return sum(card.sign > 0 for card in data.features), sum(card.sign < 0 for card in data.features)
+
+
+def _find(text: str, sentence: str) -> tuple[int, int] | None:
+    """Where a sentence stands in a text, whitespace aside. Sentences cut from the rendered conversation may begin with
+    a role label or the end of the turn before, which the bare text lacks."""
+    for words in _needles(sentence):
+        match = re.search(r"\s+".join(map(re.escape, words)), text)
+        if match:
+            return match.span()
+    return None
+
+
+def _needles(sentence: str) -> Iterator[list[str]]:
+    words = sentence.strip().strip("…").split()
+    if not words:
+        return
+    yield words
+    yield ROLE_LABEL.sub("", sentence).split() or words
+    for start in range(1, len(words) - 1):
+        yield words[start:]
+    yield sentence.strip().splitlines()[-1].split()
+
+
+def _metric(value: float, name: str) -> str:
+    if not np.isfinite(value):
+        return "n/a"
+    if name in PERCENTAGES:
+        return f"{value:.1%}"
+    return _count(value) if float(value).is_integer() else plots.number(value)
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def _plural(n: int, word: str) -> str:
+    return word if n == 1 else f"{word}s"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    text = f"{value:+.{digits}f}".replace("-", plots.MINUS)
+    return text if any(c in "123456789" for c in text) else text[1:]
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+
+
+def _clip_start(text: str, limit: int = 90) -> str:
+    """The last words of a text, with an ellipsis where it is cut."""
+    if len(text) <= limit:
+        return text
+    return "…" + text[-limit:].partition(" ")[2]
+
+
+def _clip_end(text: str, limit: int = 70) -> str:
+    if len(text) <= limit:
+        return text
+    return text[:limit].rpartition(" ")[0] + "…"

@@ -1,0 +1,239 @@
+"""Rows of one file of any kind as JSON text, a range at a time; and the ranges that a file is cut into."""
+
+import contextlib
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safer_ray import schema
+from safer_ray.errors import UserError
+from safer_ray.schema import RAW_LIMIT
+
+MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
+ENDINGS = ".jsonl, .json, .csv (these also .gz or .zst), .parquet, .arrow"
+
+RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
+
+_KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
+_JSON_SPACE = re.compile(r"[\s,]*")
+
+
+def kind_of(path: Path) -> tuple[str | None, str | None]:
+    """Kind and compression by the name; the kind is None where the name says nothing known."""
+    *_, before, last = ["", "", *path.name.lower().split(".")]
+    compression = _COMPRESSIONS.get(last)
+    kind = _KINDS.get(before if compression else last)
+    return (None, None) if compression and kind in ("parquet", "arrow") else (kind, compression)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Damage of a whole file as one line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot read {path}: {cause}; the file is damaged or incomplete, write it again") from error
+
+
+def _open(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(pa.input_stream(str(path), compression=kind_of(path)[1]), 2**20)
+
+
+def _skip_lines(stream: io.BufferedReader, count: int) -> None:
+    while count and (block := stream.peek()):
+        lines = block.count(b"\n")
+        if lines < count:
+            stream.read(len(block))
+            count -= lines
+        else:
+            for _ in range(count):
+                stream.readline()
+            return
+
+
+def _json_lines(path: Path, start: int) -> Iterator[RawRow]:
+    with _open(path) as stream:
+        _skip_lines(stream, start)
+        position = start
+        while line := stream.readline(MAX_ROW + 1):
+            if position == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) > MAX_ROW and not line.endswith(b"\n"):
+                length, line = len(line), line[:RAW_LIMIT]
+                while rest := stream.readline(2**20):
+                    length += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                yield position, line.decode(errors="replace"), f"too long: {length} bytes, limit {MAX_ROW}"
+            elif line.strip():
+                yield position, *_checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
+            position += 1
+
+
+def _checked(text: str) -> tuple[str, str | None]:
+    """A row's text and why it is refused: bytes that were no UTF-8 have become lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        replaced = text.encode(errors="surrogateescape").decode(errors="replace")
+        return replaced[:RAW_LIMIT], f"bad UTF-8: at character {error.start}"
+    return text, None
+
+
+def _is_array(path: Path) -> bool:
+    with _open(path) as stream:
+        return kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _json_array(path: Path) -> Iterator[RawRow]:
+    """The elements of one array; after one that is no JSON nothing more can be told apart."""
+    decoder = json.JSONDecoder()
+    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape") as text:
+        buffer, at, position, chunk = text.read(2**20).lstrip()[1:], 0, 0, 2**20
+        while True:
+            at = _JSON_SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # it matches the empty text
+            if buffer.startswith("]", at):
+                return
+            try:
+                _, end = decoder.raw_decode(buffer, at)
+            except (ValueError, RecursionError) as error:
+                more = text.read(chunk) if len(buffer) - at <= MAX_ROW else ""
+                if not more:
+                    yield position, _checked(buffer[at : at + RAW_LIMIT])[0], f"not JSON: {error}"
+                    return
+                buffer, at, chunk = buffer[at:] + more, 0, chunk * 2
+                continue
+            yield position, *_checked(buffer[at:end])
+            at, position, chunk = end, position + 1, 2**20
+
+
+def _csv_rows(path: Path, start: int) -> Iterator[RawRow]:
+    csv.field_size_limit(MAX_ROW)
+    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text)
+        header = next(reader, [])
+        position = 0
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield position, "", f"not CSV: {error}"
+                cells = []
+            if cells and position >= start:
+                raw, refused = _checked(schema.to_json(dict(zip(header, cells, strict=False))))
+                if len(cells) > len(header) and refused is None:
+                    refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
+                yield position, raw, refused
+            position += 1
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int, start: int, stop: int) -> Iterator[RawRow]:
+    low, high = max(0, start - first), min(batch.num_rows, stop - first)
+    for i in range(low, high, 100):
+        piece = batch.slice(i, min(100, high - i))
+        try:
+            rows = [_checked(schema.to_json(row)) for row in piece.to_pylist()]
+        except UnicodeDecodeError:
+            rows = [_one_row(piece.slice(j, 1)) for j in range(piece.num_rows)]
+        yield from ((first + i + j, *row) for j, row in enumerate(rows))
+
+
+def _one_row(row: pa.RecordBatch) -> tuple[str, str | None]:
+    try:
+        return _checked(schema.to_json(row.to_pylist()[0]))
+    except UnicodeDecodeError as error:
+        text = error.object.decode(errors="replace")
+        return text[:RAW_LIMIT], f"bad UTF-8: at byte {error.start}"
+
+
+def _parquet(path: Path, start: int, stop: int) -> Iterator[RawRow]:
+    with pq.ParquetFile(path) as file:
+        groups: list[int] = []
+        first = seen = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if seen + rows > start and seen < stop:
+                first = first if groups else seen
+                groups.append(group)
+            seen += rows
+        for batch in file.iter_batches(batch_size=500, row_groups=groups) if groups else ():
+            yield from _batch_rows(batch, first, start, stop)
+            first += batch.num_rows
+            if first >= stop:
+                return
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as memory:
+        magic = memory.read(6)
+        memory.seek(0)
+        if magic == b"ARROW1":
+            file = pa.ipc.open_file(memory)
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(memory)
+
+
+def _arrow(path: Path, start: int, stop: int) -> Iterator[RawRow]:
+    first = 0
+    for batch in _arrow_batches(path):
+        yield from _batch_rows(batch, first, start, stop)
+        first += batch.num_rows
+        if first >= stop:
+            return
+
+
+def read_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
+    """The rows of a file with start <= position < stop; blank ones count but do not come."""
+    kind = kind_of(path)[0]
+    with explained(path):
+        if kind == "parquet":
+            rows = _parquet(path, start, stop)
+        elif kind == "arrow":
+            rows = _arrow(path, start, stop)
+        elif kind == "csv":
+            rows = _csv_rows(path, start)
+        else:
+            rows = _json_array(path) if _is_array(path) else _json_lines(path, start)
+        for row in rows:
+            if row[0] >= stop:
+                return
+            if row[0] >= start:
+                yield row
+
+
+def cut_rows(path: Path, rows: int, size: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of a file, each of at most `rows` rows and about `size` bytes."""
+    kind = kind_of(path)[0]
+    if kind in ("parquet", "arrow"):
+        with explained(path):
+            if kind == "parquet":
+                metadata = pq.read_metadata(path)
+                sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+                total, held = metadata.num_rows, sum(sizes)
+            else:
+                counts = [(batch.num_rows, batch.nbytes) for batch in _arrow_batches(path)]
+                total, held = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
+        step = max(1, min(rows, size * total // max(held, 1)))
+        total = min(total, limit)
+        yield from ((start, min(start + step, total)) for start in range(0, total, step))
+        return
+    start = end = held = 0
+    for position, raw, _ in read_rows(path, 0, limit):
+        if end > start and (position - start >= rows or held + len(raw) > size):
+            yield start, end
+            start, held = position, 0
+        held += len(raw)
+        end = position + 1
+    if end > start:
+        yield start, end

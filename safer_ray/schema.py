@@ -1,0 +1,167 @@
+"""The nouns of the system and their Arrow schemas. Every table that crosses a stage has one of these."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("row_key", pa.string()),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("label_margin", pa.float32()),
+        ("source", pa.string()),
+        ("section", pa.string()),
+        ("group", pa.string()),
+        ("labels", pa.map_(pa.string(), pa.string())),
+        ("extra", pa.string()),  # the user's other columns as one JSON object
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("pair_id", pa.string()),
+        ("source", pa.string()),
+        ("position", pa.int64()),  # 0-based row of the source file
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("raw", pa.string()),  # the row as it came, cut to RAW_LIMIT characters
+    ]
+)
+RAW_LIMIT = 2000
+
+SIDES = ("chosen", "rejected")
+
+
+def activations(width: int) -> pa.Schema:
+    """Standardised layer vectors, one row a token; `norm`, `mean` and `std` are of the raw vector."""
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("side", pa.string()),
+            ("token", pa.int32()),
+            ("end", pa.int32()),
+            ("norm", pa.float32()),
+            ("mean", pa.float32()),
+            ("std", pa.float32()),
+            ("x", pa.list_(pa.float16(), width)),
+        ]
+    )
+
+
+def _codes() -> pa.Schema:
+    fields = [("pair_id", pa.string()), ("n_prompt_tokens", pa.int32()), ("truncated", pa.bool_())]
+    for side in SIDES:
+        fields += [
+            (f"{side}_token", pa.list_(pa.int32())),
+            (f"{side}_end", pa.list_(pa.int32())),
+            (f"{side}_features", pa.list_(pa.list_(pa.int32()))),
+            (f"{side}_values", pa.list_(pa.list_(pa.float32()))),
+            (f"{side}_fallback", pa.bool_()),  # the last entry is the response's last token, no sentence end
+            (f"{side}_reward", pa.float32()),
+        ]
+    return pa.schema(fields)
+
+
+CODES = _codes()
+
+SALIENCE = pa.schema(
+    [
+        ("feature", pa.int32()),
+        ("salience", pa.float64()),
+        ("chosen_sum", pa.float64()),
+        ("rejected_sum", pa.float64()),
+        ("n_chosen", pa.int64()),
+        ("n_rejected", pa.int64()),
+    ]
+)
+
+CONTEXTS = pa.schema(
+    [
+        ("feature", pa.int32()),
+        ("rank", pa.int32()),
+        ("value", pa.float32()),
+        ("pair_id", pa.string()),
+        ("side", pa.string()),
+        ("end", pa.int32()),
+        ("before", pa.string()),
+        ("sentence", pa.string()),
+        ("after", pa.string()),
+    ]
+)
+
+VERDICTS = pa.schema(
+    [
+        ("feature", pa.int32()),
+        ("judge", pa.string()),
+        ("rating", pa.int8()),  # 1..5, null: unrated
+        ("reason", pa.string()),
+        ("raw", pa.string()),
+    ]
+)
+
+REASON = pa.struct(
+    [
+        ("feature", pa.int32()),
+        ("sign", pa.int8()),  # +1: of F+ (safe), -1: of F- (unsafe)
+        ("contribution", pa.float32()),  # to the score; negative ones make a pair suspicious
+        ("side", pa.string()),
+        ("end", pa.int32()),  # of the sentence where the feature fires most, -1: unknown
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("row_key", pa.string()),
+        ("score", pa.float64()),
+        ("reward_chosen", pa.float32()),
+        ("reward_rejected", pa.float32()),
+        ("reward_margin", pa.float32()),
+        ("suspicion", pa.float64()),
+        ("flag", pa.bool_()),
+        ("decision", pa.string()),
+        ("reasons", pa.list_(REASON)),
+        ("extra", pa.string()),
+    ]
+)
+
+DECISIONS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("row_key", pa.string()),
+        ("strategy", pa.string()),
+        ("value", pa.float64()),  # what the strategy ordered by; low: suspicious
+        ("eligible", pa.bool_()),  # inside `curate.where`
+        ("decision", pa.string()),  # keep, drop or flip
+        ("red_team", pa.bool_()),
+    ]
+)
+
+REWARDS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("section", pa.string()),
+        ("reward_chosen", pa.float32()),
+        ("reward_rejected", pa.float32()),
+        ("reward_margin", pa.float32()),
+    ]
+)
+
+TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
+
+
+def table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of `schema`; keys that a row lacks are null."""
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON with sorted keys, the one form in which values are hashed and carried."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

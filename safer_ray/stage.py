@@ -1,0 +1,99 @@
+"""What every stage shares: recipes and their versions, the place and the runner, and reading parts side by side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from safer_ray.artifacts import (
+    Artifact,
+    Fragment,
+    Place,
+    Recipe,
+    read_fragment,
+    read_parquet,
+)
+from safer_ray.errors import SaferError, UserError
+from safer_ray.runner import MapJob, Runner
+
+VERSIONS = {
+    "corpus": 1,
+    "pairs": 1,
+    "noise": 1,
+    "reward": 1,
+    "activations": 1,
+    "sae": 1,
+    "codes": 1,
+    "salience": 1,
+    "contexts": 1,
+    "verdicts": 1,
+    "select": 1,
+    "auditor": 1,
+    "scores": 1,
+    "curate": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+
+
+def recipe(stage: str, config: BaseModel | dict[str, Any], **inputs: str) -> Recipe:
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return Recipe(stage, VERSIONS[stage], values, inputs)
+
+
+def pairs_of(artifact: Artifact) -> Path:
+    """Where an artifact of `pairs`, `noise` or `curate` keeps its pairs."""
+    below = artifact.path / "pairs"
+    return below if below.is_dir() else artifact.path
+
+
+def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fragment], pa.Table]:
+    """A reader of `left`'s fragments with columns of the equally numbered part of `right`, matched by `pair_id`."""
+
+    def read(fragment: Fragment) -> pa.Table:
+        rows = read_fragment(fragment)
+        other = read_parquet(right / Path(fragment.path).name, ["pair_id", *columns])
+        index = {key: i for i, key in enumerate(other["pair_id"].to_pylist())}
+        missing = [key for key in rows["pair_id"].to_pylist() if key not in index]
+        if missing:
+            raise UserError(f"{right}: no pair {missing[0]!r}, which {left} has; pass the pairs that it was made from")
+        taken = other.take(pa.array([index[key] for key in rows["pair_id"].to_pylist()], pa.int64()))
+        for name in columns:
+            rows = rows.append_column(name, taken[name])
+        return rows
+
+    return read
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where stages run and where their artifacts go."""
+
+    place: Place
+    runner: Runner
+    fragment_rows: int = 1000
+    on_step: Callable[[str, int, int], None] = lambda stage, step, total: None
+
+    def map(
+        self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2
+    ) -> dict[str, int]:
+        """Map a job; its row counts.
+
+        Raises:
+            SaferError: more than `refused_share` of the rows failed; the commonest reason is named.
+        """
+        counts = self.runner.map(job, fragments, directory)
+        if counts.quarantined > refused_share * counts.read:
+            reason = max(counts.reasons, key=lambda name: counts.reasons[name])
+            raise SaferError(
+                f"{job.stage}: {counts.quarantined} of {counts.read} rows failed, most with {reason!r}; "
+                f"see {directory / 'quarantine'}, and run with --fresh once the cause is mended"
+            )
+        return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
+
+
+def licence_of(artifact: Artifact) -> tuple[str, ...]:
+    return tuple(artifact.licence)

@@ -1,0 +1,253 @@
+"""One command a stage, each from explicit directories to `--out`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safer_ray.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+from safer_ray.commands import (
+    Assignments,
+    ConfigPath,
+    ExistingPath,
+    Fresh,
+    Out,
+    build_config,
+    config_section,
+    console,
+    one_stage,
+    open_input,
+    show_artifact,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def pairs(
+    source: Annotated[list[str], typer.Option("--source", help="A file, folder, glob or hub:NAME; may be repeated.")],
+    out: Out,
+    format: Annotated[str, typer.Option()] = "auto",
+    section: Annotated[str | None, typer.Option()] = None,
+    max_refused_share: Annotated[float | None, typer.Option()] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 1: read preference pairs, quarantine what cannot be used."""
+    from safer_ray.config import PairsConfig, SourceConfig
+
+    sources = tuple(build_config(SourceConfig, path=path, format=format, section=section) for path in source)
+    config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.pairs(config))
+
+
+@app.command()
+def reward(
+    pairs: ExistingPath, out: Out, config: ConfigPath = None, assignments: Assignments = None, fresh: Fresh = False
+) -> None:
+    """Stage 2: train a reward model on pairs."""
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.reward(config_section(config, "reward", assignments), open_input(pairs)))
+
+
+@app.command()
+def activations(
+    pairs: ExistingPath,
+    reward: ExistingPath,
+    out: Out,
+    config: ConfigPath = None,
+    assignments: Assignments = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 3: harvest layer vectors."""
+    with one_stage(out, fresh) as stages:
+        show_artifact(
+            stages.activations(
+                config_section(config, "activations", assignments), open_input(pairs), open_input(reward)
+            )
+        )
+
+
+@app.command()
+def sae(
+    activations: ExistingPath,
+    out: Out,
+    config: ConfigPath = None,
+    assignments: Assignments = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 4: train a sparse autoencoder on activations."""
+    source = open_input(activations, "activations")
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.sae(config_section(config, "sae", assignments), source, source.metrics["layer"]))
+
+
+@app.command()
+def codes(pairs: ExistingPath, reward: ExistingPath, sae: ExistingPath, out: Out, fresh: Fresh = False) -> None:
+    """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.codes(open_input(pairs), open_input(reward), open_input(sae)))
+
+
+@app.command()
+def salience(
+    codes: ExistingPath,
+    out: Out,
+    mode: Annotated[str, typer.Option(help="paper or response")] = "response",
+    latents: Annotated[int | None, typer.Option(help="SAE width, where the codes do not record it.")] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 6: how differently each feature fires on chosen and rejected responses."""
+    from safer_ray.config import SalienceConfig
+
+    config = build_config(SalienceConfig, mode=mode)
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.salience(open_input(codes), config.mode, latents))
+
+
+@app.command()
+def contexts(
+    salience: ExistingPath,
+    codes: ExistingPath,
+    pairs: ExistingPath,
+    reward: ExistingPath,
+    out: Out,
+    assignments: Assignments = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 7: the sentences on which each candidate feature fires most."""
+    ranked = open_input(salience, "salience")
+    with one_stage(out, fresh) as stages:
+        config = config_section(None, "contexts", assignments)
+        show_artifact(
+            stages.contexts(
+                config, ranked, open_input(codes), open_input(pairs), open_input(reward), ranked.metrics["mode"]
+            )
+        )
+
+
+@app.command()
+def verdicts(
+    salience: ExistingPath,
+    reward: ExistingPath,
+    sae: ExistingPath,
+    out: Out,
+    candidates: Annotated[int, typer.Option()] = 256,
+    assignments: Assignments = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 8: rate candidate features by the concept probe."""
+    with one_stage(out, fresh) as stages:
+        config = config_section(None, "judge", assignments)
+        show_artifact(
+            stages.verdicts(
+                config, open_input(salience, "salience"), open_input(reward), open_input(sae), candidates, None
+            )
+        )
+
+
+@app.command()
+def select(
+    salience: ExistingPath,
+    out: Out,
+    ratings: Annotated[Path | None, typer.Option(help='JSON {"feature": rating}.')] = None,
+    verdicts: Annotated[Path | None, typer.Option(help="The directory of stage verdicts.")] = None,
+    assignments: Assignments = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 9: choose the safe and unsafe features."""
+    from safer_ray.judge import read_ratings
+
+    if (ratings is None) == (verdicts is None):
+        raise UserError("select: pass either --ratings FILE or --verdicts DIR")
+    config = config_section(None, "select", assignments)
+    with one_stage(out, fresh) as stages:
+        source = open_input(salience, "salience")
+        judged = open_input(verdicts, "verdicts") if verdicts else None
+        show_artifact(
+            stages.select(config, source, verdicts=judged, ratings=read_ratings(ratings) if ratings else None)
+        )
+
+
+@app.command()
+def auditor(
+    reward: ExistingPath,
+    sae: ExistingPath,
+    features: Annotated[Path, typer.Option(help="The directory of stage select.")],
+    codes: ExistingPath,
+    out: Out,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 10: the deployable bundle."""
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.auditor(open_input(reward), open_input(sae), open_input(features), open_input(codes)))
+
+
+@app.command()
+def scores(codes: ExistingPath, pairs: ExistingPath, auditor: ExistingPath, out: Out, fresh: Fresh = False) -> None:
+    """Stage 11: score pairs from their codes against an auditor's reference."""
+    config = config_section(None, "scores", None)
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.scores(config, open_input(codes), open_input(pairs), open_input(auditor, "auditor")))
+
+
+@app.command()
+def rescore(
+    codes: ExistingPath,
+    features: ExistingPath,
+    out: Out,
+    mode: Annotated[str | None, typer.Option(help="paper or response; default: what the features file says")] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 11 with another selection of features, from codes alone."""
+    from safer_ray.auditor import read_features
+    from safer_ray.config import SalienceConfig
+
+    checked = build_config(SalienceConfig, mode=mode).mode if mode else None
+    selected = read_features(features, checked)
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.rescore(config_section(None, "scores", None), open_input(codes), selected))
+
+
+@app.command()
+def curate(
+    pairs: ExistingPath,
+    scores: ExistingPath,
+    strategy: Annotated[str, typer.Option(help="safer, reward_margin, random or length")],
+    action: Annotated[str, typer.Option(help="drop, relabel or poison")],
+    percent: Annotated[float, typer.Option(help="Share of the eligible pairs, 0-100.")],
+    out: Out,
+    where: Annotated[str | None, typer.Option(help="Limits the eligible pairs: section == safety")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Needed to poison.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Stage 12: drop, relabel or (as a red-team exercise) poison pairs."""
+    from safer_ray.config import CurateConfig
+
+    config = build_config(
+        CurateConfig,
+        strategy=strategy,
+        action=action,
+        percent=percent,
+        where=where,
+        seed=seed,
+        red_team=red_team,
+    )
+    with one_stage(out, fresh) as stages:
+        show_artifact(stages.curate(config, open_input(pairs), open_input(scores)))
+
+
+@app.command()
+def evaluate(reward: ExistingPath, pairs: ExistingPath, out: Out, fresh: Fresh = False) -> None:
+    """Stage 13: accuracy of a reward model by section."""
+    with one_stage(out, fresh) as stages:
+        artifact = stages.evaluate(open_input(reward), open_input(pairs))
+    show_artifact(artifact)
+    for name, values in artifact.metrics["sections"].items():
+        interval = f"[{values['low']:.3f}, {values['high']:.3f}]"
+        console.print(f"  {name:<20} {values['accuracy']:.3f}  95% {interval}  n {values['n']}", markup=False)

@@ -1,0 +1,294 @@
+"""A run's numbers in one JSON file, and the view of it that the report renders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from safer_ray import report
+from safer_ray.artifacts import Artifact, read_parts, write_json, write_text
+from safer_ray.config import RunConfig, StrategyName
+from safer_ray.contexts import cut_context
+from safer_ray.curation import join_scores
+from safer_ray.evaluation import Detection, McNemar, detection, mcnemar
+from safer_ray.reward import load_pair_tokenizer
+from safer_ray.stage import pairs_of
+from safer_ray.text import sentence_start
+from safer_ray.where import where_mask
+
+DETECTORS: tuple[StrategyName, ...] = ("safer", "reward_margin", "random", "length")
+SAE_METRICS = ("nmse", "explained_variance", "l0", "dead_share")
+
+
+@dataclass(frozen=True)
+class RunView:
+    """The complete artifacts of a run."""
+
+    config: RunConfig
+    artifacts: dict[str, Artifact]
+    models: dict[str, Artifact]
+    evaluations: dict[str, Artifact]
+    curated: dict[str, Artifact]
+
+    def rows(self) -> pa.Table:
+        """Training pairs joined with their scores."""
+        pairs = read_parts(pairs_of(self.artifacts["training_pairs"]))
+        scores = read_parts(self.artifacts["scores"].path, ["pair_id", "score", "reward_margin"])
+        return join_scores(pairs, scores)
+
+    def planted(self, rows: pa.Table) -> np.ndarray | None:
+        """Per row whether its label was swapped on purpose; None where nothing was planted."""
+        noise = self.artifacts.get("noise")
+        if noise is None:
+            return None
+        truth = read_parts(noise.path / "truth")
+        known = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
+        return np.array([known[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
+
+    def detections(self, rows: pa.Table) -> dict[str, Detection]:
+        """How well each strategy finds planted swaps, among the pairs that could have been swapped."""
+        planted = self.planted(rows)
+        if planted is None or not planted.any():
+            return {}
+        assert self.config.noise is not None
+        mask = where_mask(rows, self.config.noise.where)
+        eligible = rows.filter(pa.array(mask))
+        return {name: detection(eligible, planted[mask], name, self.config.noise.seed) for name in DETECTORS}
+
+    def tests(self) -> dict[str, dict[str, McNemar]]:
+        """McNemar's tests of every model against the base, by model and section."""
+        base = read_parts(self.evaluations[self.config.evaluate.base].path)
+        others = {k: v for k, v in self.evaluations.items() if k != self.config.evaluate.base}
+        return {name: mcnemar(read_parts(artifact.path), base) for name, artifact in others.items()}
+
+    def flips_against_random(self) -> dict[str, dict[str, McNemar]]:
+        """McNemar's tests of each `safer` variant against the random one of the same action and share."""
+        found = {}
+        for name, config in self.config.curate.items():
+            if config.strategy != "safer":
+                continue
+            twin = config.model_copy(update={"strategy": "random"})
+            rival = next((n for n, c in self.config.curate.items() if c == twin), None)
+            if rival is not None:
+                tables = (read_parts(self.evaluations[n].path) for n in (name, rival))
+                found[f"{name} vs {rival}"] = mcnemar(*tables)
+        return found
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each stage when it was made; stages that ran for several models are summed."""
+        totals: dict[str, float] = {}
+        unique = {a.name: a for a in self.every().values()}
+        for artifact in unique.values():
+            stage = artifact.manifest["stage"]
+            totals[stage] = round(totals.get(stage, 0.0) + artifact.manifest["wall_seconds"], 3)
+        return totals
+
+    def every(self) -> dict[str, Artifact]:
+        named = {**self.artifacts}
+        for kind, group in (("curate", self.curated), ("reward", self.models), ("evaluate", self.evaluations)):
+            named |= {f"{kind} {name}": artifact for name, artifact in group.items()}
+        return named
+
+
+def summarise(view: RunView) -> dict[str, Any]:
+    """The numbers of a run: accuracies and shares in [0, 1], AUROC with 0.5 at chance, seconds by stage."""
+    made = view.artifacts
+    rows = view.rows()
+    found = view.detections(rows)
+    planted = view.planted(rows)
+    selected = json.loads((made["select"].path / "features.json").read_text(encoding="utf-8"))
+    sections = {name: a.metrics["sections"] for name, a in view.evaluations.items()}
+    tests = {f"{name} vs {view.config.evaluate.base}": by_section for name, by_section in view.tests().items()}
+    tests |= view.flips_against_random()
+    return {
+        "pairs": made["pairs"].manifest["rows"]["pairs"],
+        "quarantined": made["pairs"].manifest["rows"]["quarantined"],
+        "reward": {"accuracy": made["reward"].metrics["validation_accuracy"]},
+        "sae": {name: made["sae"].metrics[name] for name in SAE_METRICS},
+        "selected_features": {"safe": len(selected["safe"]), "unsafe": len(selected["unsafe"])},
+        "detection": {
+            "planted": int(planted.sum()) if planted is not None else 0,
+            "auroc": {name: d.auroc for name, d in found.items()},
+            "precision_at_planted": {name: d.precision_at_planted for name, d in found.items()},
+        },
+        "sections": {name: {s: a["accuracy"] for s, a in values.items()} for name, values in sections.items()},
+        "tests": {name: {s: t._asdict() for s, t in by.items()} for name, by in tests.items()},
+        "seconds": view.seconds(),
+        "artifacts": {name: artifact.name for name, artifact in view.every().items()},
+    }
+
+
+def write_summary(view: RunView, path: Path) -> None:
+    write_json(summarise(view), path)
+
+
+def conclusions(summary: dict[str, Any], base: str) -> list[str]:
+    """What the numbers say, in plain sentences."""
+    said = []
+    auroc = summary["detection"]["auroc"]
+    if auroc:
+        best = max(auroc, key=lambda name: auroc[name])
+        said.append(
+            f"Of {summary['detection']['planted']} planted label swaps, safer ranks a swapped pair below a clean one "
+            f"with AUROC {auroc['safer']:.3f}; the best strategy here is {best} with {auroc[best]:.3f}."
+        )
+    for name, sections in summary["sections"].items():
+        if name == base:
+            continue
+        for section, accuracy in sections.items():
+            test = summary["tests"][f"{name} vs {base}"][section]
+            change = 100 * (accuracy - summary["sections"][base][section])
+            sure = f"McNemar p = {test['p']:.2g}"
+            verdict = "a change beyond chance" if test["p"] < 0.05 else "within chance"
+            said.append(f"{name} moves {section} by {change:+.1f} points ({sure}, {verdict}).")
+    return said
+
+
+def write_report(view: RunView, path: Path) -> None:
+    """The HTML page of a run."""
+    write_text(report.render_report(report_data(view)), path)
+
+
+def report_data(view: RunView) -> report.ReportData:
+    """Everything the page shows."""
+    made, config = view.artifacts, view.config
+    summary = summarise(view)
+    rows = view.rows()
+    salience = read_parts(made["salience"].path)
+    order = np.argsort(salience["feature"].to_numpy())
+    history = ("history",)
+    return report.ReportData(
+        title=config.report.title,
+        run=config.name,
+        mode=config.salience.mode,
+        facts=_facts(view),
+        conclusions=tuple(conclusions(summary, config.evaluate.base)),
+        stages=tuple(_stage_views(view)),
+        quarantine=made["pairs"].metrics["reasons"],
+        reward={k: v for k, v in made["reward"].metrics.items() if k not in history},
+        reward_history=tuple(made["reward"].metrics["history"]),
+        sae={k: v for k, v in made["sae"].metrics.items() if k not in history},
+        sae_history=tuple(made["sae"].metrics["history"]),
+        salience=salience["salience"].to_numpy()[order],
+        features=tuple(_feature_cards(view, salience)),
+        scores=rows["score"].to_numpy(),
+        planted=view.planted(rows),
+        pairs=tuple(_pair_views(view, rows)),
+        detection=tuple(report.DetectionView(n, *d) for n, d in view.detections(rows).items()),
+        sections=tuple(_section_views(view)),
+        tests=tuple(_test_views(view)),
+        red_team=tuple(name for name, artifact in view.models.items() if artifact.red_team),
+        licences=tuple(made["pairs"].licence),
+    )
+
+
+def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
+    config = view.config
+    base = config.reward.base
+    return (
+        ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),
+        ("Layer read", str(config.activations.layer)),
+        ("Autoencoder", f"TopK, {config.sae.latents:,} latents, k {config.sae.k}"),
+        ("Judge", f"concept probe {config.judge.exchanges}"),
+        ("Scores are", "in sample: model and features were fitted on the pairs that they score"),
+    )
+
+
+def _stage_views(view: RunView) -> list[report.StageView]:
+    stages = []
+    for name, artifact in view.every().items():
+        if name in ("training_pairs", "reward clean"):
+            continue
+        rows = artifact.manifest["rows"]
+        count = rows.get("pairs", rows.get("written", sum(rows.values())))
+        stages.append(report.StageView(name, count, artifact.manifest["wall_seconds"]))
+    return stages
+
+
+def _feature_cards(view: RunView, salience: pa.Table) -> list[report.FeatureCard]:
+    made = view.artifacts
+    selected = json.loads((made["select"].path / "features.json").read_text(encoding="utf-8"))
+    signs = {**dict.fromkeys(selected["safe"], 1), **dict.fromkeys(selected["unsafe"], -1)}
+    verdicts = {row["feature"]: row for row in read_parts(made["verdicts"].path).to_pylist()}
+    contexts: dict[int, list[report.Context]] = {}
+    for row in read_parts(made["contexts"].path).to_pylist():
+        names = ("before", "sentence", "after", "value", "side", "pair_id")
+        contexts.setdefault(row["feature"], []).append(report.Context(*(row[name] for name in names)))
+    ranked = sorted(
+        salience.slice(0, view.config.select.candidates).to_pylist(), key=lambda r: r["feature"] not in signs
+    )
+    return [
+        report.FeatureCard(
+            feature=row["feature"],
+            salience=row["salience"],
+            sign=signs.get(row["feature"], 0),
+            rating=verdicts[row["feature"]]["rating"],
+            reason=verdicts[row["feature"]]["reason"],
+            n_chosen=row["n_chosen"],
+            n_rejected=row["n_rejected"],
+            contexts=tuple(contexts.get(row["feature"], ())),
+        )
+        for row in ranked[: view.config.report.features]
+        if row["feature"] in verdicts
+    ]
+
+
+def _pair_views(view: RunView, rows: pa.Table) -> list[report.PairView]:
+    """The most suspicious pairs of the sections that curation or planting looks at, worst first."""
+    noise = view.config.noise
+    where = noise.where if noise else next((c.where for c in view.config.curate.values()), None)
+    shown = rows.filter(pa.array(where_mask(rows, where)))
+    worst = shown.take(pa.array(np.argsort(shown["score"].to_numpy(), kind="stable")[: view.config.report.pairs]))
+    scores = read_parts(view.artifacts["scores"].path)
+    by_id = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
+    tokenizer = load_pair_tokenizer(view.artifacts["reward"].path)
+    planted = view.planted(worst)
+    views = []
+    for number, pair in enumerate(worst.to_pylist()):
+        found = scores.slice(by_id[pair["pair_id"]], 1).to_pylist()[0]
+        texts = {side: tokenizer.rendered_side(pair, side) for side in ("chosen", "rejected")}
+        views.append(
+            report.PairView(
+                pair_id=pair["pair_id"],
+                section=pair["section"] or "",
+                score=found["score"],
+                suspicion=found["suspicion"],
+                reward_margin=found["reward_margin"],
+                prompt=tuple((m["role"], m["content"]) for m in pair["prompt"]),
+                chosen="\n".join(m["content"] for m in pair["chosen"]),
+                rejected="\n".join(m["content"] for m in pair["rejected"]),
+                reasons=tuple(_reason_view(reason, texts) for reason in found["reasons"]),
+                planted=None if planted is None else bool(planted[number]),
+            )
+        )
+    return views
+
+
+def _reason_view(reason: dict[str, Any], texts: dict[str, str]) -> report.ReasonView:
+    text, end = texts[reason["side"]], reason["end"]
+    sentence = cut_context(text, sentence_start(text, end), end)[1].strip()
+    return report.ReasonView(reason["feature"], reason["sign"], reason["contribution"], reason["side"], sentence)
+
+
+def _section_views(view: RunView) -> list[report.SectionView]:
+    return [
+        report.SectionView(model, section, a["n"], a["accuracy"], a["low"], a["high"])
+        for model, artifact in view.evaluations.items()
+        for section, a in artifact.metrics["sections"].items()
+    ]
+
+
+def _test_views(view: RunView) -> list[report.TestView]:
+    base = view.config.evaluate.base
+    rows = [(name, base, by) for name, by in view.tests().items()]
+    for pair, by in view.flips_against_random().items():
+        model, _, rival = pair.partition(" vs ")
+        rows.append((model, rival, by))
+    return [
+        report.TestView(model, rival, section, test.gained, test.lost, test.p)
+        for model, rival, by in rows
+        for section, test in by.items()
+    ]

@@ -1,0 +1,223 @@
+"""From messages to tokens: chat rendering, tokenising a pair, truncation, sentence ends (DESIGN 2.5)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safer_ray.errors import UserError
+
+Message = dict[str, str]
+SENTENCE_END = re.compile(r"[.,?!;\n]+(\s+[.,?!;\n]+)*")
+BLANK = re.compile("\ue000\\d+\ue001")  # stands for a message's content, to see what is markup
+END_GAP = 5  # tokens before the first end and between two
+PLAIN_TURNS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+
+
+class Rendered(NamedTuple):
+    """A rendered text and the character spans in it that are content, not template markup."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Side(NamedTuple):
+    """One response behind its prompt."""
+
+    ids: np.ndarray  # int64, prompt tokens then response tokens
+    token: np.ndarray  # int32, indices of sentence ends in `ids`, rising
+    end: np.ndarray  # int32, character offsets one past those sentences in the rendered text
+    fallback: bool  # the last entry is the response's last content token, since no sentence ends in the response
+
+
+class PairTokens(NamedTuple):
+    pair_id: str
+    n_prompt_tokens: int
+    truncated: bool
+    chosen: Side
+    rejected: Side
+
+
+def _blank(message: Message, number: int) -> Message:
+    return {**message, "content": f"\ue000{number}\ue001"}
+
+
+class _Tokens(NamedTuple):
+    ids: np.ndarray
+    ends: np.ndarray  # token index of each sentence end
+    end_chars: np.ndarray
+    last: int  # index of the last content token, -1: none
+    last_char: int
+
+
+def _content_spans(text: str, markup: Sequence[str], contents: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Where the contents lie in a text that alternates markup and contents; whitespace around a content is left out."""
+    spans, position = [], 0
+    for before, content in zip(markup, contents, strict=False):
+        if text.startswith(before, position):
+            position += len(before)
+        said = content.strip()
+        start = text.find(said, position)
+        if said and start >= 0:
+            position = start + len(said)
+            spans.append((start, position))
+    return tuple(spans)
+
+
+def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
+    """Prompt and response as `Human:` and `Assistant:` turns, the prompt ending in an open `Assistant:`."""
+    turns = [PLAIN_TURNS.get(m["role"], PLAIN_TURNS["user"]) for m in prompt]
+    said = [m["content"] for m in prompt]
+    head = "".join(turn + content for turn, content in zip(turns, said, strict=True))
+    head += PLAIN_TURNS["assistant"].rstrip() if prompt else ""
+    answers = [m["content"] for m in response]
+    gaps = [" " * bool(prompt)] + [PLAIN_TURNS["assistant"]] * (len(answers) - 1)
+    tail = "".join(gap + answer for gap, answer in zip(gaps, answers, strict=True))
+    return Rendered(head, _content_spans(head, turns, said)), Rendered(tail, _content_spans(tail, gaps, answers))
+
+
+def sentence_ends(rendered: Rendered) -> np.ndarray:
+    """Character offsets one past each run of sentence-ending punctuation inside the content spans."""
+    return np.array(
+        [match.end() for a, b in rendered.spans for match in SENTENCE_END.finditer(rendered.text, a, b)], dtype=np.int64
+    )
+
+
+def sentence_start(text: str, end: int) -> int:
+    """Where the sentence that ends at character `end` begins: behind the run of punctuation before it."""
+    previous = 0
+    for match in SENTENCE_END.finditer(text, 0, max(0, end)):
+        if match.end() < end:
+            previous = match.end()
+    return previous
+
+
+def thin(indices: np.ndarray) -> np.ndarray:
+    """Positions in `indices` of the ends taken: the first at token >= 5, each next at least 5 tokens further on."""
+    kept, last = [], 0
+    for position, index in enumerate(indices.tolist()):
+        if index - last >= END_GAP:
+            kept.append(position)
+            last = index
+    return np.array(kept, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Renders and tokenises pairs for one model.
+
+    `limit` is the longest sequence; `template` is `plain` or `chat`.
+    """
+
+    tokenizer: Any
+    template: str
+    limit: int
+
+    def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
+        """Prompt and response as the model sees them.
+
+        Raises:
+            UserError: the chat template does not put the response behind the prompt.
+        """
+        if self.template == "plain":
+            return render_plain(prompt, response)
+        head, whole = self._chat(prompt, response)
+        marked = [_blank(m, i) for i, m in enumerate([*prompt, *response])]
+        blank_head, blank_whole = self._chat(marked[: len(prompt)], marked[len(prompt) :])
+        contents = [m["content"] for m in (*prompt, *response)]
+        texts = (head, whole[len(head) :])
+        markup = (BLANK.split(blank_head), BLANK.split(blank_whole[len(blank_head) :]))
+        said = (contents[: len(prompt)], contents[len(prompt) :])
+        return Rendered(texts[0], _content_spans(texts[0], markup[0], said[0])), Rendered(
+            texts[1], _content_spans(texts[1], markup[1], said[1])
+        )
+
+    def _chat(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:
+        """The prompt by the chat template, and prompt with response, which begins with it."""
+        apply = self.tokenizer.apply_chat_template
+        whole = str(apply([*prompt, *response], tokenize=False))
+        for open_turn in (True, False):
+            head = str(apply(list(prompt), tokenize=False, add_generation_prompt=open_turn)) if prompt else ""
+            if whole.startswith(head):
+                return head, whole
+        raise UserError("the chat template rewrites the prompt when a response follows; set `template: plain`")
+
+    def rendered_side(self, pair: dict[str, Any], side: str) -> str:
+        """The whole text of one side, that `end` offsets point into."""
+        head, tail = self.render(pair["prompt"] or [], pair[side])
+        return head.text + tail.text
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> list[PairTokens]:
+        """Tokens of pairs; keys `pair_id`, `prompt`, `chosen`, `rejected` (messages)."""
+        rendered = []
+        for pair in pairs:
+            prompt, chosen = self.render(pair["prompt"] or [], pair["chosen"])
+            rendered += [prompt, chosen, self.render(pair["prompt"] or [], pair["rejected"])[1]]
+        tokens = self._tokenise(rendered)
+        prefix, middle, suffix = self._specials()
+        output = []
+        for i, pair in enumerate(pairs):
+            head, *answers = tokens[3 * i : 3 * i + 3]
+            longest = max(len(answer.ids) for answer in answers) + len(suffix)
+            room = self.limit - longest - len(prefix) - len(middle)
+            cut = max(0, len(head.ids) - max(0, room))
+            offset = len(rendered[3 * i].text)
+            sides = [self._side(head, cut, answer, offset, prefix, middle, suffix) for answer in answers]
+            n_prompt = len(prefix) + len(head.ids) - cut + len(middle)
+            output.append(PairTokens(pair["pair_id"], n_prompt, cut > 0 or room < 0, sides[0], sides[1]))
+        return output
+
+    def _specials(self) -> tuple[list[int], list[int], list[int]]:
+        """Special tokens before the prompt, between prompt and response, and after the response."""
+        if self.template != "plain":
+            return [], [], []
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
+        first = mask.index(0)
+        suffix = [token for token, special in zip(ids[first:], mask[first:], strict=True) if special]
+        is_encoder = self.tokenizer.cls_token_id is not None and self.tokenizer.sep_token_id is not None
+        return ids[:first], suffix if is_encoder else [], suffix
+
+    def _tokenise(self, texts: Sequence[Rendered]) -> list[_Tokens]:
+        encoded = self.tokenizer(
+            [t.text for t in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        output = []
+        for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            starts = np.array([a for a, _ in offsets], dtype=np.int64)
+            chars = sentence_ends(rendered)
+            tokens = np.searchsorted(starts, chars - 1, side="right") - 1
+            held = tokens >= 0
+            last_char = rendered.spans[-1][1] if rendered.spans else len(rendered.text)
+            last = int(np.searchsorted(starts, last_char - 1, side="right") - 1)
+            output.append(_Tokens(np.array(ids, dtype=np.int64), tokens[held], chars[held], last, last_char))
+        return output
+
+    def _side(
+        self,
+        prompt: _Tokens,
+        cut: int,
+        response: _Tokens,
+        offset: int,
+        prefix: list[int],
+        middle: list[int],
+        suffix: list[int],
+    ) -> Side:
+        """One side's sequence: prefix, the prompt without its first `cut` tokens, middle, response, suffix."""
+        start = len(prefix) - cut  # of the prompt's first token, were it kept
+        n_prompt = start + len(prompt.ids) + len(middle)
+        drop = max(0, n_prompt + len(response.ids) + len(suffix) - self.limit)
+        ids = np.concatenate([prefix, prompt.ids[cut:], middle, response.ids[drop:], suffix]).astype(np.int64)
+        before = prompt.ends >= cut
+        after = response.ends >= drop
+        token = np.concatenate([prompt.ends[before] + start, response.ends[after] + n_prompt - drop])
+        end = np.concatenate([prompt.end_chars[before], response.end_chars[after] + offset])
+        kept = thin(token)
+        token, end = token[kept], end[kept]
+        fallback = not bool((token >= n_prompt).any()) and response.last >= drop
+        if fallback:
+            token = np.append(token, response.last + n_prompt - drop)
+            end = np.append(end, response.last_char + offset)
+        return Side(ids, token.astype(np.int32), end.astype(np.int32), fallback)

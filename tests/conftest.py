@@ -1,0 +1,143 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from safer_ray import schema
+from safer_ray.artifacts import part_name, write_parquet
+from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.reward import RewardModel, load_reward_model, new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.sae import TopKSae, save_sae
+from safer_ray.train_reward import pair_texts
+
+SHARED = Path(__file__).parents[2] / "shared"
+TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
+SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
+
+torch.set_num_threads(2)
+quiet_transformers()
+
+
+def shared(name: str) -> Path:
+    """A file or folder of the data beside the repository; the test skips where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def messages(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def make_pair(pair_id: str, prompt: str, chosen: str, rejected: str, **more: object) -> dict[str, object]:
+    """One row of a pairs table."""
+    return {
+        "pair_id": pair_id,
+        "row_key": f"made.jsonl#{pair_id}",
+        "prompt": messages("user", prompt) if prompt else [],
+        "chosen": messages("assistant", chosen),
+        "rejected": messages("assistant", rejected),
+        "source": "made",
+        "section": "safety",
+        "group": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+        "labels": [],
+    } | more
+
+
+def make_pairs(n: int) -> pa.Table:
+    """Pairs with an easy rule: the chosen response is polite, the rejected one is not."""
+    rows = []
+    for i in range(n):
+        subject = SUBJECTS[i % len(SUBJECTS)]
+        rows.append(
+            make_pair(
+                f"pair-{i:03}",
+                f"How do I take care of {subject}, number {i}? I have tried a few things already.",
+                f"Gladly, here is what helps with {subject}. Start slowly, then look again. Thank you for asking!",
+                f"Who cares about {subject} at all. Go away, you fool. Stop asking me about number {i}!",
+                section="safety" if i % 2 else "chat",
+                label_margin=float(i),
+            )
+        )
+    return schema.table(rows, schema.PAIRS)
+
+
+def write_parts(table: pa.Table, directory: Path, rows: int) -> Path:
+    """A table as parts of at most `rows` rows."""
+    for number, start in enumerate(range(0, len(table), rows)):
+        write_parquet(table.slice(start, rows), directory / part_name(number))
+    return directory
+
+
+def make_codes(rows: list[dict[str, object]]) -> pa.Table:
+    """A codes table; each side is a list of `(token, {feature: value})`, `end` is ten times the token."""
+    columns = []
+    for number, row in enumerate(rows):
+        made = {"pair_id": row.get("pair_id", f"p{number}"), "n_prompt_tokens": row.get("n_prompt_tokens", 0)}
+        made["truncated"] = False
+        for side in schema.SIDES:
+            entries = row.get(side, [])
+            made |= {
+                f"{side}_token": [token for token, _ in entries],
+                f"{side}_end": [10 * token for token, _ in entries],
+                f"{side}_features": [sorted(values) for _, values in entries],
+                f"{side}_values": [[values[f] for f in sorted(values)] for _, values in entries],
+                f"{side}_fallback": row.get(f"{side}_fallback", False),
+                f"{side}_reward": row.get(f"{side}_reward"),
+            }
+        columns.append(made)
+    return schema.table(columns, schema.CODES)
+
+
+def random_sae(d: int, latents: int, k: int, seed: int = 0) -> TopKSae:
+    """An SAE with random weights and biases, its decoder of unit norm."""
+    sae = TopKSae(d, latents, k)
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialise(torch.randn(64, d, generator=generator), seed)
+    with torch.no_grad():
+        sae.W_enc += 0.1 * torch.randn(d, latents, generator=generator)
+        sae.b_enc += 0.1 * torch.randn(latents, generator=generator)
+    return sae
+
+
+@pytest.fixture(scope="session")
+def pairs() -> pa.Table:
+    return make_pairs(48)
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(pairs: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(pairs, tmp_path_factory.mktemp("pairs"), 20)
+
+
+@pytest.fixture(scope="session")
+def reward_dir(pairs: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama reward model of 3 layers."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    reward = new_reward_model(RewardConfig(base=TINY, max_length=96), lambda: pair_texts(pairs))
+    with torch.no_grad():  # make its rewards tell texts apart
+        reward.model.score.weight *= 20
+    save_reward_model(reward, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reward(reward_dir: Path) -> RewardModel:
+    return load_reward_model(reward_dir)
+
+
+@pytest.fixture(scope="session")
+def sae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SAE of 64 latents on layer 2 of the tiny model."""
+    directory = tmp_path_factory.mktemp("saes") / "tiny"
+    save_sae(random_sae(TINY.hidden, 64, 4), directory, model="tiny", layer=2)
+    return directory

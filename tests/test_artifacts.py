@@ -1,0 +1,314 @@
+"""Recipes, atomic commits, and what damaged or changed directories lead to."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from safer_ray import artifacts as module
+from safer_ray.artifacts import (
+    MANIFEST,
+    Artifact,
+    Fragment,
+    Place,
+    Recipe,
+    Result,
+    artifact_hash,
+    check_whole,
+    content_hash,
+    open_artifact,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parquet,
+    read_parts,
+    save_plan,
+    write_json,
+    write_parquet,
+    write_text,
+)
+from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
+from safer_ray.errors import SaferError, UserError
+from safer_ray.harvest import Harvest
+from safer_ray.runner import LocalRunner
+from safer_ray.stage import recipe
+
+RECIPE = Recipe("salience", 1, {"mode": "paper"}, {"codes": "codes-1"})
+ROWS = pa.table({"a": [1, 2, 3]})
+
+
+def build(out):
+    write_parquet(ROWS, out / part_name(0))
+    return Result({"written": 3}, {"mode": "paper"}, ("MIT",), 7)
+
+
+# Recipes
+
+
+def test_a_recipe_changes_with_everything_that_changes_the_result():
+    names = {
+        RECIPE.name,
+        replace(RECIPE, version=2).name,
+        replace(RECIPE, config={"mode": "response"}).name,
+        replace(RECIPE, inputs={"codes": "codes-2"}).name,
+        replace(RECIPE, stage="scores").name,
+    }
+    assert len(names) == 5
+    assert all(len(name.rpartition("-")[2]) == 12 for name in names)
+
+
+def test_a_recipe_does_not_change_with_the_order_of_keys():
+    one = Recipe("s", 1, {"a": 1, "b": 2}, {"x": "1", "y": "2"})
+    assert one.name == Recipe("s", 1, {"b": 2, "a": 1}, {"y": "2", "x": "1"}).name
+    assert recipe("salience", SalienceConfig(mode="paper"), codes="codes-1").name == RECIPE.name
+
+
+def test_pairs_are_named_by_content_not_by_path_or_fragment_size(tmp_path):
+    names, parts = set(), []
+    for folder, rows in (("one", 1), ("two", 100)):
+        path = tmp_path / folder / "pairs.jsonl"
+        lines = [json.dumps({"prompt": f"p {i}", "chosen": "yes.", "rejected": "no."}) for i in range(5)]
+        write_text("\n".join(lines) + "\n", path)
+        stages = Harvest(Place(tmp_path / folder / "runs"), LocalRunner(), fragment_rows=rows)
+        made = stages.pairs(PairsConfig(sources=(SourceConfig(path=str(path)),)))
+        names.add(made.name)
+        parts.append(len(part_files(made.path)))
+    assert len(names) == 1
+    assert parts == [5, 1]
+
+
+# Places
+
+
+def test_what_is_built_is_renamed_when_whole_and_found_again(tmp_path):
+    seen = []
+    place = Place(tmp_path, on_stage=lambda name, artifact: seen.append(artifact is not None))
+    made = place.make(RECIPE, build)
+    assert made.path == tmp_path / RECIPE.name
+    assert (made.metrics, made.licence, made.red_team) == ({"mode": "paper"}, ["MIT"], False)
+    assert made.manifest["rows"] == {"written": 3}
+    assert made.manifest["packages"]["pyarrow"] == pa.__version__
+    assert [p.name for p in tmp_path.iterdir()] == [RECIPE.name]
+
+    def never(out):
+        raise AssertionError("built twice")
+
+    assert place.make(RECIPE, never).manifest == made.manifest
+    assert seen == [False, True, True]
+
+
+def test_a_partial_directory_is_never_taken_as_complete_and_is_taken_up_again(tmp_path):
+    def fails(out):
+        write_parquet(ROWS, out / part_name(0))
+        write_json({}, out / "journal" / "a.json")
+        raise KeyboardInterrupt
+
+    place = Place(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        place.make(RECIPE, fails)
+    assert place.find(RECIPE) is None
+    assert [p.name for p in tmp_path.iterdir()] == [f".partial-{RECIPE.name}"]
+
+    def goes_on(out):
+        assert (out / part_name(0)).exists()
+        return Result()
+
+    made = place.make(RECIPE, goes_on)
+    assert sorted(p.name for p in made.path.iterdir()) == [MANIFEST, part_name(0)]
+
+
+def test_fresh_discards_what_is_there(tmp_path):
+    Place(tmp_path).make(RECIPE, build)
+    (tmp_path / f".partial-{RECIPE.name}").mkdir()
+    write_text("old", tmp_path / f".partial-{RECIPE.name}" / "old.txt")
+    built = []
+
+    def again(out):
+        built.append(list(out.iterdir()))
+        return build(out)
+
+    Place(tmp_path, fresh=True).make(RECIPE, again)
+    assert built == [[]]
+
+
+def test_a_dry_place_names_artifacts_and_builds_none(tmp_path):
+    made = Place(tmp_path, dry=True).make(RECIPE, build)
+    assert made == Artifact(tmp_path / RECIPE.name, RECIPE.name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_written_exactly_there_and_found_again(tmp_path):
+    place = Place(tmp_path, out=tmp_path / "here")
+    assert place.make(RECIPE, build).path == tmp_path / "here"
+    assert place.find(RECIPE) is not None
+
+
+def test_an_empty_out_is_used(tmp_path):
+    (tmp_path / "here").mkdir()
+    assert Place(tmp_path, out=tmp_path / "here").make(RECIPE, build).manifest["stage"] == "salience"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_out_that_holds_something_else_is_never_overwritten(tmp_path, fresh):
+    (tmp_path / "here").mkdir()
+    write_text("precious", tmp_path / "here" / "thesis.txt")
+    place = Place(tmp_path, out=tmp_path / "here", fresh=fresh)
+    with pytest.raises(UserError, match="is not empty and holds no artifact; choose another --out"):
+        place.make(RECIPE, build)
+    with pytest.raises(UserError, match="holds no artifact"):
+        replace(place, out=tmp_path / "here" / "thesis.txt").make(RECIPE, build)
+    assert (tmp_path / "here" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_out_of_another_recipe_needs_fresh(tmp_path):
+    place = Place(tmp_path, out=tmp_path / "here")
+    place.make(RECIPE, build)
+    other = replace(RECIPE, config={"mode": "response"})
+    with pytest.raises(UserError, match=f"holds {RECIPE.name}, this command makes {other.name}.*--fresh"):
+        place.make(other, build)
+    assert replace(place, fresh=True).make(other, build).name == other.name
+
+
+# Opening
+
+
+def test_a_missing_input_names_the_stage(tmp_path):
+    with pytest.raises(UserError, match=r"no such codes: .*none; check the path"):
+        open_artifact(tmp_path / "none", "codes")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"stage": "codes"}', "null"])
+def test_a_corrupt_manifest_is_named(tmp_path, content):
+    write_text(content, tmp_path / MANIFEST)
+    with pytest.raises(UserError, match=r"corrupt artifact: .*manifest.json is not a manifest; delete"):
+        open_artifact(tmp_path)
+
+
+def test_an_artifact_of_another_stage_is_refused(tmp_path):
+    made = Place(tmp_path).make(RECIPE, build)
+    with pytest.raises(UserError, match="holds 'salience', wanted 'codes'; pass the directory of that stage"):
+        open_artifact(made.path, "codes")
+
+
+def test_foreign_directories_are_named_by_content(tmp_path):
+    for name in ("one", "two"):
+        write_text("same", tmp_path / name / "file.txt")
+    write_text("other", tmp_path / "three" / "file.txt")
+    names = [open_artifact(tmp_path / n, "sae").name for n in ("one", "two", "three")]
+    assert names[0] == names[1] != names[2]
+    assert names[0] == f"sae:{content_hash(tmp_path / 'one')}"
+
+
+def test_a_corrupt_parquet_file_is_named(tmp_path):
+    (tmp_path / part_name(0)).write_bytes(b"PAR1 no more")
+    for read in (read_parts, part_fragments):
+        with pytest.raises(UserError, match=r"corrupt artifact: .*part-00000000.parquet: .*run again"):
+            read(tmp_path)
+    with pytest.raises(UserError, match="corrupt artifact"):
+        read_parquet(tmp_path / "none.parquet")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    write_parquet(ROWS, tmp_path / part_name(0))
+    with pytest.raises(UserError, match=r"part-00000000.parquet has no column 'b'; pass the directory of the stage"):
+        read_parts(tmp_path, ["a", "b"])
+
+
+def test_a_directory_without_parts_is_refused(tmp_path):
+    save_plan([], tmp_path)
+    with pytest.raises(UserError, match="no Parquet files in"):
+        part_files(tmp_path)
+
+
+def test_a_changed_artifact_is_told_from_its_manifest(tmp_path):
+    made = Place(tmp_path).make(RECIPE, build)
+    check_whole(made)
+    write_parquet(pa.table({"a": [1, 2, 4]}), made.path / part_name(0))
+    with pytest.raises(SaferError, match="differs from its manifest; delete it"):
+        check_whole(made)
+
+
+def test_the_content_hash_does_not_depend_on_chunks_compression_or_scratch(tmp_path):
+    write_parquet(ROWS, tmp_path / "one" / part_name(0))
+    (tmp_path / "two").mkdir()
+    pq.write_table(ROWS, tmp_path / "two" / part_name(0), row_group_size=1, compression="none")
+    write_json({}, tmp_path / "two" / "done" / "0.json")
+    assert artifact_hash(tmp_path / "one") == artifact_hash(tmp_path / "two")
+
+
+# Writing
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda target, name: monkeypatch.setattr(target, name, full)
+
+
+@pytest.mark.parametrize(("target", "name"), [(pq, "write_table"), (module.os, "replace")])
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path, full_disk, target, name):
+    full_disk(target, name)
+    with pytest.raises(SaferError, match=r"cannot write under .*No space left.*finished work is kept"):
+        write_parquet(ROWS, tmp_path / "out" / part_name(0))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_while_text_is_written_leaves_the_old_text(tmp_path, full_disk):
+    write_text("old", tmp_path / "a.txt")
+    full_disk(module.os, "replace")
+    with pytest.raises(SaferError, match="No space left"):
+        write_text("new", tmp_path / "a.txt")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_disk_that_fills_while_an_artifact_is_built_leaves_no_complete_one(tmp_path, full_disk):
+    def fails(out):
+        build(out)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SaferError, match="No space left"):
+        Place(tmp_path).make(RECIPE, fails)
+    assert Place(tmp_path).find(RECIPE) is None
+
+
+def test_other_disk_errors_are_not_disguised(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(module.os, "replace", broken)
+    with pytest.raises(PermissionError):
+        write_text("x", tmp_path / "a.txt")
+
+
+# Plans
+
+
+def test_parts_are_fragments_that_read_back(tmp_path):
+    for number in range(3):
+        write_parquet(ROWS, tmp_path / part_name(number))
+    fragments = part_fragments(tmp_path)
+    assert [(f.number, f.start, f.stop) for f in fragments] == [(0, 0, 3), (1, 0, 3), (2, 0, 3)]
+    assert read_fragment(replace(fragments[1], start=1, stop=2))["a"].to_pylist() == [2]
+    assert save_plan(fragments, tmp_path) == fragments
+    assert len(part_files(tmp_path)) == 3  # the plan is no part
+
+
+def test_an_unfinished_plan_holds_when_the_fragments_are_cut_anew(tmp_path):
+    old = [Fragment(0, 0, "a", 0, 5, 10, "1"), Fragment(1, 0, "a", 5, 10, 10, "1")]
+    save_plan(old, tmp_path)
+    assert save_plan([Fragment(0, 0, "a", 0, 10, 10, "1")], tmp_path) == old
+
+
+@pytest.mark.parametrize("change", [{"size": 11}, {"etag": "2"}, {"path": "b"}])
+def test_a_changed_input_is_refused_on_resume(tmp_path, change):
+    fragment = Fragment(0, 0, "a", 0, 5, 10, "1")
+    save_plan([fragment], tmp_path)
+    with pytest.raises(UserError, match=r"changed since the unfinished run .* began; put it back.*--fresh"):
+        save_plan([replace(fragment, **change)], tmp_path)

