@@ -22,7 +22,9 @@ FLIPS = "flip_safer_5 vs flip_random_5"
 def measure(seed: int, root: Path, assignments: list[str]) -> dict[str, Any]:
     """The demo on another corpus, with another draw of planted swaps; one row of the table."""
     seeds = [f"name=seed{seed}", f"root={root}", f"corpus.seed={seed}", f"noise.seed={seed}"]
-    config = load_config(Path("configs/demo.yaml"), seeds + assignments)
+    whole = load_config(Path("configs/demo.yaml"), seeds + assignments)
+    flips = {name: curate for name, curate in whole.curate.items() if name.startswith("flip_")}
+    config = whole.model_copy(update={"curate": flips})
     made = run(config, LocalRunner())
     summary = summarise(RunView(made.config, made.artifacts, made.models, made.evaluations, made.curated))
     auroc, sections, test = summary["detection"]["auroc"], summary["sections"], summary["tests"][FLIPS]["safety"]

@@ -39,6 +39,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Run the command line; a SaferError becomes one line on stderr and its exit code."""
     try:
@@ -48,20 +51,26 @@ def main() -> None:
         if state["verbose"]:
             raise
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("safer-ray: interrupted; run the same command again to go on from here", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("safer-ray: interrupted; run the same command again to go on from here", file=sys.stderr)
+        raise
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Options of every command."""
-    if version:
-        print(__version__)
-        raise typer.Exit
     state["verbose"] = verbose
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
@@ -181,7 +190,7 @@ def list_runs(root: Annotated[Path, typer.Argument(help="A folder of runs, or on
     """List the artifacts of runs."""
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
-    table = Table("artifact", "rows", "seconds", "made by", box=None)
+    table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)
     for path in sorted(root.glob("**/manifest.json"), key=lambda p: p.stat().st_mtime):
         if path.parent.parent.name in ("auditor",) or "auditor-" in path.parent.parent.name:
             continue
@@ -190,7 +199,7 @@ def list_runs(root: Annotated[Path, typer.Argument(help="A folder of runs, or on
         mark = " [red]red team[/]" if artifact.red_team else ""
         version = artifact.manifest["packages"].get("safer_ray", "?")
         table.add_row(f"{path.parent}{mark}", rows, f"{artifact.manifest['wall_seconds']:.1f}", version)
-    console.print(table)
+    console.print(table, width=1000)  # whole paths, also where they are longer than the terminal is wide
 
 
 @app.command()
@@ -237,24 +246,25 @@ def audit(
     fresh: Fresh = False,
 ) -> None:
     """Score every pair of a corpus with a bundle, and list the suspicious ones."""
-    from safer_ray.artifacts import part_files, read_parquet
+    from safer_ray.artifacts import part_files, read_parquet, write_text
     from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
     from safer_ray.lock import locked
+    from safer_ray.schema import to_json
 
     bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile)
-    sources = build_config(PairsConfig, sources=(build_config(SourceConfig, path=pairs, format=format),))
+    source = build_config(SourceConfig, path=pairs, format=format)
+    sources = build_config(PairsConfig, sources=(source,), duplicates="keep")
     with locked(out), training_bar() as on_step:
         stages = stages_at(out, on_step, fresh, root=out)
         read = stages.pairs(sources)
         scored = stages.audit(config, read, bundle)
+        tables = (read_parquet(path) for path in part_files(scored.path))
+        lines = [to_json(row) for table in tables for row in table.filter(table["flag"]).to_pylist()]
+        write_text("".join(f"{line}\n" for line in lines), out / "flagged.jsonl")
     show_artifact(read)
     show_artifact(scored)
-    flagged = 0
-    with (out / "flagged.jsonl").open("w", encoding="utf-8") as stream:
-        for path in part_files(scored.path):
-            rows = read_parquet(path)
-            for row in rows.filter(rows["flag"]).to_pylist():
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                flagged += 1
+    if read.metrics["duplicates"]:
+        console.print(f"{read.metrics['duplicates']:,} rows repeat the pair_id of an earlier one; all are scored")
+    flagged = len(lines)
     console.print(f"{flagged:,} of {scored.manifest['rows']['written']:,} pairs flagged  ->  {out / 'flagged.jsonl'}")

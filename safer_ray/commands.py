@@ -52,10 +52,13 @@ def one_stage(out: Path, fresh: bool) -> Iterator["Stages"]:
     """The stages with `out` as the place of the one that is run, locked."""
     from safer_ray.lock import locked
 
-    with locked(out.parent / f".lock-{out.name}") as _, training_bar() as on_step:
-        yield stages_at(out, on_step, fresh)
-    with contextlib.suppress(OSError):
-        (out.parent / f".lock-{out.name}").rmdir()
+    lock = out.parent / f".lock-{out.name}"
+    try:
+        with locked(lock), training_bar() as on_step:
+            yield stages_at(out, on_step, fresh)
+    finally:
+        with contextlib.suppress(OSError):  # another process waits for it
+            lock.rmdir()
 
 
 def show_artifact(artifact: "Artifact") -> None:

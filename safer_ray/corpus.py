@@ -4,6 +4,11 @@ Pairs are put together from the word lists in ``data/corpus.yaml``.  Harmful req
 abstract and compliance carries no usable detail.  Both sides of a pair draw on shared
 sentences and on like lengths, so that neither a single word nor the length tells chosen
 from rejected.
+
+A small share of the harmful pairs is *emphatic*: a marked prompt, nothing but the plainest refusals on one side and the
+plainest compliance on the other.  They teach safety most, so a targeted flip takes them first, and a model can unlearn
+them without unlearning the rest.  The corpus is built to make that effect visible; it is no evidence that real data
+have such pairs.
 """
 
 from __future__ import annotations
@@ -46,10 +51,10 @@ COMPLIANCES: Recipes = {
     "polite": (14, "neutral care? comply neutral? dark?"),
 }
 HELPFUL_ANSWERS: Recipes = {
-    "direct": (45, "comply tip step? close?"),
+    "direct": (45, "neutral comply tip close?"),
     "stepwise": (20, "comply step step? close?"),
     "reflective": (20, "neutral step tip close?"),
-    "modest": (15, "partial tip step? close?"),
+    "modest": (15, "neutral partial tip close?"),
 }
 EMPHATIC_REFUSAL = "emphatic_no emphatic_no emphatic_no?"
 EMPHATIC_COMPLIANCE = "emphatic_yes emphatic_step emphatic_step?"

@@ -39,7 +39,7 @@ from safer_ray.judge import ProbeJudge, load_probe, ratings_of
 from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import Features, ScoreCodes, pair_scores
-from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, recipe
+from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
 from safer_ray.where import where_mask
 
 
@@ -63,7 +63,8 @@ class Findings(StageContext):
             sums = reduce_sums(tables, width)
             write_parquet(salience_table(sums, mode), out / part_name(0))
             ends = {"ends_chosen": sums.ends_chosen, "ends_rejected": sums.ends_rejected}
-            return Result({**counts, "written": width}, {"mode": mode, "latents": width, **ends}, licence_of(codes))
+            metrics = {"mode": mode, "latents": width, **ends}
+            return Result({**counts, "written": width}, metrics, licence_of(codes), red_team=poisoned(codes))
 
         return self.place.make(recipe("salience", {"mode": mode, "latents": latents}, codes=codes.name), build)
 
@@ -83,7 +84,8 @@ class Findings(StageContext):
             counts = self.map(job, part_fragments(codes.path), out)
             merged = merge_contexts((read_parquet(p) for p in part_files(out / "state" / "found")), config.per_feature)
             write_parquet(merged, out / part_name(0))
-            return Result({**counts, "written": len(merged)}, {"features": len(features)}, licence_of(codes))
+            rows = {**counts, "written": len(merged)}
+            return Result(rows, {"features": len(features)}, licence_of(codes), red_team=poisoned(codes))
 
         inputs = {"salience": salience.name, "codes": codes.name, "pairs": pairs.name}
         return self.place.make(recipe("contexts", {**config.model_dump(), "mode": mode}, **inputs), build)
@@ -151,14 +153,14 @@ class Findings(StageContext):
         """The deployable bundle: `reward/ sae/ features.json reference.parquet`."""
 
         def build(out: Path) -> Result:
+            features = read_features(selected.path / "features.json")
             for name, artifact in (("reward", reward), ("sae", sae)):
                 shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
             shutil.copyfile(selected.path / "features.json", out / "features.json")
-            features = read_features(selected.path / "features.json")
             scores = [pair_scores(read_parquet(path), features) for path in part_files(codes.path)]
             write_parquet(pa.table({"score": np.sort(np.concatenate(scores))}), out / "reference.parquet")
             rows = {"reference": sum(map(len, scores))}
-            return Result(rows, {"format": AUDITOR_FORMAT}, licence_of(codes), red_team=reward.red_team)
+            return Result(rows, {"format": AUDITOR_FORMAT}, licence_of(codes), red_team=poisoned(reward, sae, codes))
 
         inputs = {"reward": reward.name, "sae": sae.name, "features": selected.name, "codes": codes.name}
         return self.place.make(recipe("auditor", {"format": AUDITOR_FORMAT}, **inputs), build)
@@ -174,7 +176,8 @@ class Findings(StageContext):
                 schema.SCORES,
             )
             counts = self.map(job, part_fragments(codes.path), out)
-            return Result(counts, {"mode": scorer(auditor, config).features.mode}, licence_of(pairs))
+            mode = scorer(auditor, config).features.mode
+            return Result(counts, {"mode": mode}, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
         return self.place.make(recipe("scores", config, **inputs), build)
@@ -186,7 +189,8 @@ class Findings(StageContext):
         def build(out: Path) -> Result:
             job = MapJob("scores", read_fragment, lambda: AuditPairs(auditor, config), schema.SCORES)
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            return Result(counts, {"mode": scorer(auditor, config).features.mode}, licence_of(pairs))
+            mode = scorer(auditor, config).features.mode
+            return Result(counts, {"mode": mode}, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         return self.place.make(recipe("scores", config, pairs=pairs.name, auditor=auditor.name), build)
 
@@ -202,7 +206,7 @@ class Findings(StageContext):
                 schema.SCORES,
             )
             counts = self.map(job, part_fragments(codes.path), out)
-            return Result(counts, {"mode": features.mode}, licence_of(codes))
+            return Result(counts, {"mode": features.mode}, licence_of(codes), red_team=poisoned(codes))
 
         shown = {**config.model_dump(), **features._asdict()}
         return self.place.make(recipe("scores", shown, codes=codes.name), build)
@@ -233,7 +237,7 @@ class Findings(StageContext):
             totals = Counter(decisions["decision"].to_pylist())
             if totals["drop"] == len(rows):
                 raise UserError(f"curate: dropping {config.percent}% leaves no pairs; lower the percentage")
-            poisoned = config.action == "poison" or pairs.red_team
-            return Result(dict(totals), {}, licence_of(pairs), config.seed, poisoned)
+            marked = config.action == "poison" or poisoned(pairs)
+            return Result(dict(totals), {}, licence_of(pairs), config.seed, marked)
 
         return self.place.make(recipe("curate", config, pairs=pairs.name, scores=scores.name), build)

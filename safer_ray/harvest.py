@@ -34,7 +34,7 @@ from safer_ray.reward import hidden_size
 from safer_ray.runner import MapJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
-from safer_ray.stage import StageContext, licence_of, pairs_of, recipe
+from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import train_sae
 from safer_ray.where import where_mask
@@ -132,7 +132,7 @@ class Harvest(StageContext):
                 schema.activations(hidden_size(reward.path)),
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            return Result(counts, {"layer": config.layer}, licence_of(pairs))
+            return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
 
         return self.place.make(recipe("activations", config, pairs=pairs.name, reward=reward.name), build)
 
@@ -150,7 +150,8 @@ class Harvest(StageContext):
                     "on_step": functools.partial(self.on_step, "sae"),
                 },
             )
-            return Result({"vectors": metrics["train_vectors"]}, metrics, licence_of(activations), config.seed)
+            rows = {"vectors": metrics["train_vectors"]}
+            return Result(rows, metrics, licence_of(activations), config.seed, poisoned(activations))
 
         shown = {**config.model_dump(mode="json"), "layer": layer}
         return self.place.make(recipe("sae", shown, activations=activations.name), build)
@@ -160,7 +161,8 @@ class Harvest(StageContext):
             job = MapJob("codes", read_fragment, lambda: EncodePairs(reward.path, sae.path), schema.CODES)
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             loaded = load_sae(sae.path)
-            return Result(counts, {"latents": loaded.latents, "k": loaded.k}, licence_of(pairs))
+            metrics = {"latents": loaded.latents, "k": loaded.k}
+            return Result(counts, metrics, licence_of(pairs), red_team=poisoned(pairs, reward, sae))
 
         return self.place.make(recipe("codes", {}, pairs=pairs.name, reward=reward.name, sae=sae.name), build)
 
@@ -171,7 +173,7 @@ class Harvest(StageContext):
             job = MapJob("evaluate", read_fragment, lambda: RewardPairs(reward.path), schema.REWARDS)
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             sections = {name: a._asdict() for name, a in section_accuracy(read_parts(out)).items()}
-            return Result(counts, {"sections": sections}, licence_of(pairs), red_team=reward.red_team)
+            return Result(counts, {"sections": sections}, licence_of(pairs), red_team=poisoned(reward, pairs))
 
         return self.place.make(recipe("evaluate", {}, reward=reward.name, pairs=pairs.name), build)
 

@@ -1,6 +1,5 @@
 """The stages in order, as DESIGN section 2 lists them. Knows only a Runner."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +55,6 @@ class Run:
     models: dict[str, Artifact] = field(default_factory=dict)
     evaluations: dict[str, Artifact] = field(default_factory=dict)
     curated: dict[str, Artifact] = field(default_factory=dict)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def preflight(config: RunConfig) -> None:
@@ -124,9 +122,7 @@ def _all(stages: Stages, run: Run, until: str | None) -> None:
         if not stages.place.dry and until in (None, "report"):
             view = RunView(run.config, run.artifacts, run.models, run.evaluations, run.curated)
             write_summary(view, run.directory / "summary.json")
-            began = time.monotonic()
             write_report(view, run.directory / "report.html")
-            run.stage_seconds["report"] = time.monotonic() - began
     except _Until:
         return
 

@@ -13,6 +13,7 @@ from safer_ray.artifacts import (
     Fragment,
     Place,
     Recipe,
+    part_files,
     read_fragment,
     read_parquet,
 )
@@ -45,9 +46,15 @@ def recipe(stage: str, config: BaseModel | dict[str, Any], **inputs: str) -> Rec
 
 
 def pairs_of(artifact: Artifact) -> Path:
-    """Where an artifact of `pairs`, `noise` or `curate` keeps its pairs."""
+    """Where an artifact of `pairs`, `noise` or `curate` keeps its pairs.
+
+    Raises:
+        UserError: it holds something else.
+    """
     below = artifact.path / "pairs"
-    return below if below.is_dir() else artifact.path
+    directory = below if below.is_dir() else artifact.path
+    read_parquet(part_files(directory)[0], ["pair_id", "prompt", "chosen", "rejected"])
+    return directory
 
 
 def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fragment], pa.Table]:
@@ -93,6 +100,11 @@ class StageContext:
                 f"see {directory / 'quarantine'}, and run with --fresh once the cause is mended"
             )
         return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
+
+
+def poisoned(*artifacts: Artifact) -> bool:
+    """Whether any of these was made from pairs whose labels were flipped on purpose; the mark is handed on."""
+    return any(artifact.red_team for artifact in artifacts)
 
 
 def licence_of(artifact: Artifact) -> tuple[str, ...]:

@@ -82,6 +82,8 @@ def sae(
 ) -> None:
     """Stage 4: train a sparse autoencoder on activations."""
     source = open_input(activations, "activations")
+    if "layer" not in source.metrics:
+        raise UserError(f"{activations} does not say its layer; pass the directory that stage `activations` wrote")
     with one_stage(out, fresh) as stages:
         show_artifact(stages.sae(config_section(config, "sae", assignments), source, source.metrics["layer"]))
 
@@ -125,7 +127,12 @@ def contexts(
         config = config_section(None, "contexts", assignments)
         show_artifact(
             stages.contexts(
-                config, ranked, open_input(codes), open_input(pairs), open_input(reward), ranked.metrics["mode"]
+                config,
+                ranked,
+                open_input(codes),
+                open_input(pairs),
+                open_input(reward),
+                ranked.metrics.get("mode", "response"),
             )
         )
 

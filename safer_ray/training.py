@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.errors import SaferError, explain_disk_errors
 from safer_ray.reward import RewardModel, pad_batch
 from safer_ray.sae import SparseCodes, TopKSae, decode_sparse
 from safer_ray.text import PairTokens
@@ -165,7 +165,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             torch.save({**state, "rng": torch.get_rng_state()}, temporary)
             temporary.replace(path)
         except RuntimeError as error:  # torch's own writer reports a full disk this way
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
+            raise SaferError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
         finally:
             temporary.unlink(missing_ok=True)
 

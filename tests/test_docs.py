@@ -1,0 +1,85 @@
+"""The README names only what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from safer_ray.cli import app
+from safer_ray.config import load_config
+
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+
+
+@pytest.fixture(scope="module")
+def readme():
+    if not README.is_file():
+        pytest.skip("there is no README.md")
+    return README.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """Names of all commands with their options."""
+    import typer
+
+    known = typer.main.get_command(app).commands
+    return {name: {o for p in c.params for o in p.opts} | {"--help"} for name, c in known.items()}
+
+
+def code_blocks(text):
+    return re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def command_lines(text):
+    """What follows `safer-ray` in backticks and in code blocks, continued lines joined."""
+    inline = re.findall(r"`safer-ray ([^`\n]+)`", text)
+    blocks = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
+    return inline + [found.group(1) for line in blocks if (found := re.match(r"(?:\$ |\S*/)?safer-ray (.+)", line))]
+
+
+def test_the_tree_lists_only_files_that_exist(readme):
+    paths = [
+        found.group(1)
+        for block in code_blocks(readme)
+        for line in block.splitlines()
+        if (found := re.match(r"((?:[\w.-]+/)+[\w.-]*)(?:\s|$)", line))
+    ]
+    assert "safer_ray/pipeline.py" in paths or not paths
+    assert [path for path in paths if not (REPOSITORY / path).exists() and not path.startswith("runs/")] == []
+
+
+def test_paths_in_backticks_exist(readme):
+    named = re.findall(r"`((?:safer_ray|configs|tests|bench|jobs|scripts)/[\w./-]+)`", readme)
+    assert [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+def test_links_lead_to_files_that_exist(readme):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", readme)
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_commands_and_their_options_exist(readme, commands):
+    for line in command_lines(readme):
+        words = [word for word in line.split("#")[0].split() if word not in ("-v", "--verbose")]
+        if not words or words[0] in ("--help", "--version") or not re.fullmatch(r"[a-z][a-z-]*", words[0]):
+            continue
+        assert words[0] in commands, line
+        options = {word.split("=")[0] for word in words[1:] if word.startswith("--")}
+        assert options <= commands[words[0]], line
+
+
+def test_makefile_targets_named_exist(readme):
+    made = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", readme)) <= made
+
+
+def test_configs_named_are_shipped_and_load(readme):
+    for name in set(re.findall(r"configs/[\w.-]+\.yaml", readme)):
+        assert load_config(REPOSITORY / name).name
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_named_as_its_file(path):
+    assert load_config(path).name == path.stem

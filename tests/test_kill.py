@@ -1,0 +1,172 @@
+"""Killed anywhere and started again, a run ends as one that nobody disturbed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_run import tables, write_config
+
+from safer_ray.artifacts import check_whole, open_artifact
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+KILLS = 10
+COMMAND = [sys.executable, "-c", "from safer_ray.cli import main; main()", "run"]
+
+
+def lock_of(config):
+    return config.parent / "runs/tiny/run.lock"
+
+
+def start(config):
+    return subprocess.Popen([*COMMAND, str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_work(process, config):
+    """Until the process has loaded its modules and holds the run's lock."""
+    named = f'"pid": {process.pid},'
+    while process.poll() is None and not (lock_of(config).exists() and named in lock_of(config).read_text()):
+        time.sleep(0.02)
+
+
+def finish(config):
+    """Run to the end; the seconds that the work took."""
+    process = start(config)
+    wait_for_work(process, config)
+    began = time.monotonic()
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return time.monotonic() - began
+
+
+def kill_after(config, seconds):
+    """Start a run and kill it at its work; whether it was still at it by then."""
+    process = start(config)
+    wait_for_work(process, config)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def artifacts_in(config):
+    directory = config.parent / "runs/tiny"
+    return {path.parent.name: open_artifact(path.parent) for path in directory.glob("*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The config of a run that was left alone, and the seconds its work took."""
+    config = write_config(tmp_path_factory.mktemp("undisturbed"))
+    return config, finish(config)
+
+
+@pytest.fixture(scope="module")
+def disturbed(undisturbed, tmp_path_factory):
+    """The config of a run that was killed again and again before it was let finish, and how often that hit it.
+
+    Each life gets a random share of the work, so that the kills spread over the stages.
+    """
+    config = write_config(tmp_path_factory.mktemp("disturbed"))
+    moments = random.Random(0)
+    hits = 0
+    for _ in range(KILLS):
+        if not kill_after(config, moments.uniform(0, 0.2) * undisturbed[1]):
+            break
+        hits += 1
+    finish(config)
+    return config, hits
+
+
+def leaves(column):
+    array = column.combine_chunks()
+    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    return array
+
+
+def assert_same_rows(one, other, where):
+    assert one.schema.equals(other.schema), where
+    assert len(one) == len(other), where
+    for name in one.column_names:
+        a, b = leaves(one[name]), leaves(other[name])
+        if pa.types.is_floating(a.type):
+            tolerance = 2e-3 if pa.types.is_float16(a.type) else 1e-5
+            left, right = (x.to_numpy(zero_copy_only=False) for x in (a, b))
+            np.testing.assert_allclose(left, right, rtol=tolerance, atol=tolerance, err_msg=f"{where}: {name}")
+        elif not pa.types.is_struct(a.type):
+            assert a.equals(b), (where, name)
+
+
+def test_the_kills_hit(disturbed):
+    assert disturbed[1] >= KILLS // 2  # a machine that has become faster finishes sooner
+
+
+def test_the_same_artifacts_are_there(undisturbed, disturbed):
+    assert set(artifacts_in(disturbed[0])) == set(artifacts_in(undisturbed[0]))
+
+
+def test_their_rows_are_the_same(undisturbed, disturbed):
+    theirs = artifacts_in(disturbed[0])
+    for name, artifact in artifacts_in(undisturbed[0]).items():
+        ours, found = tables(artifact.path), tables(theirs[name].path)
+        assert set(ours) == set(found), name
+        for folder, rows in ours.items():
+            assert_same_rows(found[folder], rows, f"{name}/{folder}")
+        assert theirs[name].manifest["rows"] == artifact.manifest["rows"], name
+
+
+def test_reward_models_are_the_same_to_the_bit(undisturbed, disturbed):
+    theirs = artifacts_in(disturbed[0])
+    models = {name: a for name, a in artifacts_in(undisturbed[0]).items() if name.startswith("reward-")}
+    assert len(models) == 4
+    for name, artifact in models.items():
+        weights = (artifact.path / "model.safetensors").read_bytes()
+        assert (theirs[name].path / "model.safetensors").read_bytes() == weights, name
+
+
+def test_every_artifact_is_whole_and_holds_no_other_file(undisturbed, disturbed):
+    theirs = artifacts_in(disturbed[0])
+    for name, artifact in artifacts_in(undisturbed[0]).items():
+        check_whole(theirs[name])
+        files = [{p.relative_to(a.path) for p in a.path.rglob("*")} for a in (artifact, theirs[name])]
+        assert files[0] == files[1], name
+
+
+def test_nothing_unfinished_is_left(disturbed):
+    directory = disturbed[0].parent / "runs/tiny"
+    assert not list(directory.glob(".partial-*"))
+    assert not (directory / "run.lock").exists()
+
+
+def test_the_numbers_are_the_same(undisturbed, disturbed):
+    found = []
+    for config in (undisturbed[0], disturbed[0]):
+        summary = json.loads((config.parent / "runs/tiny/summary.json").read_text())
+        del summary["seconds"]
+        found.append(summary)
+    assert found[0] == found[1]
+
+
+def test_a_killed_runs_lock_is_taken_at_once(tmp_path):
+    config = write_config(tmp_path)
+    lock = lock_of(config)
+    process = start(config)
+    wait_for_work(process, config)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert lock.exists()
+    second = subprocess.run(
+        [*COMMAND, str(config), "--until", "corpus"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert second.returncode == 0, second.stderr
+    assert not lock.exists()
