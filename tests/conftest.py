@@ -7,6 +7,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
 import hashlib
 from pathlib import Path
 
+import hypothesis
 import pyarrow as pa
 import pytest
 import torch
@@ -17,6 +18,12 @@ from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.reward import RewardModel, load_reward_model, new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import pair_texts
+
+# A shared machine may stall for a second; a property is not a timing test.
+hypothesis.settings.register_profile(
+    "shared_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared_machine")
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
