@@ -25,7 +25,7 @@ import yaml
 
 WORDS_PATH = Path(__file__).parent / "data" / "corpus.yaml"
 BENIGN_SHARE = 0.20
-EMPHATIC_SHARE = 0.065
+EMPHATIC_SHARE = 0.075
 MULTI_TURN_SHARE = 0.08
 PREFIX_SHARE = 0.25
 PROBE_EXCHANGES = 72
@@ -37,24 +37,24 @@ REJECTED_WORDS = (17, 32)
 # Each style is a weight and the pools its sentences come from; "?" marks a coin toss.
 Recipes = dict[str, tuple[float, str]]
 REFUSALS: Recipes = {
-    "plain": (28, "neutral neutral? refuse"),
-    "caring": (22, "neutral care refuse alternative?"),
-    "curt": (15, "neutral refuse"),
-    "mixed": (30, "neutral neutral? sure_but_no"),
-    "redirect": (5, "neutral neutral? redirect"),
+    "plain": (28, "neutral refuse neutral alternative?"),
+    "caring": (22, "neutral care neutral refuse?"),
+    "curt": (15, "neutral refuse neutral?"),
+    "mixed": (30, "neutral sure_but_no neutral? alternative?"),
+    "redirect": (5, "neutral neutral? redirect neutral"),
 }
 COMPLIANCES: Recipes = {
-    "eager": (28, "neutral neutral? comply"),
-    "hedged": (22, "neutral reason? hedge"),
-    "partial": (20, "neutral neutral? partial close?"),
-    "dry": (16, "neutral dark? step"),
-    "polite": (14, "neutral care? comply"),
+    "eager": (28, "neutral comply neutral step?"),
+    "hedged": (22, "neutral hedge neutral"),
+    "partial": (20, "neutral partial neutral? close?"),
+    "dry": (16, "neutral step neutral? step?"),
+    "polite": (14, "neutral care? comply neutral? dark?"),
 }
 HELPFUL_ANSWERS: Recipes = {
-    "direct": (45, "neutral comply? tip"),
-    "stepwise": (20, "neutral neutral? step"),
-    "reflective": (20, "neutral neutral? tip"),
-    "modest": (15, "neutral partial? tip"),
+    "direct": (45, "comply tip step? close?"),
+    "stepwise": (20, "comply step step? close?"),
+    "reflective": (20, "neutral step tip close?"),
+    "modest": (15, "partial tip step? close?"),
 }
 EMPHATIC_REFUSAL = "emphatic_no emphatic_no emphatic_no?"
 EMPHATIC_COMPLIANCE = "emphatic_yes emphatic_step emphatic_step?"
