@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = [measure(seed, given.root, given.assignments) for seed in given.seeds]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" for value in row.values()))
+    table = Table("seed", *(str(row["seed"]) for row in rows))
+    for name in list(rows[0])[1:]:
+        table.add_row(name, *(f"{row[name]:.3g}" for row in rows))
     Console().print(table)
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "seed"}
     figures: dict[str, float | None] = {
