@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Result:
     licence: tuple[str, ...] = ()
     seed: int | None = None
     red_team: bool = False
+    wall_seconds: float | None = None  # where several were built together; else as long as the build took
 
 
 def open_artifact(path: Path, stage: str | None = None) -> Artifact:
@@ -266,10 +267,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _build(recipe: Recipe, build: Callable[[Path], Result], partial: Path) -> None:
-    """Run a stage's build in its partial directory; the manifest comes last."""
-    began = time.time()
-    result = build(partial)
+def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> None:
+    """The manifest of what a stage wrote; it comes last."""
+    values = asdict(result)
+    wall_seconds = values.pop("wall_seconds")
     manifest = {
         "stage": recipe.stage,
         "name": recipe.name,
@@ -277,8 +278,8 @@ def _build(recipe: Recipe, build: Callable[[Path], Result], partial: Path) -> No
         "config": recipe.config,
         "inputs": recipe.inputs,
         "packages": _versions(),
-        "wall_seconds": round(time.time() - began, 3),
-        **asdict(result),
+        "wall_seconds": round(seconds if wall_seconds is None else wall_seconds, 3),
+        **values,
         "content_sha256": artifact_hash(partial),
     }
     write_json(manifest, partial / MANIFEST)
@@ -322,32 +323,57 @@ class Place:
 
     def make(self, recipe: Recipe, build: Callable[[Path], Result]) -> Artifact:
         """The artifact of `recipe`: found complete, or built in its partial directory and renamed when whole."""
-        found = self.find(recipe)
-        if found is not None:
-            self.on_stage(recipe.name, found)
-            return found
+        return self.make_all([recipe], lambda partials: {name: build(path) for name, path in partials.items()})[0]
+
+    def make_all(
+        self, recipes: Sequence[Recipe], build: Callable[[dict[str, Path]], dict[str, Result]]
+    ) -> list[Artifact]:
+        """As `make`, of several recipes; those missing are built by one call, from names to partial directories."""
+        unique = {recipe.name: recipe for recipe in recipes}
+        made = {name: artifact for name, recipe in unique.items() if (artifact := self.find(recipe)) is not None}
+        for name, artifact in made.items():
+            self.on_stage(name, artifact)
+        missing = {name: recipe for name, recipe in unique.items() if name not in made}
+        for name in missing:
+            self.on_stage(name, None)
         if self.dry:
-            self.on_stage(recipe.name, None)
-            return Artifact(self.path(recipe), recipe.name)
-        self.on_stage(recipe.name, None)
+            made |= {name: Artifact(self.path(recipe), name) for name, recipe in missing.items()}
+        elif missing:
+            for artifact in self._build(missing, build):
+                made[artifact.name] = artifact
+                self.on_stage(artifact.name, artifact)
+        return [made[recipe.name] for recipe in recipes]
+
+    def _build(
+        self, recipes: dict[str, Recipe], build: Callable[[dict[str, Path]], dict[str, Result]]
+    ) -> Iterator[Artifact]:
+        partials = {name: self.path(recipe).with_name(f".partial-{name}") for name, recipe in recipes.items()}
+        with explain_disk_errors(self.root):
+            for partial in partials.values():
+                self._begin(partial)
+            todo = {name: partial for name, partial in partials.items() if not (partial / MANIFEST).is_file()}
+            began = time.time()
+            results = build(todo) if todo else {}
+            for name, result in results.items():
+                _close(recipes[name], result, time.time() - began, todo[name])
+            for name, partial in partials.items():
+                yield self._finish(recipes[name], partial)
+
+    def _begin(self, partial: Path) -> None:
+        if self.fresh:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        for torn in [file for file in partial.rglob(".*") if file.is_file()]:
+            torn.unlink()  # what a killed process wrote beside and did not rename
+
+    def _finish(self, recipe: Recipe, partial: Path) -> Artifact:
         path = self.path(recipe)
-        partial = path.with_name(f".partial-{recipe.name}")
-        with explain_disk_errors(partial):
-            if self.fresh:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
-            for torn in [file for file in partial.rglob(".*") if file.is_file()]:
-                torn.unlink()  # what a killed process wrote beside and did not rename
-            if not (partial / MANIFEST).is_file():
-                _build(recipe, build, partial)
-            for scratch in SCRATCH:
-                shutil.rmtree(partial / scratch, ignore_errors=True)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(partial, path)
-        artifact = Artifact(path, recipe.name, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-        self.on_stage(recipe.name, artifact)
-        return artifact
+        for scratch in SCRATCH:
+            shutil.rmtree(partial / scratch, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        return Artifact(path, recipe.name, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
 def check_whole(artifact: Artifact) -> None:

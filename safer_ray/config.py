@@ -106,6 +106,7 @@ class RewardConfig(Frozen):
     validation_percent: Annotated[float, Field(ge=0, le=50)] = 5
     evaluations: Annotated[int, Field(gt=0)] = 4  # held-out accuracy is measured this often
     gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
     trust_remote_code: bool = False
     seed: int = 0
 
@@ -211,6 +212,42 @@ class ReportConfig(Frozen):
     features: Annotated[int, Field(ge=0)] = 20
 
 
+class DeepSpeedConfig(Frozen):
+    """How DeepSpeed spreads a reward model over the workers; changes no result beyond rounding."""
+
+    stage: Literal[0, 1, 2, 3] = 2  # ZeRO: 1 partitions optimiser state, 2 gradients too, 3 weights too
+    offload_optimizer: bool = False  # its state lives in the memory of the host
+    offload_parameters: bool = False  # so do the weights; stage 3 alone
+
+
+class RayConfig(Frozen):
+    """Where `--runner ray` works, and how wide. Never part of a recipe."""
+
+    address: str | None = None  # None: RAY_ADDRESS, or a Ray of its own on this machine
+    min_actors: Annotated[int, Field(gt=0)] = 1  # that hold a reward model
+    max_actors: Annotated[int, Field(gt=0)] = 2
+    actor_cpus: Annotated[float, Field(gt=0)] = 0.5
+    actor_gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Annotated[int, Field(gt=0)] = 1  # of an actor
+    task_cpus: Annotated[float, Field(gt=0)] = 0.25  # of a task that reads, counts or commits
+    tasks: Annotated[int, Field(gt=0)] | None = None  # of each kind at once; None: half as many as the cluster has CPUs
+    train_workers: Annotated[int, Field(gt=0)] = 2
+    worker_cpus: Annotated[float, Field(gt=0)] = 0.75
+    worker_gpus: Annotated[float, Field(ge=0)] = 0
+    worker_threads: Annotated[int, Field(gt=0)] = 1
+    max_failures: Annotated[int, Field(ge=0)] = 3  # of a worker group, before a training is given up
+    wait_seconds: Annotated[float, Field(ge=0)] = 0  # for an autoscaler to bring what is missing
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _actors(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} is larger than max_actors {self.max_actors}")
+        if self.deepspeed.offload_parameters and self.deepspeed.stage != 3:
+            raise ValueError(f"offload_parameters needs deepspeed.stage 3, got {self.deepspeed.stage}")
+        return self
+
+
 class RunConfig(Frozen):
     """A whole run. `curate` names the retrained variants; `evaluation` the pairs that all models are measured on."""
 
@@ -232,6 +269,7 @@ class RunConfig(Frozen):
     curate: dict[str, CurateConfig] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

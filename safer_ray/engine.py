@@ -14,6 +14,7 @@ from safer_ray.errors import UserError
 from safer_ray.reward import RewardModel, load_reward_model
 from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
 from safer_ray.text import PairTokens, Side
+from safer_ray.tokens import TEXTS, read_tokens
 
 
 class Encoded(NamedTuple):
@@ -55,7 +56,14 @@ class Engine:
         Raises:
             UserError: the model gives a NaN or infinite activation or reward; the pair is named.
         """
-        tokens = self.reward.pairs(pairs)
+        return self.encode_tokens(self.reward.pairs(pairs), all_tokens=all_tokens)
+
+    def encode_rows(self, rows: pa.Table, *, all_tokens: bool = False) -> Encoded:
+        """As `encode`, of a table of pairs, tokenised already (`TokenisePairs`) or not."""
+        return self.encode_tokens(tokens_of(self.reward, rows), all_tokens=all_tokens)
+
+    def encode_tokens(self, tokens: list[PairTokens], *, all_tokens: bool = False) -> Encoded:
+        """As `encode`, of tokenised pairs."""
         sides = [side for pair in tokens for side in (pair.chosen, pair.rejected)]
         places = [np.arange(len(s.ids)) if all_tokens else s.token for s in sides]
         output = self.reward.forward([s.ids for s in sides], layer=self.layer, positions=places, rewards=self.rewards)
@@ -78,6 +86,13 @@ class Engine:
         lengths = [len(v.x) for v in vectors]
         features, values = together.features.split(lengths), together.values.split(lengths)
         return [SparseCodes(f, v) for f, v in zip(features, values, strict=True)]
+
+
+def tokens_of(reward: RewardModel, rows: pa.Table) -> list[PairTokens]:
+    """The tokens of a table of pairs, read where they are there, made where they are not."""
+    if "chosen_ids" in rows.column_names:
+        return read_tokens(rows)
+    return reward.pairs(rows.select(["pair_id", *TEXTS]).to_pylist())
 
 
 def _active(codes: SparseCodes) -> tuple[list[list[int]], list[list[float]]]:
@@ -127,7 +142,7 @@ class EncodeActivations:
         return self.engine.reward.hidden_size
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
-        encoded = self.engine.encode(pairs.to_pylist(), all_tokens=self.all_tokens)
+        encoded = self.engine.encode_rows(pairs, all_tokens=self.all_tokens)
         tables = []
         for i, pair in enumerate(encoded.tokens):
             for j, side in enumerate((pair.chosen, pair.rejected)):
@@ -164,7 +179,7 @@ class EncodePairs:
         self.engine = Engine.load(reward, sae=sae)
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
-        return codes_table(self.engine.encode(pairs.to_pylist()))
+        return codes_table(self.engine.encode_rows(pairs))
 
 
 class RewardPairs:
@@ -174,7 +189,7 @@ class RewardPairs:
         self.reward = load_reward_model(reward)
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
-        tokens = self.reward.pairs(pairs.select(["pair_id", "prompt", "chosen", "rejected"]).to_pylist())
+        tokens = tokens_of(self.reward, pairs)
         sequences = [side.ids for pair in tokens for side in (pair.chosen, pair.rejected)]
         rewards = self.reward.forward(sequences).rewards
         assert rewards is not None

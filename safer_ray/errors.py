@@ -27,6 +27,8 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except SaferError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise SaferError(
@@ -34,3 +36,10 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 "then run the same command again: finished work is kept"
             ) from error
         raise
+    except Exception as error:  # safetensors has an error of its own for it
+        if "No space left on device" not in str(error):
+            raise
+        raise SaferError(
+            f"cannot write under {path}: No space left on device; free some space or choose another folder, "
+            "then run the same command again: finished work is kept"
+        ) from error

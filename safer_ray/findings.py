@@ -40,6 +40,7 @@ from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import Features, ScoreCodes, pair_scores
 from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
+from safer_ray.tokens import TokenisePairs
 from safer_ray.where import where_mask
 
 
@@ -187,7 +188,14 @@ class Findings(StageContext):
         check_auditor(auditor)
 
         def build(out: Path) -> Result:
-            job = MapJob("scores", read_fragment, lambda: AuditPairs(auditor, config), schema.SCORES)
+            job = MapJob(
+                "scores",
+                read_fragment,
+                lambda: AuditPairs(auditor, config),
+                schema.SCORES,
+                prepare=lambda: TokenisePairs(auditor.path / "reward"),
+                loads_model=True,
+            )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             mode = scorer(auditor, config).features.mode
             return Result(counts, {"mode": mode}, licence_of(pairs), red_team=poisoned(pairs, auditor))

@@ -1,7 +1,8 @@
 """The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
 
-import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +30,13 @@ from safer_ray.corpus import write_corpus
 from safer_ray.curation import random_order, share_count, swap_sides
 from safer_ray.engine import EncodeActivations, EncodePairs, RewardPairs
 from safer_ray.evaluation import section_accuracy
-from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity
+from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.reward import hidden_size
-from safer_ray.runner import MapJob
+from safer_ray.runner import MapJob, TrainJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
+from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import train_sae
 from safer_ray.where import where_mask
@@ -101,27 +103,32 @@ class Harvest(StageContext):
         return self.place.make(recipe("noise", config, pairs=pairs.name), build)
 
     def reward(self, config: RewardConfig, pairs: Artifact) -> Artifact:
+        """A reward model trained on `pairs`."""
+        return self.rewards(config, [pairs])[0]
+
+    def rewards(self, config: RewardConfig, variants: Sequence[Artifact]) -> list[Artifact]:
+        """A reward model on each of several sets of pairs, trained one after another by the same workers."""
         shown = config.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing"})
-        inputs = {"pairs": pairs.name}
+        base = {}
         if isinstance(config.base, str):
             del shown["base"]
-            inputs["base"] = base_identity(config.base)
+            base["base"] = base_identity(config.base)
+        recipes = [recipe("reward", shown, **base, pairs=pairs.name) for pairs in variants]
+        pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
+        located = with_absolute_base(config)
 
-        def build(out: Path) -> Result:
-            metrics = self.runner.train(
-                train_reward,
-                {
-                    "pairs": pairs_of(pairs),
-                    "out": out,
-                    "state": _state(out),
-                    "config": config,
-                    "on_step": functools.partial(self.on_step, "reward"),
-                },
-            )
-            rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
-            return Result(rows, metrics, licence_of(pairs), config.seed, pairs.red_team)
+        def build(partials: dict[str, Path]) -> dict[str, Result]:
+            jobs = [
+                TrainJob("reward", train_reward, {"pairs": pairs_of(pairs_by_name[name]), "config": located}, out)
+                for name, out in partials.items()
+            ]
+            trained = self.runner.train(jobs)
+            return {
+                name: _trained(metrics, pairs_by_name[name], config.seed)
+                for name, metrics in zip(partials, trained, strict=True)
+            }
 
-        return self.place.make(recipe("reward", shown, **inputs), build)
+        return self.place.make_all(recipes, build)
 
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
         def build(out: Path) -> Result:
@@ -130,6 +137,8 @@ class Harvest(StageContext):
                 read_fragment,
                 lambda: EncodeActivations(reward.path, config.layer, config.tokens),
                 schema.activations(hidden_size(reward.path)),
+                prepare=lambda: TokenisePairs(reward.path),
+                loads_model=True,
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
@@ -138,18 +147,13 @@ class Harvest(StageContext):
 
     def sae(self, config: SaeConfig, activations: Artifact, layer: int) -> Artifact:
         def build(out: Path) -> Result:
-            metrics = self.runner.train(
-                train_sae,
-                {
-                    "activations": activations.path,
-                    "out": out,
-                    "state": _state(out),
-                    "config": config,
-                    "model": activations.manifest.get("inputs", {}).get("reward", activations.name),
-                    "layer": layer,
-                    "on_step": functools.partial(self.on_step, "sae"),
-                },
-            )
+            arguments = {
+                "activations": activations.path,
+                "config": config,
+                "model": activations.manifest.get("inputs", {}).get("reward", activations.name),
+                "layer": layer,
+            }
+            (metrics,) = self.runner.train([TrainJob("sae", train_sae, arguments, out)])
             rows = {"vectors": metrics["train_vectors"]}
             return Result(rows, metrics, licence_of(activations), config.seed, poisoned(activations))
 
@@ -158,7 +162,14 @@ class Harvest(StageContext):
 
     def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
         def build(out: Path) -> Result:
-            job = MapJob("codes", read_fragment, lambda: EncodePairs(reward.path, sae.path), schema.CODES)
+            job = MapJob(
+                "codes",
+                read_fragment,
+                lambda: EncodePairs(reward.path, sae.path),
+                schema.CODES,
+                prepare=lambda: TokenisePairs(reward.path),
+                loads_model=True,
+            )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             loaded = load_sae(sae.path)
             metrics = {"latents": loaded.latents, "k": loaded.k}
@@ -170,7 +181,14 @@ class Harvest(StageContext):
         """Rewards of every evaluation pair, and accuracy by section."""
 
         def build(out: Path) -> Result:
-            job = MapJob("evaluate", read_fragment, lambda: RewardPairs(reward.path), schema.REWARDS)
+            job = MapJob(
+                "evaluate",
+                read_fragment,
+                lambda: RewardPairs(reward.path),
+                schema.REWARDS,
+                prepare=lambda: TokenisePairs(reward.path),
+                loads_model=True,
+            )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             sections = {name: a._asdict() for name, a in section_accuracy(read_parts(out)).items()}
             return Result(counts, {"sections": sections}, licence_of(pairs), red_team=poisoned(reward, pairs))
@@ -178,7 +196,7 @@ class Harvest(StageContext):
         return self.place.make(recipe("evaluate", {}, reward=reward.name, pairs=pairs.name), build)
 
 
-def _state(out: Path) -> Path:
-    state = out / "state"
-    state.mkdir(parents=True, exist_ok=True)
-    return state
+def _trained(metrics: dict[str, Any], pairs: Artifact, seed: int) -> Result:
+    """What a trained reward model says about itself."""
+    rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
+    return Result(rows, metrics, licence_of(pairs), seed, pairs.red_team, metrics["train_seconds"])

@@ -1,6 +1,7 @@
 """What comes from outside a run: where sources lie, their names by content, and the accounts of `pairs`."""
 
 import functools
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -9,12 +10,32 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import Artifact, Result, content_hash, part_files, read_parquet, write_parquet
-from safer_ray.config import PairsConfig, SourceConfig
+from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.judge import load_probe
 from safer_ray.reward import resolve_base
 from safer_ray.runner import quarantine_rows
 from safer_ray.sources import source_files
+
+JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards
+log = logging.getLogger(__name__)
+
+
+def lasting(path: Path) -> Path:
+    """An absolute path, since workers may have another current directory; below the home directory where that of this
+    process is a job's, which goes away with the job."""
+    if path.is_absolute() or JOB_FOLDER not in str(Path.cwd()):
+        return path.absolute()
+    log.warning("%s is relative and a job's working directory is temporary: using %s", path, Path.home() / path)
+    return Path.home() / path
+
+
+def with_absolute_base(config: RewardConfig) -> RewardConfig:
+    """The config, with a local checkpoint named by its absolute path."""
+    base = config.base
+    if not isinstance(base, str) or base.startswith(("hub:", "package:")):
+        return config
+    return config.model_copy(update={"base": str(Path(base).absolute())})
 
 
 @functools.cache

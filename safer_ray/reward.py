@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from safer_ray.config import RewardConfig, TinyLlamaConfig
-from safer_ray.errors import UserError
+from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.text import PairTokenizer
 
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
@@ -244,9 +244,13 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
     return PairTokenizer(tokenizer, template, limit)
 
 
+def _limit(config: Any, max_length: int) -> int:
+    """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
+    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
+
+
 def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str) -> RewardModel:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    pairs = _pair_tokenizer(tokenizer, template, min(max_length, positions), name)
+    pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
@@ -276,10 +280,10 @@ def load_reward_model(
     directory: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """A reward model from a Hugging Face directory, ours or anyone's.
+    """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
     Raises:
         UserError: missing or corrupt files, no reward head, more than one output, or a tokenizer that does not fit.
@@ -287,7 +291,7 @@ def load_reward_model(
     model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name)
-    wrapped.model.eval().to(device)
+    wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return wrapped
 
 
@@ -318,17 +322,31 @@ def layer_count(base: str) -> int:
 
 
 def load_pair_tokenizer(directory: Path) -> PairTokenizer:
-    """How the model in `directory` reads pairs, without its weights; fit for rendering."""
-    from transformers import AutoTokenizer
+    """How the model in `directory` reads pairs, without its weights.
 
+    Raises:
+        UserError: no model there, or one that cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    quiet_transformers()
+    resolve_base(str(directory))
     settings = _settings(directory)
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    return _pair_tokenizer(tokenizer, settings["template"], settings["max_length"], directory.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        limit = _limit(AutoConfig.from_pretrained(str(directory)), settings["max_length"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read the tokenizer of {directory}: {' '.join(str(error).split())[:300]}") from None
+    return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)
 
 
-def save_reward_model(reward: RewardModel, directory: Path) -> None:
-    """A directory that `AutoModelForSequenceClassification.from_pretrained` opens."""
-    reward.model.save_pretrained(directory, safe_serialization=True)
-    reward.pairs.tokenizer.save_pretrained(directory)
+def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """A directory that `AutoModelForSequenceClassification.from_pretrained` opens.
+
+    `weights` are whole tensors by name where the model's own are partitioned over a process group.
+    """
     settings = {"template": reward.pairs.template, "max_length": reward.pairs.limit}
-    (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    with explain_disk_errors(directory):
+        reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
+        reward.pairs.tokenizer.save_pretrained(directory)
+        (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")

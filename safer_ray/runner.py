@@ -2,25 +2,31 @@
 
 A *batch function* is a class with `__init__` (load) and `__call__(table) -> table`. Rows that it refuses carry the
 reason in a `refused` column (and what it knows of `position` and `raw`); the runner moves them to the quarantine.
+
+A fragment goes through three steps: `ReadFragment` (and tokenise), `MapFragment` (the model), `commit`. `LocalRunner`
+calls them one after another; on Ray they are the operators of a Ray Data pipeline.
 """
 
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safer_ray.artifacts import Fragment, part_name, read_parquet, save_plan, write_json, write_parquet
 from safer_ray.errors import SaferError, UserError
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
+from safer_ray.tokens import token_count
+from safer_ray.training import OneProcess
 
 BatchFn = Callable[[pa.Table], pa.Table]
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what the quarantine keeps of a row that fails
 TRIES = 2  # of a row range before it is halved, and of a single row before it is quarantined
 
 
@@ -28,25 +34,43 @@ TRIES = 2  # of a row range before it is halved, and of a single row before it i
 class MapJob:
     """A batch function over fragments, into a directory of parts.
 
-    `make` builds the batch function once a process; `read` gives a fragment's input rows; `schema` is that of the rows
-    written, `folder` where they go below the artifact's directory.
+    `make` builds the batch function once a process; `read` gives a fragment's input rows, `prepare` the function that
+    makes them ready (tokenised) without the model, on a cluster in processes apart; `schema` is that of the rows
+    written, `folder` where they go below the artifact's directory. A job that `loads_model` gets actors that live as
+    long as the stage, others run as tasks.
     """
 
     stage: str
     read: Callable[[Fragment], pa.Table]
     make: Callable[[], BatchFn]
     schema: pa.Schema
+    prepare: Callable[[], BatchFn] | None = None
+    loads_model: bool = False
     folder: str = "."
     batch_rows: int = 512
     metadata: dict[str, str] | None = None  # of the Parquet files
 
 
+@dataclass(frozen=True)
+class TrainJob:
+    """A training loop, `loop(out=…, workers=…, **arguments)`, that writes to `out` and returns its metrics."""
+
+    stage: str
+    loop: Callable[..., dict[str, Any]]
+    arguments: dict[str, Any]
+    out: Path
+
+
 class Runner(Protocol):
     """Where stages run: in this process, or on a cluster."""
 
-    def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> "Counts": ...
+    def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> "Counts":
+        """Map every fragment that is not done yet; accounts over all of them."""
+        ...
 
-    def train(self, loop: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]: ...
+    def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
+        """Run training loops one after another on the same workers; the metrics of each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +81,28 @@ class Counts:
     written: int
     quarantined: int
     reasons: dict[str, int]
+
+
+class Prepared(NamedTuple):
+    """A fragment ready for the model: pieces of at most `batch_rows` rows, and what was refused on the way."""
+
+    fragment: Fragment
+    read: int
+    pieces: list[pa.Table]
+    refused: pa.Table
+    tokens: int
+    seconds: float
+
+
+class Mapped(NamedTuple):
+    """A fragment's results, to be committed."""
+
+    fragment: Fragment
+    read: int
+    rows: pa.Table
+    refused: pa.Table
+    tokens: int
+    seconds: float
 
 
 def _refuse(rows: pa.Table, stage: str) -> pa.Table:
@@ -88,52 +134,34 @@ def _is_about_a_row(error: Exception) -> bool:
     return not isinstance(error, SaferError | OSError | MemoryError)
 
 
-class FragmentWork:
-    """One fragment through one batch function, and its commit. The same for every runner."""
+class Attempts:
+    """A batch function that survives rows it fails on: a range that fails twice is halved, a row that does is refused.
 
-    def __init__(self, job: MapJob, directory: Path) -> None:
+    Every attempt is written down first, so that a range which ends its process is found as well, by the process that
+    takes its place.
+    """
+
+    def __init__(self, job: MapJob, directory: Path, function: BatchFn, step: str) -> None:
         self.job = job
-        self.directory = directory
-        self.function = job.make()
+        self.function = function
+        self.journal = directory / "journal" / step
 
-    def run(self, fragment: Fragment) -> None:
-        """Map the fragment and commit its part, its quarantine and its `done` entry, in that order."""
-        rows = self.job.read(fragment)
-        good, refused = [], []
-        for start in range(0, len(rows), self.job.batch_rows):
-            for output in self._attempt(fragment, rows.slice(start, self.job.batch_rows), start):
-                if "refused" not in output.column_names:
-                    good.append(output)
-                    continue
-                bad = pc.is_valid(output["refused"])
-                refused.append(_refuse(output.filter(bad), self.job.stage))
-                good.append(output.filter(pc.invert(bad)))
-        table = pa.concat_tables(
-            [t.select(self.job.schema.names).cast(self.job.schema) for t in good] or [self._empty()]
-        )
-        if self.job.metadata:
-            table = table.replace_schema_metadata(self.job.metadata)
-        write_parquet(table, self.directory / self.job.folder / part_name(fragment.number))
-        quarantined = pa.concat_tables(refused) if refused else pa.table({n: [] for n in QUARANTINE.names}, QUARANTINE)
-        if len(quarantined):
-            write_parquet(quarantined, self.directory / "quarantine" / part_name(fragment.number))
-        done = {
-            "read": len(rows),
-            "written": len(table),
-            "quarantined": len(quarantined),
-            "reasons": dict(Counter(reason.split(":")[0] for reason in quarantined["reason"].to_pylist())),
-        }
-        write_json(done, self.directory / "done" / f"{fragment.number:08}.json")
+    def __call__(self, fragment: Fragment, rows: pa.Table, start: int) -> tuple[list[pa.Table], pa.Table]:
+        """What became of the rows, and those refused, in the QUARANTINE schema; `start` names the range."""
+        good, refused = [], [QUARANTINE.empty_table()]
+        for output in self._outputs(fragment, rows, start):
+            if "refused" not in output.column_names:
+                good.append(output)
+                continue
+            bad = pc.is_valid(output["refused"])
+            refused.append(_refuse(output.filter(bad), self.job.stage))
+            good.append(output.filter(pc.invert(bad)).drop_columns(["refused"]))
+        return [table for table in good if len(table)], pa.concat_tables(refused)
 
-    def _empty(self) -> pa.Table:
-        return self.job.schema.empty_table()
-
-    def _attempt(self, fragment: Fragment, rows: pa.Table, start: int) -> Iterator[pa.Table]:
-        """The rows through the function; a range that fails twice is halved, a single row that does is refused."""
+    def _outputs(self, fragment: Fragment, rows: pa.Table, start: int) -> Iterator[pa.Table]:
         if len(rows) == 0:
             return
-        key = f"{fragment.number:08}-{start}-{len(rows)}"
-        journal = self.directory / "journal" / f"{key}.json"
+        journal = self.journal / f"{fragment.number:08}-{start}-{len(rows)}.json"
         failures = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else []
         while len(failures) < TRIES:
             write_json([*failures, "the process ended while it worked on these rows"], journal)
@@ -150,18 +178,89 @@ class FragmentWork:
             yield output
             return
         if len(rows) == 1:
-            yield self._refused_row(rows, f"failed twice: {failures[-1]}")
+            known = rows.select([name for name in KNOWN if name in rows.column_names])
+            yield known.append_column("refused", pa.array([f"failed twice: {failures[-1]}"]))
             return
         half = len(rows) // 2
-        yield from self._attempt(fragment, rows.slice(0, half), start)
-        yield from self._attempt(fragment, rows.slice(half), start + half)
+        yield from self._outputs(fragment, rows.slice(0, half), start)
+        yield from self._outputs(fragment, rows.slice(half), start + half)
 
-    def _refused_row(self, row: pa.Table, reason: str) -> pa.Table:
-        columns = {name: pa.nulls(1, self.job.schema.field(name).type) for name in self.job.schema.names}
-        for name in ("row_key", "pair_id", "source", "raw", "position"):
-            if name in row.column_names:
-                columns[name] = row[name].combine_chunks()
-        return pa.table({**columns, "refused": pa.array([reason])})
+
+class ReadFragment:
+    """Reads a fragment and makes its rows ready; needs no model."""
+
+    def __init__(self, job: MapJob, directory: Path) -> None:
+        self.job = job
+        self.prepare = Attempts(job, directory, job.prepare(), "read") if job.prepare else None
+
+    def __call__(self, fragment: Fragment) -> Prepared:
+        began = time.monotonic()
+        rows = self.job.read(fragment)
+        pieces, refused = [], [QUARANTINE.empty_table()]
+        for start in range(0, len(rows), self.job.batch_rows):
+            piece = rows.slice(start, self.job.batch_rows)
+            if self.prepare is None:
+                pieces.append(piece)
+                continue
+            ready, bad = self.prepare(fragment, piece, start)
+            pieces += ready
+            refused.append(bad)
+        tokens = sum(map(token_count, pieces))
+        return Prepared(fragment, len(rows), pieces, pa.concat_tables(refused), tokens, time.monotonic() - began)
+
+
+class MapFragment:
+    """Puts a prepared fragment through the batch function, which is built here, once."""
+
+    def __init__(self, job: MapJob, directory: Path) -> None:
+        self.job = job
+        self.attempts = Attempts(job, directory, job.make(), "map")
+
+    def __call__(self, prepared: Prepared) -> Mapped:
+        began, start = time.monotonic(), 0
+        made, refused = [self.job.schema.empty_table()], [prepared.refused]
+        for piece in prepared.pieces:
+            good, bad = self.attempts(prepared.fragment, piece, start)
+            made += [table.select(self.job.schema.names).cast(self.job.schema) for table in good]
+            refused.append(bad)
+            start += len(piece)
+        seconds = prepared.seconds + time.monotonic() - began
+        together = pa.concat_tables(made), pa.concat_tables(refused)
+        return Mapped(prepared.fragment, prepared.read, *together, prepared.tokens, seconds)
+
+
+def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
+    """Write a fragment's part, its quarantine and its `done` entry, in that order; the entry."""
+    name = part_name(mapped.fragment.number)
+    rows = mapped.rows.replace_schema_metadata(job.metadata) if job.metadata else mapped.rows
+    write_parquet(rows, directory / job.folder / name)
+    quarantine = directory / "quarantine" / name
+    if len(mapped.refused):
+        write_parquet(mapped.refused, quarantine)
+    else:
+        quarantine.unlink(missing_ok=True)  # of an attempt that did not come to its end
+    done = {
+        "read": mapped.read,
+        "written": len(rows),
+        "quarantined": len(mapped.refused),
+        "reasons": dict(Counter(reason.split(":")[0] for reason in mapped.refused["reason"].to_pylist())),
+        "tokens": mapped.tokens,
+        "seconds": round(mapped.seconds, 3),
+    }
+    write_json(done, directory / "done" / f"{mapped.fragment.number:08}.json")
+    return done
+
+
+def plan(job: MapJob, fragments: Sequence[Fragment], directory: Path) -> tuple[list[Fragment], list[Fragment]]:
+    """The planned fragments, written down, and those of them that are not done.
+
+    Raises:
+        UserError: there are none, or an input changed since the plan was made.
+    """
+    if not fragments:
+        raise UserError(f"stage {job.stage}: no input rows; check the sources and filters")
+    planned = save_plan(list(fragments), directory)
+    return planned, pending(planned, directory)
 
 
 def pending(fragments: Sequence[Fragment], directory: Path) -> list[Fragment]:
@@ -186,37 +285,42 @@ def quarantine_rows(directory: Path) -> pa.Table:
     return pa.concat_tables([QUARANTINE.empty_table(), *tables])
 
 
-def progress(description: str, quiet: bool) -> Progress:
-    """A progress bar that appears on a terminal only."""
-    columns = (TextColumn(f"{description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, transient=True)
-    bar.disable = quiet or not bar.console.is_terminal
-    return bar
+def trained_already(state: Path) -> dict[str, Any] | None:
+    """The metrics of a training that ended, but whose artifact was not closed."""
+    path = state / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True)
 class LocalRunner:
     """Everything in this process, one fragment after another."""
 
-    quiet: bool = True
+    on_progress: OnProgress = field(default=no_progress)
 
     def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
-        """Map every fragment that is not done yet; accounts over all of them."""
-        if not fragments:
-            raise UserError(f"stage {job.stage}: no input rows; check the sources and filters")
-        planned = save_plan(list(fragments), directory)
-        todo = pending(planned, directory)
+        planned, todo = plan(job, fragments, directory)
         if todo:
-            work = FragmentWork(job, directory)
-            with progress(job.stage, self.quiet) as bar:
-                task = bar.add_task(job.stage, total=len(planned), completed=len(planned) - len(todo))
-                for fragment in todo:
-                    work.run(fragment)
-                    bar.advance(task)
+            read, work = ReadFragment(job, directory), MapFragment(job, directory)
+            for number, fragment in enumerate(todo, len(planned) - len(todo) + 1):
+                commit(job, directory, work(read(fragment)))
+                self.on_progress(job.stage, number, len(planned))
         return count(directory)
 
-    def train(self, loop: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-        """Run a training loop in this process; what it returns is the stage's metrics."""
-        began = time.time()
-        metrics = loop(**arguments)
-        return {**metrics, "train_seconds": round(time.time() - began, 3)}
+    def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
+        return [self._train(job) for job in jobs]
+
+    def _train(self, job: TrainJob) -> dict[str, Any]:
+        state = job.out / "state"
+        known = trained_already(state)
+        if known is not None:
+            return known
+        began = time.monotonic()
+        workers = OneProcess(state, lambda done, total: self.on_progress(job.stage, done, total))
+        metrics = job.loop(out=job.out, workers=workers, **job.arguments)
+        metrics["train_seconds"] = round(time.monotonic() - began, 3)
+        write_json(metrics, state / "metrics.json")
+        return metrics

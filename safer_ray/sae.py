@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safer_ray.artifacts import write_json
-from safer_ray.errors import UserError
+from safer_ray.errors import UserError, explain_disk_errors
 
 WEIGHTS = "sae_weights.safetensors"
 EPSILON = 1e-5  # as SAELens' layer_norm has it
@@ -103,7 +103,8 @@ def save_sae(sae: TopKSae, directory: Path, *, model: str, layer: int) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous().cpu() for name, value in sae.state_dict().items()}
-    save_file(weights, directory / WEIGHTS)
+    with explain_disk_errors(directory):
+        save_file(weights, directory / WEIGHTS)
     config = {
         "architecture": "topk",
         "d_in": sae.d,

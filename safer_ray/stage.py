@@ -82,7 +82,6 @@ class StageContext:
     place: Place
     runner: Runner
     fragment_rows: int = 1000
-    on_step: Callable[[str, int, int], None] = lambda stage, step, total: None
 
     def map(
         self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2

@@ -174,6 +174,112 @@ def test_an_out_of_another_recipe_needs_fresh(tmp_path):
     assert replace(place, fresh=True).make(other, build).name == other.name
 
 
+# Several at once
+
+RECIPES = [replace(RECIPE, config={"mode": mode}) for mode in ("a", "b", "c")]
+
+
+def build_all(asked):
+    """A build of several that writes down what it was asked for."""
+
+    def build_them(partials):
+        asked.append(list(partials))
+        return {name: build(path) for name, path in partials.items()}
+
+    return build_them
+
+
+def test_missing_artifacts_are_built_by_one_call_and_found_ones_kept(tmp_path):
+    asked, seen = [], []
+    place = Place(tmp_path, on_stage=lambda name, artifact: seen.append((name, artifact is not None)))
+    found = Place(tmp_path).make(RECIPES[1], build)
+    stamp = (found.path / MANIFEST).stat().st_mtime_ns
+    made = place.make_all(RECIPES, build_all(asked))
+    names = [recipe.name for recipe in RECIPES]
+    assert asked == [[names[0], names[2]]]
+    assert [artifact.name for artifact in made] == names
+    assert [artifact.path for artifact in made] == [tmp_path / name for name in names]
+    assert (found.path / MANIFEST).stat().st_mtime_ns == stamp
+    assert seen == [
+        (names[1], True),
+        (names[0], False),
+        (names[2], False),
+        (names[0], True),
+        (names[2], True),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert place.make_all(RECIPES, build_all(asked)) == [open_artifact(tmp_path / name) for name in names]
+    assert len(asked) == 1
+
+
+def test_equal_recipes_are_built_once_and_given_to_each_who_asked(tmp_path):
+    asked = []
+    same = Recipe(RECIPES[0].stage, RECIPES[0].version, dict(RECIPES[0].config), dict(RECIPES[0].inputs))
+    made = Place(tmp_path).make_all([RECIPES[0], RECIPES[1], same], build_all(asked))
+    assert asked == [[RECIPES[0].name, RECIPES[1].name]]
+    assert made[0] == made[2] != made[1]
+
+
+def test_nothing_to_make_builds_nothing(tmp_path):
+    asked = []
+    assert Place(tmp_path).make_all([], build_all(asked)) == []
+    dry = Place(tmp_path, dry=True).make_all(RECIPES, build_all(asked))
+    assert [artifact.name for artifact in dry] == [recipe.name for recipe in RECIPES]
+    assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closes", [1, 2])
+def test_a_crash_between_two_closes_builds_only_what_was_not_closed(tmp_path, monkeypatch, closes):
+    closed, asked = [], []
+    close = module._close
+
+    def dies(recipe, *given):
+        if len(closed) == closes:
+            raise KeyboardInterrupt
+        close(recipe, *given)
+        closed.append(recipe.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_close", dies)
+        with pytest.raises(KeyboardInterrupt):
+            Place(tmp_path).make_all(RECIPES, build_all(asked))
+    assert all(Place(tmp_path).find(recipe) is None for recipe in RECIPES)
+    made = Place(tmp_path).make_all(RECIPES, build_all(asked))
+    assert asked[1] == [recipe.name for recipe in RECIPES[closes:]]
+    for artifact in made:
+        check_whole(artifact)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(recipe.name for recipe in RECIPES)
+
+
+def test_a_crash_between_two_renames_builds_nothing_again(tmp_path, monkeypatch):
+    asked = []
+    replace_path = os.replace
+
+    def dies(source, target):
+        if str(target).endswith(RECIPES[1].name):
+            raise KeyboardInterrupt
+        replace_path(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            Place(tmp_path).make_all(RECIPES, build_all(asked))
+    assert [Place(tmp_path).find(recipe) is not None for recipe in RECIPES] == [True, False, False]
+    made = Place(tmp_path).make_all(RECIPES, build_all(asked))
+    assert len(asked) == 1
+    assert [artifact.manifest["rows"] for artifact in made] == [{"written": 3}] * 3
+
+
+def test_artifacts_built_together_tell_each_its_own_seconds(tmp_path):
+    seconds = dict(zip((recipe.name for recipe in RECIPES), (1.5, 20.25, None), strict=True))
+    made = Place(tmp_path).make_all(
+        RECIPES, lambda partials: {name: Result({"n": 1}, wall_seconds=seconds[name]) for name in partials}
+    )
+    assert [artifact.manifest["wall_seconds"] for artifact in made[:2]] == [1.5, 20.25]
+    assert made[2].manifest["wall_seconds"] < 1.5  # as long as the call took
+
+
 # Opening
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from safer_ray.config import (
     CurateConfig,
     JudgeConfig,
+    RayConfig,
     RewardConfig,
     RunConfig,
     SaeConfig,
@@ -77,6 +78,18 @@ def test_the_least_config_has_defaults_for_every_stage(write):
         ({"pairs": {"sources": [{"path": "corpus:train.jsonl"}]}}, "'corpus:train.jsonl' needs a `corpus` section"),
         ({"pairs": {"sources": []}}, "pairs.sources"),
         ({"name": "../escape"}, "name: "),
+        ({"reward": {"dtype": "float16"}}, r"reward.dtype: .*'float32' or 'bfloat16' \(got 'float16'\)"),
+        ({"ray": {"actors": 3}}, "ray.actors: unknown key"),
+        ({"ray": {"min_actors": 0}}, r"ray.min_actors: .*greater than 0 \(got 0\)"),
+        ({"ray": {"min_actors": 4, "max_actors": 3}}, "ray: min_actors 4 is larger than max_actors 3"),
+        ({"ray": {"min_actors": 3}}, "ray: min_actors 3 is larger than max_actors 2"),
+        ({"ray": {"actor_cpus": 0}}, r"ray.actor_cpus: .*greater than 0 \(got 0\)"),
+        ({"ray": {"worker_gpus": -1}}, "ray.worker_gpus: "),
+        ({"ray": {"deepspeed": {"stage": 4}}}, r"ray.deepspeed.stage: .*\(got 4\)"),
+        (
+            {"ray": {"deepspeed": {"stage": 2, "offload_parameters": True}}},
+            "ray: offload_parameters needs deepspeed.stage 3, got 2",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_named(write, more, message):
@@ -99,6 +112,13 @@ def test_assignments_lie_over_the_file(write):
     assert config.salience.mode == "paper"
     assert config.corpus is not None
     assert config.corpus.seed == 3
+
+
+def test_the_width_of_a_cluster_is_set_like_any_other_value(write):
+    config = load_config(write(), ["ray.max_actors=8", "ray.deepspeed.stage=3", "ray.deepspeed.offload_parameters=on"])
+    assert (config.ray.min_actors, config.ray.max_actors) == (1, 8)
+    assert config.ray.deepspeed.offload_parameters
+    assert load_config(write()).ray == RayConfig()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +167,7 @@ def test_configs_cannot_be_changed():
 
 
 def test_defaults_are_valid():
-    for made in (RewardConfig(), SaeConfig(), JudgeConfig(), TinyLlamaConfig()):
+    for made in (RewardConfig(), SaeConfig(), JudgeConfig(), TinyLlamaConfig(), RayConfig()):
         assert type(made).model_validate(made.model_dump()) == made
     assert CurateConfig(strategy="safer", action="poison", percent=5, red_team=True).red_team
     assert RunConfig.model_validate(LEAST).curate == {}

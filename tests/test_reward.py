@@ -132,6 +132,40 @@ def test_the_exported_directory_opens_in_transformers_with_the_same_rewards(rewa
     assert load_pair_tokenizer(tmp_path).limit == 96
 
 
+def test_given_weights_are_exported_in_the_place_of_the_models_own(reward, tmp_path, sequences):
+    weights = {name: weight.clone() for name, weight in reward.model.state_dict().items()}
+    weights["score.weight"] *= -2
+    save_reward_model(reward, tmp_path, weights)
+    found = load_reward_model(tmp_path).forward(sequences).rewards
+    torch.testing.assert_close(found, -2 * reward.forward(sequences).rewards, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_over_an_older_one_leaves_nothing_of_it(reward, tmp_path):
+    weights = {name: torch.zeros_like(weight) for name, weight in reward.model.state_dict().items()}
+    save_reward_model(reward, tmp_path, weights)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    save_reward_model(reward, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    found = load_reward_model(tmp_path).model.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in reward.model.state_dict().items())
+
+
+def test_a_pair_tokenizer_without_the_weights_reads_as_the_model_does(model_dir, pairs):
+    alone, model = load_pair_tokenizer(model_dir), load_reward_model(model_dir)
+    assert (alone.limit, alone.template) == (model.pairs.limit, model.pairs.template)
+    rows = pairs.slice(0, 5).to_pylist()
+    for one, other in zip(alone(rows), model.pairs(rows), strict=True):
+        assert one.chosen.ids.tolist() == other.chosen.ids.tolist()
+        assert one.rejected.token.tolist() == other.rejected.token.tolist()
+
+
+def test_a_pair_tokenizer_keeps_to_the_models_positions(reward_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    (tmp_path / "model" / SETTINGS).write_text(json.dumps({"template": "plain", "max_length": 4000}))
+    assert load_pair_tokenizer(tmp_path / "model").limit == TINY.positions
+    assert load_reward_model(tmp_path / "model").pairs.limit == TINY.positions
+
+
 def test_equal_seeds_make_equal_models(pairs):
     def made(seed):
         return new_reward_model(RewardConfig(base=TINY, seed=seed), lambda: ["some text, to learn from."]).model

@@ -1,4 +1,4 @@
-"""Mapping over fragments: commit, resume, quarantine."""
+"""Mapping over fragments: commit, resume, quarantine; and training that is not done twice."""
 
 import errno
 import json
@@ -13,7 +13,8 @@ import pytest
 from safer_ray import schema
 from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts, write_parquet
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import LocalRunner, MapJob, count, pending, quarantine_rows
+from safer_ray.runner import LocalRunner, MapJob, TrainJob, count, pending, quarantine_rows
+from safer_ray.tokens import TokenisePairs, token_count
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
 
@@ -173,7 +174,7 @@ def test_trouble_that_no_row_is_to_blame_for_ends_the_stage_at_once(fragments, t
     with pytest.raises(type(error)):
         LocalRunner().map(job(fails), fragments, tmp_path / "out")
     assert calls == [1]
-    assert list((tmp_path / "out" / "journal").iterdir()) == []
+    assert not [path for path in (tmp_path / "out" / "journal").rglob("*") if path.is_file()]
     assert count(tmp_path / "out").read == 0
 
 
@@ -233,7 +234,254 @@ def test_a_changed_input_is_refused_on_resume(fragments, tmp_path):
         LocalRunner().map(job(), part_fragments(tmp_path / "in"), tmp_path / "out")
 
 
-def test_training_runs_in_this_process_and_is_timed():
-    metrics = LocalRunner().train(lambda steps: {"steps": steps}, {"steps": 3})
-    assert metrics["steps"] == 3
-    assert metrics["train_seconds"] >= 0
+def done_entries(out):
+    return [json.loads(path.read_text()) for path in sorted((out / "done").glob("*.json"))]
+
+
+def test_progress_is_told_by_stage_and_counts_what_was_done_before(fragments, tmp_path):
+    seen = []
+    runner = LocalRunner(lambda *given: seen.append(given))
+    runner.map(job(), fragments, tmp_path / "out")
+    assert seen == [("codes", 1, 3), ("codes", 2, 3), ("codes", 3, 3)]
+    (tmp_path / "out/done/00000001.json").unlink()
+    seen.clear()
+    runner.map(job(), fragments, tmp_path / "out")
+    assert seen == [("codes", 3, 3)]
+    runner.map(job(), fragments, tmp_path / "out")
+    assert len(seen) == 1
+
+
+def test_a_batch_function_is_built_once_and_not_at_all_where_nothing_is_to_do(fragments, tmp_path):
+    built = []
+
+    def counting(name, function):
+        return lambda: built.append(name) or function
+
+    both = MapJob("codes", read_fragment, counting("map", double), WRITTEN, prepare=counting("read", lambda rows: rows))
+    LocalRunner().map(both, fragments, tmp_path / "out")
+    assert sorted(built) == ["map", "read"]
+    LocalRunner().map(both, fragments, tmp_path / "out")
+    assert len(built) == 2
+
+
+def test_an_entry_tells_the_fragments_rows_tokens_and_seconds(pairs_dir, pairs, reward_dir, tmp_path):
+    tokenised = MapJob(
+        "codes",
+        read_fragment,
+        lambda: lambda rows: rows.select(["pair_id"]),
+        pa.schema([("pair_id", pa.string())]),
+        prepare=lambda: TokenisePairs(reward_dir),
+        batch_rows=7,
+    )
+    LocalRunner().map(tokenised, part_fragments(pairs_dir), tmp_path / "out")
+    entries = done_entries(tmp_path / "out")
+    assert [entry["read"] for entry in entries] == [20, 20, 8]
+    wanted = TokenisePairs(reward_dir)(pairs)
+    assert [entry["tokens"] for entry in entries] == [token_count(wanted.slice(i, 20)) for i in (0, 20, 40)]
+    assert all(0 < entry["seconds"] < 60 for entry in entries)
+    assert read_parts(tmp_path / "out")["pair_id"].equals(pairs["pair_id"])
+
+
+def test_rows_without_tokens_count_none(fragments, tmp_path):
+    LocalRunner().map(job(), fragments, tmp_path / "out")
+    assert [entry["tokens"] for entry in done_entries(tmp_path / "out")] == [0, 0, 0]
+
+
+# Making rows ready
+
+
+def prepared(prepare, function=double, **options):
+    return job(function, prepare=lambda: prepare, **options)
+
+
+def test_rows_are_made_ready_before_the_function_sees_them(fragments, tmp_path):
+    def triple(rows):
+        return rows.set_column(2, "value", pa.array([3 * value for value in rows["value"].to_pylist()]))
+
+    counts = LocalRunner().map(prepared(triple), fragments, tmp_path / "out")
+    assert doubles(tmp_path / "out") == [6 * i for i in range(30)]
+    assert (counts.read, counts.written) == (30, 30)
+
+
+def test_rows_that_cannot_be_made_ready_are_quarantined_and_the_function_gets_the_others(fragments, tmp_path):
+    sizes = []
+
+    def refuses(rows):
+        odd = [value % 5 == 0 for value in rows["value"].to_pylist()]
+        return rows.append_column("refused", pa.array(["fifth: it is" if o else None for o in odd]))
+
+    def watch(rows):
+        assert rows.column_names == ["pair_id", "row_key", "value"]
+        sizes.append(len(rows))
+        return double(rows)
+
+    out = tmp_path / "out"
+    counts = LocalRunner().map(prepared(refuses, watch), fragments, out)
+    assert doubles(out) == [2 * i for i in range(30) if i % 5]
+    assert (counts.read, counts.written, counts.quarantined, counts.reasons) == (30, 24, 6, {"fifth": 6})
+    assert quarantine_rows(out)["row_key"].to_pylist() == [f"in.jsonl#{i}" for i in range(0, 30, 5)]
+    assert sizes == [3, 3, 2] * 3
+
+
+def test_a_row_that_cannot_be_made_ready_is_found_by_halving(fragments, tmp_path):
+    sizes, seen = [], []
+
+    def chokes(rows):
+        sizes.append(len(rows))
+        if 13 in rows["value"].to_pylist():
+            raise ValueError("thirteen")
+        return rows
+
+    def watch(rows):
+        seen.append(rows["value"].to_pylist())
+        return double(rows)
+
+    out = tmp_path / "out"
+    counts = LocalRunner().map(prepared(chokes, watch, batch_rows=8), fragments, out)
+    assert sizes == [8, 2, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1, 4, 2, 8, 2]
+    assert seen[2:7] == [[10, 11], [12], [14, 15, 16, 17], [18, 19], [*range(20, 28)]]
+    assert doubles(out) == [2 * i for i in range(30) if i != 13]
+    assert (counts.read, counts.written, counts.reasons) == (30, 29, {"failed twice": 1})
+    (row,) = quarantine_rows(out).to_pylist()
+    assert (row["pair_id"], row["stage"]) == ("p13", "codes")
+    assert row["reason"] == "failed twice: ValueError: thirteen"
+
+
+def test_either_step_quarantines_its_own_rows(fragments, tmp_path):
+    def chokes_on(bad):
+        def chokes(rows):
+            if bad in rows["value"].to_pylist():
+                raise ValueError(f"no {bad}")
+            return double(rows) if bad == 7 else rows
+
+        return chokes
+
+    out = tmp_path / "out"
+    counts = LocalRunner().map(prepared(chokes_on(6), chokes_on(7)), fragments, out)
+    assert doubles(out) == [2 * i for i in range(30) if i not in (6, 7)]
+    assert quarantine_rows(out)["reason"].to_pylist() == [
+        "failed twice: ValueError: no 6",
+        "failed twice: ValueError: no 7",
+    ]
+    assert counts.quarantined == 2
+
+
+def test_a_fragment_of_which_no_row_can_be_made_ready_leaves_an_empty_part(fragments, tmp_path):
+    def chokes(rows):
+        if rows["value"][0].as_py() < 10:
+            raise ValueError("no")
+        return rows
+
+    out = tmp_path / "out"
+    LocalRunner().map(prepared(chokes), fragments, out)
+    assert doubles(out) == [2 * i for i in range(10, 30)]
+    assert [entry["written"] for entry in done_entries(out)] == [0, 10, 10]
+    assert len(quarantine_rows(out)) == 10
+
+
+def test_each_step_writes_its_attempts_in_a_journal_of_its_own(fragments, tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def watch(step):
+        def function(rows):
+            (entry,) = [path for path in (out / "journal").rglob("*.json") if path.parent.name == step]
+            seen.append((step, entry.name, json.loads(entry.read_text())))
+            return double(rows) if step == "map" else rows
+
+        return function
+
+    LocalRunner().map(prepared(watch("read"), watch("map"), batch_rows=8), fragments[1:2], out)
+    died = ["the process ended while it worked on these rows"]
+    assert seen == [
+        ("read", "00000001-0-8.json", died),
+        ("read", "00000001-8-2.json", died),
+        ("map", "00000001-0-8.json", died),
+        ("map", "00000001-8-2.json", died),
+    ]
+    assert not list((out / "journal").rglob("*.json"))
+
+
+@pytest.mark.parametrize("step", ["read", "map"])
+def test_rows_on_which_two_processes_ended_are_halved_in_that_step(fragments, tmp_path, step):
+    sizes = {"read": [], "map": []}
+
+    def watch(name):
+        def function(rows):
+            sizes[name].append(len(rows))
+            return double(rows) if name == "map" else rows
+
+        return function
+
+    journal = tmp_path / "out/journal" / step / "00000000-4-4.json"
+    journal.parent.mkdir(parents=True)
+    journal.write_text(json.dumps(["the process ended", "the process ended"]))
+    LocalRunner().map(prepared(watch("read"), watch("map")), fragments[:1], tmp_path / "out")
+    assert sizes[step] == [4, 2, 2, 2]
+    assert doubles(tmp_path / "out") == [2 * i for i in range(10)]
+
+
+def test_trouble_while_rows_are_made_ready_that_none_is_to_blame_for_ends_the_stage(fragments, tmp_path):
+    def fails(rows):
+        raise UserError("no tokenizer there")
+
+    with pytest.raises(UserError, match="no tokenizer there"):
+        LocalRunner().map(prepared(fails), fragments, tmp_path / "out")
+    assert count(tmp_path / "out").read == 0
+    assert not list((tmp_path / "out/journal").rglob("*.json"))
+
+
+# Training
+
+
+def counting_loop(calls):
+    """A loop of three steps that counts its calls."""
+
+    def loop(out, workers, name):
+        calls.append(name)
+        for step in range(3):
+            workers.on_step(step + 1, 3)
+        (out / "weights").write_text(name)
+        return {"steps": 3, "name": name, "workers": workers.size}
+
+    return loop
+
+
+def train_jobs(tmp_path, calls, names):
+    for name in names:
+        (tmp_path / name).mkdir(exist_ok=True)
+    return [TrainJob("reward", counting_loop(calls), {"name": name}, tmp_path / name) for name in names]
+
+
+def test_trainings_run_one_after_another_in_this_process_and_are_timed(tmp_path):
+    calls, seen = [], []
+    runner = LocalRunner(lambda *given: seen.append(given))
+    found = runner.train(train_jobs(tmp_path, calls, ["a", "b"]))
+    assert [(metrics["name"], metrics["workers"]) for metrics in found] == [("a", 1), ("b", 1)]
+    assert all(metrics["train_seconds"] >= 0 for metrics in found)
+    assert seen == [("reward", step, 3) for step in (1, 2, 3)] * 2
+    assert (tmp_path / "b/weights").read_text() == "b"
+
+
+def test_a_training_that_ended_is_not_done_again_though_its_artifact_was_not_closed(tmp_path):
+    calls = []
+    jobs = train_jobs(tmp_path, calls, ["a", "b"])
+    first = LocalRunner().train(jobs[:1])
+    assert json.loads((tmp_path / "a/state/metrics.json").read_text()) == first[0]
+    again = LocalRunner().train(jobs)
+    assert again[0] == first[0]
+    assert calls == ["a", "b"]
+
+
+def test_a_training_that_fails_keeps_those_before_it(tmp_path):
+    calls = []
+
+    def fails(out, workers):
+        raise SaferError("the loss is nan")
+
+    jobs = train_jobs(tmp_path, calls, ["a", "b"])
+    broken = [jobs[0], TrainJob("reward", fails, {}, tmp_path / "b")]
+    with pytest.raises(SaferError, match="the loss is nan"):
+        LocalRunner().train(broken)
+    assert not (tmp_path / "b/state/metrics.json").exists()
+    LocalRunner().train(jobs)
+    assert calls == ["a", "b"]

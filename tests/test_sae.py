@@ -8,7 +8,7 @@ from conftest import random_sae
 
 from safer_ray.errors import UserError
 from safer_ray.sae import SparseCodes, TopKSae, decode_sparse, load_sae, sae_layer, save_sae, standardise
-from safer_ray.training import TorchEngine, remove_parallel_gradient, sae_step
+from safer_ray.training import EngineOptions, TorchEngine, remove_parallel_gradient, sae_step
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_saelens_opens_the_directory_with_the_same_codes_and_reconstruction(sae,
 
 
 def test_the_decoder_stays_of_unit_norm_and_its_gradient_tangential(sae, raw):
-    engine = TorchEngine(sae, learning_rate=0.05)
+    engine = TorchEngine(sae, EngineOptions(learning_rate=0.05))
     x = standardise(raw).x
     for _ in range(5):
         engine.backward(sae_step(sae, x, torch.zeros(64, dtype=torch.bool), 0).loss)

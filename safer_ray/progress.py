@@ -1,0 +1,104 @@
+"""What a run says while it works: a bar on a terminal, JSON lines otherwise, each with the id of the run."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from safer_ray.artifacts import Artifact
+
+RUN_ID = os.environ.get("SAFER_RAY_RUN_ID") or uuid.uuid4().hex[:8]
+LINE_SECONDS = 10.0  # between two progress lines of a stage
+
+
+class Report(Protocol):
+    """Told what happens."""
+
+    def stage(self, name: str, artifact: "Artifact | None") -> None:
+        """A stage begins (None), or its artifact is there: made now, or found."""
+        ...
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """So many fragments or training steps of a stage are done."""
+        ...
+
+
+def json_line(event: str, **facts: Any) -> None:
+    """One event on stderr as a line of JSON."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    print(json.dumps({"time": now, "run": RUN_ID, "event": event, **facts}), file=sys.stderr, flush=True)
+
+
+class JsonLog(logging.Handler):
+    """Log records as JSON lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        json_line("log", level=record.levelname, logger=record.name, message=record.getMessage())
+
+
+class JsonLines:
+    """Every stage, and now and then how far it is, as a line of JSON on stderr."""
+
+    def __init__(self) -> None:
+        self.begun: set[str] = set()
+        self.said: dict[str, float] = {}
+
+    def stage(self, name: str, artifact: "Artifact | None") -> None:
+        stage = name.rpartition("-")[0]
+        if artifact is None:
+            self.begun.add(name)
+            json_line("stage", stage=stage, artifact=name, state="begun")
+            return
+        facts = {"seconds": artifact.manifest["wall_seconds"], "rows": artifact.manifest["rows"]}
+        json_line("stage", stage=stage, artifact=name, state="made" if name in self.begun else "found", **facts)
+        self.begun.discard(name)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said.get(stage, -LINE_SECONDS) >= LINE_SECONDS:
+            self.said[stage] = now
+            json_line("progress", stage=stage, done=done, total=total)
+
+
+class Terminal:
+    """A line for every stage, and one bar for what is under way."""
+
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self.console = console
+        self.bar = bar
+        self.task: TaskID = bar.add_task("", visible=False)
+        self.begun: set[str] = set()
+
+    def stage(self, name: str, artifact: "Artifact | None") -> None:
+        self.bar.update(self.task, visible=False)
+        if artifact is None:
+            self.begun.add(name)
+        elif name in self.begun:
+            self.begun.remove(name)
+            self.console.print(f"[green]made [/] {name:<26} {artifact.manifest['wall_seconds']:7.1f} s")
+        else:
+            self.console.print(f"[dim]found {name}[/]")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.bar.update(self.task, description=stage, completed=done, total=total, visible=done < total)
+
+
+@contextlib.contextmanager
+def report_on(console: Console) -> Iterator[Report]:
+    """A terminal gets lines and a bar, anything else JSON lines."""
+    if not console.is_terminal:
+        yield JsonLines()
+        return
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Terminal(console, bar)

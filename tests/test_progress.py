@@ -1,0 +1,199 @@
+"""What a run says while it works: JSON lines for machines, lines and a bar on a terminal."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_run import write_config
+
+from safer_ray import progress
+from safer_ray.artifacts import Artifact
+from safer_ray.progress import JsonLines, JsonLog, Terminal, json_line, report_on
+
+MADE = Artifact(Path("codes-abc"), "codes-abc", {"wall_seconds": 12.34, "rows": {"read": 5, "written": 4}})
+
+
+@pytest.fixture
+def lines(capsys):
+    """What was written to stderr as JSON; nothing goes to stdout."""
+
+    def lines():
+        out, err = capsys.readouterr()
+        assert out == ""
+        return [json.loads(line) for line in err.splitlines()]
+
+    return lines
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+# JSON lines
+
+
+def test_a_line_has_its_time_its_run_and_its_event(lines):
+    json_line("something", answer=42, text="ünï\ncode")
+    (line,) = lines()
+    assert list(line) == ["time", "run", "event", "answer", "text"]
+    assert (line["run"], line["event"], line["answer"], line["text"]) == (progress.RUN_ID, "something", 42, "ünï\ncode")
+    said = datetime.fromisoformat(line["time"])
+    assert said.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - said) < timedelta(minutes=1)
+
+
+def test_a_stage_that_is_made_begins_and_ends(lines):
+    report = JsonLines()
+    report.stage("codes-abc", None)
+    report.stage("codes-abc", MADE)
+    begun, made = lines()
+    assert (begun["event"], begun["stage"], begun["artifact"], begun["state"]) == (
+        "stage",
+        "codes",
+        "codes-abc",
+        "begun",
+    )
+    assert (made["state"], made["seconds"], made["rows"]) == ("made", 12.34, {"read": 5, "written": 4})
+    assert "seconds" not in begun
+
+
+def test_a_stage_that_is_there_is_found(lines):
+    JsonLines().stage("codes-abc", MADE)
+    (line,) = lines()
+    assert (line["event"], line["stage"], line["state"], line["seconds"]) == ("stage", "codes", "found", 12.34)
+
+
+def test_progress_is_told_now_and_then_stage_by_stage(lines, clock):
+    report = JsonLines()
+    for second in range(35):
+        clock[0] = second
+        report.progress("reward", second + 1, 35)
+        report.progress("sae", second + 1, 35)
+    found = lines()
+    assert all((line["event"], line["total"]) == ("progress", 35) for line in found)
+    for stage in ("reward", "sae"):
+        assert [line["done"] for line in found if line["stage"] == stage] == [1, 11, 21, 31]
+
+
+def test_log_records_become_lines(lines):
+    logger = logging.Logger("safer_ray.test")
+    logger.addHandler(JsonLog(logging.WARNING))
+    logger.warning("%d rows look\nodd", 3)
+    logger.info("not this one")
+    (line,) = lines()
+    assert (line["event"], line["level"], line["logger"]) == ("log", "WARNING", "safer_ray.test")
+    assert line["message"] == "3 rows look\nodd"
+    assert {"time", "run"} <= set(line)
+
+
+# A terminal
+
+
+@pytest.fixture
+def screen():
+    return Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None, highlight=False)
+
+
+def shown(screen):
+    return screen.file.getvalue()
+
+
+def test_a_terminal_gets_a_line_for_every_stage(screen):
+    with report_on(screen) as report:
+        assert isinstance(report, Terminal)
+        report.stage("pairs-1", Artifact(Path("pairs-1"), "pairs-1", {"wall_seconds": 1.0, "rows": {}}))
+        report.stage("codes-abc", None)
+        report.progress("codes", 1, 2)
+        report.progress("codes", 2, 2)
+        report.stage("codes-abc", MADE)
+    assert "found pairs-1" in shown(screen)
+    assert "made  codes-abc                     12.3 s" in shown(screen)
+
+
+def test_a_bar_is_shown_while_a_stage_is_under_way_and_gone_behind_it(screen):
+    with report_on(screen) as report:
+        task = report.bar.tasks[0]
+        assert not task.visible
+        report.stage("codes-abc", None)
+        assert not task.visible
+        report.progress("codes", 3, 8)
+        assert (task.visible, task.description, task.completed, task.total) == (True, "codes", 3, 8)
+        report.bar.refresh()
+        assert "3/8" in shown(screen)
+        report.progress("codes", 8, 8)
+        assert not task.visible
+        report.progress("reward", 1, 9)
+        report.stage("codes-abc", MADE)
+        assert not task.visible
+
+
+def test_a_terminal_gets_no_json(screen, capsys):
+    with report_on(screen) as report:
+        report.stage("codes-abc", None)
+        report.progress("codes", 3, 8)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_no_terminal_gets_json_lines(lines):
+    with report_on(Console(file=io.StringIO())) as report:
+        assert isinstance(report, JsonLines)
+        report.stage("codes-abc", None)
+    assert [line["state"] for line in lines()] == ["begun"]
+
+
+# A whole process
+
+
+def python(*words, **environment):
+    """stdout, and stderr as JSON, of a Python process whose output goes to no terminal."""
+    known = {name: value for name, value in os.environ.items() if name not in ("SAFER_RAY_RUN_ID", "FORCE_COLOR")}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, check=True, env=known | environment
+    )
+    return done.stdout, [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_a_run_that_is_piped_says_json_alone_on_stderr_with_the_id_it_was_given(tmp_path):
+    words = ["-m", "safer_ray", "run", write_config(tmp_path), "--until", "corpus"]
+    out, lines = python(*words, SAFER_RAY_RUN_ID="nightly-7")
+    assert [(line["event"], line["stage"], line["state"]) for line in lines] == [
+        ("stage", "corpus", "begun"),
+        ("stage", "corpus", "made"),
+    ]
+    assert all({"time", "run", "event"} <= set(line) for line in lines)
+    assert {line["run"] for line in lines} == {"nightly-7"}
+    assert out == ""
+
+
+def test_a_run_without_an_id_gets_one_of_its_own():
+    code = "from safer_ray.progress import json_line; json_line('one'); json_line('two')"
+    runs = [{line["run"] for line in python("-c", code)[1]} for _ in range(2)]
+    assert [len(run) for run in runs] == [1, 1]
+    assert runs[0] != runs[1]
+    assert all(run.isalnum() for run in runs[0] | runs[1])
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_warnings_of_libraries_are_json_lines_as_well(verbose):
+    code = (
+        "import logging\n"
+        "from safer_ray.cli import options\n"
+        f"options(verbose={verbose}, version=False)\n"
+        "logging.getLogger('library').warning('odd %s', 'rows')\n"
+        "logging.getLogger('library').info('reading')\n"
+    )
+    _, lines = python("-c", code)
+    found = [(line["event"], line["level"], line["logger"], line["message"]) for line in lines]
+    wanted = [("log", "WARNING", "library", "odd rows"), ("log", "INFO", "library", "reading")]
+    assert found == wanted[: 1 + verbose]
