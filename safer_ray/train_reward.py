@@ -1,15 +1,15 @@
 """The loop that trains a reward model on pairs: split by prompt, resume exactly, keep the best, export."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from safer_ray.artifacts import read_parts
 from safer_ray.config import RewardConfig
@@ -17,18 +17,15 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import RewardModel, new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.text import PairTokens
 from safer_ray.training import (
-    TorchEngine,
+    EngineOptions,
     TrainEngine,
+    Workers,
     bradley_terry,
     bucketed_batches,
-    load_checkpoint,
+    my_share,
     reward_step,
-    save_checkpoint,
     warmup_cosine,
 )
-
-CHECKPOINT_SECONDS = 60.0
-OnStep = Callable[[int, int], None]
 
 
 @dataclass
@@ -71,14 +68,51 @@ class _Batches:
         return [self.tokens[i] for i in rows]
 
 
-def held_out(reward: RewardModel, batches: _Batches) -> tuple[float, float]:
-    """Pairwise accuracy (ties are wrong) and Bradley-Terry loss of held-out pairs."""
-    reward.model.eval()
-    sequences = [side.ids for pair in batches.tokens for side in (pair.chosen, pair.rejected)]
-    rewards = reward.forward(sequences).rewards
-    assert rewards is not None
-    margin = rewards[0::2] - rewards[1::2]
-    return float((margin > 0).float().mean()), float(bradley_terry(margin))
+@dataclass(frozen=True)
+class _Training:
+    """What a step needs."""
+
+    reward: RewardModel  # its `model` is the engine's
+    engine: TrainEngine
+    workers: Workers
+    config: RewardConfig
+    options: EngineOptions
+
+
+def engine_options(config: RewardConfig, workers: int) -> EngineOptions:
+    """One of `workers` takes every so-manieth pair of a batch, in equally many micro-batches each step."""
+    share = -(-config.batch_size // workers)
+    micro = min(config.micro_batch_size, share)
+    return EngineOptions(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        micro_batches=-(-share // micro),
+        micro_batch_size=micro,
+        bfloat16=config.dtype == "bfloat16",
+    )
+
+
+@torch.no_grad()
+def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
+    """Pairwise accuracy (ties are wrong) and Bradley-Terry loss of held-out pairs, measured by all workers together."""
+    workers, size = training.workers, training.config.micro_batch_size
+    training.reward.model.eval()
+    order = np.argsort(batches.lengths, kind="stable")
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    right = loss = 0.0
+    for number in range(-(-len(chunks) // workers.size)):
+        mine = number * workers.size + workers.rank
+        margin = _margin(training, batches[chunks[mine if mine < len(chunks) else 0]])
+        if mine < len(chunks):
+            right += float((margin > 0).sum())
+            loss += float(bradley_terry(margin)) * len(margin)
+    sums = workers.sum(torch.tensor([right, loss], dtype=torch.float64)) / len(order)
+    return float(sums[0]), float(sums[1])
+
+
+def _margin(training: _Training, batch: list[PairTokens]) -> Tensor:
+    return reward_step(training.reward, batch, training.engine.autocast).margin
 
 
 def _schedule(config: RewardConfig, rows: int) -> tuple[int, int]:
@@ -96,21 +130,26 @@ def _batch_rows(config: RewardConfig, lengths: np.ndarray, step: int, per_epoch:
         epoch, skip = epoch + 1, 0
 
 
-def _one_step(reward: RewardModel, engine: TrainEngine, config: RewardConfig, batch: list[PairTokens]) -> float:
-    """Forward and backward over the micro-batches of a batch; the loss."""
-    total = 0.0
-    for start in range(0, len(batch), config.micro_batch_size):
-        micro = batch[start : start + config.micro_batch_size]
-        result = reward_step(reward, micro)
-        engine.backward(result.loss * (len(micro) / len(batch)))
-        total += float(result.loss.detach()) * len(micro) / len(batch)
-    return total
+def _one_step(training: _Training, train: _Batches, rows: np.ndarray) -> float:
+    """Forward and backward over this worker's micro-batches of a batch; the loss over all of it.
+
+    Every worker runs equally many micro-batches, as partitioned weights demand; one without rows counts nothing.
+    """
+    share = my_share(rows, training.workers)
+    total, size = 0.0, training.options.micro_batch_size
+    for number in range(training.options.micro_batches):
+        mine = share[number * size : (number + 1) * size]
+        if not len(mine) and training.workers.size == 1:
+            continue
+        weight = len(mine) / len(rows)
+        result = reward_step(training.reward, train[mine if len(mine) else rows[:1]], training.engine.autocast)
+        training.engine.backward(result.loss * weight)
+        total += float(result.loss.detach()) * weight
+    return float(training.workers.sum(torch.tensor([total], dtype=torch.float64)))
 
 
-def train_reward(
-    pairs: Path, out: Path, state: Path, config: RewardConfig, on_step: OnStep = lambda step, total: None
-) -> dict[str, Any]:
-    """Train on the pairs in `pairs`, export to `out`, keep checkpoints in `state`; returns metrics.
+def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers) -> dict[str, Any]:
+    """Train on the pairs in `pairs`, export the best weights so far to `out`; returns metrics.
 
     Exact resume: a run killed anywhere continues from the last checkpoint and ends with the same weights on CPU.
 
@@ -129,17 +168,11 @@ def train_reward(
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    engine = TorchEngine(
-        reward.model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
-    progress = _fit(reward, engine, config, train, validation, state, on_step)
-    best = torch.load(state / "best.pt", weights_only=True)
-    reward.model.load_state_dict(best["module"])
-    reward.model.eval()
-    save_reward_model(reward, out)
+    parameters = sum(p.numel() for p in reward.model.parameters())
+    options = engine_options(config, workers.size)
+    engine = workers.engine(reward.model, options)
+    training = _Training(replace(reward, model=engine.model), engine, workers, config, options)
+    progress = _fit(training, train, validation, out)
     return {
         "train_pairs": len(train.tokens),
         "validation_pairs": len(validation.tokens) if held.any() else 0,
@@ -147,51 +180,40 @@ def train_reward(
         "best_step": progress.best_step,
         "validation_accuracy": progress.best_accuracy,
         "validation_loss": progress.best_loss,
-        "parameters": sum(p.numel() for p in reward.model.parameters()),
+        "parameters": parameters,
+        "workers": workers.size,
         "history": progress.history,
     }
 
 
-def _fit(
-    reward: RewardModel,
-    engine: TrainEngine,
-    config: RewardConfig,
-    train: _Batches,
-    validation: _Batches,
-    state: Path,
-    on_step: OnStep,
-) -> Progress:
+def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) -> Progress:
+    config, workers, engine = training.config, training.workers, training.engine
     per_epoch, total = _schedule(config, len(train.tokens))
-    progress = Progress()
-    torch.manual_seed(config.seed + 1)
-    checkpoint = load_checkpoint(state / "last.pt")
-    if checkpoint is not None:
-        engine.restore(checkpoint["engine"])
-        progress = Progress(**checkpoint["progress"])
+    torch.manual_seed(config.seed + 1 + workers.rank)
+    checkpoint = workers.load(engine)
+    progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     marks = {round(total * (i + 1) / config.evaluations) for i in range(config.evaluations)} | {total}
-    saved = time.monotonic()
     for rows in _batch_rows(config, train.lengths, progress.step, per_epoch):
         if progress.step >= total:
             break
-        reward.model.train()
-        loss = _one_step(reward, engine, config, train[rows])
+        engine.model.train()
+        loss = _one_step(training, train, rows)
         if not np.isfinite(loss):
             raise SaferError(f"reward: the loss is {loss} at step {progress.step}; lower reward.learning_rate")
         engine.step(warmup_cosine(progress.step, total, config.warmup))
         progress.step += 1
         progress.loss_sum, progress.loss_steps = progress.loss_sum + loss, progress.loss_steps + 1
-        on_step(progress.step, total)
+        workers.on_step(progress.step, total)
         if progress.step in marks:
-            _evaluate(reward, engine, validation, progress, state)
-        if progress.step in marks or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint({"engine": engine.state(), "progress": vars(progress)}, state / "last.pt")
-            saved = time.monotonic()
+            _evaluate(training, validation, progress, out)
+        if workers.due() or progress.step in marks:
+            workers.save(engine, {"progress": vars(progress)})
     return progress
 
 
-def _evaluate(reward: RewardModel, engine: TrainEngine, validation: _Batches, progress: Progress, state: Path) -> None:
-    """Measure held-out pairs, and keep the weights of lowest held-out loss: it is less noisy than the accuracy."""
-    accuracy, held_loss = held_out(reward, validation)
+def _evaluate(training: _Training, validation: _Batches, progress: Progress, out: Path) -> None:
+    """Measure held-out pairs, and export the weights of lowest held-out loss: it is less noisy than the accuracy."""
+    accuracy, held_loss = held_out(training, validation)
     loss = progress.loss_sum / max(1, progress.loss_steps)
     progress.loss_sum, progress.loss_steps = 0.0, 0
     progress.history.append(
@@ -199,4 +221,6 @@ def _evaluate(reward: RewardModel, engine: TrainEngine, validation: _Batches, pr
     )
     if held_loss < progress.best_loss:
         progress.best_accuracy, progress.best_loss, progress.best_step = accuracy, held_loss, progress.step
-        save_checkpoint({"module": engine.state()["module"]}, state / "best.pt")
+        weights = training.engine.weights()
+        if weights is not None:
+            save_reward_model(training.reward, out, weights)

@@ -1,8 +1,6 @@
 """The loop that trains an SAE on harvested activations, and its quality on held-out prompts."""
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +16,13 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import validation_split
 from safer_ray.training import (
+    EngineOptions,
     TorchEngine,
-    load_checkpoint,
+    Workers,
+    my_share,
     permutation,
     remove_parallel_gradient,
     sae_step,
-    save_checkpoint,
     warmup_decay,
 )
 
@@ -108,72 +107,70 @@ def sae_quality(sae: TopKSae, vectors: np.ndarray) -> dict[str, float]:
 
 
 def train_sae(
-    activations: Path,
-    out: Path,
-    state: Path,
-    config: SaeConfig,
-    *,
-    model: str,
-    layer: int,
-    on_step: Callable[[int, int], None] = lambda step, total: None,
+    activations: Path, out: Path, config: SaeConfig, workers: Workers, *, model: str, layer: int
 ) -> dict[str, Any]:
     """Train on harvested vectors, write a SAELens directory to `out`; returns held-out metrics.
 
-    Exact resume from `state`, as in `train_reward`.
+    Exact resume, as in `train_reward`.
 
     Raises:
         UserError: unusable activations.
         SaferError: the loss became NaN.
     """
+    if workers.size > config.batch_size:
+        raise UserError(f"sae: a batch of {config.batch_size} cannot be shared by {workers.size} workers; enlarge it")
     vectors = read_vectors(activations, config)
     sae = TopKSae(vectors.train.shape[1], config.latents, config.k)
     sample = permutation(len(vectors.train), config.seed, 2**31 - 1)[:8192]
     sae.initialise(_tensor(vectors.train[sample]), config.seed)
-    progress = _fit(sae, vectors.train, config, state, on_step)
-    save_sae(sae, out, model=model, layer=layer)
+    progress = _fit(sae, vectors.train, config, workers)
+    if workers.rank == 0:
+        save_sae(sae, out, model=model, layer=layer)
     return {
         **sae_quality(sae, vectors.held_out),
         "train_vectors": len(vectors.train),
         "held_out_vectors": len(vectors.held_out),
         "outliers": vectors.outliers,
         "steps": progress.step,
+        "workers": workers.size,
         "history": progress.history,
     }
 
 
-def _fit(
-    sae: TopKSae, x: np.ndarray, config: SaeConfig, state: Path, on_step: Callable[[int, int], None]
-) -> SaeProgress:
+def _fit(sae: TopKSae, x: np.ndarray, config: SaeConfig, workers: Workers) -> SaeProgress:
     rate = config.learning_rate or REFERENCE_LEARNING_RATE / math.sqrt(config.latents / REFERENCE_LATENTS)
-    engine = TorchEngine(sae, learning_rate=rate, max_grad_norm=1.0)
+    engine = TorchEngine(sae, EngineOptions(learning_rate=rate, max_grad_norm=1.0), workers)
     progress, idle = SaeProgress(), torch.zeros(sae.latents, dtype=torch.int64)
-    checkpoint = load_checkpoint(state / "last.pt")
+    checkpoint = workers.load(engine)
     if checkpoint is not None:
-        engine.restore(checkpoint["engine"])
         progress, idle = SaeProgress(**checkpoint["progress"]), checkpoint["idle"]
     per_epoch = len(x) // config.batch_size
     order, order_epoch = np.empty(0, dtype=np.int64), -1
-    saved = time.monotonic()
     while progress.step < config.steps:
         epoch, number = divmod(progress.step, per_epoch)
         if epoch != order_epoch:
             order, order_epoch = permutation(len(x), config.seed, epoch), epoch
         rows = order[number * config.batch_size : (number + 1) * config.batch_size]
-        result = sae_step(sae, _tensor(x[rows]), idle >= config.dead_after, config.aux_coefficient)
-        if not torch.isfinite(result.loss):
-            raise SaferError(f"sae: the loss is {float(result.loss)} at step {progress.step}; lower sae.learning_rate")
-        engine.backward(result.loss)
+        mine = my_share(rows, workers)
+        result = sae_step(sae, _tensor(x[mine]), idle >= config.dead_after, config.aux_coefficient)
+        share = len(mine) / len(rows)
+        engine.backward(result.loss * share)
+        fired = torch.zeros(sae.latents)
+        fired[result.features[result.values > 0]] = 1
+        losses = torch.stack([result.loss.detach(), result.nmse, result.aux]) * share
+        sums = workers.sum(torch.cat([losses, fired]))
+        loss, nmse, aux = (float(value) for value in sums[:3])
+        if not math.isfinite(loss):
+            raise SaferError(f"sae: the loss is {loss} at step {progress.step}; lower sae.learning_rate")
         remove_parallel_gradient(sae)
         engine.step(warmup_decay(progress.step, config.steps, config.warmup, config.decay))
         sae.normalise_decoder()
         idle += len(rows)
-        idle[result.features[result.values > 0]] = 0
+        idle[sums[3:] > 0] = 0
         progress.step += 1
-        on_step(progress.step, config.steps)
+        workers.on_step(progress.step, config.steps)
         if progress.step % 50 == 0 or progress.step == config.steps:
-            progress.history.append({"step": progress.step, "nmse": float(result.nmse), "aux": float(result.aux)})
-        if progress.step % CHECKPOINT_STEPS == 0 or time.monotonic() - saved > 60:
-            saved_state = {"engine": engine.state(), "progress": vars(progress), "idle": idle}
-            save_checkpoint(saved_state, state / "last.pt")
-            saved = time.monotonic()
+            progress.history.append({"step": progress.step, "nmse": nmse, "aux": aux})
+        if workers.due() or progress.step % CHECKPOINT_STEPS == 0:
+            workers.save(engine, {"progress": vars(progress), "idle": idle})
     return progress

@@ -1,7 +1,11 @@
-"""Pure training steps, schedules, and the small adapter to whatever engine applies the gradients."""
+"""Pure training steps, schedules, and the small adapters to the engine that applies gradients and to its workers."""
 
+import json
 import math
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,10 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safer_ray.errors import SaferError, explain_disk_errors
+from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.reward import RewardModel, pad_batch
 from safer_ray.sae import SparseCodes, TopKSae, decode_sparse
 from safer_ray.text import PairTokens
+
+CHECKPOINT_SECONDS = 60.0
+TORCH = "torch.pt"
 
 
 class RewardStep(NamedTuple):
@@ -38,10 +45,11 @@ def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     return -nn.functional.logsigmoid(margin).mean()
 
 
-def reward_step(reward: RewardModel, batch: list[PairTokens]) -> RewardStep:
-    """Both sides of a batch through the model at once."""
+def reward_step(reward: RewardModel, batch: list[PairTokens], bfloat16: bool = False) -> RewardStep:
+    """Both sides of a batch through the model at once; `bfloat16` computes in it and keeps the weights as they are."""
     sequences = [p.chosen.ids for p in batch] + [p.rejected.ids for p in batch]
-    logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
+    with torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
+        logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
     margin = logits[: len(batch)] - logits[len(batch) :]
     return RewardStep(bradley_terry(margin), margin.detach())
 
@@ -107,73 +115,231 @@ def bucketed_batches(lengths: np.ndarray, size: int, seed: int, epoch: int, wind
         yield batches[i]
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How gradients are applied; batch and micro-batch sizes are one worker's."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    micro_batches: int = 1  # a step
+    micro_batch_size: int = 1
+    bfloat16: bool = False
+
+
 class TrainEngine(Protocol):
-    """What applies gradients: plain torch here, DeepSpeed on a cluster."""
+    """What applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
 
-    def backward(self, loss: Tensor) -> None: ...
+    autocast: bool  # whether forward passes are to run under torch's autocast to bfloat16
 
-    def step(self, factor: float) -> None: ...
+    @property
+    def model(self) -> Any:
+        """What to call for a forward pass that will be differentiated."""
+        ...
 
-    def state(self) -> dict[str, Any]: ...
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient; a step's losses sum to its share of the mean over the whole batch."""
+        ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def step(self, factor: float) -> None:
+        """Apply the gradients, summed over workers, at `learning_rate * factor`."""
+        ...
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Whole tensors by name on the first worker; None on the others."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
+class Workers(Protocol):
+    """The processes that train together, seen from one of them. Every method is called by all, in the same order."""
+
+    rank: int
+    size: int
+
+    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine: ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over workers."""
+        ...
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        ...
+
+    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+        """Keep a checkpoint of the engine, of every worker's random state and of the loop's `state`."""
+        ...
+
+    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+        """Go back to the last checkpoint; the loop's state, None where there is none."""
+        ...
+
+    def on_step(self, done: int, total: int) -> None: ...
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, vectors (biases, norms) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed, plain = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class TorchEngine:
-    """AdamW in one process; the learning rate of a step is `learning_rate * factor`."""
+    """AdamW on a module that every worker holds whole; gradients are summed over the workers."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        learning_rate: float,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        decayed = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-        plain = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    def __init__(self, module: nn.Module, options: EngineOptions, workers: Workers | None = None) -> None:
         self.module = module
-        self.learning_rate = learning_rate
-        self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
+        self.options = options
+        self.workers = workers
+        self.autocast = options.bfloat16
+        groups = decay_groups(module, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+            group["lr"] = self.options.learning_rate * factor
+        if self.workers is not None and self.workers.size > 1:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.workers.sum(parameter.grad)
+        if self.options.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def weights(self) -> dict[str, Tensor] | None:
+        return self.module.state_dict() if self.workers is None or self.workers.rank == 0 else None
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def save(self, directory: Path) -> None:
+        if self.workers is None or self.workers.rank == 0:
+            save_tensors(
+                {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / TORCH
+            )
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / TORCH, weights_only=True, map_location="cpu")
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write beside, then rename; the RNG state goes along."""
-    temporary = path.with_name(f".{path.name}")
+def save_tensors(state: dict[str, Any], path: Path) -> None:
+    """torch.save, with a full disk told in one line.
+
+    Raises:
+        SaferError: the disk is full.
+    """
     with explain_disk_errors(path.parent):
         try:
-            torch.save({**state, "rng": torch.get_rng_state()}, temporary)
-            temporary.replace(path)
+            torch.save(state, path)
         except RuntimeError as error:  # torch's own writer reports a full disk this way
             raise SaferError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The last checkpoint, with its RNG state set again; None where there is none."""
-    if not path.exists():
-        return None
-    state = torch.load(path, weights_only=True)
-    torch.set_rng_state(state["rng"])
-    return state
+class Checkpoints:
+    """`step-N` directories of one training, whole or absent; the highest counts."""
+
+    def __init__(self, state: Path, rank: int, group: dict[str, Any]) -> None:
+        self.state = state
+        self.rank = rank
+        self.group = group  # what a checkpoint depends on: workers, engine, partitioning
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved > CHECKPOINT_SECONDS
+
+    def begin(self) -> Path:
+        """Where the next checkpoint is written, under its temporary name."""
+        path = self.state / "next"
+        if self.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+        return path
+
+    def write(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+        """This worker's part: the engine's, its random state, and the loop's on the first worker."""
+        path = self.state / "next"
+        engine.save(path)
+        save_tensors({"rng": torch.get_rng_state()}, path / f"rng-{self.rank}.pt")
+        if self.rank == 0:
+            save_tensors(state, path / "loop.pt")
+            (path / "group.json").write_text(json.dumps(self.group), encoding="utf-8")
+
+    def close(self, step: int) -> None:
+        """Rename the checkpoint, then forget the older ones."""
+        self.saved = time.monotonic()
+        if self.rank != 0:
+            return
+        older = self._all()
+        target = self.state / f"step-{step:08}"
+        shutil.rmtree(target, ignore_errors=True)
+        (self.state / "next").rename(target)
+        for path in older:
+            if path != target:
+                shutil.rmtree(path)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.state.glob("step-*"))
+
+    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+        """The last checkpoint into `engine`; the loop's state, None where there is none.
+
+        Raises:
+            UserError: it was made by another number or kind of workers.
+        """
+        if not self._all():
+            return None
+        path = self._all()[-1]
+        group = json.loads((path / "group.json").read_text(encoding="utf-8"))
+        if group != self.group:
+            raise UserError(
+                f"the unfinished training in {self.state} was made with {group}, this run has {self.group}; go on with "
+                f"the same, or delete {self.state} to train anew"
+            )
+        engine.load(path)
+        torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
+        return torch.load(path / "loop.pt", weights_only=True, map_location="cpu")
+
+
+class OneProcess:
+    """Training in this process alone."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, state: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.checkpoints = Checkpoints(state, 0, {"workers": 1, "engine": "torch"})
+        self.on_step = on_step
+
+    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
+        return TorchEngine(module, options)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def due(self) -> bool:
+        return self.checkpoints.due()
+
+    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+        self.checkpoints.begin()
+        self.checkpoints.write(engine, state)
+        self.checkpoints.close(state["progress"]["step"])
+
+    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+        return self.checkpoints.load(engine)
+
+
+def my_share(rows: np.ndarray, workers: Workers) -> np.ndarray:
+    """This worker's rows of a batch: every `size`-th, so that rows of like length spread evenly."""
+    return rows[workers.rank :: workers.size]

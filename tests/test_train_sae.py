@@ -7,13 +7,14 @@ import torch
 from conftest import random_sae
 from safetensors.torch import load_file
 
-from safer_ray import schema
+from safer_ray import schema, training
 from safer_ray import train_sae as module
 from safer_ray.artifacts import part_name, write_parquet
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.sae import load_sae, sae_layer, standardise
 from safer_ray.train_sae import read_vectors, sae_quality, train_sae
+from safer_ray.training import OneProcess
 
 WIDTH = 24
 CONFIG = SaeConfig(
@@ -57,11 +58,12 @@ def vectors_dir(tmp_path_factory):
 
 @pytest.fixture
 def train(vectors_dir, tmp_path):
+    """Train in a folder of its name; returns where the SAE is, and the metrics."""
+
     def train(name, config=CONFIG, **options):
-        state = tmp_path / name / "state"
-        state.mkdir(parents=True, exist_ok=True)
-        out = tmp_path / name / "out"
-        return out, train_sae(vectors_dir, out, state, config, model="tiny", layer=2, **options)
+        out = tmp_path / name
+        workers = OneProcess(out / "state", **options)
+        return out, train_sae(vectors_dir, out, config, workers, model="tiny", layer=2)
 
     return train
 
@@ -101,24 +103,52 @@ def test_quality_equals_a_plain_recomputation():
     assert found["dead_share"] > 0
 
 
-@pytest.mark.parametrize("step", [3, 25, 77])
-def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step):
-    wanted, metrics = train("undisturbed")
-    monkeypatch.setattr(module, "CHECKPOINT_STEPS", 10)
-
+def die_at(step):
     def die(done, total):
         if done == step:
             raise KeyboardInterrupt
 
+    return die
+
+
+def assert_equal_weights(one, other):
+    one, other = (load_file(path / "sae_weights.safetensors") for path in (one, other))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", [3, 25, 77])
+def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step):
+    wanted, metrics = train("undisturbed")
+    monkeypatch.setattr(module, "CHECKPOINT_STEPS", 10)
     with pytest.raises(KeyboardInterrupt):
-        train("killed", on_step=die)
+        train("killed", on_step=die_at(step))
     steps = []
     out, again = train("killed", on_step=lambda done, total: steps.append(done))
-    assert steps[0] == step // 10 * 10 + 1
+    assert steps[0] == (step - 1) // 10 * 10 + 1
     assert steps[-1] == 120
-    one, two = (load_file(path / "sae_weights.safetensors") for path in (wanted, out))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_equal_weights(wanted, out)
     assert again == metrics
+
+
+def test_a_run_killed_when_a_checkpoint_was_due_resumes_to_the_same_weights(train, monkeypatch):
+    wanted, metrics = train("undisturbed")
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", on_step=die_at(50))
+    steps = []
+    out, again = train("killed", on_step=lambda done, total: steps.append(done))
+    assert steps == list(range(50, 121))
+    assert_equal_weights(wanted, out)
+    assert again == metrics
+
+
+def test_a_checkpoint_of_another_group_of_workers_is_refused(train, vectors_dir, monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_STEPS", 10)
+    out, _ = train("run", CONFIG.model_copy(update={"steps": 20}))
+    others = OneProcess(out / "state")
+    others.checkpoints.group = {"workers": 3, "engine": "torch"}
+    with pytest.raises(UserError, match=r"'workers': 1.* this run has .*'workers': 3.*go on with the same, or delete"):
+        train_sae(vectors_dir, out, CONFIG, others, model="tiny", layer=2)
 
 
 def test_dead_latents_are_counted_and_helped(train):
@@ -168,7 +198,11 @@ def test_all_vectors_of_a_pair_fall_on_one_side(vectors_dir):
 
 
 def test_a_loss_that_is_no_number_ends_training_with_the_remedy(train, monkeypatch):
+    def overflows(*given):
+        result = step(*given)
+        return result._replace(loss=result.loss * float("nan"))
+
     step = module.sae_step
-    monkeypatch.setattr(module, "sae_step", lambda *a: step(*a)._replace(loss=torch.tensor(float("nan"))))
+    monkeypatch.setattr(module, "sae_step", overflows)
     with pytest.raises(SaferError, match=r"sae: the loss is nan at step 0; lower sae.learning_rate"):
         train("nan")
