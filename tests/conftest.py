@@ -3,8 +3,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a local Ray would write a token into the home directory
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -148,3 +152,18 @@ def sae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saes") / "tiny"
     save_sae(random_sae(TINY.hidden, 64, 4), directory, model="tiny", layer=2)
     return directory
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests that need one; eight logical cores, however many the machine has."""
+    import ray
+
+    from safer_ray.distributed.session import quiet
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that workers find what tests hand them
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    del os.environ["PYTHONPATH"]
+    quiet(verbose=False)
+    yield
+    ray.shutdown()

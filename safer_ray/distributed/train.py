@@ -1,0 +1,229 @@
+"""Training loops on a Ray Train worker group: data parallel, resumed from checkpoints in the run's own directory.
+
+Checkpoints lie where the artifact is made, on storage that all nodes see, so that a new group, a new driver or a person
+finds them without asking Ray.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from torch import Tensor, nn
+
+from safer_ray.artifacts import write_json
+from safer_ray.config import RayConfig
+from safer_ray.distributed.zero import DeepSpeedEngine
+from safer_ray.errors import SaferError, UserError
+from safer_ray.runner import OnProgress, TrainJob, trained_already
+from safer_ray.training import Checkpoints, EngineOptions, TrainEngine
+
+PROGRESS_SECONDS = 1.0
+START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever
+ABORT_SECONDS = 30.0  # until an interrupted group has ended
+ERROR = "error.json"
+METRICS = "metrics.json"
+PROGRESS = "progress.json"
+
+
+class GroupWorker:
+    """One process of a Ray Train group; see `safer_ray.training.Workers`."""
+
+    def __init__(self, state: Path, config: RayConfig) -> None:
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self.config = config
+        self.state = state
+        self.device = torch.device("cuda", context.get_local_rank()) if config.worker_gpus else torch.device("cpu")
+        self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch"})
+        self.told = 0.0
+        self.open: DeepSpeedEngine | None = None
+
+    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
+        stage = self.config.deepspeed.stage
+        self.checkpoints.group |= {"engine": f"deepspeed zero {stage}", "dtype": _dtype(options)}
+        self.open = DeepSpeedEngine(module, options, self.config.deepspeed, self.size)
+        return self.open
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def due(self) -> bool:
+        """The first worker's clock decides for all."""
+        return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
+
+    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+        self.checkpoints.begin()
+        dist.barrier()
+        self.checkpoints.write(engine, state)
+        dist.barrier()
+        self.checkpoints.close(state["progress"]["step"])
+        dist.barrier()
+
+    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+        return self.checkpoints.load(engine)
+
+    def on_step(self, done: int, total: int) -> None:
+        if self.rank == 0 and (done == total or time.monotonic() - self.told >= PROGRESS_SECONDS):
+            self.told = time.monotonic()
+            write_json({"done": done, "total": total}, self.state / PROGRESS)
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.open.close()
+
+
+def _dtype(options: EngineOptions) -> str:
+    return "bfloat16" if options.bfloat16 else "float32"
+
+
+def work(given: dict[str, Any]) -> None:
+    """What every worker of the group runs: the jobs, one after another."""
+    config: RayConfig = given["config"]
+    torch.set_num_threads(config.worker_threads)
+    for job in given["jobs"]:
+        state = job.out / "state"
+        known, explained = trained_already(state), (state / ERROR).exists()
+        dist.barrier()  # all have looked before one of them writes
+        if known is not None:
+            continue
+        if explained:
+            return  # by the group before this one
+        began = time.monotonic()
+        worker = GroupWorker(state, config)
+        try:
+            metrics = job.loop(out=job.out, workers=worker, **job.arguments)
+        except SaferError as error:
+            write_json([isinstance(error, UserError), str(error)], state / ERROR)
+            dist.destroy_process_group()  # so that nobody waits for this worker
+            return
+        worker.close()
+        if worker.rank == 0:
+            metrics["train_seconds"] = round(time.monotonic() - began, 3)
+            write_json(metrics, state / METRICS)
+        ray.train.report({"stage": job.stage, "artifact": job.out.name})  # a barrier: all have finished this job
+
+
+def train(jobs: Sequence[TrainJob], config: RayConfig, on_progress: OnProgress) -> list[dict[str, Any]]:
+    """Run the jobs on one worker group; lost workers and nodes are replaced `ray.max_failures` times.
+
+    Raises:
+        UserError: what a loop explained, in the input or the config.
+        SaferError: the group failed too often.
+    """
+    states = [job.out / "state" for job in jobs]
+    for state in states:
+        state.mkdir(parents=True, exist_ok=True)
+        (state / ERROR).unlink(missing_ok=True)
+    if any(trained_already(state) is None for state in states):
+        with _progress(jobs, on_progress):
+            _fit(jobs, config, states[0])
+    for state in states:
+        if (state / ERROR).exists():
+            is_users, message = json.loads((state / ERROR).read_text(encoding="utf-8"))
+            raise (UserError if is_users else SaferError)(message)
+    metrics = [trained_already(state) for state in states]
+    missing = [job.out.name for job, found in zip(jobs, metrics, strict=True) if found is None]
+    if missing:
+        raise SaferError(f"training of {missing[0]} ended without a result; run the same command again")
+    return [found for found in metrics if found is not None]
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C alone: Ray Train's own handler stays for the rest of the process, and exits without a word."""
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+
+def _fit(jobs: Sequence[TrainJob], config: RayConfig, state: Path) -> None:
+    storage = state / "ray"  # the group's own books; nothing in them is needed to go on
+    shutil.rmtree(storage, ignore_errors=True)
+    storage.mkdir()
+    resources = {"CPU": config.worker_cpus} | ({"GPU": config.worker_gpus} if config.worker_gpus else {})
+    trainer = _Trainer(
+        work,
+        train_loop_config={"jobs": list(jobs), "config": config},
+        torch_config=TorchConfig(backend="nccl" if config.worker_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train_workers, use_gpu=bool(config.worker_gpus), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=str(storage),
+            failure_config=FailureConfig(
+                max_failures=config.max_failures,
+                controller_failure_limit=START_TRIES + math.ceil(config.wait_seconds / 60),
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        if trainer.controller is not None:
+            with contextlib.suppress(RayError):
+                ray.get(trainer.controller.abort.remote(), timeout=ABORT_SECONDS)
+        raise
+    except ControllerError as error:
+        raise SaferError(
+            f"{jobs[0].stage}: no group of {config.train_workers} workers of {config.worker_cpus:g} CPU and "
+            f"{config.worker_gpus:g} GPU could be started: …{_end(error)}; see `ray status` for lost nodes and for "
+            "work that holds the others, then run the same command again: it goes on from the last checkpoint"
+        ) from error
+    except TrainingFailedError as error:
+        raise SaferError(
+            f"{jobs[0].stage}: the worker group failed {config.max_failures + 1} times: …{_end(error)}; "
+            "run the same command again: it goes on from the last checkpoint"
+        ) from error
+    except RayError as error:  # of the group's controller
+        raise SaferError(
+            f"{jobs[0].stage}: the cluster failed: …{_end(error)}; "
+            "run the same command again: it goes on from the last checkpoint"
+        ) from error
+
+
+def _end(error: BaseException) -> str:
+    return " ".join(str(error).split())[-400:]
+
+
+@contextlib.contextmanager
+def _progress(jobs: Sequence[TrainJob], on_progress: OnProgress) -> Iterator[None]:
+    """Hand on what the first worker writes about its steps."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(PROGRESS_SECONDS):
+            for job in jobs:
+                if (job.out / "state" / METRICS).exists():
+                    continue
+                with contextlib.suppress(OSError, ValueError):
+                    said = json.loads((job.out / "state" / PROGRESS).read_text(encoding="utf-8"))
+                    on_progress(job.stage, said["done"], said["total"])
+                break
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,97 @@
+"""DeepSpeed as the engine that applies gradients: one configuration, four ways to partition (ZeRO 0-3)."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safer_ray.config import DeepSpeedConfig
+from safer_ray.errors import UserError
+from safer_ray.training import EngineOptions, decay_groups
+
+TAG = "deepspeed"
+
+
+def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[str, Any]:
+    """All that DeepSpeed is told."""
+    zero: dict[str, Any] = {"stage": config.stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": options.micro_batches,
+        "gradient_clipping": options.max_grad_norm or 0.0,
+        "bf16": {"enabled": options.bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's, the same as without DeepSpeed
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedEngine:
+    """AdamW through DeepSpeed on a model that all workers have built alike."""
+
+    autocast = False  # DeepSpeed computes in the dtype of its own configuration
+
+    def __init__(self, module: nn.Module, options: EngineOptions, config: DeepSpeedConfig, workers: int) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.stage = config.stage
+        self.options = options
+        self.scale = workers * options.micro_batches  # DeepSpeed takes means where a step's losses are to be summed
+        optimizer = torch.optim.AdamW(decay_groups(module, options.weight_decay), lr=options.learning_rate)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
+        )
+
+    @property
+    def model(self) -> Any:
+        return self.engine
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.scale)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch
+
+    def step(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * factor
+        self.engine.step()
+
+    def weights(self) -> dict[str, Tensor] | None:
+        import deepspeed
+
+        module, first = self.engine.module, torch.distributed.get_rank() == 0
+        found: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            gather = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+            with gather:
+                if first:
+                    found[name] = parameter.detach().cpu().clone()
+        if not first:
+            return None
+        kept = set(module.state_dict())
+        buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
+        return found | buffers
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Raises UserError: the checkpoint cannot be read."""
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
+        if loaded is None:
+            raise UserError(f"DeepSpeed cannot read its checkpoint in {directory}; delete it to train anew")
+
+    def close(self) -> None:
+        """Give back what the engine holds, so that the next training of the same worker group finds room."""
+        self.engine.destroy()

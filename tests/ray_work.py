@@ -1,0 +1,135 @@
+"""Work for the tests of sessions and faults: slow where it is to be disturbed, and it notes where it runs."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+
+from safer_ray.artifacts import Fragment, part_fragments, part_name, read_fragment, write_parquet
+from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.runner import MapJob, TrainJob
+
+ROWS = 10  # of a fragment
+SECONDS = {"map": 0.5, "train": 1.0}  # of a batch of two rows, and of a step, that dawdle
+WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
+REWARD = RewardConfig(
+    base=TinyLlamaConfig(hidden=16, layers=1, heads=2, intermediate=24, vocabulary=400, positions=128),
+    max_length=96,
+    epochs=2,
+    batch_size=8,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    validation_percent=20,
+    evaluations=3,
+)
+
+
+class Note(NamedTuple):
+    """That a process worked on something: the first value of a batch, or a step of a training."""
+
+    what: str
+    pid: int
+    node: str
+    rank: int
+    value: int
+
+
+def note(folder: Path, what: str, value: int, rank: int = 0) -> None:
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
+    with (folder / f"note-{os.getpid()}").open("a") as file:
+        file.write(f"{what} {os.getpid()} {node} {rank} {value}\n")
+
+
+def notes(folder: Path, what: str) -> list[Note]:
+    """Those of a kind, the last of each process at its end."""
+    found = []
+    for file in folder.glob("note-*"):
+        for words in (line.split() for line in file.read_text().splitlines()):
+            if len(words) == 5 and words[0] == what:
+                found.append(Note(words[0], int(words[1]), words[2], int(words[3]), int(words[4])))
+    return found
+
+
+def write_input(folder: Path, count: int) -> Path:
+    """So many parts of ten numbered rows, to be doubled."""
+    for number in range(count):
+        ids = range(ROWS * number, ROWS * (number + 1))
+        columns = {"pair_id": [f"p{i}" for i in ids], "row_key": [f"in.jsonl#{i}" for i in ids], "value": list(ids)}
+        write_parquet(pa.table(columns), folder / "in" / part_name(number))
+    return folder
+
+
+def fragments(folder: Path) -> list[Fragment]:
+    return part_fragments(folder / "in")
+
+
+def dawdle(folder: Path, what: str, yes: bool) -> None:
+    """Whether work of a kind is to take its time."""
+    if yes:
+        (folder / f"dawdle-{what}").touch()
+    else:
+        (folder / f"dawdle-{what}").unlink(missing_ok=True)
+
+
+def wait(folder: Path, what: str) -> None:
+    if (folder / f"dawdle-{what}").exists():
+        time.sleep(SECONDS[what])
+
+
+class Double:
+    """A batch function that dawdles."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        values = rows["value"].to_pylist()
+        note(self.folder, "map", values[0])
+        wait(self.folder, "map")
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+def mapping(folder: Path) -> MapJob:
+    return MapJob("codes", read_fragment, partial(Double, folder), WRITTEN, loads_model=True, batch_rows=2)
+
+
+class Watched:
+    """Workers that note every step, and dawdle."""
+
+    def __init__(self, workers: Any, folder: Path) -> None:
+        self.workers, self.folder = workers, folder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.workers, name)
+
+    def on_step(self, done: int, total: int) -> None:
+        note(self.folder, "train", done, self.rank)
+        wait(self.folder, "train")
+        self.workers.on_step(done, total)
+
+
+def train_watched(pairs: Path, out: Path, config: RewardConfig, workers: Any, folder: Path) -> dict[str, Any]:
+    """`train_reward` with a checkpoint at every step."""
+    import safer_ray.training  # here, since processes that map need none of it
+    from safer_ray.train_reward import train_reward
+
+    safer_ray.training.CHECKPOINT_SECONDS = -1.0
+    return train_reward(pairs, out, config, Watched(workers, folder))
+
+
+def training(folder: Path, pairs: Path) -> TrainJob:
+    arguments = {"pairs": pairs, "config": REWARD, "folder": folder}
+    return TrainJob("reward", train_watched, arguments, folder / "reward")
+
+
+def fragments_done(folder: Path) -> int:
+    return len(list((folder / "out/done").glob("*.json")))
+
+
+def steps_done(folder: Path) -> int:
+    """Of the last checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("reward/state/step-*")), default=0)

@@ -1,0 +1,219 @@
+"""Mapping on Ray: the same rows as in one process, whatever dies on the way."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from test_kill import assert_same_rows
+from tiny_run import tables
+
+from safer_ray.artifacts import (
+    Place,
+    open_artifact,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parts,
+    write_parquet,
+)
+from safer_ray.config import ActivationsConfig, RayConfig
+from safer_ray.distributed.data import dataset
+from safer_ray.distributed.runner import RayRunner
+from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline import Stages
+from safer_ray.runner import LocalRunner, MapJob, count, quarantine_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
+ONE, THREE = RayConfig(max_actors=1), RayConfig(min_actors=3, max_actors=3)
+
+
+@pytest.fixture
+def fragments(tmp_path):
+    """Eight parts of ten rows."""
+    for number in range(8):
+        ids = range(10 * number, 10 * number + 10)
+        columns = {"pair_id": [f"p{i}" for i in ids], "row_key": [f"in.jsonl#{i}" for i in ids], "value": list(ids)}
+        write_parquet(pa.table(columns), tmp_path / "in" / part_name(number))
+    return part_fragments(tmp_path / "in")
+
+
+class Double:
+    """A batch function that can be told to die, once or whenever it sees a value."""
+
+    def __init__(self, folder, *, dies_once_at=None, dies_at=None, chokes_at=None):
+        self.folder, self.dies_once_at, self.dies_at, self.chokes_at = folder, dies_once_at, dies_at, chokes_at
+
+    def __call__(self, rows):
+        values = rows["value"].to_pylist()
+        with (self.folder / f"seen-{os.getpid()}").open("a") as seen:
+            seen.write(f"{values[0]}\n")
+        if self.dies_at in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.dies_once_at in values and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.chokes_at in values:
+            raise ValueError("too bitter")
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+def job(folder, *, loads_model=True, batch_rows=5, **options):
+    return MapJob(
+        "codes",
+        read_fragment,
+        lambda: Double(folder, **options),
+        WRITTEN,
+        loads_model=loads_model,
+        batch_rows=batch_rows,
+    )
+
+
+def doubles(out):
+    return read_parts(out)["double"].to_pylist()
+
+
+@pytest.mark.parametrize("loads_model", [True, False])
+def test_every_fragment_is_committed_under_its_number(fragments, tmp_path, loads_model):
+    seen = []
+    runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, done, total)))
+    counts = runner.map(job(tmp_path, loads_model=loads_model), fragments, tmp_path / "out")
+    assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
+    assert [p.name for p in part_files(tmp_path / "out")] == [part_name(i) for i in range(8)]
+    assert (counts.read, counts.written, counts.quarantined) == (80, 80, 0)
+    assert seen == [("codes", done, 8) for done in range(1, 9)]
+
+
+def test_what_is_done_is_not_done_again(fragments, tmp_path):
+    out = tmp_path / "out"
+    LocalRunner().map(job(tmp_path), fragments, out)
+    (out / "done" / "00000003.json").unlink()
+    for file in tmp_path.glob("seen-*"):
+        file.unlink()
+    RayRunner().map(job(tmp_path), fragments, out)
+    (seen,) = tmp_path.glob("seen-*")
+    assert seen.read_text().split() == ["30", "35"]
+    assert doubles(out) == [2 * i for i in range(80)]
+
+
+@pytest.mark.parametrize("loads_model", [True, False])
+def test_a_killed_process_loses_and_doubles_nothing(fragments, tmp_path, loads_model):
+    made = job(tmp_path, loads_model=loads_model, dies_once_at=42)
+    counts = RayRunner().map(made, fragments, tmp_path / "out")
+    assert (tmp_path / "died").exists()
+    assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
+    assert (counts.written, counts.quarantined) == (80, 0)
+
+
+def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_path):
+    counts = RayRunner().map(job(tmp_path, batch_rows=2, dies_at=42), fragments, tmp_path / "out")
+    assert doubles(tmp_path / "out") == [2 * i for i in range(80) if i != 42]
+    assert (counts.written, counts.quarantined) == (79, 1)
+    (row,) = quarantine_rows(tmp_path / "out").to_pylist()
+    assert (row["row_key"], row["pair_id"]) == ("in.jsonl#42", "p42")
+    assert row["reason"] == "failed twice: the process ended while it worked on these rows"
+
+
+def test_a_row_that_fails_is_quarantined_as_in_one_process(fragments, tmp_path):
+    found = []
+    for runner, name in ((LocalRunner(), "local"), (RayRunner(), "ray")):
+        runner.map(job(tmp_path, chokes_at=17), fragments, tmp_path / name)
+        found.append((doubles(tmp_path / name), quarantine_rows(tmp_path / name).to_pylist(), count(tmp_path / name)))
+    assert found[0] == found[1]
+    assert found[0][2].reasons == {"failed twice": 1}
+
+
+class Explains:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, rows):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [UserError, SaferError])
+def test_an_error_that_is_explained_comes_back_as_it_was(fragments, tmp_path, kind):
+    made = MapJob(
+        "codes", read_fragment, lambda: Explains(kind("pair 'p3' is NaN; retrain")), WRITTEN, loads_model=True
+    )
+    with pytest.raises(SaferError, match=r"^pair 'p3' is NaN; retrain$") as caught:
+        RayRunner().map(made, fragments, tmp_path / "out")
+    assert type(caught.value) is kind
+
+
+def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs_dir):
+    stages = Stages(Place(tmp_path), RayRunner())
+    missing = open_artifact(pairs_dir).__class__(tmp_path / "gone", "reward-gone")
+    made = MapJob(
+        "evaluate",
+        read_fragment,
+        lambda: __import__("safer_ray.engine", fromlist=["RewardPairs"]).RewardPairs(missing.path),
+        WRITTEN,
+        loads_model=True,
+    )
+    with pytest.raises(UserError, match=r"no model in .*gone \(config.json is missing\)"):
+        stages.runner.map(made, fragments, tmp_path / "out")
+
+
+def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):
+    for config in (RayConfig(), RayConfig(task_cpus=0.5)):
+        made = dataset(job(tmp_path), fragments, tmp_path / "out", config)
+        said = made.materialize().stats()
+        assert "Map(run)->Map(_Map)" not in said
+        assert "Map(_Map)" in said
+
+
+@pytest.fixture(scope="module")
+def local(pairs_dir, reward_dir, sae_dir, tmp_path_factory):
+    return harvest(LocalRunner(), tmp_path_factory.mktemp("local"), pairs_dir, reward_dir, sae_dir)
+
+
+def harvest(runner, folder: Path, pairs_dir, reward_dir, sae_dir):
+    """Everything that is mapped by a model, and one stage that is not."""
+    stages = Stages(Place(folder), runner)
+    pairs, reward, sae = (open_artifact(p) for p in (pairs_dir, reward_dir, sae_dir))
+    made = {
+        "activations": stages.activations(ActivationsConfig(layer=2), pairs, reward),
+        "codes": stages.codes(pairs, reward, sae),
+        "evaluate": stages.evaluate(reward, pairs),
+    }
+    return made | {"salience": stages.salience(made["codes"], "response")}
+
+
+@pytest.mark.parametrize("config", [ONE, THREE], ids=["one actor", "three actors"])
+def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
+    local, config, tmp_path, pairs_dir, reward_dir, sae_dir
+):
+    found = harvest(RayRunner(config), tmp_path, pairs_dir, reward_dir, sae_dir)
+    for stage, artifact in local.items():
+        assert found[stage].name == artifact.name
+        assert found[stage].manifest["rows"] == artifact.manifest["rows"]
+        ours, theirs = tables(found[stage].path), tables(artifact.path)
+        assert set(ours) == set(theirs)
+        for folder, rows in theirs.items():
+            assert_same_rows(ours[folder], rows, f"{stage}/{folder}")
+
+
+def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_path):
+    import httpx
+    import ray
+
+    RayRunner().map(job(tmp_path, chokes_at=17), fragments, tmp_path / "out")
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = ("ray_safer_ray_pairs", "ray_safer_ray_quarantined", "ray_safer_ray_seconds")
+    end = time.monotonic() + 60
+    lines: list[str] = []
+    while time.monotonic() < end:
+        text = httpx.get(address, timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith(wanted) and 'stage="codes"' in line]
+        if len({line.split("{")[0] for line in lines}) == len(wanted):
+            break
+        time.sleep(1)
+    assert {line.split("{")[0].removesuffix("_total") for line in lines} == set(wanted)
+    assert all('run="' in line for line in lines)

@@ -1,0 +1,200 @@
+"""Training on a Ray Train worker group: the same models as in one process, whoever dies on the way."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import TINY, make_pairs, write_parts
+from safetensors.torch import load_file
+from test_train_sae import CONFIG as SAE
+from test_train_sae import vectors_dir  # noqa: F401  (a fixture)
+
+import safer_ray.training
+from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
+from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed.zero import deepspeed_config
+from safer_ray.errors import SaferError, UserError
+from safer_ray.reward import load_reward_model
+from safer_ray.runner import LocalRunner, TrainJob
+from safer_ray.train_reward import engine_options, train_reward
+from safer_ray.train_sae import train_sae
+from safer_ray.training import OneProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+CONFIG = RewardConfig(
+    base=TINY,
+    max_length=96,
+    epochs=3,
+    batch_size=8,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    validation_percent=20,
+    evaluations=3,
+)
+# Adam divides by the root of the squared gradient, so the last bits of a gradient that is nearly zero can decide the
+# sign of a weight's first steps, each up to the learning rate (1e-3) long. 1.2e-6 was measured on weights; 1e-4 leaves
+# room for processors that round another way, and is a tenth of one such step.
+WEIGHTS = REWARDS = 1e-4
+
+
+def job(out, pairs, config=CONFIG, loop=train_reward):
+    out.mkdir(parents=True, exist_ok=True)
+    return TrainJob("reward", loop, {"pairs": pairs, "config": config}, out)
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def rewards(out):
+    """Of 12 pairs that were not trained on, by plain transformers' weights."""
+    reward = load_reward_model(out)
+    tokens = reward.pairs(make_pairs(60).slice(48).to_pylist())
+    return reward.forward([side.ids for t in tokens for side in (t.chosen, t.rejected)]).rewards
+
+
+@pytest.fixture(scope="module")
+def plain(pairs_dir, tmp_path_factory):
+    """The plain engine on one process."""
+    out = tmp_path_factory.mktemp("plain") / "reward"
+    (metrics,) = LocalRunner().train([job(out, pairs_dir)])
+    return out, metrics
+
+
+def ray(**options):
+    return RayRunner(RayConfig(deepspeed=DeepSpeedConfig(**options)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stage": 0}, {"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": True, "offload_parameters": True}],
+    ids=str,
+)
+def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_path, options):
+    (metrics,) = ray(**options).train([job(tmp_path / "reward", pairs_dir)])
+    theirs, ours = weights(plain[0]), weights(tmp_path / "reward")
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=WEIGHTS)
+    torch.testing.assert_close(rewards(tmp_path / "reward"), rewards(plain[0]), rtol=0, atol=REWARDS)
+    assert metrics["workers"] == 2
+    for name in ("steps", "best_step", "train_pairs", "validation_accuracy", "parameters"):
+        assert metrics[name] == plain[1][name]
+    for one, other in zip(metrics["history"], plain[1]["history"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_variants_train_one_after_another_in_one_group_and_differ(plain, pairs, pairs_dir, tmp_path):
+    fewer = write_parts(pairs.slice(0, 40), tmp_path / "fewer", 20)
+    bfloat = CONFIG.model_copy(update={"dtype": "bfloat16", "gradient_checkpointing": True})
+    jobs = [
+        job(tmp_path / "same", pairs_dir),
+        job(tmp_path / "fewer-out", fewer),
+        job(tmp_path / "bfloat16", pairs_dir, bfloat),
+    ]
+    seen = []
+    runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, total)))
+    found = runner.train(jobs)
+    assert found[0]["train_pairs"] > found[1]["train_pairs"]
+    torch.testing.assert_close(rewards(tmp_path / "same"), rewards(plain[0]), rtol=0, atol=REWARDS)
+    assert (rewards(tmp_path / "fewer-out") - rewards(plain[0])).abs().max() > 10 * REWARDS
+    assert next(iter(weights(tmp_path / "bfloat16").values())).dtype == torch.bfloat16
+    assert found[2]["validation_loss"] == pytest.approx(plain[1]["validation_loss"], abs=0.02)
+    assert set(seen) <= {("reward", m["steps"]) for m in found}
+    again = runner.train(jobs)  # all are there: no group is started
+    assert again == found
+
+
+def test_an_error_that_a_loop_explains_comes_back_as_it_was(pairs, pairs_dir, tmp_path):
+    one = write_parts(pairs.slice(0, 1), tmp_path / "one", 1)
+    first, second = (
+        job(tmp_path / "good", pairs_dir, CONFIG.model_copy(update={"epochs": 0.3})),
+        job(tmp_path / "bad", one),
+    )
+    with pytest.raises(UserError, match=r"^reward: no pairs left to train on \(1 in "):
+        RayRunner().train([first, second])
+    assert (tmp_path / "good" / "state" / "metrics.json").exists()
+
+
+def checkpoints_always(out, workers, die=None, **arguments):
+    """The loop, with a checkpoint at every step; `die(workers, done)` after each."""
+    safer_ray.training.CHECKPOINT_SECONDS = -1.0
+    on_step = workers.on_step
+
+    def step(done, total):
+        on_step(done, total)
+        if die is not None:
+            die(workers, done)
+
+    workers.on_step = step
+    return train_reward(out=out, workers=workers, **arguments)
+
+
+class DiesOnce:
+    def __init__(self, marker, rank, step):
+        self.marker, self.rank, self.step = marker, rank, step
+
+    def __call__(self, workers, done):
+        if workers.rank == self.rank and done == self.step and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_replaced_and_the_model_is_the_same_to_the_bit(pairs_dir, tmp_path):
+    quiet = job(tmp_path / "quiet", pairs_dir, loop=checkpoints_always)
+    die = DiesOnce(tmp_path / "died", rank=1, step=7)
+    loud = job(tmp_path / "loud", pairs_dir, loop=checkpoints_always)
+    loud.arguments["die"] = die
+    RayRunner().train([quiet, loud])
+    assert die.marker.exists()
+    ours, theirs = weights(tmp_path / "loud"), weights(tmp_path / "quiet")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def always_dies(out, workers, **arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_group_that_fails_too_often_says_how_to_go_on(pairs_dir, tmp_path):
+    runner = RayRunner(RayConfig(max_failures=1))
+    with pytest.raises(SaferError, match=r"reward: the worker group failed 2 times: .*; run the same command again"):
+        runner.train([job(tmp_path / "reward", pairs_dir, loop=always_dies)])
+
+
+def test_a_checkpoint_of_other_workers_is_refused(pairs_dir, tmp_path):
+    made = job(tmp_path / "reward", pairs_dir)
+
+    def stop(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_reward(out=made.out, workers=OneProcess(made.out / "state", stop), **made.arguments)
+    with pytest.raises(UserError, match=r"was made with .*'engine': 'torch'.*, this run has .*zero 2"):
+        RayRunner().train([made])
+
+
+def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):  # noqa: F811
+    arguments = {"activations": vectors_dir, "config": SAE, "model": "tiny", "layer": 2}
+    found = {}
+    for name, runner in (("local", LocalRunner()), ("ray", RayRunner(RayConfig(train_workers=3)))):
+        (tmp_path / name).mkdir()
+        (metrics,) = runner.train([TrainJob("sae", train_sae, arguments, tmp_path / name)])
+        found[name] = metrics, load_file(tmp_path / name / "sae_weights.safetensors")
+    for name, tensor in found["local"][1].items():
+        torch.testing.assert_close(found["ray"][1][name], tensor, rtol=0, atol=1e-3)
+    for name in ("nmse", "explained_variance", "l0", "dead_share"):
+        assert found["ray"][0][name] == pytest.approx(found["local"][0][name], abs=1e-3)
+    assert found["ray"][0]["workers"] == 3
+
+
+def test_the_deepspeed_configuration_says_it_all():
+    options = engine_options(CONFIG.model_copy(update={"batch_size": 20, "micro_batch_size": 4}), workers=2)
+    made = deepspeed_config(DeepSpeedConfig(stage=3, offload_optimizer=True, offload_parameters=True), options)
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 3)
+    assert made["gradient_clipping"] == CONFIG.max_grad_norm
+    assert made["bf16"] == {"enabled": False}
+    on_host = {"device": "cpu"}
+    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": on_host, "offload_param": on_host}
