@@ -1,9 +1,6 @@
-"""An audit as a job: python -m jobs.audit --auditor DIR --pairs PATH --out DIR …, as `safer-ray audit`."""
+"""An audit as a job: python -m jobs.audit --auditor DIR --pairs PATH --out DIR …"""
 
-import sys
-
-from safer_ray.cli import main
+from jobs import start
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["audit"]
-    main()
+    start("audit")

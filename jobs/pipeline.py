@@ -1,9 +1,6 @@
-"""A whole run as a job: python -m jobs.pipeline CONFIG.yaml [--set key=value] [--until STAGE] …, as `safer-ray run`."""
+"""A whole run as a job: python -m jobs.pipeline CONFIG.yaml [--set key=value] [--until STAGE] …"""
 
-import sys
-
-from safer_ray.cli import main
+from jobs import start
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["run"]
-    main()
+    start("run")

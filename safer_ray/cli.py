@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,13 +20,14 @@ from safer_ray import stage_commands
 from safer_ray.commands import (
     Assignments,
     Fresh,
+    RunnerName,
     build_config,
     console,
     open_input,
+    ray_config,
+    runner_of,
     show_artifact,
-    stages_at,
     state,
-    training_bar,
 )
 
 app = typer.Typer(
@@ -72,9 +72,13 @@ def options(
 ) -> None:
     """Options of every command."""
     state["verbose"] = verbose
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    level = logging.INFO if verbose else logging.WARNING
+    if console.is_terminal:
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    else:
+        from safer_ray.progress import JsonLog
+
+        logging.basicConfig(level=level, handlers=[JsonLog()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -83,44 +87,22 @@ def run_command(
     config: Annotated[Path, typer.Argument(help="A YAML config, say configs/demo.yaml.")],
     assignments: Assignments = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    runner: Annotated[str, typer.Option(help="local")] = "local",
+    runner: RunnerName = "local",
     fresh: Fresh = False,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
 ) -> None:
     """Run all stages of a config; what is there already is not made again."""
     from safer_ray.config import load_config
     from safer_ray.pipeline import run
-    from safer_ray.runner import LocalRunner
+    from safer_ray.progress import report_on
 
-    if runner != "local":
-        raise UserError(f"--runner {runner!r}: this version runs stages in one process; use --runner local")
     loaded = load_config(config, assignments, red_team=red_team)
-    with training_bar() as on_step:
-        result = run(
-            loaded, LocalRunner(quiet=False), until=until, fresh=fresh, on_stage=_stage_line(), on_step=on_step
-        )
+    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+        result = run(loaded, where, until=until, fresh=fresh, on_stage=report.stage)
     summary = result.directory / "summary.json"
     if until in (None, "report"):
         _closing_table(json.loads(summary.read_text(encoding="utf-8")), loaded.evaluate.base)
         console.print(f"\nreport   {result.directory / 'report.html'}\nsummary  {summary}")
-
-
-def _stage_line() -> Callable[[str, "Artifact | None"], None]:
-    """One line for each stage that ran or was found."""
-    import time
-
-    began: dict[str, float] = {}
-
-    def show(name: str, artifact: "Artifact | None") -> None:
-        if artifact is None:
-            began[name] = time.monotonic()
-            return
-        if name in began:
-            console.print(f"[green]made [/] {name:<26} {time.monotonic() - began.pop(name):7.1f} s")
-        else:
-            console.print(f"[dim]found {name}[/]")
-
-    return show
 
 
 def _closing_table(summary: dict[str, Any], base: str) -> None:
@@ -236,6 +218,26 @@ def report(
     run_command(config, assignments, until="report", red_team=red_team)
 
 
+@app.command("submit")
+def submit_command(
+    command: Annotated[list[str] | None, typer.Argument(help="After --, a command of safer-ray: run CONFIG …")] = None,
+    address: Annotated[str | None, typer.Option(help="The cluster's dashboard, say http://HEAD:8265.")] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="Uploaded for the job, less runs/ and what .gitignore or .rayignore name.")
+    ] = Path(),
+    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the job, may be repeated.")] = None,
+    job_id: Annotated[str | None, typer.Option(help="The job's id; a job that is there is followed.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job has ended.")] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster; Ctrl-C leaves it running.
+
+    Exit codes: 0 succeeded, 1 failed, 2 wrong use or no cluster, 3 stopped, 4 cluster lost, 130 Ctrl-C.
+    """
+    from safer_ray.distributed.submit import submit
+
+    submit(command or [], address=address, working_dir=working_dir, env=env or [], job_id=job_id, wait=wait)
+
+
 @app.command()
 def audit(
     auditor: Annotated[Path, typer.Option(help="An auditor bundle.")],
@@ -243,20 +245,26 @@ def audit(
     out: Annotated[Path, typer.Option(help="A folder for the audit's artifacts.")],
     format: Annotated[str, typer.Option()] = "auto",
     flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
+    runner: RunnerName = "local",
+    actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Score every pair of a corpus with a bundle, and list the suspicious ones."""
-    from safer_ray.artifacts import part_files, read_parquet, write_text
+    from safer_ray.artifacts import Place, part_files, read_parquet, write_text
     from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
+    from safer_ray.inputs import lasting
     from safer_ray.lock import locked
+    from safer_ray.pipeline import Stages
+    from safer_ray.progress import report_on
     from safer_ray.schema import to_json
 
+    out = lasting(out)
     bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile)
     source = build_config(SourceConfig, path=pairs, format=format)
     sources = build_config(PairsConfig, sources=(source,), duplicates="keep")
-    with locked(out), training_bar() as on_step:
-        stages = stages_at(out, on_step, fresh, root=out)
+    with locked(out), report_on(console) as report, runner_of(runner, report, ray_config(actors)) as where:
+        stages = Stages(Place(out, fresh=fresh, on_stage=report.stage), where)
         read = stages.pairs(sources)
         scored = stages.audit(config, read, bundle)
         tables = (read_parquet(path) for path in part_files(scored.path))

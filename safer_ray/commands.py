@@ -1,7 +1,7 @@
 """What the commands share: options, the console, and turning values into configs and stages."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,10 @@ from safer_ray.errors import UserError
 
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
+    from safer_ray.config import RayConfig
     from safer_ray.pipeline import Stages
+    from safer_ray.progress import Report
+    from safer_ray.runner import Runner
 
 console = Console(highlight=False, soft_wrap=True)
 state = {"verbose": False, "fresh": False}
@@ -23,39 +26,42 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and 
 
 
 @contextlib.contextmanager
-def training_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws training progress on a terminal."""
-    from safer_ray.runner import progress
+def runner_of(name: str, report: "Report", config: "RayConfig") -> Iterator["Runner"]:
+    """The runner called `name`, its cluster joined or started.
 
-    with progress("training", quiet=False) as bar:
-        task = bar.add_task("training", total=None, visible=False)
-
-        def show(stage: str, step: int, total: int) -> None:
-            bar.update(task, completed=step, total=total, visible=step < total)
-
-        yield show
-
-
-def stages_at(
-    out: Path, on_step: Callable[[str, int, int], None], fresh: bool = False, root: Path | None = None
-) -> "Stages":
-    from safer_ray.artifacts import Place
-    from safer_ray.pipeline import Stages
+    Raises:
+        UserError: no such runner, or no cluster that could do the work.
+    """
     from safer_ray.runner import LocalRunner
 
-    place = Place(root or out.parent, out=None if root else out, fresh=fresh)
-    return Stages(place, LocalRunner(quiet=False), on_step=on_step)
+    if name == "local":
+        yield LocalRunner(report.progress)
+    elif name == "ray":
+        from safer_ray.distributed.session import ray_session
+
+        with ray_session(config, verbose=state["verbose"]):
+            from safer_ray.distributed.runner import RayRunner
+
+            yield RayRunner(config, report.progress)
+    else:
+        raise UserError(f"--runner {name!r}: choose local (this process) or ray (a cluster)")
 
 
 @contextlib.contextmanager
-def one_stage(out: Path, fresh: bool) -> Iterator["Stages"]:
-    """The stages with `out` as the place of the one that is run, locked."""
+def one_stage(out: Path, fresh: bool, runner: str = "local", config: Path | None = None) -> Iterator["Stages"]:
+    """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works."""
+    from safer_ray.artifacts import Place
+    from safer_ray.inputs import lasting
     from safer_ray.lock import locked
+    from safer_ray.pipeline import Stages
+    from safer_ray.progress import report_on
 
+    out = lasting(out)
+    ray = config_section(config, "ray", None)
     lock = out.parent / f".lock-{out.name}"
     try:
-        with locked(lock), training_bar() as on_step:
-            yield stages_at(out, on_step, fresh)
+        with locked(lock), report_on(console) as report, runner_of(runner, report, ray) as where:
+            yield Stages(Place(out.parent, out=out, fresh=fresh), where)
     finally:
         with contextlib.suppress(OSError):  # another process waits for it
             lock.rmdir()
@@ -69,7 +75,7 @@ def show_artifact(artifact: "Artifact") -> None:
 def open_input(path: Path, stage: str | None = None) -> "Artifact":
     from safer_ray.artifacts import open_artifact
 
-    return open_artifact(path, stage)
+    return open_artifact(path.absolute(), stage)  # workers may have another current directory
 
 
 def build_config(model: type, **values: Any) -> Any:
@@ -82,6 +88,22 @@ def build_config(model: type, **values: Any) -> Any:
         return model(**{k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise explain_validation(error, "command line") from None
+
+
+def ray_config(actors: str | None) -> "RayConfig":
+    """The defaults, with `MIN:MAX` actors laid over them.
+
+    Raises:
+        UserError: `actors` is not two whole numbers.
+    """
+    from safer_ray.config import RayConfig
+
+    if actors is None:
+        return RayConfig()
+    least, _, most = actors.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise UserError(f"--actors {actors!r}: write it as MIN:MAX, say 1:8")
+    return build_config(RayConfig, min_actors=int(least), max_actors=int(most or least))
 
 
 def config_section(config: Path | None, name: str, assignments: list[str] | None) -> Any:
@@ -106,5 +128,6 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
         raise explain_validation(error, f"--set ({name})") from None
 
 
+RunnerName = Annotated[str, typer.Option("--runner", help="local: in this process; ray: on a cluster.")]
 ConfigPath = Annotated[Path | None, typer.Option("--config", help="A run config; this stage's section of it is used.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated.")]

@@ -9,6 +9,7 @@ from safer_ray.config import RunConfig
 from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.harvest import Harvest
+from safer_ray.inputs import lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
 from safer_ray.reward import layer_count
@@ -86,7 +87,6 @@ def run(
     fresh: bool = False,
     dry: bool = False,
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None,
-    on_step: Callable[[str, int, int], None] = lambda stage, step, total: None,
 ) -> Run:
     """Run all stages, or those up to `until`; what is there already is not made again.
 
@@ -96,9 +96,9 @@ def run(
     if until is not None and until not in STAGES:
         raise UserError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
     preflight(config)
-    directory = config.root / config.name
+    directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)
-    stages = Stages(place, runner, config.fragment_rows, on_step)
+    stages = Stages(place, runner, config.fragment_rows)
     outcome = Run(config, directory)
     if dry:
         _all(stages, outcome, until)
@@ -163,8 +163,7 @@ def _change(stages: Stages, run: Run, until: str | None) -> None:
         run.curated[name] = stages.curate(curate, pairs, scores)
     if until == "curate":
         raise _Until
-    for name, curated in run.curated.items():
-        run.models[name] = stages.reward(config.reward, curated)
+    run.models |= zip(run.curated, stages.rewards(config.reward, list(run.curated.values())), strict=True)
     evaluation = stages.pairs(config.evaluation, made.get("corpus"))
     made["evaluation_pairs"] = evaluation
     for name, model in run.models.items():

@@ -1,14 +1,9 @@
 """One command a stage, each from explicit directories to `--out`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-from safer_ray.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 from safer_ray.commands import (
     Assignments,
@@ -16,6 +11,7 @@ from safer_ray.commands import (
     ExistingPath,
     Fresh,
     Out,
+    RunnerName,
     build_config,
     config_section,
     console,
@@ -23,6 +19,7 @@ from safer_ray.commands import (
     open_input,
     show_artifact,
 )
+from safer_ray.errors import UserError
 
 app = typer.Typer()
 
@@ -47,10 +44,15 @@ def pairs(
 
 @app.command()
 def reward(
-    pairs: ExistingPath, out: Out, config: ConfigPath = None, assignments: Assignments = None, fresh: Fresh = False
+    pairs: ExistingPath,
+    out: Out,
+    config: ConfigPath = None,
+    assignments: Assignments = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
 ) -> None:
     """Stage 2: train a reward model on pairs."""
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, runner, config) as stages:
         show_artifact(stages.reward(config_section(config, "reward", assignments), open_input(pairs)))
 
 
@@ -61,10 +63,11 @@ def activations(
     out: Out,
     config: ConfigPath = None,
     assignments: Assignments = None,
+    runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
     """Stage 3: harvest layer vectors."""
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, runner, config) as stages:
         show_artifact(
             stages.activations(
                 config_section(config, "activations", assignments), open_input(pairs), open_input(reward)
@@ -78,20 +81,29 @@ def sae(
     out: Out,
     config: ConfigPath = None,
     assignments: Assignments = None,
+    runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
     """Stage 4: train a sparse autoencoder on activations."""
     source = open_input(activations, "activations")
     if "layer" not in source.metrics:
         raise UserError(f"{activations} does not say its layer; pass the directory that stage `activations` wrote")
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, runner, config) as stages:
         show_artifact(stages.sae(config_section(config, "sae", assignments), source, source.metrics["layer"]))
 
 
 @app.command()
-def codes(pairs: ExistingPath, reward: ExistingPath, sae: ExistingPath, out: Out, fresh: Fresh = False) -> None:
+def codes(
+    pairs: ExistingPath,
+    reward: ExistingPath,
+    sae: ExistingPath,
+    out: Out,
+    config: ConfigPath = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+) -> None:
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, runner, config) as stages:
         show_artifact(stages.codes(open_input(pairs), open_input(reward), open_input(sae)))
 
 
@@ -250,9 +262,16 @@ def curate(
 
 
 @app.command()
-def evaluate(reward: ExistingPath, pairs: ExistingPath, out: Out, fresh: Fresh = False) -> None:
+def evaluate(
+    reward: ExistingPath,
+    pairs: ExistingPath,
+    out: Out,
+    config: ConfigPath = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+) -> None:
     """Stage 13: accuracy of a reward model by section."""
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, runner, config) as stages:
         artifact = stages.evaluate(open_input(reward), open_input(pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():

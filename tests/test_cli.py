@@ -17,7 +17,7 @@ from tiny_run import POISONED, every, finished, tiny_config, write_config
 
 from safer_ray import artifacts, cli
 from safer_ray.artifacts import open_artifact, read_parts
-from safer_ray.commands import console, state
+from safer_ray.commands import console, ray_config, state
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
 
@@ -74,17 +74,23 @@ def safer(monkeypatch, capsys):
     return call
 
 
+def events(err):
+    """The JSON lines that a command whose output is no terminal writes while it works."""
+    return [json.loads(line) for line in err.splitlines()]
+
+
 @pytest.fixture
 def refused(safer):
-    """Run a command that must end with exit code 2 and one clear line; returns the line."""
+    """Run a command that must end with exit code 2 and, behind what it did so far, one clear line; returns the line."""
 
     def call(*words, code=2):
         ended, _, err = safer(*words)
         assert ended == code, err
-        assert err.startswith("safer-ray: ")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in err
-        return err
+        *before, line = err.splitlines(keepends=True)
+        assert all({"time", "run", "event"} <= set(event) for event in events("".join(before)))
+        assert line.startswith("safer-ray: ")
+        assert line.endswith("\n")
+        return line
 
     return call
 
@@ -233,13 +239,32 @@ def test_an_audit_scores_a_file_and_lists_what_it_flags(safer, at, tmp_path):
 
 def test_run_says_what_it_made_or_found_and_closes_with_a_table(safer, tiny):
     config = tiny.directory.parent.parent / "tiny.yaml"
-    out = ok(safer("run", config))
-    assert "made" not in out
-    assert all(f"found {name}" in out for name in every(tiny))
+    code, out, err = safer("run", config)
+    assert code == 0, err
+    assert {(event["event"], event["state"]) for event in events(err)} == {("stage", "found")}
+    assert {event["artifact"] for event in events(err)} == set(every(tiny))
     assert "AUROC" in out
     assert "flip_safer_5" in out
     assert str(tiny.directory / "report.html") in out
-    assert "found" in ok(safer("report", config))
+    assert "report.html" in ok(safer("report", config))
+
+
+def test_run_on_a_terminal_says_it_in_lines(safer, tiny, monkeypatch):
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "no_color", True)
+    code, out, err = safer("run", tiny.directory.parent.parent / "tiny.yaml")
+    assert code == 0
+    assert err == ""
+    assert all(f"found {name}" in out for name in every(tiny))
+    assert "made" not in out
+
+
+def test_a_stage_by_hand_tells_how_far_it_is(safer, at, tmp_path):
+    words = ["codes", "--pairs", at["noise"], "--reward", at["reward"], "--sae", at["sae"], "--out", tmp_path / "out"]
+    code, _, err = safer(*words)
+    assert code == 0
+    first, *_ = events(err)  # the others come within the ten seconds after it
+    assert (first["event"], first["stage"], first["done"], first["total"]) == ("progress", "codes", 1, 4)
 
 
 def test_plan_lists_every_artifact_and_whether_it_is_there(safer, tiny, tmp_path):
@@ -332,11 +357,39 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_made(refused, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_stage_or_runner_is_refused(refused, tmp_path):
+def test_an_unknown_stage_or_runner_is_refused(refused, at, tmp_path):
     config = write_config(tmp_path)
     assert "'scoring' is no stage" in refused("run", config, "--until", "scoring")
-    assert "--runner 'slurm'" in refused("run", config, "--runner", "slurm")
+    words = ["audit", "--auditor", at["auditor"], "--pairs", at["corpus"] / "train.jsonl", "--out", tmp_path / "audit"]
+    for command in (["run", config], words):
+        line = refused(*command, "--runner", "nosuch")
+        assert "--runner 'nosuch': choose local (this process) or ray (a cluster)" in line
     assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("actors", "message"),
+    [
+        ("x", "--actors 'x': write it as MIN:MAX, say 1:8"),
+        ("1:x", "--actors '1:x': write it as MIN:MAX"),
+        (":4", "--actors ':4': write it as MIN:MAX"),
+        ("", "--actors '': write it as MIN:MAX"),
+        ("-1:4", "--actors '-1:4': write it as MIN:MAX"),
+        ("2:1", "min_actors 2 is larger than max_actors 1"),
+        ("0:3", "min_actors: Input should be greater than 0 (got 0)"),
+    ],
+)
+def test_actors_that_are_no_range_are_refused(refused, at, tmp_path, actors, message):
+    words = ["audit", "--auditor", at["auditor"], "--pairs", at["corpus"] / "train.jsonl", "--out", tmp_path / "audit"]
+    assert message in refused(*words, "--runner", "ray", "--actors", actors)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(("actors", "wanted"), [(None, (1, 2)), ("3", (3, 3)), ("1:8", (1, 8)), ("4:", (4, 4))])
+def test_actors_are_a_range_or_one_number(actors, wanted):
+    config = ray_config(actors)
+    assert (config.min_actors, config.max_actors) == wanted
 
 
 def test_a_layer_past_a_pretrained_base_is_refused_before_anything_is_made(refused, at, tmp_path):

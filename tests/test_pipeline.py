@@ -266,6 +266,73 @@ def test_a_plan_names_what_a_run_makes_and_makes_nothing(tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def planned_names(folder, *assignments):
+    """The artifacts that a run would make, by role."""
+    made = run(tiny_config(folder, *assignments), LocalRunner(), dry=True)
+    groups = {"": made.artifacts, "model ": made.models, "evaluation ": made.evaluations, "curated ": made.curated}
+    return {prefix + role: artifact.name for prefix, group in groups.items() for role, artifact in group.items()}
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "ray={address: auto, min_actors: 3, max_actors: 9, actor_gpus: 1, train_workers: 8, threads: 4}",
+        "ray.deepspeed={stage: 3, offload_parameters: true}",
+        "reward.micro_batch_size=4",
+        "reward.gradient_checkpointing=true",
+        "fragment_rows=7",
+    ],
+)
+def test_where_and_how_wide_a_run_works_changes_no_name(tiny, tmp_path, assignment):
+    names = planned_names(tmp_path, assignment)
+    assert names == planned_names(tmp_path)
+    assert set(names.values()) == set(every(tiny))
+
+
+@pytest.mark.parametrize("assignment", ["reward.dtype=bfloat16", "reward.batch_size=64", "reward.seed=1"])
+def test_what_changes_the_weights_changes_the_names_from_the_reward_model_on(tmp_path, assignment):
+    before, after = planned_names(tmp_path), planned_names(tmp_path, assignment)
+    assert before.keys() == after.keys()
+    kept = {role for role in before if before[role] == after[role]}
+    assert kept == {"corpus", "pairs", "noise", "training_pairs", "evaluation_pairs"}
+
+
+def test_no_manifest_tells_where_the_run_worked(tiny):
+    for artifact in every(tiny).values():
+        config = artifact.manifest["config"]
+        assert not {"ray", "micro_batch_size", "gradient_checkpointing"} & set(config), artifact.name
+        if artifact.manifest["stage"] == "reward":
+            assert config["dtype"] == "float32"
+            assert artifact.metrics["workers"] == 1
+
+
+def test_variants_are_trained_by_one_call_and_tell_their_own_seconds(tiny):
+    for artifact in tiny.models.values():
+        assert artifact.manifest["wall_seconds"] == artifact.metrics["train_seconds"] > 0
+
+
+class OneTraining(LocalRunner):
+    """Ends as a kill would, behind the first of several trainings."""
+
+    def train(self, jobs):
+        super().train(jobs[:1])
+        if len(jobs) > 1:
+            raise KeyboardInterrupt
+        return super().train(jobs)
+
+
+def test_a_run_killed_between_two_variants_trains_only_the_others(tiny, tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, OneTraining())
+    trained = []
+    made = run(config, LocalRunner(lambda stage, done, total: trained.append((stage, done, total))))
+    (steps,) = {total for stage, done, total in trained if stage == "reward"}
+    assert [stage for stage, done, total in trained if done == total == steps] == ["reward"] * 2
+    for name, model in made.models.items():
+        assert model.manifest["content_sha256"] == tiny.models[name].manifest["content_sha256"], name
+
+
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("curate", "evaluate", "report")])
 def test_until_stops_behind_its_stage(tiny, stage):
     seen = []

@@ -1,0 +1,72 @@
+"""The smoke recipe as a job on a cluster of its own, by Ray's command and by ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_kill import assert_same_rows
+from test_submit import cluster  # noqa: F401  (a fixture)
+from tiny_run import tables
+
+from safer_ray.artifacts import open_artifact
+from safer_ray.distributed.session import quiet  # noqa: F401  (sets what Ray reads when it is imported)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def command(*words, **environ):
+    known = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    return subprocess.run(
+        [str(BIN / words[0]), *map(str, words[1:])],
+        cwd=REPOSITORY,
+        env=known | environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def artifacts(root):
+    return {path.parent.name: open_artifact(path.parent) for path in (root / "smoke").glob("*/manifest.json")}
+
+
+def test_both_ways_to_submit_make_the_same_artifacts(cluster, tmp_path):  # noqa: F811
+    until = ["configs/smoke.yaml", "--until", "activations", "--set"]
+    by_ray = command(
+        "ray", "job", "submit", "--address", cluster, "--working-dir", ".",
+        "--", "python", "-m", "jobs.pipeline", *until, f"root={tmp_path / 'ray'}",
+    )  # fmt: skip
+    assert by_ray.returncode == 0, by_ray.stdout + by_ray.stderr
+    assert '"event": "stage"' in by_ray.stdout
+    by_us = command("safer-ray", "submit", "--address", cluster, "--", "run", *until, f"root={tmp_path / 'us'}")
+    assert by_us.returncode == 0, by_us.stdout + by_us.stderr
+    ours, theirs = artifacts(tmp_path / "us"), artifacts(tmp_path / "ray")
+    assert set(ours) == set(theirs)
+    assert {name.split("-")[0] for name in ours} == {"corpus", "pairs", "noise", "reward", "activations"}
+    for name, artifact in theirs.items():
+        found, wanted = tables(ours[name].path), tables(artifact.path)
+        assert set(found) == set(wanted)
+        for folder, rows in wanted.items():
+            assert_same_rows(found[folder], rows, f"{name}/{folder}")
+
+
+def test_a_job_that_fails_ends_with_its_code_and_one_clear_line(cluster):  # noqa: F811
+    by_ray = command(
+        "ray", "job", "submit", "--address", cluster, "--working-dir", ".",
+        "--", "python", "-m", "jobs.pipeline", "configs/nosuch.yaml",
+    )  # fmt: skip
+    assert by_ray.returncode != 0
+    assert "safer-ray: no config at configs/nosuch.yaml" in by_ray.stdout
+
+
+@pytest.mark.parametrize("job", ["pipeline", "audit", "train_reward", "train_sae"])
+def test_every_job_tells_its_options(job):
+    done = command("python", "-m", f"jobs.{job}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--runner" in done.stdout
