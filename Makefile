@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUNNER ?= local
+RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check bench clean setup setup-dev
+.PHONY: demo serve test check bench clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -19,8 +19,14 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV) ".[dev,interop,real]"
 	@touch $(VENV)/.ready $@
 
-demo: setup  ## the whole loop on a synthetic corpus with planted errors
+demo: setup  ## the whole loop on a synthetic corpus with planted errors; RUNNER=local for one process
 	$(BIN)/safer-ray run configs/demo.yaml --runner $(RUNNER)
+
+serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000
+	@manifest=$$(ls -t runs/demo/auditor-*/manifest.json 2>/dev/null | head -n 1); \
+	if [ -z "$$manifest" ]; then echo "no bundle in runs/demo; run make demo first" >&2; exit 2; fi; \
+	export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_DEFAULT_HTTP_HOST=127.0.0.1; \
+	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}"
 
 test: setup-dev  ## all tests
 	$(BIN)/python -m pytest

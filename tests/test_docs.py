@@ -66,6 +66,10 @@ def test_commands_and_their_options_exist(readme, commands):
         if not words or words[0] in ("--help", "--version") or not re.fullmatch(r"[a-z][a-z-]*", words[0]):
             continue
         assert words[0] in commands, line
+        if "--" in words:  # what follows is a command of its own
+            follows = words[words.index("--") + 1 :]
+            words = words[: words.index("--")]
+            assert {word for word in follows if word.startswith("--")} <= commands[follows[0]], line
         options = {word.split("=")[0] for word in words[1:] if word.startswith("--")}
         assert options <= commands[words[0]], line
 
