@@ -6,7 +6,7 @@ RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo serve test check bench clean setup setup-dev
+.PHONY: demo serve test test-all check bench clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -30,6 +30,9 @@ serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000
 
 test: setup-dev  ## all tests
 	$(BIN)/python -m pytest
+
+test-all: setup-dev  ## and those that take long
+	$(BIN)/python -m pytest -m "long or not long"
 
 check: setup-dev  ## format, lint, types, import boundaries
 	$(BIN)/ruff format --check .

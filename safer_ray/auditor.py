@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from safer_ray.artifacts import Artifact, read_parquet
 from safer_ray.config import Mode, ScoresConfig
-from safer_ray.engine import EncodePairs
 from safer_ray.errors import UserError
 from safer_ray.scoring import Features, ScoreCodes, parse_features
 
@@ -18,6 +17,8 @@ class AuditPairs:
     """Batch function: pairs -> SCORES, by an auditor bundle."""
 
     def __init__(self, auditor: Artifact, config: ScoresConfig) -> None:
+        from safer_ray.engine import EncodePairs  # here, since scoring codes needs no torch
+
         self.encode = EncodePairs(auditor.path / "reward", auditor.path / "sae")
         self.score = scorer(auditor, config)
 

@@ -22,7 +22,6 @@ from safer_ray.artifacts import Fragment, part_name, read_parquet, save_plan, wr
 from safer_ray.errors import SaferError, UserError
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 from safer_ray.tokens import token_count
-from safer_ray.training import OneProcess
 
 BatchFn = Callable[[pa.Table], pa.Table]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
@@ -314,6 +313,8 @@ class LocalRunner:
         return [self._train(job) for job in jobs]
 
     def _train(self, job: TrainJob) -> dict[str, Any]:
+        from safer_ray.training import OneProcess  # here, since processes that read and commit start without torch
+
         state = job.out / "state"
         known = trained_already(state)
         if known is not None:

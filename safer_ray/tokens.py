@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.reward import load_pair_tokenizer
 from safer_ray.schema import SIDES
 from safer_ray.text import PairTokens, Side
 
@@ -68,6 +67,8 @@ class TokenisePairs:
     """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
 
     def __init__(self, reward: Path) -> None:
+        from safer_ray.reward import load_pair_tokenizer  # here, since other readers of this module need no torch
+
         self.tokenise = load_pair_tokenizer(reward)
 
     def __call__(self, rows: pa.Table) -> pa.Table:

@@ -8,6 +8,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,9 @@ hypothesis.settings.load_profile("shared_machine")
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
 SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
+
+# A shell makes what it runs in the background deaf to Ctrl-C; processes that tests start are to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(2)
 quiet_transformers()

@@ -61,7 +61,12 @@ def running(command: list[str], env: dict[str, str], said: Path) -> Iterator[sub
     """A process whose output goes to `said`.out and `said`.err; it ends here with all of its children."""
     with said.with_suffix(".out").open("w") as out, said.with_suffix(".err").open("w") as err:
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
         )
     try:
         yield process

@@ -1,6 +1,7 @@
 """Work for the tests of sessions and faults: slow where it is to be disturbed, and it notes where it runs."""
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,37 @@ def train_watched(pairs: Path, out: Path, config: RewardConfig, workers: Any, fo
 def training(folder: Path, pairs: Path) -> TrainJob:
     arguments = {"pairs": pairs, "config": REWARD, "folder": folder}
     return TrainJob("reward", train_watched, arguments, folder / "reward")
+
+
+class Mortal:
+    """Doubles, and can be told to die, once or whenever it sees a value."""
+
+    def __init__(self, folder, *, dies_once_at=None, dies_at=None, chokes_at=None):
+        self.folder, self.dies_once_at, self.dies_at, self.chokes_at = folder, dies_once_at, dies_at, chokes_at
+
+    def __call__(self, rows):
+        values = rows["value"].to_pylist()
+        with (self.folder / f"seen-{os.getpid()}").open("a") as seen:
+            seen.write(f"{values[0]}\n")
+        if self.dies_at in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.dies_once_at in values and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.chokes_at in values:
+            raise ValueError("too bitter")
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+def mortal(folder, *, loads_model=True, batch_rows=5, **options):
+    return MapJob(
+        "codes",
+        read_fragment,
+        partial(Mortal, folder, **options),
+        WRITTEN,
+        loads_model=loads_model,
+        batch_rows=batch_rows,
+    )
 
 
 def fragments_done(folder: Path) -> int:

@@ -1,12 +1,11 @@
 """Mapping on Ray: the same rows as in one process, whatever dies on the way."""
 
-import os
-import signal
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from ray_work import WRITTEN, mortal
 from test_kill import assert_same_rows
 from tiny_run import tables
 
@@ -29,7 +28,6 @@ from safer_ray.runner import LocalRunner, MapJob, count, quarantine_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
-WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
 ONE, THREE = RayConfig(max_actors=1), RayConfig(min_actors=3, max_actors=3)
 
 
@@ -43,37 +41,6 @@ def fragments(tmp_path):
     return part_fragments(tmp_path / "in")
 
 
-class Double:
-    """A batch function that can be told to die, once or whenever it sees a value."""
-
-    def __init__(self, folder, *, dies_once_at=None, dies_at=None, chokes_at=None):
-        self.folder, self.dies_once_at, self.dies_at, self.chokes_at = folder, dies_once_at, dies_at, chokes_at
-
-    def __call__(self, rows):
-        values = rows["value"].to_pylist()
-        with (self.folder / f"seen-{os.getpid()}").open("a") as seen:
-            seen.write(f"{values[0]}\n")
-        if self.dies_at in values:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.dies_once_at in values and not (self.folder / "died").exists():
-            (self.folder / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.chokes_at in values:
-            raise ValueError("too bitter")
-        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
-
-
-def job(folder, *, loads_model=True, batch_rows=5, **options):
-    return MapJob(
-        "codes",
-        read_fragment,
-        lambda: Double(folder, **options),
-        WRITTEN,
-        loads_model=loads_model,
-        batch_rows=batch_rows,
-    )
-
-
 def doubles(out):
     return read_parts(out)["double"].to_pylist()
 
@@ -82,7 +49,7 @@ def doubles(out):
 def test_every_fragment_is_committed_under_its_number(fragments, tmp_path, loads_model):
     seen = []
     runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, done, total)))
-    counts = runner.map(job(tmp_path, loads_model=loads_model), fragments, tmp_path / "out")
+    counts = runner.map(mortal(tmp_path, loads_model=loads_model), fragments, tmp_path / "out")
     assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
     assert [p.name for p in part_files(tmp_path / "out")] == [part_name(i) for i in range(8)]
     assert (counts.read, counts.written, counts.quarantined) == (80, 80, 0)
@@ -91,11 +58,11 @@ def test_every_fragment_is_committed_under_its_number(fragments, tmp_path, loads
 
 def test_what_is_done_is_not_done_again(fragments, tmp_path):
     out = tmp_path / "out"
-    LocalRunner().map(job(tmp_path), fragments, out)
+    LocalRunner().map(mortal(tmp_path), fragments, out)
     (out / "done" / "00000003.json").unlink()
     for file in tmp_path.glob("seen-*"):
         file.unlink()
-    RayRunner().map(job(tmp_path), fragments, out)
+    RayRunner().map(mortal(tmp_path), fragments, out)
     (seen,) = tmp_path.glob("seen-*")
     assert seen.read_text().split() == ["30", "35"]
     assert doubles(out) == [2 * i for i in range(80)]
@@ -103,7 +70,7 @@ def test_what_is_done_is_not_done_again(fragments, tmp_path):
 
 @pytest.mark.parametrize("loads_model", [True, False])
 def test_a_killed_process_loses_and_doubles_nothing(fragments, tmp_path, loads_model):
-    made = job(tmp_path, loads_model=loads_model, dies_once_at=42)
+    made = mortal(tmp_path, loads_model=loads_model, dies_once_at=42)
     counts = RayRunner().map(made, fragments, tmp_path / "out")
     assert (tmp_path / "died").exists()
     assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
@@ -111,7 +78,7 @@ def test_a_killed_process_loses_and_doubles_nothing(fragments, tmp_path, loads_m
 
 
 def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_path):
-    counts = RayRunner().map(job(tmp_path, batch_rows=2, dies_at=42), fragments, tmp_path / "out")
+    counts = RayRunner().map(mortal(tmp_path, batch_rows=2, dies_at=42), fragments, tmp_path / "out")
     assert doubles(tmp_path / "out") == [2 * i for i in range(80) if i != 42]
     assert (counts.written, counts.quarantined) == (79, 1)
     (row,) = quarantine_rows(tmp_path / "out").to_pylist()
@@ -122,7 +89,7 @@ def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_pa
 def test_a_row_that_fails_is_quarantined_as_in_one_process(fragments, tmp_path):
     found = []
     for runner, name in ((LocalRunner(), "local"), (RayRunner(), "ray")):
-        runner.map(job(tmp_path, chokes_at=17), fragments, tmp_path / name)
+        runner.map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / name)
         found.append((doubles(tmp_path / name), quarantine_rows(tmp_path / name).to_pylist(), count(tmp_path / name)))
     assert found[0] == found[1]
     assert found[0][2].reasons == {"failed twice": 1}
@@ -161,11 +128,11 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
 
 
 def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):
-    for config in (RayConfig(), RayConfig(task_cpus=0.5)):
-        made = dataset(job(tmp_path), fragments, tmp_path / "out", config)
-        said = made.materialize().stats()
-        assert "Map(run)->Map(_Map)" not in said
-        assert "Map(_Map)" in said
+    config = RayConfig(task_cpus=0.5)
+    assert config.task_cpus == config.actor_cpus  # operators of equal shares are fused, if nothing is done about it
+    said = dataset(mortal(tmp_path), fragments[:2], tmp_path / "out", config).materialize().stats()
+    assert "Map(run)->Map(_Map)" not in said
+    assert "Map(_Map)" in said
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +152,9 @@ def harvest(runner, folder: Path, pairs_dir, reward_dir, sae_dir):
     return made | {"salience": stages.salience(made["codes"], "response")}
 
 
-@pytest.mark.parametrize("config", [ONE, THREE], ids=["one actor", "three actors"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(ONE, id="one actor", marks=pytest.mark.long), pytest.param(THREE, id="three actors")]
+)
 def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
     local, config, tmp_path, pairs_dir, reward_dir, sae_dir
 ):
@@ -203,7 +172,7 @@ def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_pa
     import httpx
     import ray
 
-    RayRunner().map(job(tmp_path, chokes_at=17), fragments, tmp_path / "out")
+    RayRunner().map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / "out")
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = ("ray_safer_ray_pairs", "ray_safer_ray_quarantined", "ray_safer_ray_seconds")

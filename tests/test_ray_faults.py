@@ -134,7 +134,10 @@ class Lives(NamedTuple):
         return [life for life in self[1:-1] if life is not None]
 
 
-@pytest.fixture(scope="module", params=["a Ray of its own", "the cluster of this session"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("a Ray of its own", marks=pytest.mark.long), "the cluster of this session"],
+)
 def lives(request, pairs, tmp_path_factory):
     """Only on the session's cluster is it interrupted: workers outlive a Ray of their own by some steps."""
     folder = write_input(tmp_path_factory.mktemp("killed"), FRAGMENTS)

@@ -67,18 +67,12 @@ def ray(**options):
     return RayRunner(RayConfig(deepspeed=DeepSpeedConfig(**options)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"stage": 0}, {"stage": 2}, {"stage": 3}, {"stage": 3, "offload_optimizer": True, "offload_parameters": True}],
-    ids=str,
-)
-def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_path, options):
-    (metrics,) = ray(**options).train([job(tmp_path / "reward", pairs_dir)])
-    theirs, ours = weights(plain[0]), weights(tmp_path / "reward")
+def assert_as_plain(plain, out, metrics):
+    theirs, ours = weights(plain[0]), weights(out)
     assert set(ours) == set(theirs)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=WEIGHTS)
-    torch.testing.assert_close(rewards(tmp_path / "reward"), rewards(plain[0]), rtol=0, atol=REWARDS)
+    torch.testing.assert_close(rewards(out), rewards(plain[0]), rtol=0, atol=REWARDS)
     assert metrics["workers"] == 2
     for name in ("steps", "best_step", "train_pairs", "validation_accuracy", "parameters"):
         assert metrics[name] == plain[1][name]
@@ -86,7 +80,18 @@ def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_variants_train_one_after_another_in_one_group_and_differ(plain, pairs, pairs_dir, tmp_path):
+OFFLOADED = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+
+
+@pytest.mark.parametrize(
+    "options", [{"stage": 0}, {"stage": 3}, pytest.param(OFFLOADED, marks=pytest.mark.long)], ids=str
+)
+def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_path, options):
+    (metrics,) = ray(**options).train([job(tmp_path / "reward", pairs_dir)])
+    assert_as_plain(plain, tmp_path / "reward", metrics)
+
+
+def test_variants_train_with_zero_2_one_after_another_in_one_group_and_differ(plain, pairs, pairs_dir, tmp_path):
     fewer = write_parts(pairs.slice(0, 40), tmp_path / "fewer", 20)
     bfloat = CONFIG.model_copy(update={"dtype": "bfloat16", "gradient_checkpointing": True})
     jobs = [
@@ -98,7 +103,7 @@ def test_variants_train_one_after_another_in_one_group_and_differ(plain, pairs, 
     runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, total)))
     found = runner.train(jobs)
     assert found[0]["train_pairs"] > found[1]["train_pairs"]
-    torch.testing.assert_close(rewards(tmp_path / "same"), rewards(plain[0]), rtol=0, atol=REWARDS)
+    assert_as_plain(plain, tmp_path / "same", found[0])
     assert (rewards(tmp_path / "fewer-out") - rewards(plain[0])).abs().max() > 10 * REWARDS
     assert next(iter(weights(tmp_path / "bfloat16").values())).dtype == torch.bfloat16
     assert found[2]["validation_loss"] == pytest.approx(plain[1]["validation_loss"], abs=0.02)

@@ -6,12 +6,12 @@ nothing but its accounts.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from safer_ray.artifacts import Fragment
@@ -88,8 +88,8 @@ def _mapped(row: Row) -> Mapped:
 class _Step:
     """One operator: built in its process at the first row, passes on the errors of the operators before it."""
 
-    def __init__(self, job: MapJob, directory: Path, run: str, threads: int = 1) -> None:
-        self.job, self.directory, self.run, self.threads = job, directory, run, threads
+    def __init__(self, job: MapJob, directory: Path, run: str) -> None:
+        self.job, self.directory, self.run = job, directory, run
         self.built: Any = None
 
     def build(self) -> Any:
@@ -103,7 +103,6 @@ class _Step:
             return row
         try:
             if self.built is None:
-                torch.set_num_threads(self.threads)
                 self.built = self.build()
             return self.work(row)
         except SaferError as error:
@@ -119,7 +118,14 @@ class _Read(_Step):
 
 
 class _Map(_Step):
+    def __init__(self, job: MapJob, directory: Path, run: str, threads: int) -> None:
+        super().__init__(job, directory, run)
+        self.threads = threads
+
     def build(self) -> MapFragment:
+        import torch
+
+        torch.set_num_threads(self.threads)
         return MapFragment(self.job, self.directory)
 
     def work(self, row: Row) -> Row:
@@ -156,6 +162,10 @@ def _as_task(step: type[_Step], *arguments: Any) -> Callable[[Row], Row]:
     return run
 
 
+def _nothing(*_: Any) -> Any:
+    raise AssertionError("another step's")
+
+
 def _cluster_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 0))
 
@@ -164,22 +174,23 @@ def dataset(job: MapJob, fragments: Sequence[Fragment], directory: Path, config:
     """The operators of a job over fragments; rows come out when they are committed."""
     rows = [_fragment_row(f) for f in fragments]
     source = ray.data.from_items(rows, override_num_blocks=len(rows))
-    arguments = (job, directory, RUN_ID)
+    reading, mapping = replace(job, make=_nothing), replace(job, read=_nothing, prepare=None)
+    committing = replace(mapping, make=_nothing)  # processes import only what their own step needs
     cpus, tasks = config.task_cpus, TaskPoolStrategy(size=config.tasks or max(2, int(_cluster_cpus() / 2)))
     if not job.loads_model:
-        return source.map(_as_task(_Whole, *arguments), num_cpus=cpus, compute=tasks)
+        return source.map(_as_task(_Whole, job, directory, RUN_ID), num_cpus=cpus, compute=tasks)
     most = min(config.max_actors, len(rows))
     pool = ActorPoolStrategy(min_size=min(config.min_actors, most), max_size=most, max_tasks_in_flight_per_actor=2)
     apart = cpus + 0.001 * (cpus == config.actor_cpus)  # operators of equal shares are fused into one process
-    read = source.map(_as_task(_Read, *arguments), num_cpus=apart, compute=tasks)
+    read = source.map(_as_task(_Read, reading, directory, RUN_ID), num_cpus=apart, compute=tasks)
     mapped = read.map(
         _Map,  # type: ignore[arg-type]
-        fn_constructor_args=(*arguments, config.threads),
+        fn_constructor_args=(mapping, directory, RUN_ID, config.threads),
         compute=pool,
         num_cpus=config.actor_cpus,
         num_gpus=config.actor_gpus or None,
     )
-    return mapped.map(_as_task(_Commit, *arguments), num_cpus=cpus, compute=tasks)
+    return mapped.map(_as_task(_Commit, committing, directory, RUN_ID), num_cpus=cpus, compute=tasks)
 
 
 def map_fragments(job: MapJob, fragments: Sequence[Fragment], directory: Path, config: RayConfig) -> Iterator[Fragment]:
