@@ -34,11 +34,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
 SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
 
-# A shell makes what it runs in the background deaf to Ctrl-C; processes that tests start are to hear it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 torch.set_num_threads(2)
 quiet_transformers()
+
+
+def pytest_configure() -> None:
+    """A shell makes what it runs in the background deaf to Ctrl-C; processes that tests start are to hear it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared(name: str) -> Path:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,29 @@ def artifacts(root):
 )
 def test_both_ways_to_submit_make_the_same_artifacts(cluster, tmp_path, last, stages):  # noqa: F811
     until = ["configs/smoke.yaml", "--until", last, "--set"]
-    by_ray = command(
-        "ray", "job", "submit", "--address", cluster, "--working-dir", ".",
-        "--", "python", "-m", "jobs.pipeline", *until, f"root={tmp_path / 'ray'}",
-    )  # fmt: skip
-    assert by_ray.returncode == 0, by_ray.stdout + by_ray.stderr
-    assert '"event": "stage"' in by_ray.stdout
-    by_us = command("safer-ray", "submit", "--address", cluster, "--", "run", *until, f"root={tmp_path / 'us'}")
-    assert by_us.returncode == 0, by_us.stdout + by_us.stderr
+    ways = {
+        "ray": [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            cluster,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "-m",
+            "jobs.pipeline",
+        ],
+        "us": ["safer-ray", "submit", "--address", cluster, "--", "run"],
+    }
+    with ThreadPoolExecutor() as pool:
+        done = dict(
+            zip(ways, pool.map(lambda way: command(*ways[way], *until, f"root={tmp_path / way}"), ways), strict=True)
+        )
+    for way in done.values():
+        assert way.returncode == 0, way.stdout + way.stderr
+    assert '"event": "stage"' in done["ray"].stdout
     ours, theirs = artifacts(tmp_path / "us"), artifacts(tmp_path / "ray")
     assert set(ours) == set(theirs)
     assert {name.split("-")[0] for name in ours} == stages
