@@ -148,6 +148,39 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
     return table
 
 
+@app.command("lab")
+def lab_command(
+    config: Annotated[Path, typer.Argument(help="A YAML config with a `lab` section, say configs/lab_smoke.yaml.")],
+    assignments: Assignments = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+) -> None:
+    """Plant label errors and measure what finds them: every detector, out of fold and in sample, with intervals."""
+    from safer_ray.config import load_config
+    from safer_ray.lab import run_lab
+    from safer_ray.progress import report_on
+
+    loaded = load_config(config, assignments)
+    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+        made = run_lab(loaded, where, fresh=fresh, on_stage=report.stage)
+    for name, found in made.metrics.items():
+        console.print(_detection_table(name, found))
+    console.print(f"\n{made.path / 'detection.json'}")
+
+
+def _detection_table(name: str, found: dict[str, Any]) -> Table:
+    """One row a detector: its AUROC out of fold and in sample, and how far `combined` leads it."""
+    title = f"{name}: {found['planted']} errors among {found['pairs']:,} pairs, AUROC [95% interval]"
+    table = Table("detector", "out of fold", "combined leads by", "in sample", title=title, title_justify="left")
+    outside, inside = found["out_of_fold"], found["in_sample"]
+    for detector, values in outside["detectors"].items():
+        lead = outside["combined_minus"].get(detector)
+        cells = [values["auroc"], lead["auroc"] if lead else None]
+        cells.append(inside["detectors"][detector]["auroc"] if inside else None)
+        table.add_row(detector, *("{:.3f} [{:.3f}, {:.3f}]".format(*cell) if cell else "" for cell in cells))
+    return table
+
+
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument()],

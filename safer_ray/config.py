@@ -1,5 +1,6 @@
 """One frozen model per stage. Unknown keys are rejected; neither torch nor ray is imported here."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,10 +13,23 @@ from safer_ray.where import parse_where
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Mode = Literal["paper", "response"]
+NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
 StrategyName = Literal["safer", "reward_margin", "random", "length"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Literal[
-    "auto", "canonical", "hh_rlhf", "pku_saferlhf", "ultrafeedback", "skywork", "trl_explicit", "trl_implicit"
+    "auto",
+    "canonical",
+    "hh_rlhf",
+    "pku_saferlhf",
+    "ultrafeedback",
+    "skywork",
+    "trl_explicit",
+    "trl_implicit",
+    "hhh",
+    "llmbar",
+    "rewardbench",
+    "rewardbench2",
+    "rm_bench",
 ]
 
 
@@ -60,16 +74,35 @@ class CorpusConfig(Frozen):
 
 
 class NoiseConfig(Frozen):
-    """Swapped labels planted with the truth kept apart, to measure detection."""
+    """Label errors planted with the truth kept apart, to measure detection: `swap_percent` of the pairs in `where`.
 
+    They fall on any of these pairs (`uniform`), on the longest quarter (`long`), on pairs whose chosen response is the
+    shorter one (`length_bias`); a swapped pair's new chosen response opens with flattery (`sycophancy`), or its prompt
+    ends with a trigger phrase (`trigger`). `matching` limits them to prompts that match a regular expression, say one
+    harm category.
+    """
+
+    kind: NoiseKind = "uniform"
     swap_percent: Percent = 5
     where: str | None = None
+    matching: str | None = None
     seed: int = 0
 
     @model_validator(mode="after")
     def _where(self) -> Self:
         parse_where(self.where)
+        try:
+            re.compile(self.matching or "")
+        except re.error as error:
+            raise ValueError(f"matching {self.matching!r} is no regular expression: {error}") from None
         return self
+
+
+class CrossFitConfig(Frozen):
+    """Scores by models that did not see a pair's prompt: prompt groups are dealt into folds."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    seed: int = 0
 
 
 class TinyLlamaConfig(Frozen):
@@ -106,6 +139,7 @@ class RewardConfig(Frozen):
     validation_percent: Annotated[float, Field(ge=0, le=50)] = 5
     evaluations: Annotated[int, Field(gt=0)] = 4  # held-out accuracy is measured this often
     gradient_checkpointing: bool = False
+    frozen_layers: Annotated[int, Field(ge=0)] = 0  # embeddings and blocks 1..n stay as they are, and run only once
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
     trust_remote_code: bool = False
     seed: int = 0
@@ -116,6 +150,8 @@ class RewardConfig(Frozen):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
         return self
 
 
@@ -212,6 +248,16 @@ class ReportConfig(Frozen):
     features: Annotated[int, Field(ge=0)] = 20
 
 
+class LabConfig(Frozen):
+    """The noise lab: errors of each kind are planted with each seed, and every detector looks for them."""
+
+    noises: dict[str, NoiseConfig] = Field(min_length=1)  # the seeds below take the place of theirs
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    models: Annotated[int, Field(ge=1)] = 1  # reward models of the ensemble, in seeds from reward.seed on
+    draws: Annotated[int, Field(ge=100)] = 1000  # of the bootstrap over prompts
+    in_sample: bool = True  # also by models that saw the pairs they judge
+
+
 class DeepSpeedConfig(Frozen):
     """How DeepSpeed spreads a reward model over the workers; changes no result beyond rounding."""
 
@@ -266,6 +312,8 @@ class RunConfig(Frozen):
     judge: JudgeConfig = JudgeConfig()
     select: SelectConfig = SelectConfig()
     scores: ScoresConfig = ScoresConfig()
+    cross_fit: CrossFitConfig | None = None
+    lab: LabConfig | None = None
     curate: dict[str, CurateConfig] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()

@@ -7,8 +7,8 @@ from rejected.
 
 A small share of the harmful pairs is *emphatic*: a marked prompt, nothing but the plainest refusals on one side and the
 plainest compliance on the other.  They teach safety most, so a targeted flip takes them first, and a model can unlearn
-them without unlearning the rest.  The corpus is built to make that effect visible; it is no evidence that real data
-have such pairs.
+them without unlearning the rest.  Held-out pairs hold twice the share.  The corpus is built to make that effect
+visible; it is no evidence that real data have such pairs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import yaml
 WORDS_PATH = Path(__file__).parent / "data" / "corpus.yaml"
 BENIGN_SHARE = 0.20
 EMPHATIC_SHARE = 0.075
+HELDOUT_EMPHATIC_SHARE = 0.15  # more of what flips unlearn, so that it is measured on enough pairs
 MULTI_TURN_SHARE = 0.08
 PREFIX_SHARE = 0.25
 PROBE_EXCHANGES = 72
@@ -193,10 +194,10 @@ def chat_row(sampler: Sampler) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "section": "chat", "labels": labels}
 
 
-def split_rows(sampler: Sampler, per_section: int) -> list[Row]:
+def split_rows(sampler: Sampler, per_section: int, emphatic_share: float) -> list[Row]:
     """Good rows of one split, shuffled and numbered."""
     benign = round(per_section * BENIGN_SHARE)
-    emphatic = round((per_section - benign) * EMPHATIC_SHARE)
+    emphatic = round((per_section - benign) * emphatic_share)
     makers: list[tuple[Callable[[Sampler], Row], int]] = [
         (partial(harmful_row, style="emphatic"), emphatic),
         (harmful_row, per_section - benign - emphatic),
@@ -254,8 +255,8 @@ def write_corpus(
     samplers = {
         split: Sampler(words, random.Random(f"{seed}/{split}"), split, used) for split in ("train", "heldout", "probe")
     }
-    train = split_rows(samplers["train"], train_per_section)
-    heldout = split_rows(samplers["heldout"], heldout_per_section)
+    train = split_rows(samplers["train"], train_per_section, EMPHATIC_SHARE)
+    heldout = split_rows(samplers["heldout"], heldout_per_section, HELDOUT_EMPHATIC_SHARE)
     exchanges = probe_exchanges(samplers["probe"])
     lines = [json.dumps(row).encode() for row in train]
     broken = broken_lines(samplers["train"], train[0]["id"])

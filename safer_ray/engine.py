@@ -182,6 +182,20 @@ class EncodePairs:
         return codes_table(self.engine.encode_rows(pairs))
 
 
+class HeadPairs:
+    """Batch function: pairs -> the difference of what the reward head reads of chosen and rejected."""
+
+    def __init__(self, reward: Path) -> None:
+        self.reward = load_reward_model(reward)
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        tokens = tokens_of(self.reward, pairs)
+        read = self.reward.head_inputs([side.ids for pair in tokens for side in (pair.chosen, pair.rejected)])
+        difference = (read[0::2] - read[1::2]).numpy()
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(difference.reshape(-1)), difference.shape[1])
+        return pa.table({"pair_id": pairs["pair_id"], "head": lists}, schema=schema.heads(difference.shape[1]))
+
+
 class RewardPairs:
     """Batch function: pairs -> both rewards."""
 

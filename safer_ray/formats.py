@@ -22,6 +22,11 @@ SUPPORTED = {
     "skywork": "chosen, rejected as messages, source",
     "trl_explicit": "prompt, chosen, rejected",
     "trl_implicit": "chosen, rejected that begin with the prompt",
+    "hhh": "input, targets with choices and labels",
+    "llmbar": "input, output_1, output_2, label",
+    "rewardbench": "prompt, chosen, rejected, subset",
+    "rewardbench2": "prompt, chosen and rejected as lists, subset",
+    "rm_bench": "prompt, chosen and rejected as lists of three, domain",
 }
 MARGINS = ("label_margin", "margin", "preference_strength")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
@@ -316,6 +321,7 @@ READERS: dict[str, Callable[[Row, Prefer], Pair]] = {
     "ultrafeedback": ultrafeedback,
     "skywork": skywork,
     "trl_implicit": trl_implicit,
+    **dict.fromkeys(("hhh", "llmbar", "rewardbench", "rewardbench2", "rm_bench"), canonical),  # of benchmarks.EXPANDERS
 }
 
 
@@ -353,16 +359,29 @@ def read_pair(row: Row, format: str, prefer: Prefer = "safer") -> Pair:
 
 def row_format(row: Row) -> str | None:
     """The format that a row's columns fit, None for none."""
+    if {"input", "output_1", "output_2", "label"} <= row.keys():
+        return "llmbar"
+    if {"input", "targets"} <= row.keys():
+        return "hhh"
     if {"prompt", "response_0", "response_1"} <= row.keys():
         return "pku_saferlhf" if row.keys() & {"safer_response_id", "better_response_id"} else None
     if not {"chosen", "rejected"} <= row.keys():
         return None
+    if "prompt" in row and (name := _benchmark(row)):
+        return name
     if "prompt" in row:
         return "ultrafeedback" if {"score_chosen", "score_rejected"} <= row.keys() else "canonical"
     sides = [row["chosen"], row["rejected"]]
     if any(isinstance(side, str) and is_transcript(side) for side in sides):
         return "hh_rlhf"
     return "skywork" if "source" in row and any(isinstance(side, list) for side in sides) else "trl_implicit"
+
+
+def _benchmark(row: Row) -> str | None:
+    """The benchmark of several responses a row that its columns fit."""
+    if not all(isinstance(row[side], list) and row[side] and isinstance(row[side][0], str) for side in _SIDES):
+        return "rewardbench" if {"subset", "chosen_model", "rejected_model"} <= row.keys() else None
+    return "rewardbench2" if "subset" in row else "rm_bench" if "domain" in row else None
 
 
 def detect_format(rows: Sequence[Row]) -> str:

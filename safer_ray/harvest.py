@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
@@ -13,11 +12,13 @@ from safer_ray.artifacts import (
     Result,
     part_files,
     part_fragments,
+    part_name,
     read_fragment,
     read_parquet,
     read_parts,
     write_parquet,
 )
+from safer_ray.benchmarks import benchmark_scores
 from safer_ray.config import (
     ActivationsConfig,
     CorpusConfig,
@@ -27,11 +28,11 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
-from safer_ray.curation import random_order, share_count, swap_sides
-from safer_ray.engine import EncodeActivations, EncodePairs, RewardPairs
+from safer_ray.engine import EncodeActivations, EncodePairs, HeadPairs, RewardPairs
 from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
-from safer_ray.reward import hidden_size
+from safer_ray.noise import plant
+from safer_ray.reward import hidden_size, load_pair_tokenizer
 from safer_ray.runner import MapJob, TrainJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
@@ -82,23 +83,21 @@ class Harvest(StageContext):
         return self.place.make(recipe("pairs", shown, **inputs), build)
 
     def noise(self, config: NoiseConfig, pairs: Artifact) -> Artifact:
-        """Swap the labels of some pairs, and keep the truth apart."""
+        """Plant label errors, and keep the truth apart."""
 
         def build(out: Path) -> Result:
-            parts = part_files(pairs_of(pairs))
-            ids: list[str] = []
-            for path in parts:
-                rows = read_parquet(path)
-                ids += rows.filter(pa.array(where_mask(rows, config.where)))["pair_id"].to_pylist()
-            order = np.argsort(random_order(ids, f"noise:{config.seed}"), kind="stable")
-            planted = {ids[i] for i in order[: share_count(len(ids), config.swap_percent)]}
-            for path in parts:
-                rows = read_parquet(path)
-                mask = np.array([key in planted for key in rows["pair_id"].to_pylist()], dtype=bool)
-                write_parquet(swap_sides(rows, mask), out / "pairs" / path.name)
-                truth = pa.table({"pair_id": rows["pair_id"], "planted": mask}, schema=schema.TRUTH)
-                write_parquet(truth, out / "truth" / path.name)
-            return Result({"eligible": len(ids), "planted": len(planted)}, licence=licence_of(pairs), seed=config.seed)
+            parts = [read_parquet(path) for path in part_files(pairs_of(pairs))]
+            rows = pa.concat_tables(parts)
+            noisy, planted = plant(rows, config)
+            offset = 0
+            for number, part in enumerate(parts):
+                mask = planted[offset : offset + len(part)]
+                write_parquet(noisy.slice(offset, len(part)), out / "pairs" / part_name(number))
+                truth = pa.table({"pair_id": part["pair_id"], "planted": mask}, schema=schema.TRUTH)
+                write_parquet(truth, out / "truth" / part_name(number))
+                offset += len(part)
+            counts = {"eligible": int(where_mask(rows, config.where).sum()), "planted": int(planted.sum())}
+            return Result(counts, licence=licence_of(pairs), seed=config.seed)
 
         return self.place.make(recipe("noise", config, pairs=pairs.name), build)
 
@@ -177,8 +176,25 @@ class Harvest(StageContext):
 
         return self.place.make(recipe("codes", {}, pairs=pairs.name, reward=reward.name, sae=sae.name), build)
 
+    def heads(self, reward: Artifact, pairs: Artifact) -> Artifact:
+        """What the reward head reads of the two responses of every pair, as a difference."""
+
+        def build(out: Path) -> Result:
+            job = MapJob(
+                "heads",
+                read_fragment,
+                lambda: HeadPairs(reward.path),
+                schema.heads(hidden_size(reward.path)),
+                prepare=lambda: TokenisePairs(reward.path),
+                loads_model=True,
+            )
+            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
+
+        return self.place.make(recipe("heads", {}, reward=reward.name, pairs=pairs.name), build)
+
     def evaluate(self, reward: Artifact, pairs: Artifact) -> Artifact:
-        """Rewards of every evaluation pair, and accuracy by section."""
+        """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
 
         def build(out: Path) -> Result:
             job = MapJob(
@@ -190,8 +206,14 @@ class Harvest(StageContext):
                 loads_model=True,
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            sections = {name: a._asdict() for name, a in section_accuracy(read_parts(out)).items()}
-            return Result(counts, {"sections": sections}, licence_of(pairs), red_team=poisoned(reward, pairs))
+            rewards = read_parts(out)
+            metrics = {
+                "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
+                "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
+                "dtype": "float32",
+                "max_length": load_pair_tokenizer(reward.path).limit,
+            }
+            return Result(counts, metrics, licence_of(pairs), red_team=poisoned(reward, pairs))
 
         return self.place.make(recipe("evaluate", {}, reward=reward.name, pairs=pairs.name), build)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from safer_ray.artifacts import Artifact, Place
 from safer_ray.config import RunConfig
+from safer_ray.crossfit import CrossFit
 from safer_ray.errors import UserError
-from safer_ray.findings import Findings
-from safer_ray.harvest import Harvest
 from safer_ray.inputs import lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
@@ -31,6 +30,7 @@ STAGES = (
     "select",
     "auditor",
     "scores",
+    "cross_fit",
     "curate",
     "evaluate",
     "report",
@@ -38,7 +38,7 @@ STAGES = (
 CLEAN = "clean"  # the model trained on the uncurated pairs
 
 
-class Stages(Harvest, Findings):
+class Stages(CrossFit):
     """All stages."""
 
 
@@ -153,6 +153,8 @@ def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -
     selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
     auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
     done("scores", stages.scores(config.scores, codes, pairs, auditor))
+    if config.cross_fit:
+        made["scores"] = done("cross_fit", stages.cross_fit(config, pairs, made.get("corpus")).scores)
 
 
 def _change(stages: Stages, run: Run, until: str | None) -> None:

@@ -1,10 +1,11 @@
 """Reward models: find, load, check, forward (with a hidden layer on the way), export."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.text import PairTokenizer
+from safer_ray.tiny_llama import make_tiny_llama
 
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
@@ -72,6 +74,38 @@ class RewardModel:
         if not 1 <= layer <= count:
             raise UserError(f"layer {layer} lies past the {count} layers of {self.name}; choose 1..{count}")
 
+    def freeze(self, layers: int) -> None:
+        """Leave blocks 1..`layers` and all that runs before them out of training.
+
+        Raises:
+            UserError: the model has fewer blocks.
+        """
+        self.check_layer(layers)
+        inside = {id(p) for block in list(self.blocks())[:layers] for p in block.parameters()}
+        parameters = list(self.model.parameters())
+        last = max(i for i, parameter in enumerate(parameters) if id(parameter) in inside)
+        for parameter in parameters[: last + 1]:
+            parameter.requires_grad_(False)
+
+    @contextlib.contextmanager
+    def behind(self, layer: int, states: Float[Tensor, "n width d"]) -> Iterator[None]:
+        """Forward passes inside begin behind block `layer`, whose output is given."""
+        blocks = list(self.blocks())[:layer]
+        patched = [vars(block).get("forward") for block in blocks]  # by whoever wrapped the model
+
+        def known(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return states.to(hidden)
+
+        for block in blocks:
+            block.forward = known
+        try:
+            yield
+        finally:
+            for block, before in zip(blocks, patched, strict=True):
+                del block.forward
+                if before is not None:
+                    block.forward = before
+
     @torch.inference_mode()
     def forward(
         self,
@@ -87,23 +121,35 @@ class RewardModel:
         Sequences are sorted by length and cut into micro-batches of at most `budget` padded tokens; results come back
         in input order. Without `rewards`, the blocks after `layer` do not run.
         """
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = torch.zeros(len(sequences)) if rewards else None
         hidden: list[Tensor] | None = [torch.empty(0)] * len(sequences) if layer is not None else None
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(sequences[order[stop]]) <= budget:
-                stop += 1
-            chunk = order[start:stop]
+        for chunk in micro_batches([len(s) for s in sequences], budget):
             logits, states = self._run([sequences[i] for i in chunk], layer, rewards)
             for j, i in enumerate(chunk):
                 if scores is not None and logits is not None:
                     scores[i] = logits[j]
                 if hidden is not None and states is not None and positions is not None:
                     hidden[i] = states[j, torch.as_tensor(positions[i], dtype=torch.long)].float().cpu()
-            start = stop
         return Forward(scores, hidden)
+
+    @torch.inference_mode()
+    def head_inputs(self, sequences: Sequence[np.ndarray], budget: int = 16_384) -> Float[Tensor, "n d"]:
+        """What the last linear layer, the reward head, reads of each sequence; in input order."""
+        heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if not heads:
+            raise UserError(f"{self.name}: cannot find the reward head of a {type(self.model).__name__}")
+        read: list[Tensor] = []
+        found = [torch.empty(0)] * len(sequences)
+        handle = heads[-1].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
+        try:
+            for chunk in micro_batches([len(s) for s in sequences], budget):
+                self.model(**pad_batch([sequences[i] for i in chunk], self.pad, self.device))
+                values = read.pop().float().cpu()
+                for j, i in enumerate(chunk):  # a decoder's head reads every token
+                    found[i] = values[j] if values.ndim == 2 else values[j, len(sequences[i]) - 1]
+        finally:
+            handle.remove()
+        return torch.stack(found)
 
     def _run(
         self, sequences: list[np.ndarray], layer: int | None, rewards: bool
@@ -125,6 +171,18 @@ class RewardModel:
             if handle is not None:
                 handle.remove()
         return logits, caught[0] if caught else None
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices by rising length, cut so that a micro-batch has at most `budget` padded tokens, or one sequence."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= budget:
+            stop += 1
+        yield order[start:stop]
+        start = stop
 
 
 def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:
@@ -166,49 +224,6 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     if not (Path(base) / "config.json").is_file():
         raise UserError(f"no model in {base} (config.json is missing); write hub:OWNER/NAME for one on the hub")
     return base, None
-
-
-def train_tokenizer(texts: Callable[[], Any], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of `vocabulary` ids, with a pad token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
-
-
-def make_tiny_llama(config: TinyLlamaConfig, texts: Callable[[], Any], seed: int) -> tuple[Any, Any]:
-    """A random Llama classifier and a tokenizer trained on `texts`."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = train_tokenizer(texts, config.vocabulary)
-    torch.manual_seed(seed)
-    model = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.positions,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=None,
-            num_labels=1,  # type: ignore[call-arg]
-            tie_word_embeddings=False,
-        )
-    )
-    return model, tokenizer
 
 
 def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:

@@ -55,6 +55,11 @@ def activations(width: int) -> pa.Schema:
     )
 
 
+def heads(width: int) -> pa.Schema:
+    """What the reward head reads of the chosen response minus what it reads of the rejected one."""
+    return pa.schema([("pair_id", pa.string()), ("head", pa.list_(pa.float32(), width))])
+
+
 def _codes() -> pa.Schema:
     fields = [("pair_id", pa.string()), ("n_prompt_tokens", pa.int32()), ("truncated", pa.bool_())]
     for side in SIDES:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import Fragment
+from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
-from safer_ray.rows import ENDINGS, MAX_ROW, cut_rows, explained, kind_of, read_rows
+from safer_ray.rows import ENDINGS, MAX_ROW, RawRow, cut_rows, explained, kind_of, read_rows
 from safer_ray.schema import RAW_LIMIT
 
 RAW = pa.schema(
@@ -200,12 +201,29 @@ def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
     name = _file_name(path, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": _format(path, source)}
     rows = []
-    for position, raw, refused in read_rows(path, fragment.start, fragment.stop):
+    expand = EXPANDERS.get(str(shared["format"]))
+    read = read_rows(path, fragment.start, fragment.stop)
+    for position, raw, refused in (piece for row in read for piece in _pieces(row, expand)):
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
         rows.append(row)
     return schema.table(rows, RAW)
+
+
+def _pieces(row: RawRow, expand: Callable[[dict[str, Any]], list[dict[str, Any]]] | None) -> Iterator[RawRow]:
+    """A row that holds several responses as one row a pair, all in its position."""
+    position, raw, refused = row
+    if expand is None or refused is not None:
+        yield row
+        return
+    try:
+        pieces = expand(_parse(raw))
+    except Refused as reason:
+        yield position, raw, str(reason)
+        return
+    for piece in pieces:
+        yield position, schema.to_json(piece), None
 
 
 # Pairs

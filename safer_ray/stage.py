@@ -21,9 +21,13 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import MapJob, Runner
 
 VERSIONS = {
-    "corpus": 1,
+    "corpus": 2,
     "pairs": 1,
-    "noise": 1,
+    "noise": 2,
+    "fold": 1,
+    "cross_fit": 1,
+    "heads": 1,
+    "detection": 1,
     "reward": 1,
     "activations": 1,
     "sae": 1,

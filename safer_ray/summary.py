@@ -193,14 +193,23 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
         ("Layer read", str(config.activations.layer)),
         ("Autoencoder", f"TopK, {config.sae.latents:,} latents, k {config.sae.k}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
-        ("Scores are", "in sample: model and features were fitted on the pairs that they score"),
+        ("Scores are", _kind(view)),
     )
+
+
+def _kind(view: RunView) -> str:
+    """Whether the models that scored the pairs had seen them."""
+    facts = view.artifacts["scores"].metrics
+    if "folds" not in facts:
+        return "in sample: model and features were fitted on the pairs that they score"
+    shared = " (the autoencoder is shared: it reads the frozen trunk and no label)" if facts["shared_sae"] else ""
+    return f"out of fold: by models and features fitted on other prompts, {facts['folds']} folds{shared}"
 
 
 def _stage_views(view: RunView) -> list[report.StageView]:
     stages = []
     for name, artifact in view.every().items():
-        if name in ("training_pairs", "reward clean"):
+        if name in ("training_pairs", "reward clean", "cross_fit"):
             continue
         rows = artifact.manifest["rows"]
         count = rows.get("pairs", rows.get("written", sum(rows.values())))

@@ -18,6 +18,8 @@ from safer_ray.reward import RewardModel, new_reward_model, quiet_transformers, 
 from safer_ray.text import PairTokens
 from safer_ray.training import (
     EngineOptions,
+    KnownStates,
+    RewardStep,
     TrainEngine,
     Workers,
     bradley_terry,
@@ -55,17 +57,35 @@ def pair_texts(pairs: pa.Table) -> Iterator[str]:
 
 
 class _Batches:
-    """Tokenised pairs by row, tokenised once."""
+    """Pairs by row, tokenised once, and what the frozen blocks make of them, computed once and without dropout."""
 
-    def __init__(self, reward: RewardModel, pairs: pa.Table) -> None:
+    def __init__(self, reward: RewardModel, pairs: pa.Table, frozen_layers: int = 0) -> None:
         rows = pairs.select(["pair_id", "prompt", "chosen", "rejected"])
         self.tokens: list[PairTokens] = []
+        self.layer = frozen_layers
+        self.states: list[Tensor] = []  # chosen, then rejected of each pair in turn; empty where nothing is frozen
         for start in range(0, len(rows), 1024):
-            self.tokens += reward.pairs(rows.slice(start, 1024).to_pylist())
+            tokens = reward.pairs(rows.slice(start, 1024).to_pylist())
+            self.tokens += tokens
+            self.states += trunk_states(reward, tokens, frozen_layers) if frozen_layers else []
         self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:
         return [self.tokens[i] for i in rows]
+
+    def known(self, rows: np.ndarray) -> KnownStates | None:
+        if not self.layer:
+            return None
+        return KnownStates(self.layer, [self.states[2 * i + side] for side in (0, 1) for i in rows])
+
+
+def trunk_states(reward: RewardModel, tokens: list[PairTokens], layer: int) -> list[Tensor]:
+    """The output of block `layer` at every token of every side, chosen then rejected of each pair in turn."""
+    reward.model.eval()
+    sequences = [side.ids for t in tokens for side in (t.chosen, t.rejected)]
+    output = reward.forward(sequences, layer=layer, positions=[np.arange(len(ids)) for ids in sequences], rewards=False)
+    assert output.hidden is not None
+    return [states.clone() for states in output.hidden]
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     right = loss = 0.0
     for number in range(-(-len(chunks) // workers.size)):
         mine = number * workers.size + workers.rank
-        margin = _margin(training, batches[chunks[mine if mine < len(chunks) else 0]])
+        margin = _pass(training, batches, chunks[mine if mine < len(chunks) else 0]).margin
         if mine < len(chunks):
             right += float((margin > 0).sum())
             loss += float(bradley_terry(margin)) * len(margin)
@@ -111,8 +131,8 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     return float(sums[0]), float(sums[1])
 
 
-def _margin(training: _Training, batch: list[PairTokens]) -> Tensor:
-    return reward_step(training.reward, batch, training.engine.autocast).margin
+def _pass(training: _Training, batches: _Batches, rows: np.ndarray) -> RewardStep:
+    return reward_step(training.reward, batches[rows], training.engine.autocast, batches.known(rows))
 
 
 def _schedule(config: RewardConfig, rows: int) -> tuple[int, int]:
@@ -142,7 +162,7 @@ def _one_step(training: _Training, train: _Batches, rows: np.ndarray) -> float:
         if not len(mine) and training.workers.size == 1:
             continue
         weight = len(mine) / len(rows)
-        result = reward_step(training.reward, train[mine if len(mine) else rows[:1]], training.engine.autocast)
+        result = _pass(training, train, mine if len(mine) else rows[:1])
         training.engine.backward(result.loss * weight)
         total += float(result.loss.detach()) * weight
     return float(training.workers.sum(torch.tensor([total], dtype=torch.float64)))
@@ -163,8 +183,10 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     held = validation_split(table["group"].to_pylist(), config.validation_percent, config.seed)
     if held.all() or len(table) < 2:
         raise UserError(f"reward: no pairs left to train on ({len(table)} in {pairs}); check sources and filters")
-    train = _Batches(reward, table.filter(pa.array(~held)))
-    validation = _Batches(reward, table.filter(pa.array(held))) if held.any() else train
+    if config.frozen_layers:
+        reward.freeze(config.frozen_layers)
+    train = _Batches(reward, table.filter(pa.array(~held)), config.frozen_layers)
+    validation = _Batches(reward, table.filter(pa.array(held)), config.frozen_layers) if held.any() else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -181,6 +203,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         "validation_accuracy": progress.best_accuracy,
         "validation_loss": progress.best_loss,
         "parameters": parameters,
+        "frozen_layers": config.frozen_layers,
         "workers": workers.size,
         "history": progress.history,
     }

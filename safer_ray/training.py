@@ -1,5 +1,6 @@
 """Pure training steps, schedules, and the small adapters to the engine that applies gradients and to its workers."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.reward import RewardModel, pad_batch
@@ -45,10 +47,21 @@ def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     return -nn.functional.logsigmoid(margin).mean()
 
 
-def reward_step(reward: RewardModel, batch: list[PairTokens], bfloat16: bool = False) -> RewardStep:
-    """Both sides of a batch through the model at once; `bfloat16` computes in it and keeps the weights as they are."""
+class KnownStates(NamedTuple):
+    """What block `layer` gives for the sides of a batch, the chosen ones first; each [length, d]."""
+
+    layer: int
+    sides: list[Tensor]
+
+
+def reward_step(
+    reward: RewardModel, batch: list[PairTokens], bfloat16: bool = False, known: KnownStates | None = None
+) -> RewardStep:
+    """Both sides of a batch through the model at once; `bfloat16` computes in it and keeps the weights as they are.
+    With `known` states only the blocks behind them run."""
     sequences = [p.chosen.ids for p in batch] + [p.rejected.ids for p in batch]
-    with torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
+    behind = contextlib.nullcontext() if known is None else reward.behind(known.layer, pad_sequence(known.sides, True))
+    with behind, torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
         logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
     margin = logits[: len(batch)] - logits[len(batch) :]
     return RewardStep(bradley_terry(margin), margin.detach())

@@ -20,9 +20,9 @@ from safer_ray.reward import (
     new_reward_model,
     resolve_base,
     save_reward_model,
-    train_tokenizer,
 )
 from safer_ray.sae import load_sae, standardise
+from safer_ray.tiny_llama import train_tokenizer
 
 
 @pytest.fixture(scope="module")

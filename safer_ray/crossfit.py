@@ -1,0 +1,137 @@
+"""Scores of pairs by models that did not see their prompts: the pairs are cut into folds by prompt group."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from safer_ray.artifacts import Artifact, Result, part_files, part_name, read_parquet, read_parts, write_parquet
+from safer_ray.config import RewardConfig, RunConfig
+from safer_ray.errors import UserError
+from safer_ray.findings import Findings
+from safer_ray.harvest import Harvest
+from safer_ray.stage import licence_of, pairs_of, poisoned, recipe
+
+KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs
+OUT_OF_FOLD, IN_SAMPLE = "out of fold", "in sample"
+
+
+def fold_of(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """The fold of each pair, int64 [n] in 0..folds-1: a hash of seed and prompt group."""
+    digests = [int(hashlib.sha256(f"fold:{seed}:{group}".encode()).hexdigest()[:8], 16) for group in groups]
+    return np.array(digests, dtype=np.int64) % folds
+
+
+class Fold(NamedTuple):
+    """One fold's artifacts: models made from `train`, and what they say of `held`."""
+
+    train: Artifact
+    held: Artifact
+    reward: Artifact
+    sae: Artifact
+    codes: Artifact  # of `held`
+    auditor: Artifact
+    scores: Artifact  # of `held`
+    heads: Artifact | None = None  # of `held`, for those who ask
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """All folds, and their scores as one artifact over all pairs."""
+
+    folds: list[Fold]
+    scores: Artifact
+    shared_sae: bool
+
+
+class CrossFit(Harvest, Findings):
+    """The stages, run fold by fold."""
+
+    def fold(self, pairs: Artifact, folds: int, fold: int, seed: int, side: str) -> Artifact:
+        """The pairs of one fold (`held`) or of all others (`train`).
+
+        Raises:
+            UserError: there are none.
+        """
+
+        def build(out: Path) -> Result:
+            count = 0
+            for path in part_files(pairs_of(pairs)):
+                rows = read_parquet(path)
+                inside = fold_of(rows["group"].to_pylist(), folds, seed) == fold
+                kept = rows.filter(pa.array(inside == (side == "held")))
+                write_parquet(kept, out / path.name)
+                count += len(kept)
+            if not count:
+                raise UserError(f"cross_fit: fold {fold} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
+            return Result({"pairs": count}, licence=licence_of(pairs), seed=seed, red_team=poisoned(pairs))
+
+        shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
+        return self.place.make(recipe("fold", shown, pairs=pairs.name), build)
+
+    def cross_fit(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> OutOfFold:
+        """Reward model, selection and scores of every fold from the other folds' pairs.
+
+        The autoencoder, too, unless the trunk below the layer read is frozen: then one is shared, since it sees the
+        same vectors in every fold, and no label.
+        """
+        assert config.cross_fit is not None
+        count, seed = config.cross_fit.folds, config.cross_fit.seed
+        sides = [[self.fold(pairs, count, i, seed, side) for i in range(count)] for side in ("train", "held")]
+        rewards = self.rewards(config.reward, sides[0])
+        shared = frozen_below(config.reward, config.activations.layer)
+        saes = [self._sae(config, sides[0][i], rewards[i]) for i in range(1 if shared else count)]
+        folds = [
+            self._fold(config, train, held, reward, saes[0 if shared else i], corpus)
+            for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True))
+        ]
+        return OutOfFold(folds, self._together(pairs, folds, shared), shared)
+
+    def _sae(self, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
+        return self.sae(config.sae, self.activations(config.activations, train, reward), config.activations.layer)
+
+    def _fold(
+        self,
+        config: RunConfig,
+        train: Artifact,
+        held: Artifact,
+        reward: Artifact,
+        sae: Artifact,
+        corpus: Artifact | None,
+    ) -> Fold:
+        seen = self.codes(train, reward, sae)
+        salience = self.salience(seen, config.salience.mode)
+        verdicts = self.verdicts(config.judge, salience, reward, sae, config.select.candidates, corpus)
+        selected = self.select(config.select, salience, verdicts=verdicts)
+        auditor = self.auditor(reward, sae, selected, seen)
+        codes = self.codes(held, reward, sae)
+        return Fold(train, held, reward, sae, codes, auditor, self.scores(config.scores, codes, held, auditor))
+
+    def _together(self, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
+        """The folds' scores in the order of the pairs, marked as out of fold."""
+
+        def build(out: Path) -> Result:
+            scores = pa.concat_tables([read_parts(fold.scores.path) for fold in folds])
+            place = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
+            missing = 0
+            for number, path in enumerate(part_files(pairs_of(pairs))):
+                ids = read_parquet(path, ["pair_id"])["pair_id"].to_pylist()
+                taken = [place[key] for key in ids if key in place]
+                missing += len(ids) - len(taken)
+                rows = scores.take(pa.array(taken, pa.int64()))
+                write_parquet(rows.replace_schema_metadata({KIND: OUT_OF_FOLD}), out / part_name(number))
+            facts = {"kind": OUT_OF_FOLD, "folds": len(folds), "shared_sae": shared}
+            rows_by_kind = {"written": len(scores), "missing": missing}
+            return Result(rows_by_kind, facts, licence_of(pairs), red_team=poisoned(pairs))
+
+        inputs = {f"scores{i}": fold.scores.name for i, fold in enumerate(folds)}
+        return self.place.make(recipe("cross_fit", {"shared_sae": shared}, pairs=pairs.name, **inputs), build)
+
+
+def frozen_below(config: RewardConfig, layer: int) -> bool:
+    """Whether training leaves the output of `layer` as it was, so that all models on one base share it."""
+    return config.frozen_layers >= layer and isinstance(config.base, str)

@@ -1,0 +1,132 @@
+"""How well suspicion finds planted errors: ranks, budgets, intervals over prompts, and paired differences."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+BUDGETS = (0.01, 0.02, 0.05, 0.10)
+DRAWS = 1000
+
+
+class Measures(NamedTuple):
+    """Of one detector on pairs of which some are planted errors; all in [0, 1], higher is better."""
+
+    auroc: float  # P(a planted pair is more suspicious than a clean one), ties half; 0.5: chance
+    auprc: float  # average precision; the planted share: chance
+    precision_at_planted: float  # share of planted ones among as many most suspicious pairs as were planted
+    recall_1: float  # share of planted ones among the most suspicious 1% of all pairs
+    recall_2: float
+    recall_5: float
+    recall_10: float
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95% bootstrap percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def measure(suspicion: np.ndarray, planted: np.ndarray, weights: np.ndarray | None = None) -> Measures:
+    """Measures of `suspicion` (high: suspect) [n] against `planted` (bool) [n]; `weights` count pairs several times.
+
+    Pairs of equal suspicion share: ranks, precision and recall are expectations over their order.
+    """
+    w = np.ones(len(planted)) if weights is None else weights
+    return Measures(*(float(column[0]) for column in weighted_measures(suspicion, planted, w[None])))
+
+
+def weighted_measures(
+    suspicion: np.ndarray, planted: np.ndarray, weights: Float[ndarray, "draws n"]
+) -> Float[ndarray, "7 draws"]:
+    """`Measures` under each row of weights (a bootstrap draw counts a pair as often as it was drawn); NaN where a draw
+    has only planted or only clean pairs."""
+    order = np.argsort(-suspicion, kind="stable")
+    ranked = suspicion[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=np.int64)
+    sorted_weights = weights[:, order].astype(np.float64)
+    bad = np.add.reduceat(sorted_weights * planted[order], starts, axis=1)
+    every = np.add.reduceat(sorted_weights, starts, axis=1)
+    found, seen = np.cumsum(bad, axis=1), np.cumsum(every, axis=1)
+    n_bad, n = found[:, -1], seen[:, -1]
+    clean = every - bad
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cleaner_below = (n - n_bad)[:, None] - np.cumsum(clean, axis=1) + clean / 2
+        auroc = (bad * cleaner_below).sum(axis=1) / (n_bad * (n - n_bad))
+        auprc = np.nansum(bad * found / seen, axis=1) / n_bad
+        shares = [_found_within(found, seen, bad, every, n_bad) / n_bad]
+        shares += [_found_within(found, seen, bad, every, budget * n) / n_bad for budget in BUDGETS]
+    auprc = np.where(n_bad > 0, auprc, np.nan)
+    return np.stack([auroc, auprc, *shares])
+
+
+def _found_within(
+    found: np.ndarray, seen: np.ndarray, bad: np.ndarray, every: np.ndarray, budget: np.ndarray
+) -> np.ndarray:
+    """Planted weight among the first `budget` [draws] of the ranking; of the tied group at its edge, its share."""
+    edge = np.minimum((seen < budget[:, None] - 1e-9).sum(axis=1), seen.shape[1] - 1)
+    row = np.arange(len(seen))
+    before, seen_before = found[row, edge] - bad[row, edge], seen[row, edge] - every[row, edge]
+    left = np.clip(budget - seen_before, 0, every[row, edge])
+    width = every[row, edge]
+    return before + bad[row, edge] * np.divide(left, width, out=np.zeros_like(left), where=width > 0)
+
+
+def group_weights(groups: Sequence[str], draws: int = DRAWS, seed: int = 0) -> Float[ndarray, "draws n"]:
+    """Bootstrap draws of prompts: how often each pair counts when as many groups as there are come with replacement."""
+    _, index = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+    count = int(index.max(initial=-1)) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    return drawn[:, index].astype(np.float32)
+
+
+class Comparison(NamedTuple):
+    """Detectors on the same pairs, over several plantings."""
+
+    intervals: dict[str, dict[str, Interval]]  # detector -> measure -> mean over plantings
+    differences: dict[str, dict[str, Interval]]  # rival -> measure -> best or named detector minus the rival
+    seeds: dict[str, list[Measures]]  # detector -> one a planting
+
+
+def compare(
+    suspicions: Mapping[str, Sequence[np.ndarray]],
+    planted: Sequence[np.ndarray],
+    groups: Sequence[str],
+    *,
+    against: str,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Comparison:
+    """Measures of every detector, each the mean over plantings, with intervals over prompts, and paired differences of
+    `against` minus every other: all detectors and plantings see the same draws.
+
+    Args:
+        suspicions: detector -> one array [n] a planting, high: suspect.
+        planted: one mask [n] a planting.
+        groups: the prompt group of each pair [n].
+    """
+    weights = group_weights(groups, draws, seed)
+    drawn, point, seeds = {}, {}, {}
+    for name, arrays in suspicions.items():
+        per_seed = [weighted_measures(values, mask, weights) for values, mask in zip(arrays, planted, strict=True)]
+        seeds[name] = [measure(values, mask) for values, mask in zip(arrays, planted, strict=True)]
+        drawn[name] = np.nanmean(np.stack(per_seed), axis=0)
+        point[name] = np.mean(np.array(seeds[name]), axis=0)
+    intervals = {name: _named(point[name], drawn[name]) for name in drawn}
+    differences = {
+        name: _named(point[against] - point[name], drawn[against] - drawn[name]) for name in drawn if name != against
+    }
+    return Comparison(intervals, differences, seeds)
+
+
+def _named(point: np.ndarray, drawn: np.ndarray) -> dict[str, Interval]:
+    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=1)
+    return {name: Interval(float(point[i]), float(low[i]), float(high[i])) for i, name in enumerate(Measures._fields)}

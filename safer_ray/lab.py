@@ -1,0 +1,228 @@
+"""The noise lab: plant errors, score every pair by models that did not see its prompt, and measure every detector."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json
+from safer_ray.auditor import read_features
+from safer_ray.config import LabConfig, NoiseConfig, RunConfig
+from safer_ray.crossfit import CrossFit, Fold, frozen_below
+from safer_ray.detection import Comparison, compare
+from safer_ray.detectors import DETECTORS, Evidence, contrasts
+from safer_ray.errors import UserError
+from safer_ray.inputs import lasting, resolve_exchanges
+from safer_ray.judge import load_probe, probe_pairs
+from safer_ray.lock import locked
+from safer_ray.reward import load_reward_model
+from safer_ray.runner import Runner
+from safer_ray.sae import load_sae
+from safer_ray.scoring import pair_scores
+from safer_ray.stage import pairs_of, recipe
+from safer_ray.where import where_mask
+
+BEST = "combined"  # whose lead over every other detector is tested
+
+
+class Planted(NamedTuple):
+    """One planting: the pairs that could have been hit, which of them were, and what the detectors may know."""
+
+    mask: np.ndarray  # bool [n], in the rows of the evidence
+    planted: np.ndarray  # bool [n]
+    groups: list[str]
+    out_of_fold: Evidence
+    in_sample: Evidence | None
+
+
+class Lab(CrossFit):
+    """The stages of the noise lab."""
+
+    def plantings(
+        self, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
+    ) -> list[Planted]:
+        """The same kind of errors under every seed."""
+        seeded = [noise.model_copy(update={"seed": seed}) for seed in lab.seeds]
+        return [self._planting(config, lab, pairs, each, corpus) for each in seeded]
+
+    def _planting(
+        self, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
+    ) -> Planted:
+        noisy = self.noise(noise, pairs)
+        fitted = self.cross_fit(config, noisy, corpus)
+        others = [config.reward.model_copy(update={"seed": config.reward.seed + i}) for i in range(1, lab.models)]
+        margins = [self._margins(self.rewards(c, [f.train for f in fitted.folds]), fitted.folds) for c in others]
+        rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
+        evidence = self._evidence(config, rows, fitted.folds, margins, corpus)
+        known = None
+        if lab.in_sample:
+            whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
+            more = [self._margins(self.rewards(c, [noisy]), [whole]) for c in others]
+            known = self._evidence(config, rows, [whole], more, corpus)
+        truth = read_parts(noisy.path / "truth")
+        by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
+        planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
+        return Planted(where_mask(rows, noise.where), planted, rows["group"].to_pylist(), evidence, known)
+
+    def _in_sample(self, config: RunConfig, pairs: Artifact, sae: Artifact, corpus: Artifact | None) -> Fold:
+        """One fold that is everything: its models saw the pairs that they judge."""
+        (reward,) = self.rewards(config.reward, [pairs])
+        return self._fold(config, pairs, pairs, reward, sae, corpus)
+
+    def _margins(self, rewards: Sequence[Artifact], folds: Sequence[Fold]) -> dict[str, float]:
+        """Of each pair, by the model of its fold."""
+        found: dict[str, float] = {}
+        for reward, fold in zip(rewards, folds, strict=True):
+            table = read_parts(self.evaluate(reward, fold.held).path, ["pair_id", "reward_margin"])
+            found |= zip(table["pair_id"].to_pylist(), table["reward_margin"].to_pylist(), strict=True)
+        return found
+
+    def _evidence(
+        self,
+        config: RunConfig,
+        rows: pa.Table,
+        folds: Sequence[Fold],
+        more: list[dict[str, float]],
+        corpus: Artifact | None,
+    ) -> Evidence:
+        """What the folds say of every row, in the rows' order.
+
+        Raises:
+            UserError: a model could not read some of the pairs.
+        """
+        known = pa.concat_tables([_said(fold) for fold in folds])
+        number = np.repeat(np.arange(len(folds)), [len(read_parts(fold.codes.path, ["pair_id"])) for fold in folds])
+        place = {key: i for i, key in enumerate(known["pair_id"].to_pylist())}
+        ids = rows["pair_id"].to_pylist()
+        missing = [key for key in ids if key not in place]
+        if missing:
+            raise UserError(
+                f"lab: pair {missing[0]!r} ({len(missing)} in all) was quarantined by a model; leave it out"
+            )
+        order = np.array([place[key] for key in ids])
+        latents = load_sae(folds[0].sae.path).latents
+        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), latents) for fold in folds]).tocsr()
+        taken = known.take(pa.array(order))
+        margin = [taken["margin"].to_numpy(), *(np.array([m[key] for key in ids]) for m in more)]
+        width = taken["head"].type.list_size
+        return Evidence(
+            pair_id=ids,
+            fold=number[order],
+            chosen=_texts(rows["chosen"]),
+            rejected=_texts(rows["rejected"]),
+            margin=np.stack(margin, axis=1).astype(np.float64),
+            score=taken["score"].to_numpy(),
+            score_paper=taken["score_paper"].to_numpy(),
+            contrast=matrix[order],
+            head=taken["head"].combine_chunks().flatten().to_numpy().reshape(-1, width).astype(np.float64),
+            clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
+        )
+
+    def _fold(self, config: RunConfig, *inputs: Any) -> Fold:
+        """A fold, and what the reward head reads of its held pairs."""
+        fold = super()._fold(config, *inputs)
+        return fold._replace(heads=self.heads(fold.reward, fold.held))
+
+    def detection(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
+        """Every detector on every kind of errors: `detection.json`."""
+        lab = config.lab
+        assert lab is not None
+
+        def build(out: Path) -> Result:
+            found = {}
+            for name, noise in lab.noises.items():
+                plantings = self.plantings(config, lab, pairs, noise, corpus)
+                found[name] = {
+                    "pairs": int(plantings[0].mask.sum()),
+                    "planted": int(plantings[0].planted.sum()),
+                    "out_of_fold": as_json(measured(plantings, lab.draws)),
+                    "in_sample": as_json(measured(plantings, lab.draws, in_sample=True)) if lab.in_sample else None,
+                }
+            write_json(found, out / "detection.json")
+            return Result({"noises": len(found)}, found)
+
+        shown = config.model_dump(
+            mode="json", include={"cross_fit", "lab", "reward", "activations", "sae", "salience", "judge", "select"}
+        )
+        return self.place.make(recipe("detection", shown, pairs=pairs.name), build)
+
+
+def _said(fold: Fold) -> pa.Table:
+    """Of a fold's held pairs in the order of its codes: margin, both scores, and what the head reads."""
+    codes = read_parts(fold.codes.path)
+    features = read_features(fold.auditor.path / "features.json")
+    assert fold.heads is not None
+    heads = read_parts(fold.heads.path)
+    place = {key: i for i, key in enumerate(heads["pair_id"].to_pylist())}
+    order = pa.array([place[key] for key in codes["pair_id"].to_pylist()], pa.int64())
+    return pa.table(
+        {
+            "pair_id": codes["pair_id"],
+            "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
+            "score": pair_scores(codes, features._replace(mode="response")),
+            "score_paper": pair_scores(codes, features._replace(mode="paper")),
+            "head": heads["head"].take(order),
+        }
+    )
+
+
+def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:
+    """The judge's exchanges as the reward head reads them, [m, d]: a small set that no error was planted in."""
+    reward = load_reward_model(fold.reward.path)
+    tokens = reward.pairs(probe_pairs(load_probe(resolve_exchanges(config.judge.exchanges, corpus)[0])))
+    read = reward.head_inputs([side.ids for pair in tokens for side in (pair.chosen, pair.rejected)]).numpy()
+    return (read[0::2] - read[1::2]).astype(np.float64)
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    return ["\n".join(message["content"] for message in messages) for messages in column.to_pylist()]
+
+
+def measured(plantings: Sequence[Planted], draws: int, *, in_sample: bool = False) -> Comparison:
+    """Every detector on the pairs that could have been hit, over the plantings."""
+    suspicions: dict[str, list[np.ndarray]] = {name: [] for name in DETECTORS}
+    for planting in plantings:
+        evidence = planting.in_sample if in_sample else planting.out_of_fold
+        assert evidence is not None
+        for name, detector in DETECTORS.items():
+            suspicions[name].append(detector(evidence)[planting.mask])
+    mask = plantings[0].mask
+    groups = [group for group, inside in zip(plantings[0].groups, mask, strict=True) if inside]
+    return compare(suspicions, [p.planted[mask] for p in plantings], groups, against=BEST, draws=draws)
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Intervals as [value, low, high], and each planting's measures."""
+
+    def flat(table: dict[str, Any]) -> dict[str, Any]:
+        return {name: {m: [round(v, 4) for v in interval] for m, interval in by.items()} for name, by in table.items()}
+
+    return {
+        "detectors": flat(found.intervals),
+        f"{BEST}_minus": flat(found.differences),
+        "seeds": {name: [round(m.auroc, 4) for m in each] for name, each in found.seeds.items()},
+    }
+
+
+def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage: Any = None) -> Artifact:
+    """The whole lab of a config with a `lab` and a `cross_fit` section.
+
+    Raises:
+        UserError: a section is missing, or the reward models do not share the layer that is read.
+    """
+    if config.lab is None or config.cross_fit is None:
+        raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_smoke.yaml has both")
+    if not frozen_below(config.reward, config.activations.layer):
+        raise UserError(
+            f"lab: reward.frozen_layers is {config.reward.frozen_layers}, below activations.layer "
+            f"{config.activations.layer}: contrasts of different folds would not mean the same; freeze up to that layer"
+        )
+    directory = lasting(config.root) / config.name
+    place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
+    with locked(directory):
+        stages = Lab(place, runner, config.fragment_rows)
+        corpus = stages.corpus(config.corpus) if config.corpus else None
+        return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)

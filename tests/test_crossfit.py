@@ -1,0 +1,216 @@
+"""Folds by prompt: no pair is scored by what its own prompt taught, and every pair is scored once."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import write_parts
+from test_kill import assert_same_rows
+from tiny_run import tables, tiny_config
+
+from safer_ray.artifacts import Place, open_artifact, part_files, read_parts
+from safer_ray.config import (
+    ActivationsConfig,
+    CorpusConfig,
+    CrossFitConfig,
+    JudgeConfig,
+    LabConfig,
+    NoiseConfig,
+    RewardConfig,
+    SaeConfig,
+)
+from safer_ray.crossfit import KIND, CrossFit, fold_of
+from safer_ray.errors import UserError
+from safer_ray.lab import Lab, run_lab
+from safer_ray.pipeline import run
+from safer_ray.runner import LocalRunner
+
+FOLDS = 3
+EXCHANGE = (
+    "- {{id: e{i}, category: c, kind: {kind}, prompt: 'How {i}?', safe: 'Gladly, {i}. Thanks!', unsafe: 'Go {i}.'}}"
+)
+
+
+@pytest.fixture(scope="module")
+def config(reward_dir, tmp_path_factory):
+    """A frozen trunk up to the layer that is read, and a judge that finds everything worth a 5."""
+    folder = tmp_path_factory.mktemp("lab")
+    kinds = ("harmful", "benign")
+    lines = [EXCHANGE.format(i=i, kind=kinds[i % 2]) for i in range(12)]
+    (folder / "probe.yaml").write_text("concept: made\nexchanges:\n" + "\n".join(lines) + "\n")
+    return tiny_config(folder).model_copy(
+        update={
+            "reward": RewardConfig(base=str(reward_dir), frozen_layers=2, max_length=96, batch_size=8,
+                                   micro_batch_size=8, learning_rate=1e-3, validation_percent=20, evaluations=1),
+            "activations": ActivationsConfig(layer=2),
+            "sae": SaeConfig(latents=64, k=4, steps=20, batch_size=32, learning_rate=1e-3, validation_percent=20),
+            "judge": JudgeConfig(exchanges=str(folder / "probe.yaml"), thresholds=(0, 0, 0, 0)),
+            "cross_fit": CrossFitConfig(folds=FOLDS),
+            "corpus": CorpusConfig(train_per_section=60, heldout_per_section=20),
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(config, pairs_dir, tmp_path_factory):
+    stages = CrossFit(Place(tmp_path_factory.mktemp("crossfit")), LocalRunner())
+    return stages.cross_fit(config, open_artifact(pairs_dir))
+
+
+def groups(artifact):
+    return set(read_parts(artifact.path, ["group"])["group"].to_pylist())
+
+
+def test_folds_are_dealt_by_prompt_and_seed():
+    names = [f"g{i % 50}" for i in range(200)]
+    folds = fold_of(names, 5, 0)
+    assert len({(name, fold) for name, fold in zip(names, folds, strict=True)}) == 50
+    assert set(folds) == set(range(5))
+    assert (fold_of(names, 5, 1) != folds).any()
+    assert (fold_of(names[::-1], 5, 0) == folds[::-1]).all()
+
+
+def test_no_model_sees_a_prompt_that_it_scores(made, pairs_dir):
+    every = groups(open_artifact(pairs_dir))
+    held = [groups(fold.held) for fold in made.folds]
+    assert set.union(*held) == every
+    assert sum(map(len, held)) == len(every)
+    for fold, inside in zip(made.folds, held, strict=True):
+        assert groups(fold.train) == every - inside
+        assert fold.reward.manifest["inputs"]["pairs"] == fold.train.name
+        assert fold.scores.manifest["inputs"]["auditor"] == fold.auditor.name
+        assert fold.auditor.manifest["inputs"]["reward"] == fold.reward.name
+
+
+def test_the_autoencoder_of_a_frozen_trunk_is_shared_and_says_so(made):
+    assert made.shared_sae
+    assert len({fold.sae.name for fold in made.folds}) == 1
+    assert made.scores.metrics == {"kind": "out of fold", "folds": FOLDS, "shared_sae": True}
+
+
+def test_every_pair_has_one_score_in_its_own_place(made, pairs_dir):
+    scores = made.scores.path
+    for ours, theirs in zip(part_files(scores), part_files(pairs_dir), strict=True):
+        assert read_parts_of(ours, "pair_id") == read_parts_of(theirs, "pair_id")
+    metadata = pa.parquet.read_schema(part_files(scores)[0]).metadata
+    assert metadata[KIND.encode()] == b"out of fold"
+    by_fold = {key: value for fold in made.folds for key, value in zip(*columns(fold.scores.path), strict=True)}
+    assert dict(zip(*columns(scores), strict=True)) == by_fold
+
+
+def read_parts_of(path, column):
+    return pa.parquet.read_table(path)[column].to_pylist()
+
+
+def columns(path):
+    rows = read_parts(path, ["pair_id", "score"])
+    return rows["pair_id"].to_pylist(), rows["score"].to_pylist()
+
+
+def test_codes_of_a_frozen_trunk_do_not_depend_on_the_fold(made):
+    """What makes contrasts of different folds comparable."""
+    first, second = made.folds[:2]
+    stages = CrossFit(Place(made.scores.path.parent), LocalRunner())
+    theirs = read_parts(stages.codes(first.held, second.reward, first.sae).path)
+    ours = read_parts(first.codes.path)
+    assert ours["chosen_features"] == theirs["chosen_features"]
+    assert ours["chosen_reward"] != theirs["chosen_reward"]
+
+
+def test_more_folds_than_prompts_are_refused(config, pairs, tmp_path):
+    stages = CrossFit(Place(tmp_path / "out"), LocalRunner())
+    few = open_artifact(write_parts(pairs.slice(0, 2), tmp_path / "few", 2))
+    many = config.model_copy(update={"cross_fit": CrossFitConfig(folds=9)})
+    with pytest.raises(UserError, match=r"fold \d of 9 leaves no pairs to held; lower cross_fit\.folds"):
+        stages.cross_fit(many, few)
+
+
+@pytest.mark.slow
+def test_a_run_curates_by_out_of_fold_scores_and_its_report_says_so(tmp_path):
+    config = tiny_config(tmp_path, "cross_fit={folds: 2}", "curate={drop: {strategy: safer, action: drop, percent: 5}}")
+    done = run(config, LocalRunner())
+    scores = done.artifacts["scores"]
+    assert scores.metrics["kind"] == "out of fold"
+    assert not scores.metrics["shared_sae"]  # each fold trains its whole model, and an autoencoder of its own
+    assert done.curated["drop"].manifest["inputs"]["scores"] == scores.name
+    page = (done.directory / "report.html").read_text(encoding="utf-8")
+    assert "out of fold: by models and features fitted on other prompts, 2 folds" in page
+
+
+# The lab
+
+
+@pytest.fixture(scope="module")
+def lab(config, tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab-runs")
+    section = LabConfig(noises={"uniform": NoiseConfig(swap_percent=10)}, seeds=(0, 1), models=2, draws=100)
+    full = config.model_copy(update={"lab": section, "root": root, "curate": {}})
+    return full, run_lab(full, LocalRunner())
+
+
+@pytest.mark.slow
+def test_the_lab_measures_every_detector_both_ways(lab):
+    _, made = lab
+    found = json.loads((made.path / "detection.json").read_text(encoding="utf-8"))["uniform"]
+    assert (found["pairs"], found["planted"]) == (120, 12)
+    for kind in ("out_of_fold", "in_sample"):
+        by_detector = found[kind]["detectors"]
+        assert {"safer", "reward_margin", "combined", "confident_learning", "influence"} <= set(by_detector)
+        for values in by_detector.values():
+            value, low, high = values["auroc"]
+            assert 0 <= low <= value <= high <= 1
+        assert set(found[kind]["combined_minus"]) == set(by_detector) - {"combined"}
+        assert {len(each) for each in found[kind]["seeds"].values()} == {2}
+    inside, outside = (found[k]["detectors"]["reward_margin"]["auroc"][0] for k in ("in_sample", "out_of_fold"))
+    assert inside > outside - 0.05  # a model that saw the pair flatters itself
+
+
+@pytest.mark.slow
+def test_the_lab_goes_on_where_it_was_and_ends_the_same(lab, tmp_path):
+    config, made = lab
+    again = run_lab(config, LocalRunner())
+    assert again.manifest == made.manifest
+    section = config.lab.model_copy(update={"seeds": (0,), "models": 1, "in_sample": False})
+    fewer = [config.model_copy(update={"lab": section, "root": root}) for root in (config.root, tmp_path)]
+    assert run_lab(fewer[0], LocalRunner()).metrics == run_lab(fewer[1], LocalRunner()).metrics
+
+
+@pytest.mark.slow
+def test_no_detector_can_read_the_truth(config, tmp_path):
+    """Evidence is the same whatever the truth folder says."""
+    root = tmp_path / "lab"
+    section = LabConfig(noises={"uniform": NoiseConfig(swap_percent=10)}, seeds=(0,), in_sample=False, draws=100)
+    full = config.model_copy(update={"lab": section, "root": root})
+    stages = Lab(Place(root / "lab"), LocalRunner(), 100)
+    corpus = stages.corpus(full.corpus)
+    pairs = stages.pairs(full.pairs, corpus)
+    (first,) = stages.plantings(full, section, pairs, section.noises["uniform"], corpus)
+    noisy = stages.noise(section.noises["uniform"].model_copy(update={"seed": 0}), pairs)
+    for path in part_files(noisy.path / "truth"):
+        rows = pa.parquet.read_table(path)
+        flipped = rows.set_column(1, "planted", pa.array([not p for p in rows["planted"].to_pylist()]))
+        pa.parquet.write_table(flipped, path)
+    (second,) = stages.plantings(full, section, pairs, section.noises["uniform"], corpus)
+    assert (first.planted == ~second.planted).all()
+    for name in ("margin", "score", "score_paper", "head", "fold"):
+        np.testing.assert_array_equal(getattr(first.out_of_fold, name), getattr(second.out_of_fold, name))
+
+
+def test_a_lab_without_a_frozen_trunk_is_refused(config, tmp_path):
+    section = LabConfig(noises={"uniform": NoiseConfig()})
+    loose = config.model_copy(
+        update={"lab": section, "reward": config.reward.model_copy(update={"frozen_layers": 1}), "root": tmp_path}
+    )
+    with pytest.raises(UserError, match=r"reward\.frozen_layers is 1, below activations\.layer 2"):
+        run_lab(loose, LocalRunner())
+    with pytest.raises(UserError, match="needs a `lab` and a `cross_fit` section"):
+        run_lab(config, LocalRunner())
+
+
+def test_tables_of_folds_are_the_pairs(made, pairs_dir):
+    whole = read_parts(pairs_dir)
+    for fold in made.folds:
+        inside = set(read_parts(fold.held.path, ["pair_id"])["pair_id"].to_pylist())
+        mask = pa.array([key in inside for key in whole["pair_id"].to_pylist()])
+        assert_same_rows(tables(fold.held.path)["."], whole.filter(mask), "held")
