@@ -6,7 +6,7 @@ RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo serve test test-all check bench clean setup setup-dev
+.PHONY: demo serve test test-all check bench sweep-smoke clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -39,6 +39,9 @@ check: setup-dev  ## format, lint, types, import boundaries
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_boundaries.py
+
+sweep-smoke: setup-dev  ## a tiny sweep, to see that sweeps work
+	$(BIN)/safer-ray sweep configs/sweep_smoke.yaml
 
 bench: setup-dev  ## what bench/RESULTS.md reports
 	$(BIN)/python -m bench.corpus_seeds

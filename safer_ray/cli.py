@@ -92,9 +92,9 @@ def run_command(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
 ) -> None:
     """Run all stages of a config; what is there already is not made again."""
-    from safer_ray.config import load_config
     from safer_ray.pipeline import run
     from safer_ray.progress import report_on
+    from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments, red_team=red_team)
     with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
@@ -156,9 +156,9 @@ def lab_command(
     fresh: Fresh = False,
 ) -> None:
     """Plant label errors and measure what finds them: every detector, out of fold and in sample, with intervals."""
-    from safer_ray.config import load_config
     from safer_ray.lab import run_lab
     from safer_ray.progress import report_on
+    from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments)
     with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
@@ -166,6 +166,41 @@ def lab_command(
     for name, found in made.metrics.items():
         console.print(_detection_table(name, found))
     console.print(f"\n{made.path / 'detection.json'}")
+
+
+@app.command("sweep")
+def sweep_command(
+    config: Annotated[Path, typer.Argument(help="A YAML config with a `sweep` section, say configs/sweep_smoke.yaml.")],
+    assignments: Assignments = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
+) -> None:
+    """Curate, retrain and evaluate over strategies, percents and seeds."""
+    from safer_ray.progress import report_on
+    from safer_ray.read_config import load_config
+    from safer_ray.sweep import run_sweep
+
+    loaded = load_config(config, assignments, red_team=red_team)
+    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+        made = run_sweep(loaded, where, fresh=fresh, on_stage=report.stage)
+    console.print(_sweep_table(made.metrics))
+    console.print(f"\n{made.path / 'sweep.json'}")
+
+
+def _sweep_table(found: dict[str, Any]) -> Table:
+    """One row a cell and section: accuracy, and what it changed in points."""
+    title = f"{len(found['seeds'])} seeds, retraining {found['retraining']}; points [95% interval]"
+    table = Table("cell", "section", "accuracy", "against clean", "against random", title=title, title_justify="left")
+    for row in found["rows"]:
+        cell = row["strategy"] if row["action"] == "clean" else f"{row['action']} {row['strategy']} {row['percent']:g}%"
+        shown = [row["against_clean"], row.get("against_random")]
+        changes = [
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * e[k] for k in ("change", "low", "high"))) if e else ""
+            for e in shown
+        ]
+        table.add_row(cell, row["section"], f"{row['against_clean']['accuracy']:.3f}", *changes)
+    return table
 
 
 def _detection_table(name: str, found: dict[str, Any]) -> Table:
@@ -188,8 +223,8 @@ def plan(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:
     """List the artifacts of a config in order, and which of them are there."""
-    from safer_ray.config import load_config
     from safer_ray.pipeline import run
+    from safer_ray.read_config import load_config
     from safer_ray.runner import LocalRunner
 
     loaded = load_config(config, assignments, red_team=red_team)

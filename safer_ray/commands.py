@@ -82,7 +82,7 @@ def build_config(model: type, **values: Any) -> Any:
     """A stage's config from command-line values; what is None keeps its default."""
     from pydantic import ValidationError
 
-    from safer_ray.config import explain_validation
+    from safer_ray.read_config import explain_validation
 
     try:
         return model(**{k: v for k, v in values.items() if v is not None})
@@ -111,7 +111,8 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
     import yaml
     from pydantic import ValidationError
 
-    from safer_ray.config import RunConfig, explain_validation, load_config
+    from safer_ray.config import RunConfig
+    from safer_ray.read_config import explain_validation, load_config
 
     if config is not None:
         return getattr(load_config(config, [f"{name}.{a}" for a in assignments or []]), name)

@@ -2,12 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from safer_ray.errors import UserError
 from safer_ray.where import parse_where
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -248,6 +246,29 @@ class ReportConfig(Frozen):
     features: Annotated[int, Field(ge=0)] = 20
 
 
+class SweepGrid(Frozen):
+    """Every strategy at every percent."""
+
+    action: Action
+    strategies: tuple[StrategyName, ...] = Field(min_length=1)
+    percents: tuple[Percent, ...] = Field(min_length=1)
+    where: str | None = None
+    red_team: bool = False
+
+    @model_validator(mode="after")
+    def _checks(self) -> Self:
+        for strategy in self.strategies:
+            CurateConfig(strategy=strategy, action=self.action, percent=0, where=self.where, red_team=self.red_team)
+        return self
+
+
+class SweepConfig(Frozen):
+    """Curate, retrain and evaluate in every cell of the grids, under every seed (of training, and of chance)."""
+
+    grids: tuple[SweepGrid, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+
+
 class LabConfig(Frozen):
     """The noise lab: errors of each kind are planted with each seed, and every detector looks for them."""
 
@@ -314,6 +335,7 @@ class RunConfig(Frozen):
     scores: ScoresConfig = ScoresConfig()
     cross_fit: CrossFitConfig | None = None
     lab: LabConfig | None = None
+    sweep: SweepConfig | None = None
     curate: dict[str, CurateConfig] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
@@ -338,58 +360,3 @@ class RunConfig(Frozen):
                 if path.startswith("corpus:"):
                     raise ValueError(f"{path!r} needs a `corpus` section in the config")
         return self
-
-
-def explain_validation(error: ValidationError, where: str) -> UserError:
-    """The first problem of a pydantic error as one line, with how many more there are."""
-    first, *rest = error.errors()
-    place = ".".join(str(part) for part in first["loc"]) or "the config"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key; check the spelling against configs/demo.yaml"
-    elif "input" in first and not isinstance(first["input"], dict | BaseModel):
-        message = f"{message} (got {first['input']!r})"
-    more = f" (and {len(rest)} more)" if rest else ""
-    return UserError(f"{where}: {place}: {message}{more}")
-
-
-def _set(tree: dict[str, Any], assignment: str) -> None:
-    key, equals, value = assignment.partition("=")
-    if not equals:
-        raise UserError(f"--set {assignment!r}: write it as key=value, say reward.epochs=2")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {key}: {parent!r} is a value, not a section")
-        tree = child
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
-
-
-def load_config(path: Path, assignments: list[str] | None = None, *, red_team: bool = False) -> RunConfig:
-    """A run's config from YAML, with `key=value` assignments laid over it; `red_team` allows every poison variant.
-
-    Raises:
-        UserError: no such file, no YAML, an unknown key, or values that cannot work together.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no config at {path}; the shipped ones are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
-    for assignment in assignments or []:
-        _set(tree, assignment)
-    if red_team and isinstance(tree.get("curate"), dict):
-        for variant in tree["curate"].values():
-            if isinstance(variant, dict) and variant.get("action") == "poison":
-                variant["red_team"] = True
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise explain_validation(error, str(path)) from None

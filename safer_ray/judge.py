@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy.stats import rankdata
 
 from safer_ray.codes import flatten
-from safer_ray.config import JudgeConfig, explain_validation
+from safer_ray.config import JudgeConfig
 from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
+from safer_ray.read_config import explain_validation
 from safer_ray.schema import VERDICTS, table, to_json
 
 

@@ -39,6 +39,7 @@ VERSIONS = {
     "auditor": 1,
     "scores": 1,
     "curate": 1,
+    "sweep": 1,
     "evaluate": 1,
     "report": 1,
 }

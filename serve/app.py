@@ -27,9 +27,10 @@ from ray.serve.handle import DeploymentHandle
 
 from safer_ray import schema
 from safer_ray.artifacts import MANIFEST, Artifact, open_artifact
-from safer_ray.config import Frozen, ScoresConfig, explain_validation
+from safer_ray.config import Frozen, ScoresConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.formats import Refused, read_pair
+from safer_ray.read_config import explain_validation
 
 MAX_PAIRS = 100  # of a request
 MAX_CHARS = 20_000  # of a prompt or response, over its messages

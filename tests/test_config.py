@@ -16,9 +16,9 @@ from safer_ray.config import (
     RunConfig,
     SaeConfig,
     TinyLlamaConfig,
-    load_config,
 )
 from safer_ray.errors import UserError
+from safer_ray.read_config import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SOURCE = {"sources": [{"path": "pairs.jsonl"}]}

@@ -16,7 +16,7 @@ from safer_ray.artifacts import check_whole, open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-KILLS = 10
+KILLS = 6
 COMMAND = [sys.executable, "-c", "from safer_ray.cli import main; main()", "run"]
 
 

@@ -89,7 +89,7 @@ def test_a_job_that_fails_ends_with_its_code_and_one_clear_line(cluster):  # noq
     assert "safer-ray: no config at configs/nosuch.yaml" in by_ray.stdout
 
 
-@pytest.mark.parametrize("job", ["pipeline", "audit", "train_reward", "train_sae"])
+@pytest.mark.parametrize("job", ["pipeline", "audit", "train_reward", "train_sae", "sweep"])
 def test_every_job_tells_its_options(job):
     done = command("python", "-m", f"jobs.{job}", "--help")
     assert done.returncode == 0, done.stderr

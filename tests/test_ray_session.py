@@ -307,16 +307,19 @@ def grown(tmp_path_factory):
         return json.loads(said.with_suffix(".out").read_text())
 
 
+@pytest.mark.long
 def test_a_node_that_joins_late_is_waited_for_and_then_work_goes_on(grown):
     assert 2 < grown["waited"] < 90
     assert grown["nodes"] == 2
     assert grown["counts"] == {"read": 20, "written": 20, "quarantined": 0, "reasons": {}}
 
 
+@pytest.mark.long
 def test_an_autoscaler_is_not_asked_any_longer_than_one_waits(grown):
     assert grown["asked"] == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not allowed(HIDING), reason="no mount namespaces here")
 def test_a_run_directory_that_a_node_does_not_see_is_refused(grown):
     assert grown["nodes at last"] == 3

@@ -174,6 +174,7 @@ def test_a_group_that_fails_too_often_says_how_to_go_on(pairs_dir, tmp_path):
         runner.train([job(tmp_path / "reward", pairs_dir, loop=always_dies)])
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_other_workers_is_refused(pairs_dir, tmp_path):
     made = job(tmp_path / "reward", pairs_dir)
 

@@ -9,8 +9,8 @@ from conftest import shared
 from tiny_run import every
 
 from safer_ray.artifacts import read_parts
-from safer_ray.config import load_config
 from safer_ray.pipeline import run
+from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 
 REPOSITORY = Path(__file__).parents[1]

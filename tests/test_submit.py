@@ -651,6 +651,7 @@ def test_a_network_that_breaks_again_and_again_costs_no_line_and_repeats_none(cl
     assert len(set(printed_before)) > 2  # streams that brought lines and broke
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_cluster_that_dies_is_lost_and_one_that_comes_back_without_the_job_says_so(short_folder, tmp_path):
     ports = free_port(), free_port()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from safer_ray.artifacts import Artifact, read_parts
-from safer_ray.config import RunConfig, load_config
+from safer_ray.config import RunConfig
 from safer_ray.pipeline import Run, run
+from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 
 CONFIG = """

@@ -1,0 +1,72 @@
+"""A run's config from YAML and `key=value` assignments, with errors that fit on a line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from safer_ray.config import RunConfig
+from safer_ray.errors import UserError
+
+
+def explain_validation(error: ValidationError, where: str) -> UserError:
+    """The first problem of a pydantic error as one line, with how many more there are."""
+    first, *rest = error.errors()
+    place = ".".join(str(part) for part in first["loc"]) or "the config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key; check the spelling against configs/demo.yaml"
+    elif "input" in first and not isinstance(first["input"], dict | BaseModel):
+        message = f"{message} (got {first['input']!r})"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return UserError(f"{where}: {place}: {message}{more}")
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment!r}: write it as key=value, say reward.epochs=2")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {key}: {parent!r} is a value, not a section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
+
+
+def _variants(tree: dict[str, Any]) -> list[Any]:
+    """All that may poison."""
+    curate, sweep = tree.get("curate"), tree.get("sweep")
+    grids = sweep.get("grids") if isinstance(sweep, dict) else None
+    return [*(curate.values() if isinstance(curate, dict) else ()), *(grids if isinstance(grids, list) else ())]
+
+
+def load_config(path: Path, assignments: list[str] | None = None, *, red_team: bool = False) -> RunConfig:
+    """A run's config from YAML, with `key=value` assignments laid over it; `red_team` allows every poison variant.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, or values that cannot work together.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}; the shipped ones are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
+    for assignment in assignments or []:
+        _set(tree, assignment)
+    if red_team:
+        for variant in _variants(tree):
+            if isinstance(variant, dict) and variant.get("action") == "poison":
+                variant["red_team"] = True
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain_validation(error, str(path)) from None

@@ -1,0 +1,163 @@
+"""Sweeps: strategies x percents x seeds of curate, retrain, evaluate; every trial is artifacts, so a sweep resumes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json
+from safer_ray.config import CurateConfig, RunConfig, SweepConfig
+from safer_ray.errors import UserError
+from safer_ray.inputs import lasting
+from safer_ray.lock import locked
+from safer_ray.pipeline import Stages, run
+from safer_ray.runner import Runner
+from safer_ray.stage import licence_of, poisoned, recipe
+
+DRAWS = 2000
+CLEAN = "clean"
+
+
+class Trial(NamedTuple):
+    """One cell of a sweep under one seed."""
+
+    action: str  # drop, relabel, poison, or clean: the pairs as they are
+    strategy: str
+    percent: float
+    seed: int
+    curate: CurateConfig | None
+
+
+def trials(sweep: SweepConfig) -> Iterator[Trial]:
+    """Every cell under every seed, the uncurated pairs first."""
+    for seed in sweep.seeds:
+        yield Trial(CLEAN, CLEAN, 0.0, seed, None)
+        for grid in sweep.grids:
+            for strategy in grid.strategies:
+                for percent in grid.percents:
+                    curate = CurateConfig(
+                        strategy=strategy,
+                        action=grid.action,
+                        percent=percent,
+                        where=grid.where,
+                        seed=seed,
+                        red_team=grid.red_team,
+                    )
+                    yield Trial(grid.action, strategy, percent, seed, curate)
+
+
+class Effect(NamedTuple):
+    """Accuracy of a cell in one section, and how it differs from a rival on the same pairs under the same seeds."""
+
+    accuracy: float
+    seeds: list[float]
+    change: float  # points of accuracy in [-1, 1], the mean over seeds
+    low: float  # 95% bootstrap interval over pairs and seeds
+    high: float
+
+
+def effect(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Effect:
+    """Of right answers (bool) [seeds, pairs] of a cell and of its rival.
+
+    Both the pairs and the seeds are drawn again, so that the noise of training counts.
+    """
+    difference = ours.astype(np.float64) - theirs
+    rng = np.random.default_rng(seed)
+    n_seeds, n = difference.shape
+    pairs = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+    chosen = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws) / n_seeds
+    drawn = np.einsum("ds,sn,dn->d", chosen, difference, pairs, optimize=True)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    by_seed = [float(row.mean()) for row in ours]
+    return Effect(float(ours.mean()), by_seed, float(difference.mean()), float(low), float(high))
+
+
+class Sweep(Stages):
+    """The stages of a sweep."""
+
+    def sweep(self, config: RunConfig, pairs: Artifact, scores: Artifact, evaluation: Artifact) -> Artifact:
+        """Curate, retrain and evaluate every cell: `sweep.json`."""
+        assert config.sweep is not None
+        cells = list(trials(config.sweep))
+        inputs = [pairs if cell.curate is None else self.curate(cell.curate, pairs, scores) for cell in cells]
+        models: dict[int, Artifact] = {}
+        for seed in config.sweep.seeds:
+            mine = [i for i, cell in enumerate(cells) if cell.seed == seed]
+            reward = config.reward.model_copy(update={"seed": config.reward.seed + seed})
+            models |= zip(mine, self.rewards(reward, [inputs[i] for i in mine]), strict=True)
+        measured = [self.evaluate(models[i], evaluation) for i in range(len(cells))]
+
+        def build(out: Path) -> Result:
+            found = table(cells, [answers(artifact) for artifact in measured])
+            found["retraining"] = retraining(config)
+            write_json(found, out / "sweep.json")
+            marked = any(poisoned(artifact) for artifact in inputs)
+            return Result({"trials": len(cells)}, found, licence_of(pairs), red_team=marked)
+
+        named = {f"trial{i}": artifact.name for i, artifact in enumerate(measured)}
+        return self.place.make(recipe("sweep", config.sweep, **named), build)
+
+
+def retraining(config: RunConfig) -> str:
+    """How the models of a sweep are trained, for those who read its figures."""
+    frozen = config.reward.frozen_layers
+    return f"frozen up to layer {frozen}, its activations computed once" if frozen else "full"
+
+
+def answers(evaluation: Artifact) -> dict[str, dict[str, bool]]:
+    """Of each section and pair, whether r_chosen > r_rejected."""
+    rows = read_parts(evaluation.path, ["pair_id", "section", "reward_margin"])
+    found: dict[str, dict[str, bool]] = {}
+    columns = (rows[name].to_pylist() for name in rows.column_names)
+    for key, section, margin in zip(*columns, strict=True):
+        found.setdefault(section or "unnamed", {})[key] = margin > 0
+    return found
+
+
+def table(cells: Sequence[Trial], right: Sequence[dict[str, dict[str, bool]]]) -> dict[str, Any]:
+    """Rows by cell and section: accuracy, change against the uncurated pairs and against `random` of the same cell."""
+    seeds = sorted({cell.seed for cell in cells})
+    kinds = list(dict.fromkeys((cell.action, cell.strategy, cell.percent) for cell in cells))
+    by_cell = {(cell.action, cell.strategy, cell.percent, cell.seed): r for cell, r in zip(cells, right, strict=True)}
+    rows = []
+    for section in sorted(right[0]):
+        ids = sorted(right[0][section])
+
+        def stacked(kind: tuple[str, str, float], section: str = section, ids: list[str] = ids) -> np.ndarray:
+            return np.array([[by_cell[*kind, seed][section][key] for key in ids] for seed in seeds])
+
+        clean = stacked((CLEAN, CLEAN, 0.0))
+        for kind in kinds:
+            action, strategy, percent = kind
+            ours = stacked(kind)
+            row = {"action": action, "strategy": strategy, "percent": percent, "section": section, "n": len(ids)}
+            row["against_clean"] = effect(ours, clean)._asdict()
+            chance = (action, "random", percent)
+            if strategy not in (CLEAN, "random") and chance in kinds:
+                row["against_random"] = effect(ours, stacked(chance))._asdict()
+            rows.append(row)
+    return {"seeds": seeds, "rows": rows}
+
+
+def run_sweep(
+    config: RunConfig,
+    runner: Runner,
+    *,
+    fresh: bool = False,
+    on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None,
+) -> Artifact:
+    """Everything a sweep needs, then the sweep.
+
+    Raises:
+        UserError: the config has no `sweep` section.
+    """
+    if config.sweep is None:
+        raise UserError("sweep: the config needs a `sweep` section; configs/sweep_smoke.yaml has one")
+    done = run(config, runner, until="cross_fit" if config.cross_fit else "scores", fresh=fresh, on_stage=on_stage)
+    directory = lasting(config.root) / config.name
+    with locked(directory):
+        stages = Sweep(Place(directory, on_stage=on_stage), runner, config.fragment_rows)
+        evaluation = stages.pairs(config.evaluation, done.artifacts.get("corpus"))
+        scores = done.artifacts.get("cross_fit", done.artifacts["scores"])
+        return stages.sweep(config, done.artifacts["training_pairs"], scores, evaluation)
