@@ -85,10 +85,12 @@ class CrossFit(Harvest, Findings):
         rewards = self.rewards(config.reward, sides[0])
         shared = frozen_below(config.reward, config.activations.layer)
         saes = [self._sae(config, sides[0][i], rewards[i]) for i in range(1 if shared else count)]
-        folds = [
-            self._fold(config, train, held, reward, saes[0 if shared else i], corpus)
-            for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True))
-        ]
+        saes = saes * count if shared else saes
+        codes = [self.codes(held, reward, sae) for held, reward, sae in zip(sides[1], rewards, saes, strict=True)]
+        folds = []
+        for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
+            seen = self._gathered(train, codes) if shared else self.codes(train, reward, saes[i])
+            folds.append(self._fold(config, train, held, reward, saes[i], seen, codes[i], corpus))
         return OutOfFold(folds, self._together(pairs, folds, shared), shared)
 
     def _sae(self, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
@@ -101,15 +103,35 @@ class CrossFit(Harvest, Findings):
         held: Artifact,
         reward: Artifact,
         sae: Artifact,
+        seen: Artifact,
+        codes: Artifact,
         corpus: Artifact | None,
     ) -> Fold:
-        seen = self.codes(train, reward, sae)
+        """Of the codes `seen` of the training pairs, a selection; of the held pairs' `codes`, scores by it."""
         salience = self.salience(seen, config.salience.mode)
         verdicts = self.verdicts(config.judge, salience, reward, sae, config.select.candidates, corpus)
         selected = self.select(config.select, salience, verdicts=verdicts)
         auditor = self.auditor(reward, sae, selected, seen)
-        codes = self.codes(held, reward, sae)
         return Fold(train, held, reward, sae, codes, auditor, self.scores(config.scores, codes, held, auditor))
+
+    def _gathered(self, train: Artifact, codes: list[Artifact]) -> Artifact:
+        """Codes of a fold's training pairs, taken from the other folds', which share trunk and autoencoder; the rewards
+        among them are those of the other folds' models."""
+
+        def build(out: Path) -> Result:
+            every = pa.concat_tables([read_parts(artifact.path) for artifact in codes])
+            place = {key: i for i, key in enumerate(every["pair_id"].to_pylist())}
+            count = 0
+            for path in part_files(pairs_of(train)):
+                ids = read_parquet(path, ["pair_id"])["pair_id"].to_pylist()
+                taken = [place[key] for key in ids if key in place]
+                write_parquet(every.take(pa.array(taken, pa.int64())), out / path.name)
+                count += len(taken)
+            facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
+            return Result({"written": count}, facts, licence_of(train), red_team=poisoned(train, *codes))
+
+        inputs = {f"codes{i}": artifact.name for i, artifact in enumerate(codes)}
+        return self.place.make(recipe("gathered", {}, pairs=train.name, **inputs), build)
 
     def _together(self, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
         """The folds' scores in the order of the pairs, marked as out of fold."""

@@ -32,6 +32,7 @@ DetectorName = Literal[
     "tfidf",
     "influence",
     "features",
+    "probe",
     "neighbours",
     "combined",
 ]
@@ -50,6 +51,7 @@ class Evidence:
     score: Float[ndarray, " n"]  # the SAFER score in `response` mode
     score_paper: Float[ndarray, " n"]
     contrast: sp.csr_matrix  # [n, latents], mean activation over the chosen response's ends minus the rejected's
+    dense: Float[ndarray, "n d"]  # the same decoded: the difference of mean layer vectors, as far as the SAE keeps it
     head: Float[ndarray, "n d"] | None = None  # difference of what the reward head reads
     clean_head: dict[int, Float[ndarray, "m d"]] | None = None  # fold -> the same of a small clean set
 
@@ -155,6 +157,11 @@ def features(known: Evidence) -> np.ndarray:
     return -fitted(_root(known.contrast), known, 0.3)
 
 
+def probe(known: Evidence) -> np.ndarray:
+    """A logistic model on the differences of mean layer vectors: a linear probe of the trunk."""
+    return -fitted(sp.csr_matrix(known.dense), known, 0.1)
+
+
 def neighbours(known: Evidence) -> np.ndarray:
     """Whether pairs of other prompts with the most similar (or opposite) contrasts are labelled the other way."""
     rows = _root(known.contrast)
@@ -170,12 +177,12 @@ def neighbours(known: Evidence) -> np.ndarray:
 
 
 def combined(known: Evidence) -> np.ndarray:
-    """A logistic model on margins, SAFER score, and the predictions from contrasts, neighbours and words.
+    """A logistic model on margins, SAFER scores, and what contrasts, probe, neighbours and words predict.
 
     All of it is negated when a pair is swapped, so fitting it on pairs of other prompts as they are labelled, against
     the same pairs swapped, is fitting it on planted noise there.
     """
-    parts = [ensemble_mean, safer, safer_paper, features, neighbours, tfidf]
+    parts = [ensemble_mean, safer, safer_paper, features, probe, neighbours, tfidf]
     columns = np.stack([-part(known) for part in parts], axis=1)
     return -fitted(sp.csr_matrix(columns / np.maximum(columns.std(axis=0), 1e-12)), known, 1.0)
 
@@ -192,6 +199,7 @@ DETECTORS: dict[DetectorName, Detector] = {
     "tfidf": tfidf,
     "influence": influence,
     "features": features,
+    "probe": probe,
     "neighbours": neighbours,
     "combined": combined,
 }

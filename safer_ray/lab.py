@@ -70,7 +70,8 @@ class Lab(CrossFit):
     def _in_sample(self, config: RunConfig, pairs: Artifact, sae: Artifact, corpus: Artifact | None) -> Fold:
         """One fold that is everything: its models saw the pairs that they judge."""
         (reward,) = self.rewards(config.reward, [pairs])
-        return self._fold(config, pairs, pairs, reward, sae, corpus)
+        codes = self.codes(pairs, reward, sae)
+        return self._fold(config, pairs, pairs, reward, sae, codes, codes, corpus)
 
     def _margins(self, rewards: Sequence[Artifact], folds: Sequence[Fold]) -> dict[str, float]:
         """Of each pair, by the model of its fold."""
@@ -103,8 +104,8 @@ class Lab(CrossFit):
                 f"lab: pair {missing[0]!r} ({len(missing)} in all) was quarantined by a model; leave it out"
             )
         order = np.array([place[key] for key in ids])
-        latents = load_sae(folds[0].sae.path).latents
-        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), latents) for fold in folds]).tocsr()
+        sae = load_sae(folds[0].sae.path)
+        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), sae.latents) for fold in folds]).tocsr()[order]
         taken = known.take(pa.array(order))
         margin = [taken["margin"].to_numpy(), *(np.array([m[key] for key in ids]) for m in more)]
         width = taken["head"].type.list_size
@@ -116,7 +117,8 @@ class Lab(CrossFit):
             margin=np.stack(margin, axis=1).astype(np.float64),
             score=taken["score"].to_numpy(),
             score_paper=taken["score_paper"].to_numpy(),
-            contrast=matrix[order],
+            contrast=matrix,
+            dense=matrix @ sae.W_dec.detach().numpy().astype(np.float64),
             head=taken["head"].combine_chunks().flatten().to_numpy().reshape(-1, width).astype(np.float64),
             clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
         )

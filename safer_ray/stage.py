@@ -26,6 +26,7 @@ VERSIONS = {
     "noise": 2,
     "fold": 1,
     "cross_fit": 1,
+    "gathered": 1,
     "heads": 1,
     "detection": 1,
     "reward": 1,

@@ -40,6 +40,7 @@ def made(seed=0, swaps=0.06):
         score=truth + rng.normal(size=N) * 1.5,
         score_paper=truth + rng.normal(size=N) * 2.5,
         contrast=sp.csr_matrix(dense),
+        dense=dense[:, :20] + dense[:, 20:],
         head=head,
         clean_head=clean,
     )
@@ -82,11 +83,12 @@ def swapped(known, rows):
         score=known.score * sign,
         score_paper=known.score_paper * sign,
         contrast=sp.csr_matrix(sp.diags(sign) @ known.contrast),
+        dense=known.dense * sign[:, None],
         head=known.head * sign[:, None],
     )
 
 
-@pytest.mark.parametrize("name", ["tfidf", "features", "neighbours"])
+@pytest.mark.parametrize("name", ["tfidf", "features", "probe", "neighbours"])
 def test_what_a_pair_is_labelled_teaches_nothing_about_its_own_fold(name):
     """Swap every pair of fold 0: its values change their sign and nothing else."""
     inside = KNOWN.fold == 0
