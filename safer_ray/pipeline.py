@@ -30,7 +30,6 @@ STAGES = (
     "select",
     "auditor",
     "scores",
-    "cross_fit",
     "curate",
     "evaluate",
     "report",
@@ -152,9 +151,10 @@ def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -
     verdicts = done("verdicts", stages.verdicts(config.judge, salience, reward, sae, count, made.get("corpus")))
     selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
     auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
-    done("scores", stages.scores(config.scores, codes, pairs, auditor))
     if config.cross_fit:
-        made["scores"] = done("cross_fit", stages.cross_fit(config, pairs, made.get("corpus")).scores)
+        done("scores", stages.cross_fit(config, pairs, made.get("corpus")).scores)
+    else:
+        done("scores", stages.scores(config.scores, codes, pairs, auditor))
 
 
 def _change(stages: Stages, run: Run, until: str | None) -> None:

@@ -209,7 +209,7 @@ def _kind(view: RunView) -> str:
 def _stage_views(view: RunView) -> list[report.StageView]:
     stages = []
     for name, artifact in view.every().items():
-        if name in ("training_pairs", "reward clean", "cross_fit"):
+        if name in ("training_pairs", "reward clean"):
             continue
         rows = artifact.manifest["rows"]
         count = rows.get("pairs", rows.get("written", sum(rows.values())))

@@ -154,10 +154,9 @@ def run_sweep(
     """
     if config.sweep is None:
         raise UserError("sweep: the config needs a `sweep` section; configs/sweep_smoke.yaml has one")
-    done = run(config, runner, until="cross_fit" if config.cross_fit else "scores", fresh=fresh, on_stage=on_stage)
+    done = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage)
     directory = lasting(config.root) / config.name
     with locked(directory):
         stages = Sweep(Place(directory, on_stage=on_stage), runner, config.fragment_rows)
         evaluation = stages.pairs(config.evaluation, done.artifacts.get("corpus"))
-        scores = done.artifacts.get("cross_fit", done.artifacts["scores"])
-        return stages.sweep(config, done.artifacts["training_pairs"], scores, evaluation)
+        return stages.sweep(config, done.artifacts["training_pairs"], done.artifacts["scores"], evaluation)
