@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -165,6 +166,7 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same_to_the_bit_and_th
 
 
 def always_dies(out, workers, **arguments):
+    time.sleep(2)  # a worker that dies before the group has been seen whole is told as one that could not start
     os.kill(os.getpid(), signal.SIGKILL)
 
 
