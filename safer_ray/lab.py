@@ -36,6 +36,7 @@ class Planted(NamedTuple):
     groups: list[str]
     out_of_fold: Evidence
     in_sample: Evidence | None
+    made_of: list[str]  # artifacts
 
 
 class Lab(CrossFit):
@@ -57,15 +58,17 @@ class Lab(CrossFit):
         margins = [self._margins(self.rewards(c, [f.train for f in fitted.folds]), fitted.folds) for c in others]
         rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
         evidence = self._evidence(config, rows, fitted.folds, margins, corpus)
-        known = None
+        made_of, known = [noisy.name, *_names(fitted.folds)], None
         if lab.in_sample:
             whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
             more = [self._margins(self.rewards(c, [noisy]), [whole]) for c in others]
             known = self._evidence(config, rows, [whole], more, corpus)
+            made_of += _names([whole])
         truth = read_parts(noisy.path / "truth")
         by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
         planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
-        return Planted(where_mask(rows, noise.where), planted, rows["group"].to_pylist(), evidence, known)
+        mask = where_mask(rows, noise.where)
+        return Planted(mask, planted, rows["group"].to_pylist(), evidence, known, made_of)
 
     def _in_sample(self, config: RunConfig, pairs: Artifact, sae: Artifact, corpus: Artifact | None) -> Fold:
         """One fold that is everything: its models saw the pairs that they judge."""
@@ -132,11 +135,11 @@ class Lab(CrossFit):
         """Every detector on every kind of errors: `detection.json`."""
         lab = config.lab
         assert lab is not None
+        by_noise = {name: self.plantings(config, lab, pairs, noise, corpus) for name, noise in lab.noises.items()}
 
         def build(out: Path) -> Result:
             found = {}
-            for name, noise in lab.noises.items():
-                plantings = self.plantings(config, lab, pairs, noise, corpus)
+            for name, plantings in by_noise.items():
                 found[name] = {
                     "pairs": int(plantings[0].mask.sum()),
                     "planted": int(plantings[0].planted.sum()),
@@ -146,10 +149,16 @@ class Lab(CrossFit):
             write_json(found, out / "detection.json")
             return Result({"noises": len(found)}, found)
 
-        shown = config.model_dump(
-            mode="json", include={"cross_fit", "lab", "reward", "activations", "sae", "salience", "judge", "select"}
-        )
-        return self.place.make(recipe("detection", shown, pairs=pairs.name), build)
+        inputs = {
+            f"{name}{number}": " ".join(planting.made_of)
+            for name, plantings in by_noise.items()
+            for number, planting in enumerate(plantings)
+        }
+        return self.place.make(recipe("detection", lab, **inputs), build)
+
+
+def _names(folds: Sequence[Fold]) -> list[str]:
+    return [artifact.name for fold in folds for artifact in (fold.scores, fold.heads) if artifact is not None]
 
 
 def _said(fold: Fold) -> pa.Table:
