@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.cluster_utils import Cluster
 from ray_work import dawdle, fragments, fragments_done, mapping, notes, steps_done, training
 
@@ -16,10 +17,12 @@ from safer_ray.distributed.session import ray_session
 
 
 def replace_node(cluster: Cluster, node_id: str) -> None:
-    """End a node's processes as a power cut would, and bring another node."""
+    """End a node's processes as a power cut would, and bring another node; until the cluster has noticed both."""
     (node,) = [node for node in cluster.worker_nodes if node.node_id == node_id]
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=1)
+    while any(known["NodeID"] == node_id and known["Alive"] for known in ray.nodes()):
+        time.sleep(0.1)  # what starts before that may be sent to the dead node, and waits a minute for it
 
 
 def disturbed(work: Callable[[], Any], ready: Callable[[], bool], disturb: Callable[[], None]) -> Any:
