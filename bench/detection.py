@@ -55,6 +55,8 @@ def main() -> None:
     path = RESULTS / "lab_pku.json"
     if given.run:
         run(path)
+    if not path.exists():
+        raise SystemExit(f"no {path}; make it with --run")
     found = json.loads(path.read_text(encoding="utf-8"))["uniform"]
     rows = table(found)
     seeds = len(found["out_of_fold"]["seeds"]["combined"])
