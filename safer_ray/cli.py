@@ -21,11 +21,11 @@ from safer_ray.commands import (
     Assignments,
     Fresh,
     RunnerName,
+    at_work,
     build_config,
     console,
     open_input,
     ray_config,
-    runner_of,
     show_artifact,
     state,
 )
@@ -93,11 +93,10 @@ def run_command(
 ) -> None:
     """Run all stages of a config; what is there already is not made again."""
     from safer_ray.pipeline import run
-    from safer_ray.progress import report_on
     from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments, red_team=red_team)
-    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+    with at_work(runner, loaded.ray) as (where, report):
         result = run(loaded, where, until=until, fresh=fresh, on_stage=report.stage)
     summary = result.directory / "summary.json"
     if until in (None, "report"):
@@ -150,18 +149,17 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
 
 @app.command("lab")
 def lab_command(
-    config: Annotated[Path, typer.Argument(help="A YAML config with a `lab` section, say configs/lab_smoke.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML config with a `lab` section, say configs/lab_pku.yaml.")],
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
     """Plant label errors and measure what finds them: every detector, out of fold and in sample, with intervals."""
     from safer_ray.lab import run_lab
-    from safer_ray.progress import report_on
     from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments)
-    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+    with at_work(runner, loaded.ray) as (where, report):
         made = run_lab(loaded, where, fresh=fresh, on_stage=report.stage)
     for name, found in made.metrics.items():
         console.print(_detection_table(name, found))
@@ -177,12 +175,11 @@ def sweep_command(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
 ) -> None:
     """Curate, retrain and evaluate over strategies, percents and seeds."""
-    from safer_ray.progress import report_on
     from safer_ray.read_config import load_config
     from safer_ray.sweep import run_sweep
 
     loaded = load_config(config, assignments, red_team=red_team)
-    with report_on(console) as report, runner_of(runner, report, loaded.ray) as where:
+    with at_work(runner, loaded.ray) as (where, report):
         made = run_sweep(loaded, where, fresh=fresh, on_stage=report.stage)
     console.print(_sweep_table(made.metrics))
     console.print(f"\n{made.path / 'sweep.json'}")
@@ -323,7 +320,6 @@ def audit(
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
     from safer_ray.pipeline import Stages
-    from safer_ray.progress import report_on
     from safer_ray.schema import to_json
 
     out = lasting(out)
@@ -331,7 +327,7 @@ def audit(
     config = build_config(ScoresConfig, flag_quantile=flag_quantile)
     source = build_config(SourceConfig, path=pairs, format=format)
     sources = build_config(PairsConfig, sources=(source,), duplicates="keep")
-    with locked(out), report_on(console) as report, runner_of(runner, report, ray_config(actors)) as where:
+    with locked(out), at_work(runner, ray_config(actors)) as (where, report):
         stages = Stages(Place(out, fresh=fresh, on_stage=report.stage), where)
         read = stages.pairs(sources)
         scored = stages.audit(config, read, bundle)

@@ -26,25 +26,27 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and 
 
 
 @contextlib.contextmanager
-def runner_of(name: str, report: "Report", config: "RayConfig") -> Iterator["Runner"]:
-    """The runner called `name`, its cluster joined or started.
+def at_work(name: str, config: "RayConfig") -> Iterator[tuple["Runner", "Report"]]:
+    """The runner called `name`, its cluster joined or started, and what it reports to.
 
     Raises:
         UserError: no such runner, or no cluster that could do the work.
     """
+    from safer_ray.progress import report_on
     from safer_ray.runner import LocalRunner
 
-    if name == "local":
-        yield LocalRunner(report.progress)
-    elif name == "ray":
-        from safer_ray.distributed.session import ray_session
+    with report_on(console) as report:
+        if name == "local":
+            yield LocalRunner(report.progress), report
+        elif name == "ray":
+            from safer_ray.distributed.session import ray_session
 
-        with ray_session(config, verbose=state["verbose"]):
-            from safer_ray.distributed.runner import RayRunner
+            with ray_session(config, verbose=state["verbose"]):
+                from safer_ray.distributed.runner import RayRunner
 
-            yield RayRunner(config, report.progress)
-    else:
-        raise UserError(f"--runner {name!r}: choose local (this process) or ray (a cluster)")
+                yield RayRunner(config, report.progress), report
+        else:
+            raise UserError(f"--runner {name!r}: choose local (this process) or ray (a cluster)")
 
 
 @contextlib.contextmanager
@@ -54,13 +56,12 @@ def one_stage(out: Path, fresh: bool, runner: str = "local", config: Path | None
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
     from safer_ray.pipeline import Stages
-    from safer_ray.progress import report_on
 
     out = lasting(out)
     ray = config_section(config, "ray", None)
     lock = out.parent / f".lock-{out.name}"
     try:
-        with locked(lock), report_on(console) as report, runner_of(runner, report, ray) as where:
+        with locked(lock), at_work(runner, ray) as (where, _):
             yield Stages(Place(out.parent, out=out, fresh=fresh), where)
     finally:
         with contextlib.suppress(OSError):  # another process waits for it

@@ -14,10 +14,11 @@ from safer_ray.config import RewardConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.harvest import Harvest
+from safer_ray.schema import rows_of
 from safer_ray.stage import licence_of, pairs_of, poisoned, recipe
 
 KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs
-OUT_OF_FOLD, IN_SAMPLE = "out of fold", "in sample"
+OUT_OF_FOLD = "out of fold"
 
 
 def fold_of(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
@@ -36,7 +37,6 @@ class Fold(NamedTuple):
     codes: Artifact  # of `held`
     auditor: Artifact
     scores: Artifact  # of `held`
-    heads: Artifact | None = None  # of `held`, for those who ask
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class CrossFit(Harvest, Findings):
         rewards = self.rewards(config.reward, sides[0])
         shared = frozen_below(config.reward, config.activations.layer)
         saes = [self._sae(config, sides[0][i], rewards[i]) for i in range(1 if shared else count)]
-        saes = saes * count if shared else saes
+        saes *= count // len(saes)
         codes = [self.codes(held, reward, sae) for held, reward, sae in zip(sides[1], rewards, saes, strict=True)]
         folds = []
         for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
@@ -120,13 +120,11 @@ class CrossFit(Harvest, Findings):
 
         def build(out: Path) -> Result:
             every = pa.concat_tables([read_parts(artifact.path) for artifact in codes])
-            place = {key: i for i, key in enumerate(every["pair_id"].to_pylist())}
             count = 0
             for path in part_files(pairs_of(train)):
-                ids = read_parquet(path, ["pair_id"])["pair_id"].to_pylist()
-                taken = [place[key] for key in ids if key in place]
-                write_parquet(every.take(pa.array(taken, pa.int64())), out / path.name)
-                count += len(taken)
+                rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
+                write_parquet(rows, out / path.name)
+                count += len(rows)
             facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
             return Result({"written": count}, facts, licence_of(train), red_team=poisoned(train, *codes))
 
@@ -138,13 +136,10 @@ class CrossFit(Harvest, Findings):
 
         def build(out: Path) -> Result:
             scores = pa.concat_tables([read_parts(fold.scores.path) for fold in folds])
-            place = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
             missing = 0
             for number, path in enumerate(part_files(pairs_of(pairs))):
-                ids = read_parquet(path, ["pair_id"])["pair_id"].to_pylist()
-                taken = [place[key] for key in ids if key in place]
-                missing += len(ids) - len(taken)
-                rows = scores.take(pa.array(taken, pa.int64()))
+                rows, without = rows_of(scores, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
+                missing += len(without)
                 write_parquet(rows.replace_schema_metadata({KIND: OUT_OF_FOLD}), out / part_name(number))
             facts = {"kind": OUT_OF_FOLD, "folds": len(folds), "shared_sae": shared}
             rows_by_kind = {"written": len(scores), "missing": missing}
@@ -156,4 +151,4 @@ class CrossFit(Harvest, Findings):
 
 def frozen_below(config: RewardConfig, layer: int) -> bool:
     """Whether training leaves the output of `layer` as it was, so that all models on one base share it."""
-    return config.frozen_layers >= layer and isinstance(config.base, str)
+    return config.frozen_layers >= layer

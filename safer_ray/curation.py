@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from safer_ray.config import Action, StrategyName
 from safer_ray.errors import UserError
-from safer_ray.schema import DECISIONS
+from safer_ray.schema import DECISIONS, rows_of
 
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
 
@@ -47,7 +47,7 @@ def random(given: StrategyInput) -> np.ndarray:
 
 def length(given: StrategyInput) -> np.ndarray:
     """Characters of chosen minus rejected: the longer answer is presumed the better one."""
-    sides = [_characters(given.table[side]) for side in ("chosen", "rejected")]
+    sides = [characters(given.table[side]) for side in ("chosen", "rejected")]
     return sides[0] - sides[1]
 
 
@@ -67,7 +67,8 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
     return table[name].to_numpy().astype(np.float64)
 
 
-def _characters(column: pa.ChunkedArray) -> np.ndarray:
+def characters(column: pa.ChunkedArray) -> np.ndarray:
+    """Of each list of messages; float64 [n]."""
     return np.array([sum(len(m["content"]) for m in messages) for messages in column.to_pylist()], dtype=np.float64)
 
 
@@ -82,14 +83,11 @@ def join_scores(pairs: pa.Table, scores: pa.Table) -> pa.Table:
     Raises:
         UserError: a pair has no score, or scores name a pair twice.
     """
-    by_id = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
-    if len(by_id) != len(scores):
+    if len(set(scores["pair_id"].to_pylist())) != len(scores):
         raise UserError("curate: scores name a pair_id twice; score the deduplicated pairs")
-    ids = pairs["pair_id"].to_pylist()
-    missing = [key for key in ids if key not in by_id]
+    taken, missing = rows_of(scores, pairs["pair_id"].to_pylist())
     if missing:
         raise UserError(f"curate: {len(missing)} pairs have no score, the first is {missing[0]!r}; score all of them")
-    taken = scores.take(pa.array([by_id[key] for key in ids], pa.int64()))
     for name in ("score", "reward_margin"):
         pairs = pairs.append_column(name, taken[name])
     return pairs

@@ -13,7 +13,7 @@ from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.reward import RewardModel, load_reward_model
 from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
-from safer_ray.text import PairTokens, Side
+from safer_ray.text import PairTokens, Side, both_sides
 from safer_ray.tokens import TEXTS, read_tokens
 
 
@@ -64,7 +64,7 @@ class Engine:
 
     def encode_tokens(self, tokens: list[PairTokens], *, all_tokens: bool = False) -> Encoded:
         """As `encode`, of tokenised pairs."""
-        sides = [side for pair in tokens for side in (pair.chosen, pair.rejected)]
+        sides = both_sides(tokens)
         places = [np.arange(len(s.ids)) if all_tokens else s.token for s in sides]
         output = self.reward.forward([s.ids for s in sides], layer=self.layer, positions=places, rewards=self.rewards)
         assert output.hidden is not None
@@ -182,6 +182,12 @@ class EncodePairs:
         return codes_table(self.engine.encode_rows(pairs))
 
 
+def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
+    """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
+    read = reward.head_inputs([side.ids for side in both_sides(tokens)])
+    return (read[0::2] - read[1::2]).numpy()
+
+
 class HeadPairs:
     """Batch function: pairs -> the difference of what the reward head reads of chosen and rejected."""
 
@@ -189,9 +195,7 @@ class HeadPairs:
         self.reward = load_reward_model(reward)
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
-        tokens = tokens_of(self.reward, pairs)
-        read = self.reward.head_inputs([side.ids for pair in tokens for side in (pair.chosen, pair.rejected)])
-        difference = (read[0::2] - read[1::2]).numpy()
+        difference = head_differences(self.reward, tokens_of(self.reward, pairs))
         lists = pa.FixedSizeListArray.from_arrays(pa.array(difference.reshape(-1)), difference.shape[1])
         return pa.table({"pair_id": pairs["pair_id"], "head": lists}, schema=schema.heads(difference.shape[1]))
 
@@ -204,7 +208,7 @@ class RewardPairs:
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         tokens = tokens_of(self.reward, pairs)
-        sequences = [side.ids for pair in tokens for side in (pair.chosen, pair.rejected)]
+        sequences = [side.ids for side in both_sides(tokens)]
         rewards = self.reward.forward(sequences).rewards
         assert rewards is not None
         if not torch.isfinite(rewards).all():

@@ -29,17 +29,13 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         yield
     except SaferError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise SaferError(
-                f"cannot write under {path}: {error.strerror}; free some space or choose another folder, "
-                "then run the same command again: finished work is kept"
-            ) from error
-        raise
-    except Exception as error:  # safetensors has an error of its own for it
-        if "No space left on device" not in str(error):
+    except Exception as error:
+        reason = "No space left on device"  # safetensors says it in an error of its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            reason = str(error.strerror)
+        elif isinstance(error, OSError) or reason not in str(error):
             raise
         raise SaferError(
-            f"cannot write under {path}: No space left on device; free some space or choose another folder, "
+            f"cannot write under {path}: {reason}; free some space or choose another folder, "
             "then run the same command again: finished work is kept"
         ) from error

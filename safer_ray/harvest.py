@@ -1,6 +1,7 @@
 """The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.noise import plant
 from safer_ray.reward import hidden_size, load_pair_tokenizer
-from safer_ray.runner import MapJob, TrainJob
+from safer_ray.runner import BatchFn, MapJob, TrainJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
@@ -129,17 +130,30 @@ class Harvest(StageContext):
 
         return self.place.make_all(recipes, build)
 
+    def _through(
+        self,
+        stage: str,
+        make: Callable[[], BatchFn],
+        written: pa.Schema,
+        pairs: Artifact,
+        reward: Artifact,
+        out: Path,
+    ) -> dict[str, int]:
+        """Every pair, tokenised for `reward`, through a batch function that holds it; row counts."""
+        prepare = partial(TokenisePairs, reward.path)
+        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True)
+        return self.map(job, part_fragments(pairs_of(pairs)), out)
+
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
         def build(out: Path) -> Result:
-            job = MapJob(
+            counts = self._through(
                 "activations",
-                read_fragment,
                 lambda: EncodeActivations(reward.path, config.layer, config.tokens),
                 schema.activations(hidden_size(reward.path)),
-                prepare=lambda: TokenisePairs(reward.path),
-                loads_model=True,
+                pairs,
+                reward,
+                out,
             )
-            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
 
         return self.place.make(recipe("activations", config, pairs=pairs.name, reward=reward.name), build)
@@ -161,15 +175,9 @@ class Harvest(StageContext):
 
     def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
         def build(out: Path) -> Result:
-            job = MapJob(
-                "codes",
-                read_fragment,
-                lambda: EncodePairs(reward.path, sae.path),
-                schema.CODES,
-                prepare=lambda: TokenisePairs(reward.path),
-                loads_model=True,
+            counts = self._through(
+                "codes", lambda: EncodePairs(reward.path, sae.path), schema.CODES, pairs, reward, out
             )
-            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             loaded = load_sae(sae.path)
             metrics = {"latents": loaded.latents, "k": loaded.k}
             return Result(counts, metrics, licence_of(pairs), red_team=poisoned(pairs, reward, sae))
@@ -180,15 +188,9 @@ class Harvest(StageContext):
         """What the reward head reads of the two responses of every pair, as a difference."""
 
         def build(out: Path) -> Result:
-            job = MapJob(
-                "heads",
-                read_fragment,
-                lambda: HeadPairs(reward.path),
-                schema.heads(hidden_size(reward.path)),
-                prepare=lambda: TokenisePairs(reward.path),
-                loads_model=True,
+            counts = self._through(
+                "heads", lambda: HeadPairs(reward.path), schema.heads(hidden_size(reward.path)), pairs, reward, out
             )
-            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
             return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
 
         return self.place.make(recipe("heads", {}, reward=reward.name, pairs=pairs.name), build)
@@ -197,15 +199,7 @@ class Harvest(StageContext):
         """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
 
         def build(out: Path) -> Result:
-            job = MapJob(
-                "evaluate",
-                read_fragment,
-                lambda: RewardPairs(reward.path),
-                schema.REWARDS,
-                prepare=lambda: TokenisePairs(reward.path),
-                loads_model=True,
-            )
-            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
+            counts = self._through("evaluate", lambda: RewardPairs(reward.path), schema.REWARDS, pairs, reward, out)
             rewards = read_parts(out)
             metrics = {
                 "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},

@@ -14,6 +14,7 @@ from safer_ray.config import LabConfig, NoiseConfig, RunConfig
 from safer_ray.crossfit import CrossFit, Fold, frozen_below
 from safer_ray.detection import Comparison, compare
 from safer_ray.detectors import DETECTORS, Evidence, contrasts
+from safer_ray.engine import head_differences
 from safer_ray.errors import UserError
 from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
@@ -21,6 +22,7 @@ from safer_ray.lock import locked
 from safer_ray.reward import load_reward_model
 from safer_ray.runner import Runner
 from safer_ray.sae import load_sae
+from safer_ray.schema import rows_of
 from safer_ray.scoring import pair_scores
 from safer_ray.stage import pairs_of, recipe
 from safer_ray.where import where_mask
@@ -58,12 +60,12 @@ class Lab(CrossFit):
         margins = [self._margins(self.rewards(c, [f.train for f in fitted.folds]), fitted.folds) for c in others]
         rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
         evidence = self._evidence(config, rows, fitted.folds, margins, corpus)
-        made_of, known = [noisy.name, *_names(fitted.folds)], None
+        made_of, known = [noisy.name, *self._names(fitted.folds)], None
         if lab.in_sample:
             whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
             more = [self._margins(self.rewards(c, [noisy]), [whole]) for c in others]
             known = self._evidence(config, rows, [whole], more, corpus)
-            made_of += _names([whole])
+            made_of += self._names([whole])
         truth = read_parts(noisy.path / "truth")
         by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
         planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
@@ -97,39 +99,52 @@ class Lab(CrossFit):
         Raises:
             UserError: a model could not read some of the pairs.
         """
-        known = pa.concat_tables([_said(fold) for fold in folds])
-        number = np.repeat(np.arange(len(folds)), [len(read_parts(fold.codes.path, ["pair_id"])) for fold in folds])
-        place = {key: i for i, key in enumerate(known["pair_id"].to_pylist())}
+        sae = load_sae(folds[0].sae.path)
+        known = pa.concat_tables([self._said(fold, number) for number, fold in enumerate(folds)])
+        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), sae.latents) for fold in folds]).tocsr()
+        known = known.append_column("row", pa.array(np.arange(len(known))))
         ids = rows["pair_id"].to_pylist()
-        missing = [key for key in ids if key not in place]
+        known, missing = rows_of(known, ids)
         if missing:
             raise UserError(
                 f"lab: pair {missing[0]!r} ({len(missing)} in all) was quarantined by a model; leave it out"
             )
-        order = np.array([place[key] for key in ids])
-        sae = load_sae(folds[0].sae.path)
-        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), sae.latents) for fold in folds]).tocsr()[order]
-        taken = known.take(pa.array(order))
-        margin = [taken["margin"].to_numpy(), *(np.array([m[key] for key in ids]) for m in more)]
-        width = taken["head"].type.list_size
+        matrix = matrix[known["row"].to_numpy()]
+        margin = [known["margin"].to_numpy(), *(np.array([m[key] for key in ids]) for m in more)]
+        width = known["head"].type.list_size
         return Evidence(
             pair_id=ids,
-            fold=number[order],
+            fold=known["fold"].to_numpy(),
             chosen=_texts(rows["chosen"]),
             rejected=_texts(rows["rejected"]),
             margin=np.stack(margin, axis=1).astype(np.float64),
-            score=taken["score"].to_numpy(),
-            score_paper=taken["score_paper"].to_numpy(),
+            score=known["score"].to_numpy(),
+            score_paper=known["score_paper"].to_numpy(),
             contrast=matrix,
             dense=matrix @ sae.W_dec.detach().numpy().astype(np.float64),
-            head=taken["head"].combine_chunks().flatten().to_numpy().reshape(-1, width).astype(np.float64),
+            head=known["head"].combine_chunks().flatten().to_numpy().reshape(-1, width).astype(np.float64),
             clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
         )
 
-    def _fold(self, config: RunConfig, *inputs: Any) -> Fold:
-        """A fold, and what the reward head reads of its held pairs."""
-        fold = super()._fold(config, *inputs)
-        return fold._replace(heads=self.heads(fold.reward, fold.held))
+    def _names(self, folds: Sequence[Fold]) -> list[str]:
+        """The artifacts that evidence is read from."""
+        return [a.name for fold in folds for a in (fold.scores, self.heads(fold.reward, fold.held))]
+
+    def _said(self, fold: Fold, number: int) -> pa.Table:
+        """Of a fold's held pairs in the order of its codes: margin, both scores, and what the head reads."""
+        codes = read_parts(fold.codes.path)
+        features = read_features(fold.auditor.path / "features.json")
+        heads, _ = rows_of(read_parts(self.heads(fold.reward, fold.held).path), codes["pair_id"].to_pylist())
+        return pa.table(
+            {
+                "pair_id": codes["pair_id"],
+                "fold": np.full(len(codes), number),
+                "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
+                "score": pair_scores(codes, features._replace(mode="response")),
+                "score_paper": pair_scores(codes, features._replace(mode="paper")),
+                "head": heads["head"],
+            }
+        )
 
     def detection(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
         """Every detector on every kind of errors: `detection.json`."""
@@ -157,35 +172,11 @@ class Lab(CrossFit):
         return self.place.make(recipe("detection", lab, **inputs), build)
 
 
-def _names(folds: Sequence[Fold]) -> list[str]:
-    return [artifact.name for fold in folds for artifact in (fold.scores, fold.heads) if artifact is not None]
-
-
-def _said(fold: Fold) -> pa.Table:
-    """Of a fold's held pairs in the order of its codes: margin, both scores, and what the head reads."""
-    codes = read_parts(fold.codes.path)
-    features = read_features(fold.auditor.path / "features.json")
-    assert fold.heads is not None
-    heads = read_parts(fold.heads.path)
-    place = {key: i for i, key in enumerate(heads["pair_id"].to_pylist())}
-    order = pa.array([place[key] for key in codes["pair_id"].to_pylist()], pa.int64())
-    return pa.table(
-        {
-            "pair_id": codes["pair_id"],
-            "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
-            "score": pair_scores(codes, features._replace(mode="response")),
-            "score_paper": pair_scores(codes, features._replace(mode="paper")),
-            "head": heads["head"].take(order),
-        }
-    )
-
-
 def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:
     """The judge's exchanges as the reward head reads them, [m, d]: a small set that no error was planted in."""
     reward = load_reward_model(fold.reward.path)
-    tokens = reward.pairs(probe_pairs(load_probe(resolve_exchanges(config.judge.exchanges, corpus)[0])))
-    read = reward.head_inputs([side.ids for pair in tokens for side in (pair.chosen, pair.rejected)]).numpy()
-    return (read[0::2] - read[1::2]).astype(np.float64)
+    exchanges = probe_pairs(load_probe(resolve_exchanges(config.judge.exchanges, corpus)[0]))
+    return head_differences(reward, reward.pairs(exchanges)).astype(np.float64)
 
 
 def _texts(column: pa.ChunkedArray) -> list[str]:
@@ -225,7 +216,7 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
         UserError: a section is missing, or the reward models do not share the layer that is read.
     """
     if config.lab is None or config.cross_fit is None:
-        raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_smoke.yaml has both")
+        raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_pku.yaml has both")
     if not frozen_below(config.reward, config.activations.layer):
         raise UserError(
             f"lab: reward.frozen_layers is {config.reward.frozen_layers}, below activations.layer "

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.config import NoiseConfig, NoiseKind
-from safer_ray.curation import random_order, share_count, swap_sides
+from safer_ray.curation import characters, random_order, share_count, swap_sides
 from safer_ray.errors import UserError
 from safer_ray.where import where_mask
 
@@ -50,11 +50,6 @@ def _matching(pairs: pa.Table, pattern: str | None) -> np.ndarray:
     sought = re.compile(pattern, re.IGNORECASE)
     texts = (" ".join(m["content"] for m in messages) for messages in pairs["prompt"].to_pylist())
     return np.array([sought.search(text) is not None for text in texts], dtype=bool)
-
-
-def characters(column: pa.ChunkedArray) -> np.ndarray:
-    """Of each list of messages; int64 [n]."""
-    return np.array([sum(len(m["content"]) for m in messages) for messages in column.to_pylist()], dtype=np.int64)
 
 
 def _any(pairs: pa.Table, eligible: np.ndarray) -> np.ndarray:

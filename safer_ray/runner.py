@@ -26,6 +26,7 @@ from safer_ray.tokens import token_count
 BatchFn = Callable[[pa.Table], pa.Table]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what the quarantine keeps of a row that fails
+METRICS = "metrics.json"  # of a training that ended, in its state
 TRIES = 2  # of a row range before it is halved, and of a single row before it is quarantined
 
 
@@ -286,7 +287,7 @@ def quarantine_rows(directory: Path) -> pa.Table:
 
 def trained_already(state: Path) -> dict[str, Any] | None:
     """The metrics of a training that ended, but whose artifact was not closed."""
-    path = state / "metrics.json"
+    path = state / METRICS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -323,5 +324,5 @@ class LocalRunner:
         workers = OneProcess(state, lambda done, total: self.on_progress(job.stage, done, total))
         metrics = job.loop(out=job.out, workers=workers, **job.arguments)
         metrics["train_seconds"] = round(time.monotonic() - began, 3)
-        write_json(metrics, state / "metrics.json")
+        write_json(metrics, state / METRICS)
         return metrics

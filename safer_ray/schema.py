@@ -162,6 +162,13 @@ REWARDS = pa.schema(
 TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
 
 
+def rows_of(table: pa.Table, ids: list[str]) -> tuple[pa.Table, list[str]]:
+    """The rows of `table` with these `pair_id`s, in their order, and those ids that it has no row for."""
+    place = {key: i for i, key in enumerate(table["pair_id"].to_pylist())}
+    taken = [place[key] for key in ids if key in place]
+    return table.take(pa.array(taken, pa.int64())), [key for key in ids if key not in place]
+
+
 def table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as a table of `schema`; keys that a row lacks are null."""
     return pa.Table.from_pylist(rows, schema=schema)

@@ -19,6 +19,7 @@ from safer_ray.artifacts import (
 )
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import MapJob, Runner
+from safer_ray.schema import rows_of
 
 VERSIONS = {
     "corpus": 2,
@@ -69,11 +70,9 @@ def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fra
     def read(fragment: Fragment) -> pa.Table:
         rows = read_fragment(fragment)
         other = read_parquet(right / Path(fragment.path).name, ["pair_id", *columns])
-        index = {key: i for i, key in enumerate(other["pair_id"].to_pylist())}
-        missing = [key for key in rows["pair_id"].to_pylist() if key not in index]
+        taken, missing = rows_of(other, rows["pair_id"].to_pylist())
         if missing:
             raise UserError(f"{right}: no pair {missing[0]!r}, which {left} has; pass the pairs that it was made from")
-        taken = other.take(pa.array([index[key] for key in rows["pair_id"].to_pylist()], pa.int64()))
         for name in columns:
             rows = rows.append_column(name, taken[name])
         return rows

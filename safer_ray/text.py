@@ -40,6 +40,11 @@ class PairTokens(NamedTuple):
     rejected: Side
 
 
+def both_sides(pairs: Sequence[PairTokens]) -> list[Side]:
+    """Chosen, then rejected of each pair in turn."""
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+
 def _blank(message: Message, number: int) -> Message:
     return {**message, "content": f"\ue000{number}\ue001"}
 

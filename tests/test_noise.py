@@ -6,8 +6,9 @@ from conftest import make_pair
 
 from safer_ray import schema
 from safer_ray.config import NoiseConfig
+from safer_ray.curation import characters
 from safer_ray.errors import UserError
-from safer_ray.noise import FLATTERY, TRIGGER, characters, plant
+from safer_ray.noise import FLATTERY, TRIGGER, plant
 
 
 def corpus(n=200):

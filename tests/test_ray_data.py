@@ -3,9 +3,8 @@
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
-from ray_work import WRITTEN, mortal
+from ray_work import WRITTEN, mortal, write_input
 from test_kill import assert_same_rows
 from tiny_run import tables
 
@@ -17,7 +16,6 @@ from safer_ray.artifacts import (
     part_name,
     read_fragment,
     read_parts,
-    write_parquet,
 )
 from safer_ray.config import ActivationsConfig, RayConfig
 from safer_ray.distributed.data import dataset
@@ -34,11 +32,7 @@ ONE, THREE = RayConfig(max_actors=1), RayConfig(min_actors=3, max_actors=3)
 @pytest.fixture
 def fragments(tmp_path):
     """Eight parts of ten rows."""
-    for number in range(8):
-        ids = range(10 * number, 10 * number + 10)
-        columns = {"pair_id": [f"p{i}" for i in ids], "row_key": [f"in.jsonl#{i}" for i in ids], "value": list(ids)}
-        write_parquet(pa.table(columns), tmp_path / "in" / part_name(number))
-    return part_fragments(tmp_path / "in")
+    return part_fragments(write_input(tmp_path, 8) / "in")
 
 
 def doubles(out):

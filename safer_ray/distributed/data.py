@@ -5,6 +5,7 @@ nothing but its accounts.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def _mapped(row: Row) -> Mapped:
     return Mapped(_fragment(row), row["read"], rows, refused, row["tokens"], row["seconds"])
 
 
-class _Step:
+class _Step(ABC):
     """One operator: built in its process at the first row, passes on the errors of the operators before it."""
 
     def __init__(self, job: MapJob, directory: Path, run: str) -> None:
@@ -95,8 +96,9 @@ class _Step:
     def build(self) -> Any:
         return None
 
+    @abstractmethod
     def work(self, row: Row) -> Row:
-        raise NotImplementedError
+        """The row for the next operator."""
 
     def __call__(self, row: Row) -> Row:
         if row.get("error"):

@@ -30,14 +30,13 @@ from safer_ray.artifacts import write_json
 from safer_ray.config import RayConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import OnProgress, TrainJob, trained_already
+from safer_ray.runner import METRICS, OnProgress, TrainJob, trained_already
 from safer_ray.training import Checkpoints, EngineOptions, TrainEngine
 
 PROGRESS_SECONDS = 1.0
 START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever
 ABORT_SECONDS = 30.0  # until an interrupted group has ended
 ERROR = "error.json"
-METRICS = "metrics.json"
 PROGRESS = "progress.json"
 
 
