@@ -157,6 +157,6 @@ def run_sweep(
     done = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage)
     directory = lasting(config.root) / config.name
     with locked(directory):
-        stages = Sweep(Place(directory, on_stage=on_stage), runner, config.fragment_rows)
+        stages = Sweep(Place(directory, fresh=fresh, on_stage=on_stage), runner, config.fragment_rows)
         evaluation = stages.pairs(config.evaluation, done.artifacts.get("corpus"))
         return stages.sweep(config, done.artifacts["training_pairs"], done.artifacts["scores"], evaluation)

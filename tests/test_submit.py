@@ -67,6 +67,12 @@ def test_a_run_gets_the_ray_runner_and_a_root_below_the_working_folder(folder):
     assert complete(args, folder, local=True) == [*args, "--runner", "ray", "--set", f"root={folder}/runs"]
 
 
+@pytest.mark.parametrize("command", ["lab", "sweep"])
+def test_other_commands_of_a_config_are_completed_as_a_run_is(folder, command):
+    done = [complete([name, "demo.yaml"], folder, local=True)[1:] for name in (command, "run")]
+    assert done[0] == done[1]
+
+
 @pytest.mark.parametrize("given", [["--runner", "local"], ["--runner=local"]])
 def test_a_runner_that_is_given_stays(folder, given):
     done = complete(["-v", "run", *given, "demo.yaml"], folder, local=True)

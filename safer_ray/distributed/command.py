@@ -10,6 +10,7 @@ import yaml
 from safer_ray.errors import UserError
 
 VALUE_OPTIONS = ("--runner", "--actors", "--until", "--out", "--auditor", "--pairs", "--format", "--flag-quantile")
+OF_CONFIGS = ("run", "lab", "sweep")  # commands that take a config, whose results lie below its root
 FLAGS = ("-v", "--verbose", "--fresh", "--i-am-red-teaming")
 
 
@@ -30,10 +31,11 @@ def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:
         given = parser.parse_known_intermixed_args(args)[0]
     except argparse.ArgumentError as error:
         raise UserError(f"{shlex.join(args)}: {error}") from None
-    if given.words[:1] not in (["run"], ["audit"]):
+    command = given.words[0] if given.words else None
+    if command not in (*OF_CONFIGS, "audit"):
         return list(args)
     runner = [] if given.runner else ["--runner", "ray"]
-    if given.words[0] == "run":
+    if command in OF_CONFIGS:
         root = _root(given.set, given.words[1:2], working_dir)
         kept = _kept(root, working_dir, local, "--set root=DIR")
         return [*args, *runner, *([] if kept == root else ["--set", f"root={kept}"])]
