@@ -15,12 +15,12 @@ import torch
 
 from bench.common import write
 from safer_ray.artifacts import Artifact, Place, part_fragments, read_fragment, read_parts
+from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.engine import EncodePairs
 from safer_ray.harvest import Harvest
-from safer_ray.reward import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.runner import LocalRunner, MapJob, Runner, TrainJob
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.schema import CODES

@@ -1,31 +1,42 @@
-"""The deployable bundle: reward model, SAE, chosen features, and the scores that suspicion is measured against."""
+"""The deployable bundle: reward model, SAE, chosen features, what pairs are suspected by, and the reference pairs."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from safer_ray.artifacts import Artifact, read_parquet
-from safer_ray.config import Mode, ScoresConfig
+from safer_ray.codes import contrasts, matrix_of
+from safer_ray.combined import Readings, load_combined
+from safer_ray.config import DetectorOf, Mode, ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.scoring import Features, ScoreCodes, parse_features
+from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
 
-AUDITOR_FORMAT = 1  # a bundle of another one is refused
+AUDITOR_FORMAT = 2  # a bundle of another one is refused
+DETECTOR = "detector"  # the folder of `combined` in a bundle
+VALUES = "values.parquet"  # what `combined` says of the pairs it was fitted on, out of fold
 
 
 class AuditPairs:
     """Batch function: pairs -> SCORES, by an auditor bundle."""
 
     def __init__(self, auditor: Artifact, config: ScoresConfig) -> None:
-        from safer_ray.engine import EncodePairs  # here, since scoring codes needs no torch
+        from safer_ray.engine import EncodePairs, MeanVectors  # here, since scoring codes needs no torch
 
         self.encode = EncodePairs(auditor.path / "reward", auditor.path / "sae")
         self.score = scorer(auditor, config)
+        layers = auditor.metrics.get("vector_layers", []) if config.detector == "combined" else []
+        self.vectors = MeanVectors(auditor.path / "reward", layers) if layers else None
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         codes = self.encode(pairs)
         for name in ("row_key", "extra"):
             codes = codes.append_column(name, pairs[name])
+        if self.vectors is not None:
+            means = self.vectors(pairs)
+            for name in ("response", "prompt"):
+                codes = codes.append_column(name, means[name])
         return self.score(codes)
 
 
@@ -52,7 +63,42 @@ def check_auditor(auditor: Artifact) -> None:
         raise UserError(f"{auditor.path}: bundle format {found}, this version reads {AUDITOR_FORMAT}; build it again")
 
 
+def best_detector(auditor: Artifact) -> DetectorOf:
+    """What finds most errors of all that a bundle can suspect pairs by (docs/experiment.md)."""
+    return "combined" if (auditor.path / DETECTOR).is_dir() else "reward_margin"
+
+
 def scorer(auditor: Artifact, config: ScoresConfig) -> ScoreCodes:
-    reference = read_parquet(auditor.path / "reference.parquet")["score"].to_numpy()
+    """Scores codes by a bundle's features, and suspects them by `config.detector`.
+
+    Raises:
+        UserError: the bundle holds no such detector.
+    """
     features = read_features(auditor.path / "features.json")
-    return ScoreCodes(features, reference, config.flag_quantile, config.reasons)
+    value, reference = _suspect_by(auditor, config.detector)
+    return ScoreCodes(features, reference, config.flag_quantile, config.reasons, value)
+
+
+def _suspect_by(auditor: Artifact, detector: DetectorOf) -> tuple[Value | None, np.ndarray]:
+    """What a pair is valued by, and the values of the reference pairs."""
+    if detector == "combined":
+        folder = auditor.path / DETECTOR
+        if not folder.is_dir():
+            raise UserError(
+                f"{auditor.path} has no combined detector; build the bundle by a run with `cross_fit` and "
+                "`scores.detector: combined`, or pass --detector reward_margin"
+            )
+        model = load_combined(folder)
+
+        def combined(codes: pa.Table, scores: np.ndarray) -> np.ndarray:
+            contrast = contrasts(codes, len(model.effect.weights))
+            vectors = (matrix_of(codes[name]) for name in ("response", "prompt"))
+            return model(Readings(margins(codes), scores, contrast, *vectors))
+
+        return combined, read_parquet(folder / VALUES)["combined"].to_numpy()
+    reference = read_parquet(auditor.path / "reference.parquet")
+    if detector == "safer":
+        return None, reference["score"].to_numpy()
+    if reference["reward_margin"].null_count:
+        raise UserError(f"{auditor.path} knows no rewards of its reference pairs; pass --detector safer")
+    return lambda codes, _: margins(codes), reference["reward_margin"].to_numpy()

@@ -310,12 +310,16 @@ def audit(
     out: Annotated[Path, typer.Option(help="A folder for the audit's artifacts.")],
     format: Annotated[str, typer.Option()] = "auto",
     flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
+    detector: Annotated[
+        str | None, typer.Option(help="safer, reward_margin or combined; default: the best that the bundle has.")
+    ] = None,
     runner: RunnerName = "local",
     actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Score every pair of a corpus with a bundle, and list the suspicious ones."""
     from safer_ray.artifacts import Place, part_files, read_parquet, write_text
+    from safer_ray.auditor import best_detector
     from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
@@ -324,7 +328,7 @@ def audit(
 
     out = lasting(out)
     bundle = open_input(auditor, "auditor")
-    config = build_config(ScoresConfig, flag_quantile=flag_quantile)
+    config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
     sources = build_config(PairsConfig, sources=(source,), duplicates="keep")
     with locked(out), at_work(runner, ray_config(actors)) as (where, report):
@@ -338,5 +342,5 @@ def audit(
     show_artifact(scored)
     if read.metrics["duplicates"]:
         console.print(f"{read.metrics['duplicates']:,} rows repeat the pair_id of an earlier one; all are scored")
-    flagged = len(lines)
-    console.print(f"{flagged:,} of {scored.manifest['rows']['written']:,} pairs flagged  ->  {out / 'flagged.jsonl'}")
+    flagged, written = len(lines), scored.manifest["rows"]["written"]
+    console.print(f"{flagged:,} of {written:,} pairs flagged by {config.detector}  ->  {out / 'flagged.jsonl'}")

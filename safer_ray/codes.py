@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse as sp
 
 from safer_ray.config import Mode
 from safer_ray.errors import UserError
@@ -96,3 +97,19 @@ def latent_count(codes: pa.Table) -> int:
         if len(features):
             largest = max(largest, int(features.to_numpy().max()))
     return largest + 1
+
+
+def contrasts(codes: pa.Table, latents: int, mode: Mode = "response") -> sp.csr_matrix:
+    """Of each pair and feature, the mean activation over the chosen side's entries minus that over the rejected's."""
+    total = sp.csr_matrix((len(codes), latents))
+    for sign, side in ((1.0, "chosen"), (-1.0, "rejected")):
+        flat = flatten(codes, side, mode)
+        value = sign * flat.value / np.maximum(flat.ends_per_row[flat.row], 1)
+        total = total + sp.csr_matrix((value, (flat.row, flat.feature)), shape=(len(codes), latents))
+    return total.tocsr()
+
+
+def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one length, float64 [n, width]."""
+    values = column.combine_chunks().flatten().to_numpy()
+    return values.reshape(-1, column.type.list_size).astype(np.float64)

@@ -12,7 +12,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
-StrategyName = Literal["safer", "reward_margin", "random", "length"]
+StrategyName = Literal["safer", "reward_margin", "random", "length", "suspicion"]
+DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Literal[
     "auto",
@@ -101,6 +102,7 @@ class CrossFitConfig(Frozen):
 
     folds: Annotated[int, Field(ge=2)] = 5
     seed: int = 0
+    vector_layers: tuple[Annotated[int, Field(gt=0)], ...] = ()  # read by the probes; none: `activations.layer`
 
 
 class TinyLlamaConfig(Frozen):
@@ -138,6 +140,7 @@ class RewardConfig(Frozen):
     evaluations: Annotated[int, Field(gt=0)] = 4  # held-out accuracy is measured this often
     gradient_checkpointing: bool = False
     frozen_layers: Annotated[int, Field(ge=0)] = 0  # embeddings and blocks 1..n stay as they are, and run only once
+    disable_dropout: bool = True  # both sides of a pair through the same network; a model made on the spot has none
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
     trust_remote_code: bool = False
     seed: int = 0
@@ -213,6 +216,10 @@ class SelectConfig(Frozen):
 
 
 class ScoresConfig(Frozen):
+    """`detector` is what a pair is suspected by: its SAFER score, its reward margin, or both and more, weighed by a
+    model that `cross_fit` fits (`safer_ray.combined`)."""
+
+    detector: DetectorOf = "safer"
     flag_quantile: Share = 0.05
     reasons: Annotated[int, Field(ge=0)] = 5  # contributing features named per pair
 
@@ -353,6 +360,8 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"evaluate.base {self.evaluate.base!r} is neither 'clean' nor one of {sorted(self.curate)}"
             )
+        if self.scores.detector == "combined" and self.cross_fit is None:
+            raise ValueError("scores.detector: combined is fitted across folds; add `cross_fit`")
         if "clean" in self.curate:
             raise ValueError("curate: 'clean' names the model trained on the uncurated pairs; choose another name")
         if self.corpus is None:

@@ -73,19 +73,23 @@ class CrossFit(Harvest, Findings):
         shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
         return self.place.make(recipe("fold", shown, pairs=pairs.name), build)
 
-    def cross_fit(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> OutOfFold:
+    def cross_fit(
+        self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None, sae: Artifact | None = None
+    ) -> OutOfFold:
         """Reward model, selection and scores of every fold from the other folds' pairs.
 
-        The autoencoder, too, unless the trunk below the layer read is frozen: then one is shared, since it sees the
-        same vectors in every fold, and no label.
+        The autoencoder, too, unless the trunk below the layer read is frozen: then one is shared, `sae` if it is given,
+        since it sees the same vectors in every fold, and no label.
         """
         assert config.cross_fit is not None
         count, seed = config.cross_fit.folds, config.cross_fit.seed
         sides = [[self.fold(pairs, count, i, seed, side) for i in range(count)] for side in ("train", "held")]
         rewards = self.rewards(config.reward, sides[0])
         shared = frozen_below(config.reward, config.activations.layer)
-        saes = [self._sae(config, sides[0][i], rewards[i]) for i in range(1 if shared else count)]
-        saes *= count // len(saes)
+        if shared:
+            saes = [sae or self._sae(config, sides[0][0], rewards[0])] * count
+        else:
+            saes = [self._sae(config, train, reward) for train, reward in zip(sides[0], rewards, strict=True)]
         codes = [self.codes(held, reward, sae) for held, reward, sae in zip(sides[1], rewards, saes, strict=True)]
         folds = []
         for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
@@ -112,7 +116,9 @@ class CrossFit(Harvest, Findings):
         verdicts = self.verdicts(config.judge, salience, reward, sae, config.select.candidates, corpus)
         selected = self.select(config.select, salience, verdicts=verdicts)
         auditor = self.auditor(reward, sae, selected, seen)
-        return Fold(train, held, reward, sae, codes, auditor, self.scores(config.scores, codes, held, auditor))
+        detector = "safer" if config.scores.detector == "combined" else config.scores.detector  # fitted over all folds
+        scoring = config.scores.model_copy(update={"detector": detector})
+        return Fold(train, held, reward, sae, codes, auditor, self.scores(scoring, codes, held, auditor))
 
     def _gathered(self, train: Artifact, codes: list[Artifact]) -> Artifact:
         """Codes of a fold's training pairs, taken from the other folds', which share trunk and autoencoder; the rewards

@@ -14,8 +14,11 @@ from safer_ray.schema import DECISIONS, rows_of
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
 
 
+JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
+
+
 class StrategyInput(NamedTuple):
-    """Pairs joined with their scores, one row a pair: pair_id, row_key, chosen, rejected, score, reward_margin."""
+    """Pairs joined with their scores, one row a pair: pair_id, row_key, chosen, rejected, and JOINED."""
 
     table: pa.Table
     seed: int
@@ -51,11 +54,17 @@ def length(given: StrategyInput) -> np.ndarray:
     return sides[0] - sides[1]
 
 
+def suspicion(given: StrategyInput) -> np.ndarray:
+    """Whatever the scores were told to suspect pairs by: `scores.detector`."""
+    return -_numbers(given.table, "suspicion")
+
+
 STRATEGIES: dict[StrategyName, Strategy] = {
     "safer": safer,
     "reward_margin": reward_margin,
     "random": random,
     "length": length,
+    "suspicion": suspicion,
 }
 
 
@@ -78,7 +87,7 @@ def share_count(n: int, percent: float) -> int:
 
 
 def join_scores(pairs: pa.Table, scores: pa.Table) -> pa.Table:
-    """Pairs with `score` and `reward_margin` by `pair_id`, in the pairs' order.
+    """Pairs with JOINED of their scores by `pair_id`, in the pairs' order.
 
     Raises:
         UserError: a pair has no score, or scores name a pair twice.
@@ -88,7 +97,7 @@ def join_scores(pairs: pa.Table, scores: pa.Table) -> pa.Table:
     taken, missing = rows_of(scores, pairs["pair_id"].to_pylist())
     if missing:
         raise UserError(f"curate: {len(missing)} pairs have no score, the first is {missing[0]!r}; score all of them")
-    for name in ("score", "reward_margin"):
+    for name in JOINED:
         pairs = pairs.append_column(name, taken[name])
     return pairs
 

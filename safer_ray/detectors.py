@@ -4,20 +4,17 @@ Every detector gives float64 [n], high where a pair's label looks wrong. Those t
 of one fold, on the pairs of the other folds, so that no pair is judged by what its own prompt taught.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
-from safer_ray.codes import flatten
-from safer_ray.config import Mode
+from safer_ray.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
 from safer_ray.curation import random_order
 
 DetectorName = Literal[
@@ -31,8 +28,10 @@ DetectorName = Literal[
     "confident_learning",
     "tfidf",
     "influence",
+    "effect_size",
     "features",
     "probe",
+    "local_probe",
     "neighbours",
     "combined",
 ]
@@ -48,32 +47,13 @@ class Evidence:
     chosen: list[str]
     rejected: list[str]
     margin: Float[ndarray, "n models"]  # r_chosen - r_rejected of each model of an ensemble
-    score: Float[ndarray, " n"]  # the SAFER score in `response` mode
-    score_paper: Float[ndarray, " n"]
-    contrast: sp.csr_matrix  # [n, latents], mean activation over the chosen response's ends minus the rejected's
-    dense: Float[ndarray, "n d"]  # the same decoded: the difference of mean layer vectors, as far as the SAE keeps it
+    score_paper: Float[ndarray, " n"]  # the SAFER score as published
+    read: Readings  # with the first model's margin, and the SAFER score in `response` mode
     head: Float[ndarray, "n d"] | None = None  # difference of what the reward head reads
     clean_head: dict[int, Float[ndarray, "m d"]] | None = None  # fold -> the same of a small clean set
 
-    def folds(self) -> Iterator[tuple[Int[ndarray, " train"], Int[ndarray, " held"]]]:
-        """Rows of the other folds, and of the fold itself, fold by fold; a single fold judges what it was fitted on."""
-        folds = np.unique(self.fold)
-        for fold in folds:
-            train = self.fold != fold if len(folds) > 1 else self.fold == fold
-            yield np.flatnonzero(train), np.flatnonzero(self.fold == fold)
-
 
 Detector = Callable[[Evidence], np.ndarray]
-
-
-def contrasts(codes: pa.Table, latents: int, mode: Mode = "response") -> sp.csr_matrix:
-    """Of each pair and feature, the mean activation over the chosen side's entries minus that over the rejected's."""
-    total = sp.csr_matrix((len(codes), latents))
-    for sign, side in ((1.0, "chosen"), (-1.0, "rejected")):
-        flat = flatten(codes, side, mode)
-        value = sign * flat.value / np.maximum(flat.ends_per_row[flat.row], 1)
-        total = total + sp.csr_matrix((value, (flat.row, flat.feature)), shape=(len(codes), latents))
-    return total.tocsr()
 
 
 # Detectors
@@ -81,7 +61,7 @@ def contrasts(codes: pa.Table, latents: int, mode: Mode = "response") -> sp.csr_
 
 def safer(known: Evidence) -> np.ndarray:
     """The SAFER score (response mode)."""
-    return -known.score
+    return -known.read.score
 
 
 def safer_paper(known: Evidence) -> np.ndarray:
@@ -91,7 +71,7 @@ def safer_paper(known: Evidence) -> np.ndarray:
 
 def reward_margin(known: Evidence) -> np.ndarray:
     """The first model's reward margin."""
-    return -known.margin[:, 0]
+    return -known.read.margin
 
 
 def random(known: Evidence) -> np.ndarray:
@@ -152,23 +132,40 @@ def influence(known: Evidence) -> np.ndarray:
     return out
 
 
+def effect_size(known: Evidence) -> np.ndarray:
+    """All features without a judge, each weighted by its mean contrast in units of its spread over the other folds."""
+    contrast, out = known.read.contrast, np.zeros(len(known.pair_id))
+    for train, held in splits(known.fold):
+        out[held] = -fit_effect(contrast[train])(contrast[held])
+    return out
+
+
 def features(known: Evidence) -> np.ndarray:
     """A logistic model on the pairs' feature contrasts: what the autoencoder knows, without a judge."""
-    return -fitted(_root(known.contrast), known, 0.3)
+    return -fitted(root(known.read.contrast), known, 0.3)
 
 
 def probe(known: Evidence) -> np.ndarray:
     """A logistic model on the differences of mean layer vectors: a linear probe of the trunk."""
-    return -fitted(sp.csr_matrix(known.dense), known, 0.1)
+    return -fitted(known.read.response, known, 0.03)
+
+
+def local_probe(known: Evidence) -> np.ndarray:
+    """A support vector machine on the same differences, to which pairs count more the more alike their prompts are."""
+    response, prompt, sign = known.read.response, known.read.prompt, shown(known.pair_id)
+    out = np.zeros(len(known.pair_id))
+    for train, held in splits(known.fold):
+        out[held] = -fit_local(response[train], prompt[train], sign[train])(response[held], prompt[held])
+    return out
 
 
 def neighbours(known: Evidence) -> np.ndarray:
     """Whether pairs of other prompts with the most similar (or opposite) contrasts are labelled the other way."""
-    rows = _root(known.contrast)
+    rows = root(known.read.contrast)
     norm = np.sqrt(rows.multiply(rows).sum(axis=1)).A1
     unit = sp.diags(1 / np.maximum(norm, 1e-9)) @ rows
     out = np.zeros(len(known.pair_id))
-    for train, held in known.folds():
+    for train, held in splits(known.fold):
         near = (unit[held] @ unit[train].T).toarray()
         k = min(NEIGHBOURS, near.shape[1])
         strongest = np.argpartition(-np.abs(near), k - 1, axis=1)[:, :k]
@@ -177,14 +174,8 @@ def neighbours(known: Evidence) -> np.ndarray:
 
 
 def combined(known: Evidence) -> np.ndarray:
-    """A logistic model on margins, SAFER scores, and what contrasts, probe, neighbours and words predict.
-
-    All of it is negated when a pair is swapped, so fitting it on pairs of other prompts as they are labelled, against
-    the same pairs swapped, is fitting it on planted noise there.
-    """
-    parts = [ensemble_mean, safer, safer_paper, features, probe, neighbours, tfidf]
-    columns = np.stack([-part(known) for part in parts], axis=1)
-    return -fitted(sp.csr_matrix(columns / np.maximum(columns.std(axis=0), 1e-12)), known, 1.0)
+    """A logistic model on margin, SAFER score, and what contrasts and probes predict: `safer_ray.combined`."""
+    return -fit_combined(known.read, known.fold, known.pair_id)[1]
 
 
 DETECTORS: dict[DetectorName, Detector] = {
@@ -198,8 +189,10 @@ DETECTORS: dict[DetectorName, Detector] = {
     "confident_learning": confident_learning,
     "tfidf": tfidf,
     "influence": influence,
+    "effect_size": effect_size,
     "features": features,
     "probe": probe,
+    "local_probe": local_probe,
     "neighbours": neighbours,
     "combined": combined,
 }
@@ -213,22 +206,9 @@ def _scaled(margin: np.ndarray) -> np.ndarray:
     return margin / np.maximum(np.sqrt((margin**2).mean(axis=0)), 1e-12)
 
 
-def _root(values: sp.csr_matrix) -> sp.csr_matrix:
-    """Signed square roots, so that a few large activations do not decide alone."""
-    values = values.copy()
-    values.data = np.sign(values.data) * np.sqrt(np.abs(values.data))
-    return values
-
-
-def fitted(rows: sp.csr_matrix, known: Evidence, strength: float) -> np.ndarray:
-    """log-odds that each pair is labelled right, by a logistic model without intercept on [n, d] values that a swap
-    negates; half of the training pairs are shown swapped. `strength` is the inverse of the L2 penalty."""
-    out = np.zeros(rows.shape[0])
-    scale = np.sqrt(np.asarray(rows.multiply(rows).mean(axis=0)).ravel())
-    scaled = sp.csr_matrix(rows @ sp.diags(1 / np.maximum(scale, scale.mean() * 0.1 + 1e-12)))
-    sign = np.where(random_order(known.pair_id, "swapped") < 0.5, 1.0, -1.0)
-    for train, held in known.folds():
-        model = LogisticRegression(C=strength / np.sqrt(rows.shape[1]), fit_intercept=False, max_iter=500)
-        model.fit(sp.diags(sign[train]) @ scaled[train], sign[train])
-        out[held] = model.decision_function(scaled[held])
+def fitted(rows: sp.csr_matrix | np.ndarray, known: Evidence, strength: float) -> np.ndarray:
+    """log-odds that each pair is labelled right, by a logistic model of the other folds' pairs."""
+    out, sign = np.zeros(rows.shape[0]), shown(known.pair_id)
+    for train, held in splits(known.fold):
+        out[held] = fit_linear(rows[train], sign[train], strength)(rows[held])
     return out

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from safer_ray import schema
+from safer_ray.checkpoints import load_reward_model
 from safer_ray.errors import UserError
-from safer_ray.reward import RewardModel, load_reward_model
+from safer_ray.reward import RewardModel
 from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
 from safer_ray.text import PairTokens, Side, both_sides
 from safer_ray.tokens import TEXTS, read_tokens
@@ -198,6 +199,39 @@ class HeadPairs:
         difference = head_differences(self.reward, tokens_of(self.reward, pairs))
         lists = pa.FixedSizeListArray.from_arrays(pa.array(difference.reshape(-1)), difference.shape[1])
         return pa.table({"pair_id": pairs["pair_id"], "head": lists}, schema=schema.heads(difference.shape[1]))
+
+
+class MeanVectors:
+    """Batch function: pairs -> mean vectors of layers, side by side: what the chosen response's tokens have more than
+    the rejected one's, and what the prompt's tokens have, over both sequences."""
+
+    def __init__(self, reward: Path, layers: Sequence[int]) -> None:
+        self.reward = load_reward_model(reward)
+        self.layers = layers
+        for layer in layers:
+            self.reward.check_layer(layer)
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        tokens = tokens_of(self.reward, pairs)
+        of_layers = [self._means(tokens, layer) for layer in self.layers]
+        response, prompt = (np.concatenate(parts, axis=1) for parts in zip(*of_layers, strict=True))
+        lists = [pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1]) for x in (response, prompt)]
+        columns = {"pair_id": pairs["pair_id"], "response": lists[0], "prompt": lists[1]}
+        return pa.table(columns, schema=schema.vectors(response.shape[1]))
+
+    def _means(self, tokens: list[PairTokens], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        sides = both_sides(tokens)
+        starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
+        places = [np.arange(len(side.ids)) for side in sides]
+        hidden = self.reward.forward([s.ids for s in sides], layer=layer, positions=places, rewards=False).hidden
+        assert hidden is not None
+        zero = torch.zeros(self.reward.hidden_size)
+        parts = [(h[:start], h[start:]) for h, start in zip(hidden, starts, strict=True)]
+        prompt, response = (
+            torch.stack([side.mean(0) if len(side) else zero for side in column]).numpy()
+            for column in zip(*parts, strict=True)
+        )
+        return response[0::2] - response[1::2], (prompt[0::2] + prompt[1::2]) / 2
 
 
 class RewardPairs:

@@ -3,12 +3,14 @@
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.artifacts import (
+    MANIFEST,
     Artifact,
     Result,
     part_files,
@@ -20,7 +22,7 @@ from safer_ray.artifacts import (
     write_json,
     write_parquet,
 )
-from safer_ray.auditor import AUDITOR_FORMAT, AuditPairs, check_auditor, read_features, scorer
+from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, AuditPairs, check_auditor, read_features, scorer
 from safer_ray.codes import latent_count
 from safer_ray.config import (
     ContextsConfig,
@@ -31,14 +33,14 @@ from safer_ray.config import (
     SelectConfig,
 )
 from safer_ray.contexts import FindContexts, merge_contexts
-from safer_ray.curation import RED_TEAM_MARK, apply_decisions, decide, join_scores
+from safer_ray.curation import JOINED, RED_TEAM_MARK, apply_decisions, decide, join_scores
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of
 from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
-from safer_ray.scoring import Features, ScoreCodes, pair_scores
+from safer_ray.scoring import Features, ScoreCodes, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
 from safer_ray.tokens import TokenisePairs
 from safer_ray.where import where_mask
@@ -150,20 +152,31 @@ class Findings(StageContext):
         inputs = {"salience": salience.name, "ratings": verdicts.name if verdicts else given}
         return self.place.make(recipe("select", config, **inputs), build)
 
-    def auditor(self, reward: Artifact, sae: Artifact, selected: Artifact, codes: Artifact) -> Artifact:
-        """The deployable bundle: `reward/ sae/ features.json reference.parquet`."""
+    def auditor(
+        self, reward: Artifact, sae: Artifact, selected: Artifact, codes: Artifact, detector: Artifact | None = None
+    ) -> Artifact:
+        """The deployable bundle: `reward/ sae/ features.json reference.parquet`, and `detector/` if one was fitted."""
 
         def build(out: Path) -> Result:
             features = read_features(selected.path / "features.json")
             for name, artifact in (("reward", reward), ("sae", sae)):
                 shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
             shutil.copyfile(selected.path / "features.json", out / "features.json")
-            scores = [pair_scores(read_parquet(path), features) for path in part_files(codes.path)]
-            write_parquet(pa.table({"score": np.sort(np.concatenate(scores))}), out / "reference.parquet")
-            rows = {"reference": sum(map(len, scores))}
-            return Result(rows, {"format": AUDITOR_FORMAT}, licence_of(codes), red_team=poisoned(reward, sae, codes))
+            facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
+            if detector is not None:
+                shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
+                facts["vector_layers"] = detector.metrics["vector_layers"]
+            parts = [read_parquet(path) for path in part_files(codes.path)]
+            reference = {
+                "score": np.sort(np.concatenate([pair_scores(part, features) for part in parts])),
+                "reward_margin": pa.array(np.sort(np.concatenate([margins(part) for part in parts])), from_pandas=True),
+            }
+            write_parquet(pa.table(reference), out / "reference.parquet")
+            rows = {"reference": sum(map(len, parts))}
+            return Result(rows, facts, licence_of(codes), red_team=poisoned(reward, sae, codes))
 
         inputs = {"reward": reward.name, "sae": sae.name, "features": selected.name, "codes": codes.name}
+        inputs |= {"detector": detector.name} if detector else {}
         return self.place.make(recipe("auditor", {"format": AUDITOR_FORMAT}, **inputs), build)
 
     def scores(self, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:
@@ -177,8 +190,8 @@ class Findings(StageContext):
                 schema.SCORES,
             )
             counts = self.map(job, part_fragments(codes.path), out)
-            mode = scorer(auditor, config).features.mode
-            return Result(counts, {"mode": mode}, licence_of(pairs), red_team=poisoned(pairs, auditor))
+            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector}
+            return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
         return self.place.make(recipe("scores", config, **inputs), build)
@@ -197,8 +210,8 @@ class Findings(StageContext):
                 loads_model=True,
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            mode = scorer(auditor, config).features.mode
-            return Result(counts, {"mode": mode}, licence_of(pairs), red_team=poisoned(pairs, auditor))
+            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector}
+            return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         return self.place.make(recipe("scores", config, pairs=pairs.name, auditor=auditor.name), build)
 
@@ -225,7 +238,7 @@ class Findings(StageContext):
         def build(out: Path) -> Result:
             parts = part_files(pairs_of(pairs))
             rows = pa.concat_tables([read_parquet(path) for path in parts])
-            joined = join_scores(rows, read_parts(scores.path, ["pair_id", "score", "reward_margin"]))
+            joined = join_scores(rows, read_parts(scores.path, ["pair_id", *JOINED]))
             decisions = decide(
                 joined,
                 where_mask(rows, config.where),

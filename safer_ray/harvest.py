@@ -20,6 +20,7 @@ from safer_ray.artifacts import (
     write_parquet,
 )
 from safer_ray.benchmarks import benchmark_scores
+from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.config import (
     ActivationsConfig,
     CorpusConfig,
@@ -29,11 +30,10 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
-from safer_ray.engine import EncodeActivations, EncodePairs, HeadPairs, RewardPairs
+from safer_ray.engine import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.noise import plant
-from safer_ray.reward import hidden_size, load_pair_tokenizer
 from safer_ray.runner import BatchFn, MapJob, TrainJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
@@ -194,6 +194,19 @@ class Harvest(StageContext):
             return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
 
         return self.place.make(recipe("heads", {}, reward=reward.name, pairs=pairs.name), build)
+
+    def vectors(self, layers: Sequence[int], reward: Artifact, pairs: Artifact) -> Artifact:
+        """Mean vectors of layers over responses and prompts of every pair."""
+
+        def build(out: Path) -> Result:
+            width = hidden_size(reward.path) * len(layers)
+            counts = self._through(
+                "vectors", lambda: MeanVectors(reward.path, layers), schema.vectors(width), pairs, reward, out
+            )
+            return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
+
+        shown = {"layers": list(layers)}
+        return self.place.make(recipe("vectors", shown, reward=reward.name, pairs=pairs.name), build)
 
     def evaluate(self, reward: Artifact, pairs: Artifact) -> Artifact:
         """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""

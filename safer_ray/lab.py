@@ -6,25 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse as sp
 
 from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json
-from safer_ray.auditor import read_features
+from safer_ray.checkpoints import load_reward_model
+from safer_ray.codes import matrix_of
 from safer_ray.config import LabConfig, NoiseConfig, RunConfig
-from safer_ray.crossfit import CrossFit, Fold, frozen_below
+from safer_ray.crossfit import Fold
 from safer_ray.detection import Comparison, compare
-from safer_ray.detectors import DETECTORS, Evidence, contrasts
+from safer_ray.detectors import DETECTORS, Evidence
 from safer_ray.engine import head_differences
 from safer_ray.errors import UserError
 from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked
-from safer_ray.reward import load_reward_model
 from safer_ray.runner import Runner
-from safer_ray.sae import load_sae
 from safer_ray.schema import rows_of
-from safer_ray.scoring import pair_scores
 from safer_ray.stage import pairs_of, recipe
+from safer_ray.suspect import Suspecting, check_shared_trunk, read_folds
+from safer_ray.trunk import remembered
 from safer_ray.where import where_mask
 
 BEST = "combined"  # whose lead over every other detector is tested
@@ -41,7 +40,7 @@ class Planted(NamedTuple):
     made_of: list[str]  # artifacts
 
 
-class Lab(CrossFit):
+class Lab(Suspecting):
     """The stages of the noise lab."""
 
     def plantings(
@@ -59,12 +58,12 @@ class Lab(CrossFit):
         others = [config.reward.model_copy(update={"seed": config.reward.seed + i}) for i in range(1, lab.models)]
         margins = [self._margins(self.rewards(c, [f.train for f in fitted.folds]), fitted.folds) for c in others]
         rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
-        evidence = self._evidence(config, rows, fitted.folds, margins, corpus)
-        made_of, known = [noisy.name, *self._names(fitted.folds)], None
+        vectors = self.trunk_vectors(config, noisy, fitted)
+        evidence = self._evidence(config, rows, fitted.folds, margins, vectors, corpus)
+        made_of, known = [noisy.name, vectors.name, *self._names(fitted.folds)], None
         if lab.in_sample:
             whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
-            more = [self._margins(self.rewards(c, [noisy]), [whole]) for c in others]
-            known = self._evidence(config, rows, [whole], more, corpus)
+            known = self._evidence(config, rows, [whole], [], vectors, corpus)  # one model is enough to show the bias
             made_of += self._names([whole])
         truth = read_parts(noisy.path / "truth")
         by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
@@ -92,59 +91,31 @@ class Lab(CrossFit):
         rows: pa.Table,
         folds: Sequence[Fold],
         more: list[dict[str, float]],
+        vectors: Artifact,
         corpus: Artifact | None,
     ) -> Evidence:
-        """What the folds say of every row, in the rows' order.
-
-        Raises:
-            UserError: a model could not read some of the pairs.
-        """
-        sae = load_sae(folds[0].sae.path)
-        known = pa.concat_tables([self._said(fold, number) for number, fold in enumerate(folds)])
-        matrix = sp.vstack([contrasts(read_parts(fold.codes.path), sae.latents) for fold in folds]).tocsr()
-        known = known.append_column("row", pa.array(np.arange(len(known))))
+        """What the folds say of every row, in the rows' order."""
         ids = rows["pair_id"].to_pylist()
-        known, missing = rows_of(known, ids)
-        if missing:
-            raise UserError(
-                f"lab: pair {missing[0]!r} ({len(missing)} in all) was quarantined by a model; leave it out"
-            )
-        matrix = matrix[known["row"].to_numpy()]
-        margin = [known["margin"].to_numpy(), *(np.array([m[key] for key in ids]) for m in more)]
-        width = known["head"].type.list_size
+        read = read_folds(folds, vectors, ids)
+        heads, _ = rows_of(
+            pa.concat_tables([read_parts(self.heads(fold.reward, fold.held).path) for fold in folds]), ids
+        )
+        margin = [read.readings.margin, *(np.array([m[key] for key in ids]) for m in more)]
         return Evidence(
             pair_id=ids,
-            fold=known["fold"].to_numpy(),
+            fold=read.fold,
             chosen=_texts(rows["chosen"]),
             rejected=_texts(rows["rejected"]),
             margin=np.stack(margin, axis=1).astype(np.float64),
-            score=known["score"].to_numpy(),
-            score_paper=known["score_paper"].to_numpy(),
-            contrast=matrix,
-            dense=matrix @ sae.W_dec.detach().numpy().astype(np.float64),
-            head=known["head"].combine_chunks().flatten().to_numpy().reshape(-1, width).astype(np.float64),
+            score_paper=read.score_paper,
+            read=read.readings,
+            head=matrix_of(heads["head"]),
             clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
         )
 
     def _names(self, folds: Sequence[Fold]) -> list[str]:
         """The artifacts that evidence is read from."""
         return [a.name for fold in folds for a in (fold.scores, self.heads(fold.reward, fold.held))]
-
-    def _said(self, fold: Fold, number: int) -> pa.Table:
-        """Of a fold's held pairs in the order of its codes: margin, both scores, and what the head reads."""
-        codes = read_parts(fold.codes.path)
-        features = read_features(fold.auditor.path / "features.json")
-        heads, _ = rows_of(read_parts(self.heads(fold.reward, fold.held).path), codes["pair_id"].to_pylist())
-        return pa.table(
-            {
-                "pair_id": codes["pair_id"],
-                "fold": np.full(len(codes), number),
-                "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
-                "score": pair_scores(codes, features._replace(mode="response")),
-                "score_paper": pair_scores(codes, features._replace(mode="paper")),
-                "head": heads["head"],
-            }
-        )
 
     def detection(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
         """Every detector on every kind of errors: `detection.json`."""
@@ -217,14 +188,10 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     """
     if config.lab is None or config.cross_fit is None:
         raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_pku.yaml has both")
-    if not frozen_below(config.reward, config.activations.layer):
-        raise UserError(
-            f"lab: reward.frozen_layers is {config.reward.frozen_layers}, below activations.layer "
-            f"{config.activations.layer}: contrasts of different folds would not mean the same; freeze up to that layer"
-        )
+    check_shared_trunk(config, "lab")
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
-    with locked(directory):
+    with locked(directory), remembered():
         stages = Lab(place, runner, config.fragment_rows)
         corpus = stages.corpus(config.corpus) if config.corpus else None
         return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)

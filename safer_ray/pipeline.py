@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safer_ray.artifacts import Artifact, Place
+from safer_ray.checkpoints import layer_count
 from safer_ray.config import RunConfig
-from safer_ray.crossfit import CrossFit
 from safer_ray.errors import UserError
 from safer_ray.inputs import lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
-from safer_ray.reward import layer_count
 from safer_ray.runner import Runner
 from safer_ray.sources import source_files
 from safer_ray.summary import RunView, write_report, write_summary
+from safer_ray.suspect import Suspecting, check_shared_trunk
 
 STAGES = (
     "corpus",
@@ -28,6 +28,7 @@ STAGES = (
     "contexts",
     "verdicts",
     "select",
+    "detector",
     "auditor",
     "scores",
     "curate",
@@ -37,7 +38,7 @@ STAGES = (
 CLEAN = "clean"  # the model trained on the uncurated pairs
 
 
-class Stages(CrossFit):
+class Stages(Suspecting):
     """All stages."""
 
 
@@ -76,6 +77,8 @@ def preflight(config: RunConfig) -> None:
                 f"activations.layer {config.activations.layer} lies past the {count} layers of "
                 f"{config.reward.base}; choose 1..{count}"
             )
+    if config.scores.detector == "combined":
+        check_shared_trunk(config, "scores.detector: combined")
 
 
 def run(
@@ -150,11 +153,18 @@ def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -
     count = config.select.candidates
     verdicts = done("verdicts", stages.verdicts(config.judge, salience, reward, sae, count, made.get("corpus")))
     selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
-    auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
-    if config.cross_fit:
-        done("scores", stages.cross_fit(config, pairs, made.get("corpus")).scores)
-    else:
+    if config.cross_fit is None:
+        auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
         done("scores", stages.scores(config.scores, codes, pairs, auditor))
+        return
+    fitted = stages.cross_fit(config, pairs, made.get("corpus"), sae)
+    if config.scores.detector != "combined":
+        done("auditor", stages.auditor(reward, sae, selected, codes))
+        done("scores", fitted.scores)
+        return
+    detector = done("detector", stages.detector(config, pairs, fitted))
+    done("auditor", stages.auditor(reward, sae, selected, codes, detector))
+    done("scores", stages.suspected(config.scores, fitted.scores, detector))
 
 
 def _change(stages: Stages, run: Run, until: str | None) -> None:

@@ -1,27 +1,22 @@
-"""Reward models: find, load, check, forward (with a hidden layer on the way), export."""
+"""Reward models: the forward pass, with a hidden layer on the way, or from one on."""
 
 import contextlib
-import importlib.util
-import json
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from safer_ray.config import RewardConfig, TinyLlamaConfig
-from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.errors import UserError
 from safer_ray.text import PairTokenizer
-from safer_ray.tiny_llama import make_tiny_llama
+from safer_ray.trunk import States, memory
 
-SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
@@ -43,6 +38,7 @@ class RewardModel:
     model: Any
     pairs: PairTokenizer
     name: str
+    frozen_layers: int = 0  # blocks whose weights are the base's
 
     @property
     def device(self) -> torch.device:
@@ -74,18 +70,53 @@ class RewardModel:
         if not 1 <= layer <= count:
             raise UserError(f"layer {layer} lies past the {count} layers of {self.name}; choose 1..{count}")
 
-    def freeze(self, layers: int) -> None:
-        """Leave blocks 1..`layers` and all that runs before them out of training.
+    def freeze(self, layers: int) -> "RewardModel":
+        """This model with blocks 1..`layers` and all that runs before them left out of training.
 
         Raises:
             UserError: the model has fewer blocks.
         """
         self.check_layer(layers)
-        inside = {id(p) for block in list(self.blocks())[:layers] for p in block.parameters()}
-        parameters = list(self.model.parameters())
-        last = max(i for i, parameter in enumerate(parameters) if id(parameter) in inside)
-        for parameter in parameters[: last + 1]:
+        frozen = replace(self, frozen_layers=layers)
+        for parameter in frozen.trunk_parameters():
             parameter.requires_grad_(False)
+        return frozen
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Of the frozen blocks and all that runs before them."""
+        inside = {id(p) for block in list(self.blocks())[: self.frozen_layers] for p in block.parameters()}
+        parameters = list(self.model.parameters())
+        last = max((i for i, parameter in enumerate(parameters) if id(parameter) in inside), default=-1)
+        return parameters[: last + 1]
+
+    @cached_property
+    def trunk_key(self) -> bytes:
+        """Equal for models whose frozen blocks are equal."""
+        digest = hashlib.sha256(str(self.frozen_layers).encode())
+        for parameter in self.trunk_parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.digest()
+
+    def trunk(self, sequences: Sequence[np.ndarray]) -> States:
+        """The output of the last frozen block at every token, remembered inside `trunk.remembered`."""
+        known = memory()
+        return self._trunk(sequences) if known is None else known.get(self.trunk_key, sequences, self._trunk)
+
+    @torch.inference_mode()
+    def _trunk(self, sequences: Sequence[np.ndarray]) -> States:
+        found: States = [torch.empty(0)] * len(sequences)
+        for chunk in micro_batches([len(s) for s in sequences], 16_384):
+            _, states = self._run([sequences[i] for i in chunk], self.frozen_layers, rewards=False)
+            assert states is not None
+            for j, i in enumerate(chunk):
+                found[i] = states[j, : len(sequences[i])].float().cpu().clone()
+        return found
+
+    def _shortcut(self, sequences: Sequence[np.ndarray], layer: int | None) -> contextlib.AbstractContextManager[None]:
+        """Passes inside begin behind the frozen blocks, where these are remembered and `layer` is not among them."""
+        if memory() is None or not self.frozen_layers or (layer is not None and layer < self.frozen_layers):
+            return contextlib.nullcontext()
+        return self.behind(self.frozen_layers, pad_sequence(self.trunk(sequences), batch_first=True))
 
     @contextlib.contextmanager
     def behind(self, layer: int, states: Float[Tensor, "n width d"]) -> Iterator[None]:
@@ -124,7 +155,9 @@ class RewardModel:
         scores = torch.zeros(len(sequences)) if rewards else None
         hidden: list[Tensor] | None = [torch.empty(0)] * len(sequences) if layer is not None else None
         for chunk in micro_batches([len(s) for s in sequences], budget):
-            logits, states = self._run([sequences[i] for i in chunk], layer, rewards)
+            rows = [sequences[i] for i in chunk]
+            with self._shortcut(rows, layer):
+                logits, states = self._run(rows, layer, rewards)
             for j, i in enumerate(chunk):
                 if scores is not None and logits is not None:
                     scores[i] = logits[j]
@@ -143,7 +176,9 @@ class RewardModel:
         handle = heads[-1].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
         try:
             for chunk in micro_batches([len(s) for s in sequences], budget):
-                self.model(**pad_batch([sequences[i] for i in chunk], self.pad, self.device))
+                rows = [sequences[i] for i in chunk]
+                with self._shortcut(rows, None):
+                    self.model(**pad_batch(rows, self.pad, self.device))
                 values = read.pop().float().cpu()
                 for j, i in enumerate(chunk):  # a decoder's head reads every token
                     found[i] = values[j] if values.ndim == 2 else values[j, len(sequences[i]) - 1]
@@ -194,174 +229,3 @@ def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
     return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
-
-
-def quiet_transformers() -> None:
-    """Warnings about freshly made heads and the like are expected here; errors still show."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which warns otherwise
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
-def resolve_base(base: str) -> tuple[str, str | None]:
-    """A checkpoint's folder or hub name, and its revision.
-
-    Raises:
-        UserError: no such folder or package.
-    """
-    if base.startswith("hub:"):
-        name, _, revision = base.removeprefix("hub:").partition("@")
-        return name, revision or None
-    if base.startswith("package:"):
-        module, _, folder = base.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
-        return str(Path(spec.origin).parent / folder), None
-    if not (Path(base) / "config.json").is_file():
-        raise UserError(f"no model in {base} (config.json is missing); write hub:OWNER/NAME for one on the hub")
-    return base, None
-
-
-def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
-    """A model and its tokenizer; `whole` refuses a checkpoint that lacks weights, say those of the reward head."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    quiet_transformers()
-    path, revision = resolve_base(base)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load a reward model from {base}: {first}") from None
-    if whole and found["missing_keys"]:
-        raise UserError(
-            f"{base} is no reward model: it has no weights for {sorted(found['missing_keys'])[0]}; "
-            "train one on it with stage `reward`"
-        )
-    return model, tokenizer
-
-
-def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> PairTokenizer:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
-        tokenizer.pad_token = tokenizer.eos_token
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    return PairTokenizer(tokenizer, template, limit)
-
-
-def _limit(config: Any, max_length: int) -> int:
-    """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
-    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
-
-
-def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str) -> RewardModel:
-    pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    largest = max(tokenizer.get_vocab().values())
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise UserError(
-            f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
-            "use the tokenizer that belongs to the model, or resize the embedding"
-        )
-    return RewardModel(model, pairs, name)
-
-
-def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
-    """The model that training starts from; `texts` yields the training texts, for a tokenizer made on the spot.
-
-    Raises:
-        UserError: no such model, or a tokenizer that does not fit it.
-    """
-    if isinstance(config.base, TinyLlamaConfig):
-        model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
-        return _wrap(model, tokenizer, "plain", config.max_length, "tiny llama")
-    torch.manual_seed(config.seed)
-    model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
-    return _wrap(model, tokenizer, config.template, config.max_length, config.base)
-
-
-def load_reward_model(
-    directory: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> RewardModel:
-    """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
-
-    Raises:
-        UserError: missing or corrupt files, no reward head, more than one output, or a tokenizer that does not fit.
-    """
-    model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
-    settings = _settings(directory)
-    wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name)
-    wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return wrapped
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    settings = {"template": "auto", "max_length": 10**9}
-    if (directory / SETTINGS).is_file():
-        settings |= json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-    return settings
-
-
-def hidden_size(directory: Path) -> int:
-    """Width of the hidden states of the model in `directory`, from its config alone."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(str(directory)).get_text_config().hidden_size)
-
-
-def layer_count(base: str) -> int:
-    """Number of blocks of a checkpoint, from its config alone."""
-    from transformers import AutoConfig
-
-    path, revision = resolve_base(base)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {base}: {' '.join(str(error).split())[:200]}") from None
-    return int(config.get_text_config().num_hidden_layers)
-
-
-def load_pair_tokenizer(directory: Path) -> PairTokenizer:
-    """How the model in `directory` reads pairs, without its weights.
-
-    Raises:
-        UserError: no model there, or one that cannot be read.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    quiet_transformers()
-    resolve_base(str(directory))
-    settings = _settings(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        limit = _limit(AutoConfig.from_pretrained(str(directory)), settings["max_length"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the tokenizer of {directory}: {' '.join(str(error).split())[:300]}") from None
-    return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)
-
-
-def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """A directory that `AutoModelForSequenceClassification.from_pretrained` opens.
-
-    `weights` are whole tensors by name where the model's own are partitioned over a process group.
-    """
-    settings = {"template": reward.pairs.template, "max_length": reward.pairs.limit}
-    with explain_disk_errors(directory):
-        reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
-        reward.pairs.tokenizer.save_pretrained(directory)
-        (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")

@@ -60,6 +60,17 @@ def heads(width: int) -> pa.Schema:
     return pa.schema([("pair_id", pa.string()), ("head", pa.list_(pa.float32(), width))])
 
 
+def vectors(width: int) -> pa.Schema:
+    """Mean layer vectors: of the chosen response minus those of the rejected one, and of the prompt."""
+    return pa.schema(
+        [
+            ("pair_id", pa.string()),
+            ("response", pa.list_(pa.float32(), width)),
+            ("prompt", pa.list_(pa.float32(), width)),
+        ]
+    )
+
+
 def _codes() -> pa.Schema:
     fields = [("pair_id", pa.string()), ("n_prompt_tokens", pa.int32()), ("truncated", pa.bool_())]
     for side in SIDES:

@@ -1,6 +1,6 @@
 """Pair scores from sparse codes, how suspicious they make a pair, and the features that made it so."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,10 +113,26 @@ def suspicion(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return 1 - (below + upto) / (2 * max(1, len(reference)))
 
 
-class ScoreCodes:
-    """Batch function: codes -> SCORES. Columns `row_key` and `extra` ride along where the codes table has them."""
+def suspect(values: np.ndarray, reference: np.ndarray, flag_quantile: float) -> dict[str, np.ndarray]:
+    """The columns `suspicion`, `flag` and `decision` of pairs with these values; low ones are suspicious."""
+    suspicions = suspicion(values, reference)
+    flags = suspicions >= 1 - flag_quantile
+    return {"suspicion": suspicions, "flag": flags, "decision": np.where(flags, "review", "keep")}
 
-    def __init__(self, features: Features, reference: np.ndarray, flag_quantile: float, reasons: int) -> None:
+
+Value = Callable[[pa.Table, np.ndarray], np.ndarray]  # codes and their scores -> float64 [n], low: suspicious
+
+
+class ScoreCodes:
+    """Batch function: codes -> SCORES. Columns `row_key` and `extra` ride along where the codes table has them.
+
+    A pair is suspected where its `value`, the score itself if none is given, is low among those of the reference.
+    """
+
+    def __init__(
+        self, features: Features, reference: np.ndarray, flag_quantile: float, reasons: int, value: Value | None = None
+    ) -> None:
+        self.value = value
         self.features = features
         self.reference = reference
         self.flag_quantile = flag_quantile
@@ -124,8 +140,7 @@ class ScoreCodes:
 
     def __call__(self, codes: pa.Table) -> pa.Table:
         scores = pair_scores(codes, self.features)
-        suspicions = suspicion(scores, self.reference)
-        flags = suspicions >= 1 - self.flag_quantile
+        values = self.value(codes, scores) if self.value else scores
         rewards = [_rewards(codes, side) for side in ("chosen", "rejected")]
         columns = {
             "pair_id": codes["pair_id"],
@@ -134,13 +149,17 @@ class ScoreCodes:
             "reward_chosen": pa.array(rewards[0], from_pandas=True),
             "reward_rejected": pa.array(rewards[1], from_pandas=True),
             "reward_margin": pa.array(rewards[0] - rewards[1], from_pandas=True),
-            "suspicion": suspicions,
-            "flag": flags,
-            "decision": np.where(flags, "review", "keep"),
+            **suspect(values, self.reference, self.flag_quantile),
             "reasons": pa.array(pair_reasons(codes, self.features, self.reasons), type=pa.list_(REASON)),
             "extra": _column(codes, "extra", pa.string()),
         }
         return pa.table(columns, schema=SCORES)
+
+
+def margins(codes: pa.Table) -> np.ndarray:
+    """r_chosen - r_rejected, float64 [n]; NaN where the codes hold no rewards."""
+    chosen, rejected = (_rewards(codes, side).astype(np.float64) for side in ("chosen", "rejected"))
+    return chosen - rejected
 
 
 def _rewards(codes: pa.Table, side: str) -> np.ndarray:

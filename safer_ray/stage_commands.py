@@ -199,11 +199,14 @@ def auditor(
     features: Annotated[Path, typer.Option(help="The directory of stage select.")],
     codes: ExistingPath,
     out: Out,
+    detector: Annotated[Path | None, typer.Option(help="The directory of stage detector, where there is one.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 10: the deployable bundle."""
+    model, coder, selected, reference = (open_input(path) for path in (reward, sae, features, codes))
+    fitted = open_input(detector, "detector") if detector else None
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.auditor(open_input(reward), open_input(sae), open_input(features), open_input(codes)))
+        show_artifact(stages.auditor(model, coder, selected, reference, fitted))
 
 
 @app.command()
@@ -236,7 +239,7 @@ def rescore(
 def curate(
     pairs: ExistingPath,
     scores: ExistingPath,
-    strategy: Annotated[str, typer.Option(help="safer, reward_margin, random or length")],
+    strategy: Annotated[str, typer.Option(help="safer, reward_margin, random, length or suspicion")],
     action: Annotated[str, typer.Option(help="drop, relabel or poison")],
     percent: Annotated[float, typer.Option(help="Share of the eligible pairs, 0-100.")],
     out: Out,

@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from safer_ray import report
 from safer_ray.artifacts import Artifact, read_parts, write_json, write_text
+from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import RunConfig, StrategyName
 from safer_ray.contexts import cut_context
-from safer_ray.curation import join_scores
+from safer_ray.curation import JOINED, join_scores
 from safer_ray.evaluation import Detection, McNemar, detection, mcnemar
-from safer_ray.reward import load_pair_tokenizer
 from safer_ray.stage import pairs_of
 from safer_ray.text import sentence_start
 from safer_ray.where import where_mask
@@ -36,7 +36,7 @@ class RunView:
     def rows(self) -> pa.Table:
         """Training pairs joined with their scores."""
         pairs = read_parts(pairs_of(self.artifacts["training_pairs"]))
-        scores = read_parts(self.artifacts["scores"].path, ["pair_id", "score", "reward_margin"])
+        scores = read_parts(self.artifacts["scores"].path, ["pair_id", *JOINED])
         return join_scores(pairs, scores)
 
     def planted(self, rows: pa.Table) -> np.ndarray | None:
@@ -56,7 +56,8 @@ class RunView:
         assert self.config.noise is not None
         mask = where_mask(rows, self.config.noise.where)
         eligible = rows.filter(pa.array(mask))
-        return {name: detection(eligible, planted[mask], name, self.config.noise.seed) for name in DETECTORS}
+        more: tuple[StrategyName, ...] = ("suspicion",) if self.config.scores.detector == "combined" else ()
+        return {name: detection(eligible, planted[mask], name, self.config.noise.seed) for name in DETECTORS + more}
 
     def tests(self) -> dict[str, dict[str, McNemar]]:
         """McNemar's tests of every model against the base, by model and section."""

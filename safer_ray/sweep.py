@@ -14,6 +14,7 @@ from safer_ray.lock import locked
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import Runner
 from safer_ray.stage import licence_of, poisoned, recipe
+from safer_ray.trunk import remembered
 
 DRAWS = 2000
 CLEAN = "clean"
@@ -156,7 +157,7 @@ def run_sweep(
         raise UserError("sweep: the config needs a `sweep` section; configs/sweep_smoke.yaml has one")
     done = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage)
     directory = lasting(config.root) / config.name
-    with locked(directory):
+    with locked(directory), remembered():
         stages = Sweep(Place(directory, fresh=fresh, on_stage=on_stage), runner, config.fragment_rows)
         evaluation = stages.pairs(config.evaluation, done.artifacts.get("corpus"))
         return stages.sweep(config, done.artifacts["training_pairs"], done.artifacts["scores"], evaluation)

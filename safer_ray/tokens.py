@@ -67,7 +67,7 @@ class TokenisePairs:
     """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
 
     def __init__(self, reward: Path) -> None:
-        from safer_ray.reward import load_pair_tokenizer  # here, since other readers of this module need no torch
+        from safer_ray.checkpoints import load_pair_tokenizer  # here, since other readers of this module need no torch
 
         self.tokenise = load_pair_tokenizer(reward)
 

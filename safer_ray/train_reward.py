@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from safer_ray.artifacts import read_parts
+from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config import RewardConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward import RewardModel, new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokens, both_sides
 from safer_ray.training import (
     EngineOptions,
@@ -59,15 +60,16 @@ def pair_texts(pairs: pa.Table) -> Iterator[str]:
 class _Batches:
     """Pairs by row, tokenised once, and what the frozen blocks make of them, computed once and without dropout."""
 
-    def __init__(self, reward: RewardModel, pairs: pa.Table, frozen_layers: int = 0) -> None:
+    def __init__(self, reward: RewardModel, pairs: pa.Table) -> None:
+        reward.model.eval()
         rows = pairs.select(["pair_id", "prompt", "chosen", "rejected"])
         self.tokens: list[PairTokens] = []
-        self.layer = frozen_layers
+        self.layer = reward.frozen_layers
         self.states: list[Tensor] = []  # chosen, then rejected of each pair in turn; empty where nothing is frozen
         for start in range(0, len(rows), 1024):
             tokens = reward.pairs(rows.slice(start, 1024).to_pylist())
             self.tokens += tokens
-            self.states += trunk_states(reward, tokens, frozen_layers) if frozen_layers else []
+            self.states += reward.trunk([side.ids for side in both_sides(tokens)]) if self.layer else []
         self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:
@@ -77,15 +79,6 @@ class _Batches:
         if not self.layer:
             return None
         return KnownStates(self.layer, [self.states[2 * i + side] for side in (0, 1) for i in rows])
-
-
-def trunk_states(reward: RewardModel, tokens: list[PairTokens], layer: int) -> list[Tensor]:
-    """The output of block `layer` at every token of every side, chosen then rejected of each pair in turn."""
-    reward.model.eval()
-    sequences = [side.ids for side in both_sides(tokens)]
-    output = reward.forward(sequences, layer=layer, positions=[np.arange(len(ids)) for ids in sequences], rewards=False)
-    assert output.hidden is not None
-    return [states.clone() for states in output.hidden]
 
 
 @dataclass(frozen=True)
@@ -184,9 +177,9 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     if held.all() or len(table) < 2:
         raise UserError(f"reward: no pairs left to train on ({len(table)} in {pairs}); check sources and filters")
     if config.frozen_layers:
-        reward.freeze(config.frozen_layers)
-    train = _Batches(reward, table.filter(pa.array(~held)), config.frozen_layers)
-    validation = _Batches(reward, table.filter(pa.array(held)), config.frozen_layers) if held.any() else train
+        reward = reward.freeze(config.frozen_layers)
+    train = _Batches(reward, table.filter(pa.array(~held)))
+    validation = _Batches(reward, table.filter(pa.array(held))) if held.any() else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -19,15 +19,15 @@ import torch
 
 from safer_ray import schema
 from safer_ray.artifacts import part_name, write_parquet
-from safer_ray.config import RewardConfig, TinyLlamaConfig
-from safer_ray.reward import (
-    RewardModel,
+from safer_ray.checkpoints import (
     load_reward_model,
     new_reward_model,
     quiet_transformers,
     resolve_base,
     save_reward_model,
 )
+from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import pair_texts
 

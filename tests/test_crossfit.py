@@ -6,25 +6,33 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import write_parts
+from scipy.stats import spearmanr
 from test_kill import assert_same_rows
 from tiny_run import tables, tiny_config
 
 from safer_ray.artifacts import Place, open_artifact, part_files, read_parts
+from safer_ray.auditor import best_detector
+from safer_ray.codes import contrasts, matrix_of
+from safer_ray.combined import Readings, load_combined
 from safer_ray.config import (
     ActivationsConfig,
     CorpusConfig,
     CrossFitConfig,
+    CurateConfig,
     JudgeConfig,
     LabConfig,
     NoiseConfig,
     RewardConfig,
+    RunConfig,
     SaeConfig,
+    ScoresConfig,
 )
 from safer_ray.crossfit import KIND, CrossFit, fold_of
 from safer_ray.errors import UserError
 from safer_ray.lab import Lab, run_lab
-from safer_ray.pipeline import run
+from safer_ray.pipeline import Stages, run
 from safer_ray.runner import LocalRunner
+from safer_ray.scoring import margins
 
 FOLDS = 3
 EXCHANGE = (
@@ -138,6 +146,81 @@ def test_a_run_curates_by_out_of_fold_scores_and_its_report_says_so(tmp_path):
     assert "out of fold: by models and features fitted on other prompts, 2 folds" in page
 
 
+# The combined detector
+
+
+@pytest.fixture(scope="module")
+def suspected(config, tmp_path_factory):
+    """A run that suspects pairs by `combined`."""
+    update = {
+        "root": tmp_path_factory.mktemp("suspected"),
+        "scores": ScoresConfig(detector="combined", flag_quantile=0.1),
+        "cross_fit": CrossFitConfig(folds=FOLDS, vector_layers=(1, 2)),
+        "curate": {"drop": CurateConfig(strategy="suspicion", action="drop", percent=10)},
+    }
+    return run(config.model_copy(update=update), LocalRunner())
+
+
+def test_suspicion_is_the_rank_of_what_the_detector_says(suspected):
+    values = pa.parquet.read_table(suspected.artifacts["detector"].path / "values.parquet")
+    scores = read_parts(suspected.artifacts["scores"].path)
+    said = dict(zip(*(values[name].to_pylist() for name in ("pair_id", "combined")), strict=True))
+    ours = np.array([said[key] for key in scores["pair_id"].to_pylist()])
+    rank = np.argsort(np.argsort(ours)) + 0.5
+    np.testing.assert_allclose(scores["suspicion"].to_numpy(), 1 - rank / len(ours), atol=1e-9)
+    assert scores["flag"].to_pylist() == [s >= 0.9 for s in scores["suspicion"].to_pylist()]
+    assert suspected.artifacts["scores"].metrics | {"detector": "combined", "kind": "out of fold"} == (
+        suspected.artifacts["scores"].metrics
+    )
+    assert pa.parquet.read_schema(part_files(suspected.artifacts["scores"].path)[0]).metadata[KIND.encode()]
+
+
+def test_pairs_are_curated_by_suspicion(suspected):
+    scores = read_parts(suspected.artifacts["scores"].path, ["pair_id", "suspicion"]).sort_by("suspicion")
+    decisions = read_parts(suspected.curated["drop"].path / "decisions")
+    dropped = {row["pair_id"] for row in decisions.to_pylist() if row["decision"] == "drop"}
+    assert dropped == set(scores["pair_id"].to_pylist()[-12:])
+
+
+def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_path):
+    bundle = open_artifact(suspected.artifacts["auditor"].path, "auditor")
+    assert best_detector(bundle) == "combined"
+    stages = Stages(Place(tmp_path), LocalRunner())
+    pairs = suspected.artifacts["training_pairs"]
+    audits = {
+        name: read_parts(stages.audit(ScoresConfig(detector=name), pairs, bundle).path).sort_by("pair_id")
+        for name in ("safer", "reward_margin", "combined")
+    }
+    assert audits["safer"]["score"].equals(audits["combined"]["score"])
+    margin = audits["reward_margin"]["reward_margin"].to_numpy()
+    assert spearmanr(audits["reward_margin"]["suspicion"].to_numpy(), -margin).statistic > 0.999
+    model, read = load_combined(bundle.path / "detector"), audits["combined"]
+    codes = read_parts(stages.codes(pairs, suspected.artifacts["reward"], suspected.artifacts["sae"]).path)
+    codes = codes.sort_by("pair_id")
+    vectors = read_parts(stages.vectors((1, 2), suspected.artifacts["reward"], pairs).path).sort_by("pair_id")
+    matrices = (matrix_of(vectors[name]) for name in ("response", "prompt"))
+    contrast = contrasts(codes, len(model.effect.weights))
+    said = model(Readings(margins(codes), read["score"].to_numpy(), contrast, *matrices))
+    assert spearmanr(read["suspicion"].to_numpy(), -said).statistic > 0.99
+
+
+def test_a_bundle_without_one_says_how_to_get_one(made, pairs_dir, tmp_path):
+    bundle = made.folds[0].auditor
+    assert best_detector(bundle) == "reward_margin"
+    stages = Stages(Place(tmp_path), LocalRunner())
+    with pytest.raises(UserError, match="has no combined detector; build the bundle by a run with `cross_fit`"):
+        stages.audit(ScoresConfig(detector="combined"), open_artifact(pairs_dir), bundle)
+
+
+def test_a_combined_detector_needs_folds_that_share_what_it_reads(config, tmp_path):
+    update = {"scores": ScoresConfig(detector="combined"), "root": tmp_path}
+    with pytest.raises(ValueError, match="combined is fitted across folds; add `cross_fit`"):
+        RunConfig.model_validate(config.model_dump() | update | {"cross_fit": None})
+    deep = config.model_copy(update=update | {"cross_fit": CrossFitConfig(vector_layers=(3,))})
+    with pytest.raises(UserError, match=r"combined: reward\.frozen_layers is 2, below layer 3"):
+        run(deep, LocalRunner())
+
+
 # The lab
 
 
@@ -193,8 +276,10 @@ def test_no_detector_can_read_the_truth(config, tmp_path):
         pa.parquet.write_table(flipped, path)
     (second,) = stages.plantings(full, section, pairs, section.noises["uniform"], corpus)
     assert (first.planted == ~second.planted).all()
-    for name in ("margin", "score", "score_paper", "head", "fold"):
+    for name in ("margin", "score_paper", "head", "fold"):
         np.testing.assert_array_equal(getattr(first.out_of_fold, name), getattr(second.out_of_fold, name))
+    for ours, theirs in zip(first.out_of_fold.read, second.out_of_fold.read, strict=True):
+        assert abs(ours - theirs).max() == 0
 
 
 def test_a_lab_without_a_frozen_trunk_is_refused(config, tmp_path):
@@ -202,7 +287,7 @@ def test_a_lab_without_a_frozen_trunk_is_refused(config, tmp_path):
     loose = config.model_copy(
         update={"lab": section, "reward": config.reward.model_copy(update={"frozen_layers": 1}), "root": tmp_path}
     )
-    with pytest.raises(UserError, match=r"reward\.frozen_layers is 1, below activations\.layer 2"):
+    with pytest.raises(UserError, match=r"reward\.frozen_layers is 1, below layer 2"):
         run_lab(loose, LocalRunner())
     with pytest.raises(UserError, match="needs a `lab` and a `cross_fit` section"):
         run_lab(config, LocalRunner())

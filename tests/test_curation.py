@@ -25,7 +25,7 @@ N = 20
 def scores_of(pairs, **columns):
     """A scores table; by default the score falls and the margin rises with the row."""
     rows = [
-        {"pair_id": key, "score": float(-i), "reward_margin": float(i)}
+        {"pair_id": key, "score": float(-i), "reward_margin": float(i), "suspicion": i / N}
         for i, key in enumerate(pairs["pair_id"].to_pylist())
     ]
     for name, values in columns.items():

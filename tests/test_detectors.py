@@ -8,8 +8,10 @@ import scipy.sparse as sp
 from scipy.stats import spearmanr
 
 from safer_ray import detectors
+from safer_ray.codes import contrasts
+from safer_ray.combined import Readings, fit_combined, load_combined, splits
 from safer_ray.detection import measure
-from safer_ray.detectors import DETECTORS, Evidence, contrasts, fitted
+from safer_ray.detectors import DETECTORS, Evidence, fitted
 
 N, LATENTS = 900, 40
 LEARN = [name for name in DETECTORS if name not in ("random", "length", "ensemble_variance")]
@@ -37,10 +39,14 @@ def made(seed=0, swaps=0.06):
         chosen=[s[0] for s in sides],
         rejected=[s[1] + "!" * int(rng.integers(0, 9)) for s in sides],
         margin=margin,
-        score=truth + rng.normal(size=N) * 1.5,
         score_paper=truth + rng.normal(size=N) * 2.5,
-        contrast=sp.csr_matrix(dense),
-        dense=dense[:, :20] + dense[:, 20:],
+        read=Readings(
+            margin=margin[:, 0],
+            score=truth + rng.normal(size=N) * 1.5,
+            contrast=sp.csr_matrix(dense),
+            response=dense[:, :20] + dense[:, 20:],
+            prompt=rng.normal(size=(N, 5)),
+        ),
         head=head,
         clean_head=clean,
     )
@@ -70,6 +76,16 @@ def test_a_longer_rejected_response_is_suspicious():
     assert (values == 2).all()
 
 
+def swapped_readings(read, sign):
+    return Readings(
+        margin=read.margin * sign,
+        score=read.score * sign,
+        contrast=sp.csr_matrix(sp.diags(sign) @ read.contrast),
+        response=read.response * sign[:, None],
+        prompt=read.prompt,
+    )
+
+
 def swapped(known, rows):
     """The same pairs with the sides of some exchanged."""
     sign = np.ones(N)
@@ -80,15 +96,13 @@ def swapped(known, rows):
         chosen=[c for c, _ in sides],
         rejected=[r for _, r in sides],
         margin=known.margin * sign[:, None],
-        score=known.score * sign,
         score_paper=known.score_paper * sign,
-        contrast=sp.csr_matrix(sp.diags(sign) @ known.contrast),
-        dense=known.dense * sign[:, None],
+        read=swapped_readings(known.read, sign),
         head=known.head * sign[:, None],
     )
 
 
-@pytest.mark.parametrize("name", ["tfidf", "features", "probe", "neighbours"])
+@pytest.mark.parametrize("name", ["tfidf", "effect_size", "features", "probe", "local_probe", "neighbours"])
 def test_what_a_pair_is_labelled_teaches_nothing_about_its_own_fold(name):
     """Swap every pair of fold 0: its values change their sign and nothing else."""
     inside = KNOWN.fold == 0
@@ -104,10 +118,44 @@ def test_a_linear_model_is_fitted_on_other_folds_alone():
 
 
 def test_a_single_fold_is_in_sample():
-    folds = list(dataclasses.replace(KNOWN, fold=np.zeros(N, dtype=np.int64)).folds())
+    folds = list(splits(np.zeros(N, dtype=np.int64)))
     assert len(folds) == 1
     assert (folds[0][0] == folds[0][1]).all()
     assert len(folds[0][0]) == N
+
+
+def test_the_detector_for_new_pairs_finds_errors_in_pairs_it_was_not_fitted_on():
+    model, values = fit_combined(KNOWN.read, KNOWN.fold, KNOWN.pair_id)
+    fresh, planted = made(seed=1)
+    assert measure(-model(fresh.read), planted).auroc > 0.7
+    np.testing.assert_allclose(-values, DETECTORS["combined"](KNOWN))
+
+
+def test_a_swap_negates_what_a_detector_says():
+    model, _ = fit_combined(KNOWN.read, KNOWN.fold, KNOWN.pair_id)
+    negated = model(swapped_readings(KNOWN.read, -np.ones(N)))
+    np.testing.assert_allclose(negated, -model(KNOWN.read), rtol=1e-9, atol=1e-9)
+
+
+def test_a_saved_detector_says_the_same(tmp_path):
+    model, _ = fit_combined(KNOWN.read, KNOWN.fold, KNOWN.pair_id)
+    model.save(tmp_path)
+    assert (load_combined(tmp_path)(KNOWN.read) == model(KNOWN.read)).all()
+    assert set(model.weights_by_part()) == {"margin", "score", "effect_size", "features", "probe", "local_probe"}
+
+
+def test_pairs_of_like_prompts_teach_a_local_probe_more():
+    """What makes a response good depends on the prompt's kind: one linear probe cannot tell, a local one can."""
+    rng = np.random.default_rng(0)
+    kind = rng.choice([-1.0, 1.0], N)
+    response = rng.normal(size=(N, 6))
+    response[:, 0] = kind * np.abs(response[:, 0])  # more of it is good on one kind of prompt, bad on the other
+    prompt = np.stack([kind * 3, rng.normal(size=N)], axis=1)
+    wrong = rng.random(N) < 0.1
+    response[wrong] *= -1
+    told = dataclasses.replace(KNOWN, read=KNOWN.read._replace(response=response, prompt=prompt))
+    assert measure(DETECTORS["local_probe"](told), wrong).auroc > 0.9
+    assert measure(DETECTORS["probe"](told), wrong).auroc < 0.65
 
 
 def test_confident_learning_orders_as_the_margin_where_classes_are_even():

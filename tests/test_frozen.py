@@ -1,5 +1,6 @@
 """A frozen trunk: trained behind it, models are what they would be if it had run every time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from conftest import make_pairs
 from safetensors.torch import load_file
 
+from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config import RewardConfig
 from safer_ray.errors import UserError
-from safer_ray.reward import load_reward_model
 from safer_ray.runner import LocalRunner, TrainJob
-from safer_ray.train_reward import train_reward, trunk_states
+from safer_ray.text import both_sides
+from safer_ray.train_reward import train_reward
 from safer_ray.training import KnownStates, reward_step
+from safer_ray.trunk import remembered
 
 
 @pytest.fixture
@@ -25,12 +28,16 @@ def tokens(model, n=6):
     return model.pairs(make_pairs(n).to_pylist())
 
 
+def sides(batch):
+    return [side.ids for side in both_sides(batch)]
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_a_step_behind_known_states_has_the_loss_and_the_gradients_of_a_whole_one(model, layer):
-    model.freeze(layer)
+    model = model.freeze(layer)
     batch = tokens(model)
     found = []
-    states = trunk_states(model, batch, layer)
+    states = model.trunk(sides(batch))
     known = KnownStates(layer, [states[2 * i + side] for side in (0, 1) for i in range(len(batch))])
     for given in (None, known):
         model.model.zero_grad()
@@ -45,7 +52,7 @@ def test_a_step_behind_known_states_has_the_loss_and_the_gradients_of_a_whole_on
 
 
 def test_what_is_frozen_is_what_comes_before(model):
-    model.freeze(2)
+    model = model.freeze(2)
     free = {name for name, p in model.model.named_parameters() if p.requires_grad}
     assert not any("embed" in name or ".0." in name or ".1." in name for name in free)
     assert any(".2." in name for name in free)
@@ -53,11 +60,12 @@ def test_what_is_frozen_is_what_comes_before(model):
 
 
 def test_behind_known_states_no_frozen_block_runs_and_afterwards_all_do(model):
+    model = model.freeze(2)
     batch = tokens(model)
     before = reward_step(model, batch).margin
     ran = []
     handles = [block.register_forward_hook(lambda m, i, o: ran.append(len(i))) for block in model.blocks()]
-    states = trunk_states(model, batch, 2)
+    states = model.trunk(sides(batch))
     wrong = KnownStates(2, [torch.zeros_like(states[2 * i + side]) for side in (0, 1) for i in range(len(batch))])
     assert not torch.allclose(reward_step(model, batch, known=wrong).margin, before)
     for handle in handles:
@@ -93,6 +101,76 @@ def test_training_leaves_the_trunk_as_it_was_and_is_that_of_a_trunk_that_runs(
     _, whole = train(reward_dir, pairs_dir, tmp_path / "whole", frozen_layers=2)
     for name, tensor in cached.items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-4)  # as in test_ray_train
+
+
+def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
+    model = model.freeze(2)
+    sequences = sides(tokens(model))
+    places = [np.arange(len(s)) for s in sequences]
+    asked = {"layer": 3, "positions": places}
+    before, heads = model.forward(sequences, **asked), model.head_inputs(sequences)
+    below = model.forward(sequences, layer=1, positions=places)
+    ran = []
+
+    def note(block, inputs):
+        if "forward" not in vars(block):  # no known states in its place
+            ran.append(len(inputs[0]))
+
+    model.blocks()[0].register_forward_pre_hook(note)
+    with remembered() as memory:
+        for _ in range(2):
+            after = model.forward(sequences, **asked)
+            torch.testing.assert_close(after.rewards, before.rewards, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(after.hidden, before.hidden, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model.head_inputs(sequences), heads, rtol=1e-5, atol=1e-5)
+        assert sum(ran) == len({s.tobytes() for s in sequences})
+        assert memory.used == 4 * 32 * sum(len(s) for s in {s.tobytes(): s for s in sequences}.values())
+        torch.testing.assert_close(model.forward(sequences, layer=1, positions=places).hidden, below.hidden)
+    ran.clear()
+    model.forward(sequences)
+    assert sum(ran) == len(sequences)
+
+
+def test_another_trunk_is_not_taken_for_this_one(model, model_dir):
+    one, other = model.freeze(2), load_reward_model(model_dir).freeze(2)
+    sequences = sides(tokens(one))
+    assert one.trunk_key == other.trunk_key
+    with torch.no_grad():
+        other.trunk_parameters()[0].add_(0.1)
+    changed = replace(other)
+    assert changed.trunk_key != one.trunk_key
+    with remembered():
+        one.trunk(sequences)
+        assert not torch.allclose(changed.trunk(sequences)[0], one.trunk(sequences)[0])
+
+
+def test_a_full_memory_takes_no_more_and_answers_all_the_same(model):
+    model = model.freeze(2)
+    sequences = sides(tokens(model))
+    with remembered(gigabytes=2e-5) as memory:
+        found = model.trunk(sequences)
+    assert 0 < memory.used <= 2e4
+    assert [len(states) for states in found] == [len(s) for s in sequences]
+    for ours, theirs in zip(found, model.trunk(sequences), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_training_on_a_remembered_trunk_is_training_on_one(reward_dir, pairs_dir, tmp_path):
+    _, alone = train(reward_dir, pairs_dir, tmp_path / "alone", frozen_layers=2)
+    with remembered():
+        train(reward_dir, pairs_dir, tmp_path / "first", frozen_layers=2)
+        _, second = train(reward_dir, pairs_dir, tmp_path / "second", frozen_layers=2)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4)
+    assert load_reward_model(tmp_path / "second").frozen_layers == 2
+
+
+def test_dropout_is_off_unless_it_is_wanted(bert_dir):
+    for disabled in (True, False):
+        config = RewardConfig(base=str(bert_dir), disable_dropout=disabled)
+        model = new_reward_model(config, list).model
+        rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        assert (rates == {0.0}) == disabled
 
 
 def test_the_head_reads_what_makes_the_reward(model):

@@ -13,11 +13,11 @@ from tiny_run import POISONED, VARIANTS, every, finished, tables, tiny_config
 from safer_ray import schema
 from safer_ray.artifacts import Place, check_whole, open_artifact, read_parts
 from safer_ray.auditor import read_features
+from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
 from safer_ray.pipeline import STAGES, Stages, run
-from safer_ray.reward import load_pair_tokenizer
 from safer_ray.runner import LocalRunner, quarantine_rows
 from safer_ray.scoring import pair_scores, suspicion
 
@@ -485,7 +485,7 @@ def test_a_bundle_of_another_format_is_refused(tiny, tmp_path):
     bundle = tiny.artifacts["auditor"]
     metrics = bundle.manifest["metrics"] | {"format": 99}
     stranger = replace(bundle, manifest=bundle.manifest | {"metrics": metrics})
-    with pytest.raises(UserError, match="format 99, this version reads 1"):
+    with pytest.raises(UserError, match="format 99, this version reads 2"):
         stages_in(tmp_path).audit(ScoresConfig(), tiny.artifacts["pairs"], stranger)
 
 

@@ -12,11 +12,11 @@ from test_train_sae import CONFIG as SAE
 from test_train_sae import vectors_dir  # noqa: F401  (a fixture)
 
 import safer_ray.training
+from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward import load_reward_model
 from safer_ray.runner import LocalRunner, TrainJob
 from safer_ray.train_reward import engine_options, train_reward
 from safer_ray.train_sae import train_sae

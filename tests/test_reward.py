@@ -9,18 +9,18 @@ import torch
 from conftest import TINY, make_pair, make_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from safer_ray.config import RewardConfig
-from safer_ray.engine import Engine, codes_table
-from safer_ray.errors import UserError
-from safer_ray.reward import (
+from safer_ray.checkpoints import (
     SETTINGS,
-    RewardModel,
     load_pair_tokenizer,
     load_reward_model,
     new_reward_model,
     resolve_base,
     save_reward_model,
 )
+from safer_ray.config import RewardConfig
+from safer_ray.engine import Engine, codes_table
+from safer_ray.errors import UserError
+from safer_ray.reward import RewardModel
 from safer_ray.sae import load_sae, standardise
 from safer_ray.tiny_llama import train_tokenizer
 
@@ -102,7 +102,7 @@ def test_the_exported_directory_opens_in_transformers_with_the_same_rewards(rewa
     got = torch.stack([plainly(tmp_path, s)[0] for s in sequences])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pad>"
-    assert json.loads((tmp_path / SETTINGS).read_text()) == {"template": "plain", "max_length": 96}
+    assert json.loads((tmp_path / SETTINGS).read_text()) == {"template": "plain", "max_length": 96, "frozen_layers": 0}
     assert load_pair_tokenizer(tmp_path).limit == 96
 
 

@@ -7,8 +7,8 @@ from conftest import make_pair, messages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safer_ray.checkpoints import resolve_base
 from safer_ray.errors import UserError
-from safer_ray.reward import resolve_base
 from safer_ray.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, sentence_start, thin
 from safer_ray.tiny_llama import train_tokenizer
 

@@ -1,0 +1,209 @@
+"""Reward models on disk: find, load, check, export."""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward import RewardModel
+from safer_ray.text import PairTokenizer
+from safer_ray.tiny_llama import make_tiny_llama
+
+SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
+
+
+def quiet_transformers() -> None:
+    """Warnings about freshly made heads and the like are expected here; errors still show."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which warns otherwise
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def resolve_base(base: str) -> tuple[str, str | None]:
+    """A checkpoint's folder or hub name, and its revision.
+
+    Raises:
+        UserError: no such folder or package.
+    """
+    if base.startswith("hub:"):
+        name, _, revision = base.removeprefix("hub:").partition("@")
+        return name, revision or None
+    if base.startswith("package:"):
+        module, _, folder = base.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
+        return str(Path(spec.origin).parent / folder), None
+    if not (Path(base) / "config.json").is_file():
+        raise UserError(f"no model in {base} (config.json is missing); write hub:OWNER/NAME for one on the hub")
+    return base, None
+
+
+def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
+    """A model and its tokenizer; `whole` refuses a checkpoint that lacks weights, say those of the reward head."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    quiet_transformers()
+    path, revision = resolve_base(base)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load a reward model from {base}: {first}") from None
+    if whole and found["missing_keys"]:
+        raise UserError(
+            f"{base} is no reward model: it has no weights for {sorted(found['missing_keys'])[0]}; "
+            "train one on it with stage `reward`"
+        )
+    return model, tokenizer
+
+
+def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> PairTokenizer:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
+        tokenizer.pad_token = tokenizer.eos_token
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "plain"
+    return PairTokenizer(tokenizer, template, limit)
+
+
+def _limit(config: Any, max_length: int) -> int:
+    """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
+    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
+
+
+def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str) -> RewardModel:
+    pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    largest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
+            "use the tokenizer that belongs to the model, or resize the embedding"
+        )
+    return RewardModel(model, pairs, name)
+
+
+def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
+    """The model that training starts from; `texts` yields the training texts, for a tokenizer made on the spot.
+
+    Raises:
+        UserError: no such model, or a tokenizer that does not fit it.
+    """
+    if isinstance(config.base, TinyLlamaConfig):
+        model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
+        return _wrap(model, tokenizer, "plain", config.max_length, "tiny llama")
+    torch.manual_seed(config.seed)
+    model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
+    if config.disable_dropout:
+        _disable_dropout(model)
+    return _wrap(model, tokenizer, config.template, config.max_length, config.base)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        name = "attention_dropout"  # a number where a fused kernel applies it
+        if isinstance(getattr(module, name, None), float):
+            setattr(module, name, 0.0)
+
+
+def load_reward_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
+
+    Raises:
+        UserError: missing or corrupt files, no reward head, more than one output, or a tokenizer that does not fit.
+    """
+    model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
+    settings = _settings(directory)
+    wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name)
+    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"])
+    wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return wrapped
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    settings = {"template": "auto", "max_length": 10**9, "frozen_layers": 0}
+    if (directory / SETTINGS).is_file():
+        settings |= json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    return settings
+
+
+def hidden_size(directory: Path) -> int:
+    """Width of the hidden states of the model in `directory`, from its config alone."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(str(directory)).get_text_config().hidden_size)
+
+
+def layer_count(base: str) -> int:
+    """Number of blocks of a checkpoint, from its config alone."""
+    from transformers import AutoConfig
+
+    path, revision = resolve_base(base)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {base}: {' '.join(str(error).split())[:200]}") from None
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def load_pair_tokenizer(directory: Path) -> PairTokenizer:
+    """How the model in `directory` reads pairs, without its weights.
+
+    Raises:
+        UserError: no model there, or one that cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    quiet_transformers()
+    resolve_base(str(directory))
+    settings = _settings(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        limit = _limit(AutoConfig.from_pretrained(str(directory)), settings["max_length"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read the tokenizer of {directory}: {' '.join(str(error).split())[:300]}") from None
+    return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)
+
+
+def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """A directory that `AutoModelForSequenceClassification.from_pretrained` opens.
+
+    `weights` are whole tensors by name where the model's own are partitioned over a process group.
+    """
+    settings = {
+        "template": reward.pairs.template,
+        "max_length": reward.pairs.limit,
+        "frozen_layers": reward.frozen_layers,
+    }
+    with explain_disk_errors(directory):
+        reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
+        reward.pairs.tokenizer.save_pretrained(directory)
+        (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")

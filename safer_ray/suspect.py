@@ -1,0 +1,130 @@
+"""From what the folds say of every pair to a detector that knows which pairs to suspect."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from safer_ray.artifacts import Artifact, Result, part_files, read_parquet, read_parts, write_parquet
+from safer_ray.auditor import VALUES, read_features
+from safer_ray.codes import contrasts, matrix_of
+from safer_ray.combined import Readings, fit_combined
+from safer_ray.config import RunConfig, ScoresConfig
+from safer_ray.crossfit import CrossFit, Fold, OutOfFold, frozen_below
+from safer_ray.errors import UserError
+from safer_ray.schema import rows_of
+from safer_ray.scoring import pair_scores, suspect
+from safer_ray.stage import licence_of, poisoned, recipe
+
+
+class FoldReadings(NamedTuple):
+    """What was read of n pairs by the models of their folds."""
+
+    fold: Int[ndarray, " n"]
+    readings: Readings
+    score_paper: Float[ndarray, " n"]
+
+
+class Suspecting(CrossFit):
+    """The stages that fit a detector across folds."""
+
+    def trunk_vectors(self, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
+        """Mean vectors of the frozen trunk, which all folds share and no label has touched."""
+        return self.vectors(vector_layers(config), fitted.folds[0].reward, pairs)
+
+    def detector(self, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
+        """`combined`, fitted on all pairs, and its out-of-fold values of them."""
+        vectors = self.trunk_vectors(config, pairs, fitted)
+
+        def build(out: Path) -> Result:
+            ids = read_parts(fitted.scores.path, ["pair_id"])["pair_id"].to_pylist()
+            read = read_folds(fitted.folds, vectors, ids)
+            model, values = fit_combined(read.readings, read.fold, ids)
+            model.save(out)
+            write_parquet(pa.table({"pair_id": ids, "combined": values}), out / VALUES)
+            facts = {"vector_layers": list(vector_layers(config)), "weights": model.weights_by_part()}
+            return Result({"pairs": len(ids)}, facts, licence_of(pairs), red_team=poisoned(pairs))
+
+        inputs = {"scores": fitted.scores.name, "vectors": vectors.name}
+        return self.place.make(recipe("detector", {}, **inputs), build)
+
+    def suspected(self, config: ScoresConfig, scores: Artifact, detector: Artifact) -> Artifact:
+        """Out-of-fold scores, suspected by what the detector says of each pair, among what it says of all."""
+
+        def build(out: Path) -> Result:
+            known = read_parquet(detector.path / VALUES)
+            reference = known["combined"].to_numpy()
+            for path in part_files(scores.path):
+                rows = pa.parquet.read_table(path)
+                values, _ = rows_of(known, rows["pair_id"].to_pylist())
+                said = suspect(values["combined"].to_numpy(), reference, config.flag_quantile)
+                for name, column in said.items():
+                    index = rows.schema.get_field_index(name)
+                    rows = rows.set_column(index, rows.schema.field(index), pa.array(column))
+                write_parquet(rows, out / path.name)
+            facts = {**scores.metrics, "detector": "combined"}
+            return Result({"written": len(known)}, facts, licence_of(scores), red_team=poisoned(scores))
+
+        inputs = {"scores": scores.name, "detector": detector.name}
+        return self.place.make(recipe("suspected", {"flag_quantile": config.flag_quantile}, **inputs), build)
+
+
+def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> FoldReadings:
+    """What the folds say of the pairs with these ids, in their order.
+
+    Raises:
+        UserError: a model could not read some of the pairs.
+    """
+    said = pa.concat_tables([_said(fold, number) for number, fold in enumerate(folds)])
+    latents = folds[0].codes.metrics["latents"]
+    matrix = sp.vstack([contrasts(read_parts(fold.codes.path), latents) for fold in folds]).tocsr()
+    rows, missing = rows_of(said.append_column("row", pa.array(np.arange(len(said)))), ids)
+    means, also = rows_of(read_parts(vectors.path), ids)
+    if missing or also:
+        first = (missing or also)[0]
+        raise UserError(f"pair {first!r} ({len({*missing, *also})} in all) was quarantined by a model; leave it out")
+    readings = Readings(
+        margin=rows["margin"].to_numpy().astype(np.float64),
+        score=rows["score"].to_numpy(),
+        contrast=matrix[rows["row"].to_numpy()],
+        response=matrix_of(means["response"]),
+        prompt=matrix_of(means["prompt"]),
+    )
+    return FoldReadings(rows["fold"].to_numpy(), readings, rows["score_paper"].to_numpy())
+
+
+def _said(fold: Fold, number: int) -> pa.Table:
+    """Of a fold's held pairs in the order of its codes: margin and both scores."""
+    codes = read_parts(fold.codes.path)
+    features = read_features(fold.auditor.path / "features.json")
+    return pa.table(
+        {
+            "pair_id": codes["pair_id"],
+            "fold": np.full(len(codes), number),
+            "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
+            "score": pair_scores(codes, features._replace(mode="response")),
+            "score_paper": pair_scores(codes, features._replace(mode="paper")),
+        }
+    )
+
+
+def vector_layers(config: RunConfig) -> tuple[int, ...]:
+    """The layers whose mean vectors the probes read."""
+    assert config.cross_fit is not None
+    return config.cross_fit.vector_layers or (config.activations.layer,)
+
+
+def check_shared_trunk(config: RunConfig, who: str) -> None:
+    """Raises UserError unless all folds share every layer that a detector reads."""
+    deepest = max(config.activations.layer, *vector_layers(config))
+    if not frozen_below(config.reward, deepest):
+        raise UserError(
+            f"{who}: reward.frozen_layers is {config.reward.frozen_layers}, below layer {deepest}, which is read "
+            "(activations.layer, cross_fit.vector_layers): layers of different folds would not mean the same; "
+            "freeze up to it"
+        )
