@@ -163,7 +163,7 @@ def lab_command(
         made = run_lab(loaded, where, fresh=fresh, on_stage=report.stage)
     for name, found in made.metrics.items():
         console.print(_detection_table(name, found))
-    console.print(f"\n{made.path / 'detection.json'}")
+    console.print(f"\n{made.path / 'page.html'}")
 
 
 @app.command("sweep")
@@ -182,7 +182,7 @@ def sweep_command(
     with at_work(runner, loaded.ray) as (where, report):
         made = run_sweep(loaded, where, fresh=fresh, on_stage=report.stage)
     console.print(_sweep_table(made.metrics))
-    console.print(f"\n{made.path / 'sweep.json'}")
+    console.print(f"\n{made.path / 'page.html'}")
 
 
 def _sweep_table(found: dict[str, Any]) -> Table:

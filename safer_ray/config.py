@@ -54,7 +54,13 @@ class SourceConfig(Frozen):
     holdout_percent: Percent = 20
     prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides
     limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
+    where: str | None = None  # the pairs that are taken: labels.subset == Natural
     licence: str | None = None
+
+    @model_validator(mode="after")
+    def _where(self) -> Self:
+        parse_where(self.where)
+        return self
 
 
 class PairsConfig(Frozen):
@@ -270,9 +276,13 @@ class SweepGrid(Frozen):
 
 
 class SweepConfig(Frozen):
-    """Curate, retrain and evaluate in every cell of the grids, under every seed (of training, and of chance)."""
+    """Curate, retrain and evaluate in every cell of the grids, under every seed (of training, and of chance).
+
+    Where errors are planted, the pairs without them are a cell too. `groups` are sections told together.
+    """
 
     grids: tuple[SweepGrid, ...] = Field(min_length=1)
+    groups: dict[str, tuple[str, ...]] = {}
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
 
 

@@ -11,6 +11,8 @@ from safer_ray.config import Action, StrategyName
 from safer_ray.errors import UserError
 from safer_ray.schema import DECISIONS, rows_of
 
+CLEAN = "clean"  # the pairs as they are, and the model trained on them
+WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
+CURVE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, *(round(0.05 * i, 2) for i in range(2, 21)))  # budgets of a recall curve
 DRAWS = 1000
 
 
@@ -44,40 +45,60 @@ def measure(suspicion: np.ndarray, planted: np.ndarray, weights: np.ndarray | No
     return Measures(*(float(column[0]) for column in weighted_measures(suspicion, planted, w[None])))
 
 
+def recall_curve(suspicion: np.ndarray, planted: np.ndarray) -> Float[ndarray, " budgets"]:
+    """Share of the planted pairs among the most suspicious ones, at every budget of CURVE."""
+    ranking = _ranked(suspicion, planted, np.ones((1, len(planted)), dtype=np.float32))
+    return np.array([float(_found_within(ranking, budget * ranking.n)[0]) for budget in CURVE]) / planted.sum()
+
+
 def weighted_measures(
     suspicion: np.ndarray, planted: np.ndarray, weights: Float[ndarray, "draws n"]
 ) -> Float[ndarray, "7 draws"]:
     """`Measures` under each row of weights (a bootstrap draw counts a pair as often as it was drawn); NaN where a draw
     has only planted or only clean pairs."""
+    r = _ranked(suspicion, planted, weights)
+    n_bad = r.found[:, -1]
+    clean = r.every - r.bad
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cleaner_below = (r.n - n_bad)[:, None] - np.cumsum(clean, axis=1) + clean / 2
+        auroc = (r.bad * cleaner_below).sum(axis=1) / (n_bad * (r.n - n_bad))
+        auprc = np.nansum(r.bad * r.found / r.seen, axis=1) / n_bad
+        shares = [_found_within(r, n_bad) / n_bad]
+        shares += [_found_within(r, budget * r.n) / n_bad for budget in BUDGETS]
+    auprc = np.where(n_bad > 0, auprc, np.nan)
+    return np.stack([auroc, auprc, *shares])
+
+
+class _Ranking(NamedTuple):
+    """Weights by falling suspicion, pairs of equal suspicion together: [draws, groups]."""
+
+    bad: np.ndarray  # of planted pairs
+    every: np.ndarray
+    found: np.ndarray  # `bad` so far
+    seen: np.ndarray  # `every` so far
+
+    @property
+    def n(self) -> np.ndarray:
+        return np.asarray(self.seen[:, -1])
+
+
+def _ranked(suspicion: np.ndarray, planted: np.ndarray, weights: np.ndarray) -> _Ranking:
     order = np.argsort(-suspicion, kind="stable")
     ranked = suspicion[order]
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=np.int64)
     sorted_weights = weights[:, order].astype(np.float64)
     bad = np.add.reduceat(sorted_weights * planted[order], starts, axis=1)
     every = np.add.reduceat(sorted_weights, starts, axis=1)
-    found, seen = np.cumsum(bad, axis=1), np.cumsum(every, axis=1)
-    n_bad, n = found[:, -1], seen[:, -1]
-    clean = every - bad
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cleaner_below = (n - n_bad)[:, None] - np.cumsum(clean, axis=1) + clean / 2
-        auroc = (bad * cleaner_below).sum(axis=1) / (n_bad * (n - n_bad))
-        auprc = np.nansum(bad * found / seen, axis=1) / n_bad
-        shares = [_found_within(found, seen, bad, every, n_bad) / n_bad]
-        shares += [_found_within(found, seen, bad, every, budget * n) / n_bad for budget in BUDGETS]
-    auprc = np.where(n_bad > 0, auprc, np.nan)
-    return np.stack([auroc, auprc, *shares])
+    return _Ranking(bad, every, np.cumsum(bad, axis=1), np.cumsum(every, axis=1))
 
 
-def _found_within(
-    found: np.ndarray, seen: np.ndarray, bad: np.ndarray, every: np.ndarray, budget: np.ndarray
-) -> np.ndarray:
+def _found_within(r: _Ranking, budget: np.ndarray) -> np.ndarray:
     """Planted weight among the first `budget` [draws] of the ranking; of the tied group at its edge, its share."""
-    edge = np.minimum((seen < budget[:, None] - 1e-9).sum(axis=1), seen.shape[1] - 1)
-    row = np.arange(len(seen))
-    before, seen_before = found[row, edge] - bad[row, edge], seen[row, edge] - every[row, edge]
-    left = np.clip(budget - seen_before, 0, every[row, edge])
-    width = every[row, edge]
-    return before + bad[row, edge] * np.divide(left, width, out=np.zeros_like(left), where=width > 0)
+    edge = np.minimum((r.seen < budget[:, None] - 1e-9).sum(axis=1), r.seen.shape[1] - 1)
+    row = np.arange(len(r.seen))
+    bad, width = r.bad[row, edge], r.every[row, edge]
+    left = np.clip(budget - (r.seen[row, edge] - width), 0, width)
+    return r.found[row, edge] - bad + bad * np.divide(left, width, out=np.zeros_like(left), where=width > 0)
 
 
 def group_weights(groups: Sequence[str], draws: int = DRAWS, seed: int = 0) -> Float[ndarray, "draws n"]:
@@ -92,8 +113,9 @@ class Comparison(NamedTuple):
     """Detectors on the same pairs, over several plantings."""
 
     intervals: dict[str, dict[str, Interval]]  # detector -> measure -> mean over plantings
-    differences: dict[str, dict[str, Interval]]  # rival -> measure -> best or named detector minus the rival
+    differences: dict[str, dict[str, dict[str, Interval]]]  # one of `against` -> rival -> measure -> it minus the rival
     seeds: dict[str, list[Measures]]  # detector -> one a planting
+    curves: dict[str, list[float]]  # detector -> recall at each budget of CURVE, the mean over plantings
 
 
 def compare(
@@ -101,12 +123,12 @@ def compare(
     planted: Sequence[np.ndarray],
     groups: Sequence[str],
     *,
-    against: str,
+    against: Sequence[str],
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Comparison:
     """Measures of every detector, each the mean over plantings, with intervals over prompts, and paired differences of
-    `against` minus every other: all detectors and plantings see the same draws.
+    those of `against` minus every other: all detectors and plantings see the same draws.
 
     Args:
         suspicions: detector -> one array [n] a planting, high: suspect.
@@ -122,9 +144,14 @@ def compare(
         point[name] = np.mean(np.array(seeds[name]), axis=0)
     intervals = {name: _named(point[name], drawn[name]) for name in drawn}
     differences = {
-        name: _named(point[against] - point[name], drawn[against] - drawn[name]) for name in drawn if name != against
+        one: {name: _named(point[one] - point[name], drawn[one] - drawn[name]) for name in drawn if name != one}
+        for one in against
     }
-    return Comparison(intervals, differences, seeds)
+    curves = {
+        name: np.mean([recall_curve(v, m) for v, m in zip(arrays, planted, strict=True)], axis=0).tolist()
+        for name, arrays in suspicions.items()
+    }
+    return Comparison(intervals, differences, seeds, curves)
 
 
 def _named(point: np.ndarray, drawn: np.ndarray) -> dict[str, Interval]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,13 @@ class UserError(SaferError):
     """Something that the user can put right: a path, a key, a value, a corrupt input."""
 
     exit_code = 2
+
+
+def need_extra(extra: str, *modules: str) -> None:
+    """Raises UserError unless the packages of an extra of this project are installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{missing[0]} is not installed; pip install 'safer-ray[{extra}]'")
 
 
 @contextlib.contextmanager

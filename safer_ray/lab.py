@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json
+from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json, write_text
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.codes import matrix_of
 from safer_ray.config import LabConfig, NoiseConfig, RunConfig
 from safer_ray.crossfit import Fold
-from safer_ray.detection import Comparison, compare
+from safer_ray.detection import CURVE, Comparison, compare
 from safer_ray.detectors import DETECTORS, Evidence
 from safer_ray.engine import head_differences
-from safer_ray.errors import UserError
+from safer_ray.errors import UserError, need_extra
+from safer_ray.experiment import as_page, detection_part
 from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked
@@ -26,7 +27,7 @@ from safer_ray.suspect import Suspecting, check_shared_trunk, read_folds
 from safer_ray.trunk import remembered
 from safer_ray.where import where_mask
 
-BEST = "combined"  # whose lead over every other detector is tested
+LEADERS = ("combined", "safer")  # whose lead over every other detector is tested
 
 
 class Planted(NamedTuple):
@@ -133,6 +134,8 @@ class Lab(Suspecting):
                     "in_sample": as_json(measured(plantings, lab.draws, in_sample=True)) if lab.in_sample else None,
                 }
             write_json(found, out / "detection.json")
+            parts = [detection_part(name, f"Errors: {name}", told) for name, told in found.items()]
+            write_text(as_page(config.name, parts), out / "page.html")
             return Result({"noises": len(found)}, found)
 
         inputs = {
@@ -164,7 +167,7 @@ def measured(plantings: Sequence[Planted], draws: int, *, in_sample: bool = Fals
             suspicions[name].append(detector(evidence)[planting.mask])
     mask = plantings[0].mask
     groups = [group for group, inside in zip(plantings[0].groups, mask, strict=True) if inside]
-    return compare(suspicions, [p.planted[mask] for p in plantings], groups, against=BEST, draws=draws)
+    return compare(suspicions, [p.planted[mask] for p in plantings], groups, against=LEADERS, draws=draws)
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -175,7 +178,9 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
     return {
         "detectors": flat(found.intervals),
-        f"{BEST}_minus": flat(found.differences),
+        **{f"{one}_minus": flat(found.differences[one]) for one in LEADERS},
+        "curve": {"budget": list(CURVE)}
+        | {name: [round(v, 4) for v in values] for name, values in found.curves.items()},
         "seeds": {name: [round(m.auroc, 4) for m in each] for name, each in found.seeds.items()},
     }
 
@@ -188,6 +193,7 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     """
     if config.lab is None or config.cross_fit is None:
         raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_pku.yaml has both")
+    need_extra("lab", "cleanlab", "matplotlib")
     check_shared_trunk(config, "lab")
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))

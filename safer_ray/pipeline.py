@@ -7,6 +7,7 @@ from pathlib import Path
 from safer_ray.artifacts import Artifact, Place
 from safer_ray.checkpoints import layer_count
 from safer_ray.config import RunConfig
+from safer_ray.curation import CLEAN
 from safer_ray.errors import UserError
 from safer_ray.inputs import lasting
 from safer_ray.judge import load_probe
@@ -35,7 +36,6 @@ STAGES = (
     "evaluate",
     "report",
 )
-CLEAN = "clean"  # the model trained on the uncurated pairs
 
 
 class Stages(Suspecting):

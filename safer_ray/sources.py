@@ -24,6 +24,7 @@ from safer_ray.errors import UserError
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.rows import ENDINGS, MAX_ROW, RawRow, cut_rows, explained, kind_of, read_rows
 from safer_ray.schema import RAW_LIMIT
+from safer_ray.where import meets, parse_where
 
 RAW = pa.schema(
     [
@@ -288,13 +289,14 @@ def in_part(group: str, source: SourceConfig) -> bool:
 class NormalisePairs:
     """Batch function: raw rows (columns `RAW`) to pairs, or to reasons; no row raises.
 
-    Rows of the other part (train, holdout) are left out; a refused row, whose prompt may be unknown, is in the part
-    that its raw text falls into.
+    Rows of the other part (train, holdout) or outside `where` are left out; a refused row, whose prompt may be
+    unknown, is in the part that its raw text falls into.
     """
 
     def __init__(self, sources: Sequence[SourceConfig], max_chars: int) -> None:
         self.sources = tuple(sources)
         self.max_chars = max_chars
+        self.conditions = [parse_where(source.where) for source in sources]
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         """Columns `NORMALISED`: those of `schema.PAIRS`, then `refused`, `raw` (of refused rows) and `position`."""
@@ -302,9 +304,14 @@ class NormalisePairs:
         for raw_row in raw.to_pylist():
             source = self.sources[raw_row["source_index"]]
             row = self._row(raw_row, source)
-            if in_part(row.get("group") or row["raw"], source):
+            if in_part(row.get("group") or row["raw"], source) and self._wanted(raw_row, row):
                 rows.append({name: raw_row[name] for name in ("row_key", "source", "position")} | row)
         return schema.table(rows, NORMALISED)
+
+    def _wanted(self, raw_row: dict[str, Any], row: dict[str, Any]) -> bool:
+        """Whether a row is one of those that its source takes; of a refused one nobody knows, so it is told."""
+        wanted = self.conditions[raw_row["source_index"]]
+        return "refused" in row or meets({"source": raw_row["source"]} | row, wanted)
 
     def _row(self, raw_row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
         raw = raw_row["raw"] or ""

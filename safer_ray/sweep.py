@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json
+from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json, write_text
 from safer_ray.config import CurateConfig, RunConfig, SweepConfig
-from safer_ray.errors import UserError
+from safer_ray.curation import CLEAN, WITHOUT_NOISE
+from safer_ray.errors import UserError, need_extra
+from safer_ray.experiment import as_page, sweep_part
 from safer_ray.inputs import lasting
 from safer_ray.lock import locked
 from safer_ray.pipeline import Stages, run
@@ -17,23 +19,24 @@ from safer_ray.stage import licence_of, poisoned, recipe
 from safer_ray.trunk import remembered
 
 DRAWS = 2000
-CLEAN = "clean"
 
 
 class Trial(NamedTuple):
     """One cell of a sweep under one seed."""
 
-    action: str  # drop, relabel, poison, or clean: the pairs as they are
+    action: str  # drop, relabel, poison, CLEAN or WITHOUT_NOISE
     strategy: str
     percent: float
     seed: int
     curate: CurateConfig | None
 
 
-def trials(sweep: SweepConfig) -> Iterator[Trial]:
-    """Every cell under every seed, the uncurated pairs first."""
+def trials(sweep: SweepConfig, *, noise: bool = False) -> Iterator[Trial]:
+    """Every cell under every seed, the uncurated pairs first; where `noise` was planted, those without it, too."""
     for seed in sweep.seeds:
         yield Trial(CLEAN, CLEAN, 0.0, seed, None)
+        if noise:
+            yield Trial(WITHOUT_NOISE, WITHOUT_NOISE, 0.0, seed, None)
         for grid in sweep.grids:
             for strategy in grid.strategies:
                 for percent in grid.percents:
@@ -77,11 +80,16 @@ def effect(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int =
 class Sweep(Stages):
     """The stages of a sweep."""
 
-    def sweep(self, config: RunConfig, pairs: Artifact, scores: Artifact, evaluation: Artifact) -> Artifact:
-        """Curate, retrain and evaluate every cell: `sweep.json`."""
+    def sweep(
+        self, config: RunConfig, pairs: Artifact, before: Artifact, scores: Artifact, evaluation: Artifact
+    ) -> Artifact:
+        """Curate, retrain and evaluate every cell: `sweep.json`. `before` are the pairs without planted errors."""
         assert config.sweep is not None
-        cells = list(trials(config.sweep))
-        inputs = [pairs if cell.curate is None else self.curate(cell.curate, pairs, scores) for cell in cells]
+        cells = list(trials(config.sweep, noise=config.noise is not None))
+        as_they_are = {CLEAN: pairs, WITHOUT_NOISE: before}
+        inputs = [
+            self.curate(cell.curate, pairs, scores) if cell.curate else as_they_are[cell.action] for cell in cells
+        ]
         models: dict[int, Artifact] = {}
         for seed in config.sweep.seeds:
             mine = [i for i, cell in enumerate(cells) if cell.seed == seed]
@@ -90,9 +98,13 @@ class Sweep(Stages):
         measured = [self.evaluate(models[i], evaluation) for i in range(len(cells))]
 
         def build(out: Path) -> Result:
-            found = table(cells, [answers(artifact) for artifact in measured])
+            assert config.sweep is not None
+            found = table(cells, [grouped(answers(artifact), config.sweep.groups) for artifact in measured])
             found["retraining"] = retraining(config)
             write_json(found, out / "sweep.json")
+            write_text(
+                as_page(config.name, [sweep_part(config.name, "What curation changed", found)]), out / "page.html"
+            )
             marked = any(poisoned(artifact) for artifact in inputs)
             return Result({"trials": len(cells)}, found, licence_of(pairs), red_team=marked)
 
@@ -116,6 +128,21 @@ def answers(evaluation: Artifact) -> dict[str, dict[str, bool]]:
     return found
 
 
+def grouped(by_section: dict[str, dict[str, bool]], groups: dict[str, tuple[str, ...]]) -> dict[str, dict[str, bool]]:
+    """The sections, and every group: the pairs of its sections together.
+
+    Raises:
+        UserError: a group names a section that is not there.
+    """
+    found = dict(by_section)
+    for name, sections in groups.items():
+        missing = [section for section in sections if section not in by_section]
+        if missing:
+            raise UserError(f"sweep.groups: {name} wants section {missing[0]!r}; there are {sorted(by_section)}")
+        found[name] = {key: right for section in sections for key, right in by_section[section].items()}
+    return found
+
+
 def table(cells: Sequence[Trial], right: Sequence[dict[str, dict[str, bool]]]) -> dict[str, Any]:
     """Rows by cell and section: accuracy, change against the uncurated pairs and against `random` of the same cell."""
     seeds = sorted({cell.seed for cell in cells})
@@ -135,7 +162,7 @@ def table(cells: Sequence[Trial], right: Sequence[dict[str, dict[str, bool]]]) -
             row = {"action": action, "strategy": strategy, "percent": percent, "section": section, "n": len(ids)}
             row["against_clean"] = effect(ours, clean)._asdict()
             chance = (action, "random", percent)
-            if strategy not in (CLEAN, "random") and chance in kinds:
+            if strategy != "random" and chance in kinds:
                 row["against_random"] = effect(ours, stacked(chance))._asdict()
             rows.append(row)
     return {"seeds": seeds, "rows": rows}
@@ -155,9 +182,11 @@ def run_sweep(
     """
     if config.sweep is None:
         raise UserError("sweep: the config needs a `sweep` section; configs/sweep_smoke.yaml has one")
-    done = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage)
-    directory = lasting(config.root) / config.name
-    with locked(directory), remembered():
-        stages = Sweep(Place(directory, fresh=fresh, on_stage=on_stage), runner, config.fragment_rows)
-        evaluation = stages.pairs(config.evaluation, done.artifacts.get("corpus"))
-        return stages.sweep(config, done.artifacts["training_pairs"], done.artifacts["scores"], evaluation)
+    need_extra("lab", "matplotlib")
+    with remembered():
+        made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
+        directory = lasting(config.root) / config.name
+        with locked(directory):
+            stages = Sweep(Place(directory, fresh=fresh, on_stage=on_stage), runner, config.fragment_rows)
+            evaluation = stages.pairs(config.evaluation, made.get("corpus"))
+            return stages.sweep(config, made["training_pairs"], made["pairs"], made["scores"], evaluation)

@@ -1,7 +1,8 @@
 """Small row filters: `section == safety and labels.kind != benign`."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,14 +36,20 @@ def parse_where(text: str | None) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
+def meets(row: Mapping[str, Any], conditions: Sequence[Condition]) -> bool:
+    """Whether a row of a pairs table meets every condition; a null value equals nothing."""
+    labels = dict(row.get("labels") or ())
+    for column, negated, value in conditions:
+        found = labels.get(column.removeprefix("labels.")) if column.startswith("labels.") else row.get(column)
+        if (found == value) == negated:
+            return False
+    return True
+
+
 def where_mask(pairs: pa.Table, text: str | None) -> np.ndarray:
-    """True for the rows of a pairs table that meet every condition; a null value equals nothing."""
-    mask = np.ones(len(pairs), dtype=bool)
-    for condition in parse_where(text):
-        if condition.column.startswith("labels."):
-            key = condition.column.removeprefix("labels.")
-            values = [dict(row or ()).get(key) for row in pairs["labels"].to_pylist()]
-        else:
-            values = pairs[condition.column].to_pylist()
-        mask &= np.array([(value == condition.value) != condition.negated for value in values], dtype=bool)
-    return mask
+    """True for the rows of a pairs table that meet every condition."""
+    conditions = parse_where(text)
+    columns = sorted({"labels" if c.column.startswith("labels.") else c.column for c in conditions})
+    if not columns:
+        return np.ones(len(pairs), dtype=bool)
+    return np.array([meets(row, conditions) for row in pairs.select(columns).to_pylist()], dtype=bool)

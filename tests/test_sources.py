@@ -9,6 +9,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pydantic import ValidationError
 
 from safer_ray import schema
 from safer_ray.config import SourceConfig
@@ -292,6 +293,22 @@ def test_pairs_that_were_normalised_before_come_back_the_same(tmp_path):
 def test_tables_have_their_schemas_even_when_empty(tmp_path):
     assert NormalisePairs([SourceConfig(path="x")], 10)(RAW.empty_table()).schema == NORMALISED
     assert NORMALISED.names == [*schema.PAIRS.names, "refused", "raw", "position"]
+
+
+def test_a_source_takes_the_pairs_that_it_asks_for_and_tells_of_the_broken_ones(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": f"q{i}", "chosen": "yes", "rejected": "no", "meta": {"subset": ("Natural", "Manual")[i % 2]}}
+        for i in range(10)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q"}]))
+    source = SourceConfig(path=str(path), format="canonical", where="labels.subset == Natural")
+    (fragment,) = plan_sources([source])
+    found = NormalisePairs([source], 1000)(read_raw(fragment, source)).to_pylist()
+    assert [row["prompt"][0]["content"] for row in found if not row["refused"]] == ["q0", "q2", "q4", "q6", "q8"]
+    assert [row["refused"] for row in found if row["refused"]] == ["missing column: chosen"]
+    with pytest.raises(ValidationError, match="unknown column 'subset'"):
+        SourceConfig(path=str(path), where="subset == Natural")
 
 
 def test_train_and_holdout_partition_the_rows_by_prompt(tmp_path):

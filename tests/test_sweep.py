@@ -11,7 +11,7 @@ from safer_ray.config import SweepConfig, SweepGrid
 from safer_ray.errors import UserError
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
-from safer_ray.sweep import CLEAN, Trial, effect, run_sweep, table, trials
+from safer_ray.sweep import CLEAN, WITHOUT_NOISE, Trial, effect, grouped, run_sweep, table, trials
 
 CONFIG = Path(__file__).parents[1] / "configs/sweep_smoke.yaml"
 DROP = SweepGrid(action="drop", strategies=("safer", "random"), percents=(5, 10))
@@ -25,6 +25,19 @@ def test_every_cell_comes_under_every_seed_and_the_clean_pairs_too():
         *((s, p) for s in DROP.strategies for p in (5, 10)),
     }
     assert {t.seed for t in found} == {t.curate.seed for t in found if t.curate} == {0, 7}
+
+
+def test_where_errors_were_planted_the_pairs_without_them_come_too():
+    found = list(trials(SweepConfig(grids=(DROP,), seeds=(0, 7)), noise=True))
+    assert len(found) == 2 * (2 + 4)
+    assert sum(t.action == WITHOUT_NOISE and t.curate is None for t in found) == 2
+
+
+def test_a_group_is_the_pairs_of_its_sections_together():
+    sections = {"a": {"x": True}, "b": {"y": False, "z": True}, "c": {"w": True}}
+    assert grouped(sections, {"ab": ("a", "b")}) == sections | {"ab": {"x": True, "y": False, "z": True}}
+    with pytest.raises(UserError, match="ab wants section 'nowhere'"):
+        grouped(sections, {"ab": ("a", "nowhere")})
 
 
 def test_poison_needs_to_be_asked_for():
@@ -99,12 +112,15 @@ def test_a_small_sweep_is_whole_and_marked(made):
     cells = {(row["action"], row["strategy"]) for row in found["rows"]}
     assert cells == {
         ("clean", "clean"),
+        ("without_noise", "without_noise"),
         ("poison", "safer"),
         ("poison", "random"),
         ("drop", "safer"),
         ("drop", "random"),
     }
-    assert {row["section"] for row in found["rows"]} == {"safety", "chat"}
+    assert {row["section"] for row in found["rows"]} == {"safety", "chat", "all"}
+    pairs = {row["section"]: row["n"] for row in found["rows"]}
+    assert pairs["all"] == pairs["safety"] + pairs["chat"]
     assert artifact.red_team
     marks = {
         a.parent.name: json.loads(a.read_text())["red_team"]

@@ -1,0 +1,157 @@
+"""What was tried to make the SAFER score find more errors: `python -m bench.remedies [--root RUNS] [--json OUT]`.
+
+Reads the artifacts of `safer-ray lab configs/lab_pku.yaml`, whose folders it needs (`--root`, default runs), and writes
+`results/remedies.json`: AUROC out of fold on the same planted swaps, with 95% intervals over prompts.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from bench.common import write
+from safer_ray.artifacts import Place, read_parts, write_json
+from safer_ray.combined import fit_effect, fit_linear, shown, splits
+from safer_ray.config import RunConfig
+from safer_ray.crossfit import Fold, OutOfFold
+from safer_ray.detection import compare
+from safer_ray.inputs import lasting
+from safer_ray.lab import Lab
+from safer_ray.read_config import load_config
+from safer_ray.runner import LocalRunner
+from safer_ray.schema import rows_of
+from safer_ray.stage import pairs_of
+from safer_ray.suspect import matrix_of, read_folds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results/remedies.json"
+THRESHOLDS = (0.15, 0.10, 0.05, 0.02, 0.01, 0.0)  # of |AUROC - 0.5| on the exchanges, for a rating of 5
+LAYERS = (1, 2, 3, 4)
+
+
+class Seed(NamedTuple):
+    """One planting, rows in the order of the pairs."""
+
+    ids: list[str]
+    groups: list[str]
+    planted: np.ndarray
+    fold: np.ndarray
+    contrast: sp.csr_matrix
+    vectors: np.ndarray  # mean response differences of LAYERS, side by side
+    folds: list[Fold]
+
+
+def open_seed(lab: Lab, config: RunConfig, seed: int) -> Seed:
+    """From artifacts that are there."""
+    assert config.lab is not None
+    pairs = lab.pairs(config.pairs)
+    noisy = lab.noise(config.lab.noises["uniform"].model_copy(update={"seed": seed}), pairs)
+    fitted: OutOfFold = lab.cross_fit(config, noisy)
+    rows = read_parts(pairs_of(noisy), ["pair_id", "group"])
+    ids = rows["pair_id"].to_pylist()
+    read = read_folds(fitted.folds, lab.trunk_vectors(config, noisy, fitted), ids)
+    truth, _ = rows_of(read_parts(noisy.path / "truth"), ids)
+    layers, _ = rows_of(read_parts(lab.vectors(LAYERS, fitted.folds[0].reward, noisy).path), ids)
+    planted = np.array(truth["planted"].to_pylist(), dtype=bool)
+    groups = rows["group"].to_pylist()
+    return Seed(ids, groups, planted, read.fold, read.readings.contrast, matrix_of(layers["response"]), fitted.folds)
+
+
+def by_weights(seed: Seed, weigh: Callable[[dict[int, float], dict[int, float]], dict[int, float]]) -> np.ndarray:
+    """Suspicion by a weighted sum of feature contrasts; `weigh` sees a fold's saliences and its judge's separations."""
+    out = np.zeros(len(seed.ids))
+    for number, fold in enumerate(seed.folds):
+        salience, separation = judged(fold)
+        weights = np.zeros(seed.contrast.shape[1])
+        for feature, value in weigh(salience, separation).items():
+            weights[feature] = value
+        rows = seed.fold == number
+        out[rows] = -(seed.contrast[rows] @ weights)
+    return out
+
+
+def judged(fold: Fold) -> tuple[dict[int, float], dict[int, float]]:
+    """Salience of every feature, and AUROC - 0.5 on the exchanges of every candidate."""
+    inputs = [json.loads((fold.auditor.path / "manifest.json").read_text(encoding="utf-8"))["inputs"]]
+    folder = fold.auditor.path.parent
+    inputs.append(json.loads((folder / inputs[0]["features"] / "manifest.json").read_text(encoding="utf-8"))["inputs"])
+    table = read_parts(folder / inputs[1]["salience"])
+    salience = dict(zip(table["feature"].to_pylist(), table["salience"].to_pylist(), strict=True))
+    verdicts = read_parts(folder / inputs[1]["ratings"])
+    raw = zip(verdicts["feature"].to_pylist(), verdicts["raw"].to_pylist(), strict=True)
+    return salience, {feature: json.loads(text)["auroc"] - 0.5 for feature, text in raw}
+
+
+def agreed(threshold: float, limit: int, weighted: bool = False) -> Callable[..., dict[int, float]]:
+    """Features that the judge separates by at least `threshold`, the way their salience says; the first `limit`."""
+
+    def weigh(salience: dict[int, float], separation: dict[int, float]) -> dict[int, float]:
+        kept = [f for f, d in separation.items() if abs(d) >= threshold and d * salience[f] > 0]
+        kept = sorted(kept, key=lambda f: -abs(salience[f]))[:limit]
+        return {f: salience[f] if weighted else float(np.sign(salience[f])) for f in kept}
+
+    return weigh
+
+
+def largest(count: int, weighted: bool) -> Callable[..., dict[int, float]]:
+    """No judge: the features of largest |salience|."""
+
+    def weigh(salience: dict[int, float], _: dict[int, float]) -> dict[int, float]:
+        kept = sorted(salience, key=lambda f: -abs(salience[f]))[:count]
+        return {f: salience[f] if weighted else float(np.sign(salience[f])) for f in kept}
+
+    return weigh
+
+
+def learned(seed: Seed, values: Any, fit: Callable[[Any, np.ndarray], Any]) -> np.ndarray:
+    """Suspicion by a model that is fitted on the other folds."""
+    out, sign = np.zeros(len(seed.ids)), shown(seed.ids)
+    for train, held in splits(seed.fold):
+        out[held] = -fit(values[train], sign[train])(values[held])
+    return out
+
+
+def remedies(seed: Seed) -> dict[str, np.ndarray]:
+    """Suspicions by name, in the order in which they were tried."""
+    found = {f"judge: rating 5 from {t:.2f} on, 32 features": by_weights(seed, agreed(t, 32)) for t in THRESHOLDS}
+    found["judge: any sign that agrees, all features"] = by_weights(seed, agreed(0.0, 256))
+    found["the same, weighted by salience"] = by_weights(seed, agreed(0.0, 256, weighted=True))
+    found["no judge: 256 features"] = by_weights(seed, largest(256, weighted=False))
+    found["no judge: all features, weighted by salience"] = by_weights(seed, largest(10**6, weighted=True))
+    found["no judge: all features, weighted by effect size"] = learned(
+        seed, seed.contrast, lambda values, _: fit_effect(values)
+    )
+    width = seed.vectors.shape[1] // len(LAYERS)
+    for i, layer in enumerate(LAYERS):
+        part = seed.vectors[:, i * width : (i + 1) * width]
+        found[f"no autoencoder: linear probe of layer {layer}"] = learned(
+            seed, part, lambda values, sign: fit_linear(values, sign, 0.03)
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    config = load_config(ROOT / "configs/lab_pku.yaml")
+    assert config.lab is not None
+    lab = Lab(Place(lasting(given.root) / config.name), LocalRunner(), config.fragment_rows)
+    seeds = [open_seed(lab, config, seed) for seed in config.lab.seeds]
+    tried = [remedies(seed) for seed in seeds]
+    suspicions = {name: [each[name] for each in tried] for name in tried[0]}
+    found = compare(suspicions, [seed.planted for seed in seeds], seeds[0].groups, against=[])
+    rows = [{"remedy": name, "auroc": [round(v, 4) for v in by["auroc"]]} for name, by in found.intervals.items()]
+    write_json({"seeds": list(config.lab.seeds), "rows": rows}, RESULTS)
+    for row in rows:
+        print(f"{row['remedy']:<55} {row['auroc'][0]:.3f} [{row['auroc'][1]:.3f}, {row['auroc'][2]:.3f}]")
+    write(given.json, {}, rows)
+
+
+if __name__ == "__main__":
+    main()
