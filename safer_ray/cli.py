@@ -187,16 +187,17 @@ def sweep_command(
 
 def _sweep_table(found: dict[str, Any]) -> Table:
     """One row a cell and section: accuracy, and what it changed in points."""
+    from safer_ray.experiment import cell_name
+
     title = f"{len(found['seeds'])} seeds, retraining {found['retraining']}; points [95% interval]"
     table = Table("cell", "section", "accuracy", "against clean", "against random", title=title, title_justify="left")
     for row in found["rows"]:
-        cell = row["strategy"] if row["action"] == "clean" else f"{row['action']} {row['strategy']} {row['percent']:g}%"
         shown = [row["against_clean"], row.get("against_random")]
         changes = [
             "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * e[k] for k in ("change", "low", "high"))) if e else ""
             for e in shown
         ]
-        table.add_row(cell, row["section"], f"{row['against_clean']['accuracy']:.3f}", *changes)
+        table.add_row(cell_name(row), row["section"], f"{row['against_clean']['accuracy']:.3f}", *changes)
     return table
 
 

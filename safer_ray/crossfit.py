@@ -15,10 +15,8 @@ from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.harvest import Harvest
 from safer_ray.schema import rows_of
+from safer_ray.scoring import KIND, OUT_OF_FOLD
 from safer_ray.stage import licence_of, pairs_of, poisoned, recipe
-
-KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs
-OUT_OF_FOLD = "out of fold"
 
 
 def fold_of(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:

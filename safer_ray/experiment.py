@@ -122,7 +122,7 @@ def detection_words(found: Mapping[str, Any]) -> list[str]:
         inside = found["in_sample"]["detectors"]
         pairs = [(name, inside[name]["auroc"][0], by[name]["auroc"][0]) for name in SHOWN[:5]]
         told = ", ".join(f"`{name}` {seen:.3f} in sample, {unseen:.3f} out of fold" for name, seen, unseen in pairs)
-        words.append(f"Models flatter themselves on pairs that they learned from: {told}.")
+        words.append(f"Judged by models that learned from the very pairs, the same detectors look different: {told}.")
     return words
 
 
@@ -172,7 +172,7 @@ def cell_name(row: Row) -> str:
 
 def sweep_words(found: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
     """What the numbers say: what flips cost, and what dropping wins back."""
-    rows = [row for row in found["rows"] if row["section"] in groups]
+    rows = [row for group in groups for row in found["rows"] if row["section"] == group]
     words = []
     for row in rows:
         if row["action"] == "poison" and row["strategy"] != "random":

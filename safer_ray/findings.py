@@ -40,7 +40,7 @@ from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of
 from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
-from safer_ray.scoring import Features, ScoreCodes, margins, pair_scores
+from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, Features, ScoreCodes, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
 from safer_ray.tokens import TokenisePairs
 from safer_ray.where import where_mask
@@ -182,15 +182,19 @@ class Findings(StageContext):
     def scores(self, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:
         """Scores of pairs whose codes are there, against the auditor's reference."""
 
+        own = auditor.manifest.get("inputs", {}).get("codes") == codes.name
+        kind = IN_SAMPLE if own else BY_BUNDLE
+
         def build(out: Path) -> Result:
             job = MapJob(
                 "scores",
                 join_parts(codes.path, pairs_of(pairs), ["row_key", "extra"]),
                 lambda: scorer(auditor, config),
                 schema.SCORES,
+                metadata={KIND: kind},
             )
             counts = self.map(job, part_fragments(codes.path), out)
-            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector}
+            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector, "kind": kind}
             return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
@@ -208,9 +212,10 @@ class Findings(StageContext):
                 schema.SCORES,
                 prepare=lambda: TokenisePairs(auditor.path / "reward"),
                 loads_model=True,
+                metadata={KIND: BY_BUNDLE},
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector}
+            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector, "kind": BY_BUNDLE}
             return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
 
         return self.place.make(recipe("scores", config, pairs=pairs.name, auditor=auditor.name), build)

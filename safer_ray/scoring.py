@@ -11,6 +11,11 @@ from safer_ray.config import Mode
 from safer_ray.errors import UserError
 from safer_ray.schema import REASON, SCORES
 
+KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs
+IN_SAMPLE = "in sample"
+OUT_OF_FOLD = "out of fold"
+BY_BUNDLE = "by a bundle"  # whoever audits knows whether it has seen the pairs
+
 
 class Features(NamedTuple):
     """The selection that scores pairs: F+ fires on safe, F- on unsafe responses."""

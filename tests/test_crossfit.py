@@ -27,12 +27,12 @@ from safer_ray.config import (
     SaeConfig,
     ScoresConfig,
 )
-from safer_ray.crossfit import KIND, CrossFit, fold_of
+from safer_ray.crossfit import CrossFit, fold_of
 from safer_ray.errors import UserError
 from safer_ray.lab import Lab, run_lab
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import LocalRunner
-from safer_ray.scoring import margins
+from safer_ray.scoring import KIND, margins
 
 FOLDS = 3
 EXCHANGE = (

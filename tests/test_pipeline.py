@@ -446,6 +446,16 @@ def test_scores_joined_by_id_equal_a_recomputation_from_the_codes(tiny):
         assert found["reward_margin"] == pytest.approx(margin, abs=1e-6)
 
 
+def test_scores_say_whether_their_models_had_seen_the_pairs(tiny, tmp_path):
+    assert tiny.artifacts["scores"].metrics["kind"] == "in sample"
+    bundle = open_artifact(tiny.artifacts["auditor"].path, "auditor")
+    audited = stages_in(tmp_path).audit(ScoresConfig(), tiny.artifacts["pairs"], bundle)
+    assert audited.metrics["kind"] == "by a bundle"
+    for artifact in (tiny.artifacts["scores"], audited):
+        metadata = pa.parquet.read_schema(part_files(artifact.path)[0]).metadata
+        assert metadata[b"safer_ray.scores"].decode() == artifact.metrics["kind"]
+
+
 def test_scores_say_which_row_of_the_source_they_are_of(tiny):
     scores = by_id(read_parts(tiny.artifacts["scores"].path))
     pairs = by_id(read_parts(tiny.artifacts["pairs"].path))
