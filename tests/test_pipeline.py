@@ -11,7 +11,7 @@ import torch
 from tiny_run import POISONED, VARIANTS, every, finished, tables, tiny_config
 
 from safer_ray import schema
-from safer_ray.artifacts import Place, check_whole, open_artifact, read_parts
+from safer_ray.artifacts import Place, check_whole, open_artifact, part_files, read_parts
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
