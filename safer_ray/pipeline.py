@@ -97,6 +97,9 @@ def run(
     """
     if until is not None and until not in STAGES:
         raise UserError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
+    wanted = {"corpus": config.corpus, "noise": config.noise, "detector": config.scores.detector == "combined"}
+    if until in wanted and not wanted[until]:
+        raise UserError(f"--until {until}: this config makes none; choose another stage")
     preflight(config)
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 from numpy import ndarray
@@ -60,7 +61,7 @@ class Suspecting(CrossFit):
             known = read_parquet(detector.path / VALUES)
             reference = known["combined"].to_numpy()
             for path in part_files(scores.path):
-                rows = pa.parquet.read_table(path)
+                rows = pq.read_table(path)
                 values, _ = rows_of(known, rows["pair_id"].to_pylist())
                 said = suspect(values["combined"].to_numpy(), reference, config.flag_quantile)
                 for name, column in said.items():

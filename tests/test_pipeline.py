@@ -353,6 +353,8 @@ def test_until_an_unfinished_stage_writes_no_summary(tmp_path):
 def test_an_unknown_stage_is_refused_with_the_known_ones(tiny):
     with pytest.raises(UserError, match=r"'scoring' is no stage; choose one of corpus, pairs"):
         run(tiny.config, LocalRunner(), until="scoring")
+    with pytest.raises(UserError, match="--until detector: this config makes none"):
+        run(tiny.config, LocalRunner(), until="detector")
 
 
 # Planted and poisoned labels
