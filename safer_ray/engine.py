@@ -67,7 +67,7 @@ class Engine:
         """As `encode`, of tokenised pairs."""
         sides = both_sides(tokens)
         places = [np.arange(len(s.ids)) if all_tokens else s.token for s in sides]
-        output = self.reward.forward([s.ids for s in sides], layer=self.layer, positions=places, rewards=self.rewards)
+        output = self.reward.forward_pairs(tokens, layer=self.layer, positions=places, rewards=self.rewards)
         assert output.hidden is not None
         for i, raw in enumerate(output.hidden):
             reward = output.rewards[i] if output.rewards is not None else torch.zeros(())
@@ -185,7 +185,8 @@ class EncodePairs:
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
     """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
-    read = reward.head_inputs([side.ids for side in both_sides(tokens)])
+    read = reward.forward_pairs(tokens, rewards=False, heads=True).heads
+    assert read is not None
     return (read[0::2] - read[1::2]).numpy()
 
 
@@ -223,7 +224,7 @@ class MeanVectors:
         sides = both_sides(tokens)
         starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
         places = [np.arange(len(side.ids)) for side in sides]
-        hidden = self.reward.forward([s.ids for s in sides], layer=layer, positions=places, rewards=False).hidden
+        hidden = self.reward.forward_pairs(tokens, layer=layer, positions=places, rewards=False).hidden
         assert hidden is not None
         zero = torch.zeros(self.reward.hidden_size)
         parts = [(h[:start], h[start:]) for h, start in zip(hidden, starts, strict=True)]
@@ -242,8 +243,7 @@ class RewardPairs:
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         tokens = tokens_of(self.reward, pairs)
-        sequences = [side.ids for side in both_sides(tokens)]
-        rewards = self.reward.forward(sequences).rewards
+        rewards = self.reward.forward_pairs(tokens).rewards
         assert rewards is not None
         if not torch.isfinite(rewards).all():
             bad = tokens[int((~torch.isfinite(rewards)).nonzero()[0]) // 2].pair_id

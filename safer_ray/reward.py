@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import UserError
-from safer_ray.text import PairTokenizer
+from safer_ray.packing import pack, pack_batch, packs, smallest_window
+from safer_ray.text import PairTokenizer, PairTokens, both_sides
 from safer_ray.trunk import States, memory
 
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
@@ -25,6 +26,7 @@ class Forward(NamedTuple):
 
     rewards: Float[Tensor, " n"] | None
     hidden: list[Float[Tensor, "m d"]] | None
+    heads: Float[Tensor, "n d"] | None = None  # what the reward head reads
 
 
 class _LayerReachedError(Exception):
@@ -165,6 +167,90 @@ class RewardModel:
                     hidden[i] = states[j, torch.as_tensor(positions[i], dtype=torch.long)].float().cpu()
         return Forward(scores, hidden)
 
+    def packs(self, pair: PairTokens) -> bool:
+        """Whether a pair runs as one sequence: a causal model whose every layer sees all of a side.
+
+        Where the frozen blocks' outputs are remembered, by sequence, no pair does.
+        """
+        config = self.model.config.get_text_config()
+        if not packs(config) or (memory() is not None and self.frozen_layers):
+            return False
+        window = smallest_window(config)
+        return window is None or max(len(pair.chosen.ids), len(pair.rejected.ids)) <= window
+
+    def forward_pairs(
+        self,
+        pairs: Sequence[PairTokens],
+        *,
+        layer: int | None = None,
+        positions: Sequence[np.ndarray] | None = None,
+        rewards: bool = True,
+        heads: bool = False,
+        budget: int = 16_384,
+    ) -> Forward:
+        """`forward` of both sides of pairs, chosen then rejected of each in turn; `positions` are by side.
+
+        Pairs that can be packed run as one sequence each, the others as two. `heads` asks for what the reward head
+        reads, too.
+        """
+        sides = both_sides(pairs)
+        packed = [i for i, pair in enumerate(pairs) if self.packs(pair)]
+        inside = set(packed)
+        apart = [2 * i + side for i in range(len(pairs)) if i not in inside for side in (0, 1)]
+        scores = torch.zeros(len(sides)) if rewards else None
+        read = torch.zeros(len(sides), self.hidden_size) if heads else None
+        hidden: list[Tensor] | None = [torch.empty(0)] * len(sides) if layer is not None else None
+
+        def place(where: Sequence[int], found: Forward) -> None:
+            for j, i in enumerate(where):
+                if scores is not None and found.rewards is not None:
+                    scores[i] = found.rewards[j]
+                if read is not None and found.heads is not None:
+                    read[i] = found.heads[j]
+                if hidden is not None and found.hidden is not None:
+                    hidden[i] = found.hidden[j]
+
+        if apart:
+            ids = [sides[i].ids for i in apart]
+            asked = [positions[i] for i in apart] if positions is not None else None
+            if layer is not None or rewards:
+                place(apart, self.forward(ids, layer=layer, positions=asked, rewards=rewards, budget=budget))
+            if heads:
+                place(apart, Forward(None, None, self.head_inputs(ids, budget)))
+        if packed:
+            both = [2 * i + side for i in packed for side in (0, 1)]
+            asked = [positions[i] for i in both] if positions is not None else None
+            place(both, self._packed([pairs[i] for i in packed], layer, asked, rewards or heads, budget))
+        return Forward(scores, hidden, read)
+
+    @torch.inference_mode()
+    def _packed(
+        self,
+        pairs: Sequence[PairTokens],
+        layer: int | None,
+        positions: Sequence[np.ndarray] | None,
+        whole: bool,
+        budget: int,
+    ) -> Forward:
+        """Both sides of pairs that are packed; the blocks after `layer` run where the `whole` model is asked for."""
+        together = [pack(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+        scores, read = torch.zeros(2 * len(pairs)), torch.zeros(2 * len(pairs), self.hidden_size)
+        hidden = [torch.empty(0)] * (2 * len(pairs))
+        for chunk in micro_batches([len(p.ids) for p in together], budget):
+            batch = pack_batch([together[i] for i in chunk], self.pad, self.device, self.model.dtype)
+            last, states = self._through(self.model.base_model, batch | {"use_cache": False}, layer, whole)
+            for j, i in enumerate(chunk):
+                for side, tokens in enumerate((pairs[i].chosen, pairs[i].rejected)):
+                    if states is not None and positions is not None:
+                        at = together[i].places(side, np.asarray(positions[2 * i + side]))
+                        hidden[2 * i + side] = states[j, torch.from_numpy(at).long()].float().cpu()
+                    if last is not None:
+                        end = together[i].places(side, np.array([last_token(tokens.ids, self.pad)]))
+                        value = last.last_hidden_state[j, int(end[0])]
+                        read[2 * i + side] = value.float().cpu()
+                        scores[2 * i + side] = self.model.score(value)[0].float().cpu()
+        return Forward(scores, hidden if layer is not None else None, read)
+
     @torch.inference_mode()
     def head_inputs(self, sequences: Sequence[np.ndarray], budget: int = 16_384) -> Float[Tensor, "n d"]:
         """What the last linear layer, the reward head, reads of each sequence; in input order."""
@@ -181,7 +267,7 @@ class RewardModel:
                     self.model(**pad_batch(rows, self.pad, self.device))
                 values = read.pop().float().cpu()
                 for j, i in enumerate(chunk):  # a decoder's head reads every token
-                    found[i] = values[j] if values.ndim == 2 else values[j, len(sequences[i]) - 1]
+                    found[i] = values[j] if values.ndim == 2 else values[j, last_token(sequences[i], self.pad)]
         finally:
             handle.remove()
         return torch.stack(found)
@@ -189,23 +275,27 @@ class RewardModel:
     def _run(
         self, sequences: list[np.ndarray], layer: int | None, rewards: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        batch = pad_batch(sequences, self.pad, self.device)
+        output, states = self._through(self.model, pad_batch(sequences, self.pad, self.device), layer, rewards)
+        return output.logits[:, 0].float().cpu() if output is not None else None, states
+
+    def _through(self, module: Any, batch: dict[str, Any], layer: int | None, whole: bool) -> tuple[Any, Tensor | None]:
+        """What a module gives, None where it ends at `layer`, and what block `layer` gives."""
         caught: list[Tensor] = []
 
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
             caught.append(output[0] if isinstance(output, tuple) else output)
-            if not rewards:
+            if not whole:
                 raise _LayerReachedError
 
         handle = self.blocks()[layer - 1].register_forward_hook(catch) if layer is not None else None
         try:
-            logits = self.model(**batch).logits[:, 0].float().cpu()
+            output = module(**batch)
         except _LayerReachedError:
-            logits = None
+            output = None
         finally:
             if handle is not None:
                 handle.remove()
-        return logits, caught[0] if caught else None
+        return output, caught[0] if caught else None
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -218,6 +308,12 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
             stop += 1
         yield order[start:stop]
         start = stop
+
+
+def last_token(ids: np.ndarray, pad: int) -> int:
+    """Whose state the reward is read from: the last token that is no padding, as transformers finds it."""
+    real = np.flatnonzero(ids != pad)
+    return int(real[-1]) if len(real) else 0
 
 
 def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,230 @@
+"""Packed pairs give what plain transformers gives on their two sequences alone, for every family."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safer_ray.packing import pack, pack_batch, smallest_window
+from safer_ray.reward import RewardModel, last_token
+from safer_ray.text import PairTokens, Side
+from safer_ray.trunk import remembered
+
+PAD = 0
+COMMON = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "num_labels": 1,
+    "pad_token_id": PAD,
+}
+FAMILIES = {
+    "LlamaConfig": {},
+    "MistralConfig": {"sliding_window": None},
+    "Qwen2Config": {},
+    "Qwen3Config": {},
+    "Gemma2Config": {"sliding_window": 256, "query_pre_attn_scalar": 8},
+    "Gemma3TextConfig": {"sliding_window": 256, "query_pre_attn_scalar": 8},
+    "MistralConfig window": {"sliding_window": 16},
+    "Gemma2Config window": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "Gemma3TextConfig window": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "Qwen2Config window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+}
+
+
+class _Tokenizer:
+    pad_token_id = PAD
+
+
+class _Pairs:
+    tokenizer = _Tokenizer()
+
+
+def build(name):
+    import transformers
+
+    config = getattr(transformers, name.split()[0])(**COMMON | FAMILIES[name])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for name_, parameter in model.named_parameters():
+            if "norm" not in name_:
+                parameter.normal_(0, 0.3)
+    return RewardModel(model, _Pairs(), name)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("LlamaConfig")
+
+
+def pair(prompt, chosen, rejected, key="p"):
+    def side(response):
+        ids = np.array([*prompt, *response], dtype=np.int64)
+        return Side(ids, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), False)
+
+    return PairTokens(key, len(prompt), False, side(chosen), side(rejected))
+
+
+def tokens(rng, n):
+    return rng.integers(1, COMMON["vocab_size"], n).tolist()
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    long, short, one = tokens(rng, 90), tokens(rng, 7), tokens(rng, 1)
+    same = tokens(rng, 12)
+    return {
+        "plain": pair(tokens(rng, 20), tokens(rng, 9), tokens(rng, 14)),
+        "no prompt": pair([], tokens(rng, 9), tokens(rng, 4)),
+        "one token each": pair(tokens(rng, 5), one, tokens(rng, 1)),
+        "equal responses": pair(tokens(rng, 5), same, same),
+        "one begins the other": pair(tokens(rng, 5), same, same[:4]),
+        "equal beginnings": pair(tokens(rng, 5), [*same, *short], [*same, *one]),
+        "long": pair(long, tokens(rng, 110), tokens(rng, 40)),
+        "one token in all": pair([], one, tokens(rng, 1)),
+        "pad inside": pair([3, PAD, 5], [7, 8, PAD], [9, PAD, 4]),
+    }
+
+
+@torch.inference_mode()
+def plainly(model, ids, layer):
+    """Reward and output of a block of one unpadded sequence, by transformers alone."""
+    output = model.model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True)
+    return output.logits[0, 0], output.hidden_states[layer][0]
+
+
+def check(model, pairs, layer=3, budget=16_384):
+    positions = [np.arange(len(side.ids)) for p in pairs for side in (p.chosen, p.rejected)]
+    found = model.forward_pairs(pairs, layer=layer, positions=positions, heads=True, budget=budget)
+    early = model.forward_pairs(pairs, layer=layer, positions=positions, rewards=False, budget=budget)
+    assert early.rewards is None
+    for i, side in enumerate(side for p in pairs for side in (p.chosen, p.rejected)):
+        reward, hidden = plainly(model, side.ids, layer)
+        torch.testing.assert_close(found.rewards[i], reward, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found.hidden[i], hidden, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(early.hidden[i], hidden, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(model.model.score(found.heads[i])[0], reward, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_a_packed_pair_is_its_two_sequences(model, case):
+    check(model, [cases()[case]])
+
+
+def test_a_batch_is_its_pairs(model):
+    check(model, list(cases().values()))
+    check(model, list(cases().values()), budget=64)
+
+
+def test_pairs_past_the_window_run_apart(model):
+    window = smallest_window(model.model.config)
+    for one in cases().values():
+        assert model.packs(one) == (window is None or max(len(one.chosen.ids), len(one.rejected.ids)) <= window)
+
+
+def test_a_window_is_that_of_the_shortest_sighted_layer():
+    windows = {name: smallest_window(build(name).model.config) for name in FAMILIES}
+    assert {name for name, window in windows.items() if window == 16} == {n for n in FAMILIES if n.endswith("window")}
+    assert windows["LlamaConfig"] is windows["MistralConfig"] is windows["Qwen2Config"] is None
+    assert windows["Gemma2Config"] == 256
+
+
+def test_the_responses_do_not_see_each_other(llama):
+    """Another rejected response changes nothing of the chosen side."""
+    rng = np.random.default_rng(1)
+    prompt, chosen = tokens(rng, 6), tokens(rng, 8)
+    first, second = (pair(prompt, chosen, tokens(rng, 8)) for _ in range(2))
+    rewards = [llama.forward_pairs([p]).rewards for p in (first, second)]
+    torch.testing.assert_close(rewards[0][0], rewards[1][0], rtol=1e-5, atol=1e-5)
+    assert abs(rewards[0][1] - rewards[1][1]) > 1e-3
+
+
+def test_a_packed_pair_is_as_long_as_what_its_sides_do_not_share(llama, monkeypatch):
+    rng = np.random.default_rng(2)
+    one = pair(tokens(rng, 30), [1, *tokens(rng, 4)], [2, *tokens(rng, 6)])
+    widths = []
+    handle = llama.model.base_model.register_forward_pre_hook(
+        lambda m, a, k: widths.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
+    llama.forward_pairs([one])
+    handle.remove()
+    assert widths == [(1, 30 + 5 + 7)]
+
+
+def test_an_encoder_reads_its_sides_apart(bert_dir):
+    from conftest import make_pairs
+
+    from safer_ray.checkpoints import load_reward_model
+
+    reward = load_reward_model(bert_dir)
+    pairs = reward.pairs(make_pairs(3).to_pylist())
+    assert not any(reward.packs(p) for p in pairs)
+    sides = [side.ids for p in pairs for side in (p.chosen, p.rejected)]
+    torch.testing.assert_close(reward.forward_pairs(pairs).rewards, reward.forward(sides).rewards)
+
+
+def test_where_the_trunk_is_remembered_pairs_run_apart(llama):
+    one = cases()["plain"]
+    frozen = replace(llama, frozen_layers=2)
+    assert frozen.packs(one)
+    with remembered():
+        assert not frozen.packs(one)
+        rewards = frozen.forward_pairs([one]).rewards
+    torch.testing.assert_close(rewards, llama.forward_pairs([one]).rewards, rtol=1e-5, atol=1e-5)
+
+
+SEQUENCE = st.lists(st.integers(1, COMMON["vocab_size"] - 1), min_size=1, max_size=12)
+PAIR = st.tuples(st.lists(st.integers(1, COMMON["vocab_size"] - 1), max_size=9), SEQUENCE, SEQUENCE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 59), max_size=9), SEQUENCE, SEQUENCE), min_size=1, max_size=6),
+    st.integers(16, 200),
+)
+def test_results_do_not_depend_on_batches(llama, drawn, budget):
+    pairs = [pair(*texts) for texts in drawn]
+    together = llama.forward_pairs(pairs, budget=budget).rewards
+    alone = torch.cat([llama.forward_pairs([p]).rewards for p in pairs])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEQUENCE, SEQUENCE)
+def test_packing_loses_no_token(chosen, rejected):
+    packed = pack(np.array(chosen), np.array(rejected))
+    for side, ids in enumerate((chosen, rejected)):
+        at = packed.places(side, np.arange(len(ids)))
+        assert packed.ids[at].tolist() == ids
+        assert packed.position[at].tolist() == list(range(len(ids)))
+
+
+def test_the_mask_is_a_float_one():
+    batch = pack_batch([pack(np.array([1, 2, 3]), np.array([1, 4]))], PAD, torch.device("cpu"), torch.float32)
+    seen = batch["attention_mask"][0, 0] == 0
+    assert batch["attention_mask"].dtype == torch.float32
+    assert seen.tolist() == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, False, False, True],
+    ]
+
+
+def test_the_last_token_is_the_last_that_is_no_padding():
+    assert last_token(np.array([5, 6, PAD]), PAD) == 1
+    assert last_token(np.array([PAD]), PAD) == 0
