@@ -1,5 +1,6 @@
 """Reward models on disk: find, load, check, export."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.parts import load_part, splits_up
 from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokenizer
 from safer_ray.tiny_llama import make_tiny_llama
@@ -131,21 +133,48 @@ def _disable_dropout(model: nn.Module) -> None:
 def load_reward_model(
     directory: Path,
     *,
+    layers: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
+    With `layers`, only the first ones are loaded where the family is known to allow it: activations, but no rewards.
+
     Raises:
         UserError: missing or corrupt files, no reward head, more than one output, or a tokenizer that does not fit.
     """
-    model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
+    if layers is not None and _splits_up(directory, layers):
+        model, tokenizer = _load_first(directory, layers, dtype)
+    else:
+        model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name)
     wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"])
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return wrapped
+
+
+def _splits_up(directory: Path, layers: int) -> bool:
+    from transformers import AutoConfig
+
+    resolve_base(str(directory))
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(str(directory))
+        return splits_up(config) and 1 <= layers <= config.num_hidden_layers and any(directory.glob("*.safetensors"))
+    return False
+
+
+def _load_first(directory: Path, layers: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        return load_part(directory, 0, layers, dtype), AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load {layers} layers of a reward model from {directory}: {first}") from None
 
 
 def _settings(directory: Path) -> dict[str, Any]:

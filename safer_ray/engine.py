@@ -43,13 +43,14 @@ class Engine:
         self.rewards = rewards
 
     @classmethod
-    def load(cls, reward: Path, layer: int | None = None, sae: Path | None = None, **options: Any) -> "Engine":
-        """From directories; the layer is the SAE's where it is not given."""
+    def load(cls, reward: Path, layer: int | None = None, sae: Path | None = None, *, rewards: bool = True) -> "Engine":
+        """From directories; the layer is the SAE's where it is not given. Without rewards, no later one is loaded."""
         if layer is None:
             if sae is None:
                 raise UserError("an Engine without an SAE needs the layer to read")
             layer = sae_layer(sae)
-        return cls(load_reward_model(reward), layer, load_sae(sae) if sae else None, **options)
+        model = load_reward_model(reward, layers=None if rewards else layer)
+        return cls(model, layer, load_sae(sae) if sae else None, rewards=rewards)
 
     def encode(self, pairs: Sequence[dict[str, Any]], *, all_tokens: bool = False) -> Encoded:
         """Layer vectors at sentence ends (or at all tokens), their codes and both rewards.
@@ -207,7 +208,7 @@ class MeanVectors:
     the rejected one's, and what the prompt's tokens have, over both sequences."""
 
     def __init__(self, reward: Path, layers: Sequence[int]) -> None:
-        self.reward = load_reward_model(reward)
+        self.reward = load_reward_model(reward, layers=max(layers))
         self.layers = layers
         for layer in layers:
             self.reward.check_layer(layer)
