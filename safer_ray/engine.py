@@ -79,10 +79,10 @@ class Engine:
                 )
         vectors = [standardise(raw) for raw in output.hidden]
         rewards = output.rewards.numpy() if output.rewards is not None else None
-        return Encoded(tokens, rewards, vectors, self._codes(vectors) if self.sae is not None else None)
+        return Encoded(tokens, rewards, vectors, self.codes_of(vectors) if self.sae is not None else None)
 
     @torch.inference_mode()
-    def _codes(self, vectors: list[Standardised]) -> list[SparseCodes]:
+    def codes_of(self, vectors: list[Standardised]) -> list[SparseCodes]:
         assert self.sae is not None
         together = self.sae.encode(torch.cat([v.x for v in vectors]))
         lengths = [len(v.x) for v in vectors]
