@@ -112,11 +112,12 @@ def confident_learning(known: Evidence) -> np.ndarray:
 
 
 def tfidf(known: Evidence) -> np.ndarray:
-    """A logistic model on TF-IDF differences of words and pairs of words."""
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=30_000, sublinear_tf=True)
+    """A logistic model, as scikit-learn has it by default, on TF-IDF differences of words and pairs of words."""
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     together = words.fit_transform([*known.chosen, *known.rejected])  # learns no label
     n = len(known.chosen)
-    return -fitted(sp.csr_matrix(together[:n] - together[n:]), known, 1.0)
+    rows = sp.csr_matrix(together[:n] - together[n:])
+    return -fitted(rows, known, np.sqrt(rows.shape[1]), np.ones(rows.shape[1]))  # C = 1, columns as they are
 
 
 def influence(known: Evidence) -> np.ndarray:
@@ -206,9 +207,11 @@ def _scaled(margin: np.ndarray) -> np.ndarray:
     return margin / np.maximum(np.sqrt((margin**2).mean(axis=0)), 1e-12)
 
 
-def fitted(rows: sp.csr_matrix | np.ndarray, known: Evidence, strength: float) -> np.ndarray:
+def fitted(
+    rows: sp.csr_matrix | np.ndarray, known: Evidence, strength: float, scale: np.ndarray | None = None
+) -> np.ndarray:
     """log-odds that each pair is labelled right, by a logistic model of the other folds' pairs."""
     out, sign = np.zeros(rows.shape[0]), shown(known.pair_id)
     for train, held in splits(known.fold):
-        out[held] = fit_linear(rows[train], sign[train], strength)(rows[held])
+        out[held] = fit_linear(rows[train], sign[train], strength, scale)(rows[held])
     return out

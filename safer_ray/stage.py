@@ -32,7 +32,7 @@ VERSIONS = {
     "vectors": 1,
     "detector": 1,
     "suspected": 1,
-    "detection": 2,
+    "detection": 3,
     "reward": 2,
     "activations": 1,
     "sae": 1,
