@@ -8,14 +8,14 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from bench.common import write
 from safer_ray.artifacts import Place, read_parts, write_json
-from safer_ray.combined import fit_effect, fit_linear, shown, splits
+from safer_ray.combined import fit_effect, splits
 from safer_ray.config import RunConfig
 from safer_ray.crossfit import Fold, OutOfFold
 from safer_ray.detection import compare
@@ -25,12 +25,11 @@ from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.schema import rows_of
 from safer_ray.stage import pairs_of
-from safer_ray.suspect import matrix_of, read_folds
+from safer_ray.suspect import read_folds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results/remedies.json"
 THRESHOLDS = (0.15, 0.10, 0.05, 0.02, 0.01, 0.0)  # of |AUROC - 0.5| on the exchanges, for a rating of 5
-LAYERS = (1, 2, 3, 4)
 
 
 class Seed(NamedTuple):
@@ -41,7 +40,6 @@ class Seed(NamedTuple):
     planted: np.ndarray
     fold: np.ndarray
     contrast: sp.csr_matrix
-    vectors: np.ndarray  # mean response differences of LAYERS, side by side
     folds: list[Fold]
 
 
@@ -55,10 +53,9 @@ def open_seed(lab: Lab, config: RunConfig, seed: int) -> Seed:
     ids = rows["pair_id"].to_pylist()
     read = read_folds(fitted.folds, lab.trunk_vectors(config, noisy, fitted), ids)
     truth, _ = rows_of(read_parts(noisy.path / "truth"), ids)
-    layers, _ = rows_of(read_parts(lab.vectors(LAYERS, fitted.folds[0].reward, noisy).path), ids)
     planted = np.array(truth["planted"].to_pylist(), dtype=bool)
     groups = rows["group"].to_pylist()
-    return Seed(ids, groups, planted, read.fold, read.readings.contrast, matrix_of(layers["response"]), fitted.folds)
+    return Seed(ids, groups, planted, read.fold, read.readings.contrast, fitted.folds)
 
 
 def by_weights(seed: Seed, weigh: Callable[[dict[int, float], dict[int, float]], dict[int, float]]) -> np.ndarray:
@@ -107,11 +104,11 @@ def largest(count: int, weighted: bool) -> Callable[..., dict[int, float]]:
     return weigh
 
 
-def learned(seed: Seed, values: Any, fit: Callable[[Any, np.ndarray], Any]) -> np.ndarray:
-    """Suspicion by a model that is fitted on the other folds."""
-    out, sign = np.zeros(len(seed.ids)), shown(seed.ids)
+def by_effect(seed: Seed) -> np.ndarray:
+    """Suspicion by all contrasts, weighted by their effect sizes in the other folds."""
+    out = np.zeros(len(seed.ids))
     for train, held in splits(seed.fold):
-        out[held] = -fit(values[train], sign[train])(values[held])
+        out[held] = -fit_effect(seed.contrast[train])(seed.contrast[held])
     return out
 
 
@@ -122,15 +119,7 @@ def remedies(seed: Seed) -> dict[str, np.ndarray]:
     found["the same, weighted by salience"] = by_weights(seed, agreed(0.0, 256, weighted=True))
     found["no judge: 256 features"] = by_weights(seed, largest(256, weighted=False))
     found["no judge: all features, weighted by salience"] = by_weights(seed, largest(10**6, weighted=True))
-    found["no judge: all features, weighted by effect size"] = learned(
-        seed, seed.contrast, lambda values, _: fit_effect(values)
-    )
-    width = seed.vectors.shape[1] // len(LAYERS)
-    for i, layer in enumerate(LAYERS):
-        part = seed.vectors[:, i * width : (i + 1) * width]
-        found[f"no autoencoder: linear probe of layer {layer}"] = learned(
-            seed, part, lambda values, sign: fit_linear(values, sign, 0.03)
-        )
+    found["no judge: all features, weighted by effect size"] = by_effect(seed)
     return found
 
 
