@@ -48,10 +48,11 @@ def remedies_part(found: dict[str, Any]) -> Part:
     rows: list[tuple[str, ...]] = [(row["remedy"], interval(row["auroc"])) for row in found["rows"]]
     caption = f"AUROC of the same swaps as above, out of fold, {len(found['seeds'])} seeds, 95% intervals over prompts."
     best = max(found["rows"], key=lambda row: row["auroc"][0])
+    first = found["rows"][0]["auroc"][0]
     words = [
-        f"The judge is what costs: at its default threshold the score has AUROC {found['rows'][0]['auroc'][0]:.3f}, and the "
-        f"best of these, {best['remedy']}, {best['auroc'][0]:.3f}. A feature that fires on few texts tells few exchanges "
-        "apart, however well it tells labels."
+        f"The judge is what costs: at its default threshold the score has AUROC {first:.3f}, and the best of these "
+        f"({best['remedy']}) {best['auroc'][0]:.3f}. A feature that fires on few texts tells few exchanges apart, "
+        "however well it tells labels."
     ]
     return Part("What was tried to make the score find more", words, [Table(caption, ("what", "AUROC"), rows)], [])
 
