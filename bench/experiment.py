@@ -113,7 +113,9 @@ def document(found: dict[str, Any]) -> tuple[str, dict[str, str]]:
     told = parts(found)
     text = TEMPLATE.read_text(encoding="utf-8")
     summary = as_markdown(Part("Goals", [], [goals(found)], []), "images").split("\n", 2)[2].strip()
-    for name, block in {"goals": summary, **{key: as_markdown(part, "images") for key, part in told.items()}}.items():
+    blocks = {name: f"## {title}\n\nNot run yet." for name, title in TITLES.items() if name not in told}
+    blocks |= {"goals": summary} | {key: as_markdown(part, "images") for key, part in told.items()}
+    for name, block in blocks.items():
         text = text.replace(f"<!-- {name} -->", block.rstrip())
     return text, {f"{figure.name}.svg": figure.svg for part in told.values() for figure in part.figures}
 

@@ -204,7 +204,7 @@ def _flip_words(row: Row, chance: Row | None) -> str:
     random, random_real = _change(chance)
     text += f"; as many random flips: {random}{'' if random_real else ' (not told from none)'}."
     cost, usual = -row["against_clean"]["change"], -chance["against_clean"]["change"]
-    if cost > 0 and usual > 0:
+    if cost > 0 and usual > 0 and random_real:
         text += f" That is {cost / usual:.1f} times the cost of chance"
     else:
         text += " The difference"
