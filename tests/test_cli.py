@@ -628,10 +628,10 @@ def test_an_out_that_is_not_empty_is_left_alone(refused, at, tmp_path):
 def test_a_bundle_of_another_format_is_refused(refused, at, tmp_path):
     copy = shutil.copytree(at["auditor"], tmp_path / "auditor")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["metrics"]["format"] = 2
+    manifest["metrics"]["format"] = 99
     (copy / "manifest.json").write_text(json.dumps(manifest))
     words = ["audit", "--auditor", copy, "--pairs", at["corpus"] / "train.jsonl", "--out", tmp_path / "out"]
-    assert "bundle format 2, this version reads 1" in refused(*words)
+    assert "bundle format 99, this version reads 2" in refused(*words)
 
 
 @pytest.mark.parametrize("broken", ["write_table", "replace"])
