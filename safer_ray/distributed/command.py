@@ -9,7 +9,17 @@ import yaml
 
 from safer_ray.errors import UserError
 
-VALUE_OPTIONS = ("--runner", "--actors", "--until", "--out", "--auditor", "--pairs", "--format", "--flag-quantile")
+VALUE_OPTIONS = (
+    "--runner",
+    "--actors",
+    "--until",
+    "--out",
+    "--auditor",
+    "--pairs",
+    "--format",
+    "--flag-quantile",
+    "--detector",
+)
 OF_CONFIGS = ("run", "lab", "sweep")  # commands that take a config, whose results lie below its root
 FLAGS = ("-v", "--verbose", "--fresh", "--i-am-red-teaming")
 
