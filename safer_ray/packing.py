@@ -65,4 +65,4 @@ def smallest_window(config: Any) -> int | None:
 
 def packs(config: Any) -> bool:
     """Whether pairs of a model can be packed: it is causal, and known to take a mask and positions of its caller's."""
-    return config.model_type in FAMILIES
+    return config.model_type in FAMILIES and not getattr(config, "use_bidirectional_attention", None)

@@ -172,7 +172,7 @@ class RewardModel:
 
         Where the frozen blocks' outputs are remembered, by sequence, no pair does.
         """
-        config = self.model.config.get_text_config()
+        config = self.model.config
         if not packs(config) or (memory() is not None and self.frozen_layers):
             return False
         window = smallest_window(config)

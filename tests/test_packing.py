@@ -165,6 +165,13 @@ def test_a_packed_pair_is_as_long_as_what_its_sides_do_not_share(llama, monkeypa
     assert widths == [(1, 30 + 5 + 7)]
 
 
+def test_a_model_that_looks_ahead_runs_apart():
+    model = build("Gemma3TextConfig")
+    assert model.packs(cases()["plain"])
+    model.model.config.use_bidirectional_attention = True
+    assert not model.packs(cases()["plain"])
+
+
 def test_an_encoder_reads_its_sides_apart(bert_dir):
     from conftest import make_pairs
 
