@@ -11,7 +11,6 @@ Runs without Ray, on a GPU where there is one.
 import argparse
 import gzip
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import psutil
 import torch
 
 from bench.common import write
+from safer_ray.background import repeated
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.contexts import FindContexts
@@ -87,6 +87,7 @@ class Bench:
 
     size: Size
     reward: RewardModel
+    causal: Any  # the same backbone with a vocabulary head, for way (a)
     sae: TopKSae
     pairs: list[dict[str, Any]]
     tokens: list[PairTokens]
@@ -97,6 +98,8 @@ class Bench:
 
 
 def prepare(size: Size, count: int, device: str) -> Bench:
+    from transformers import LlamaForCausalLM
+
     pairs = read_pairs(count)
     base = TinyLlamaConfig(
         hidden=size.hidden,
@@ -107,10 +110,12 @@ def prepare(size: Size, count: int, device: str) -> Bench:
         positions=2048,
     )
     reward = new_reward_model(RewardConfig(base=base, max_length=1024), lambda: texts_of(pairs))
-    reward.model.eval().to(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    reward.model.eval().to(device=device, dtype=dtype)
+    causal = LlamaForCausalLM(reward.model.config).eval().to(device=device, dtype=dtype)
     sae = TopKSae(size.hidden, size.latents, size.k)
     sae.initialise(torch.randn(2048, size.hidden, generator=torch.Generator().manual_seed(0)), 0)
-    return Bench(size, reward, sae, pairs, reward.pairs(pairs))
+    return Bench(size, reward, causal, sae, pairs, reward.pairs(pairs))
 
 
 # The three ways
@@ -118,9 +123,6 @@ def prepare(size: Size, count: int, device: str) -> Bench:
 
 def published(bench: Bench, width: int, pairs: int = 16) -> int:
     """Way (a); the number of pairs that went through."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM(bench.reward.model.config).eval().to(device=bench.device, dtype=bench.reward.model.dtype)
     rows = bench.tokens[:pairs]
     for side in ("chosen", "rejected"):
         sequences = [getattr(pair, side).ids[:width] for pair in rows]
@@ -128,7 +130,7 @@ def published(bench: Bench, width: int, pairs: int = 16) -> int:
             rows_now = sequences[start : start + 8]
             batch = [np.pad(s, (0, width - len(s)), constant_values=bench.reward.pad) for s in rows_now]
             inputs = pad_batch(batch, bench.reward.pad, bench.device)
-            output = model(**inputs, output_hidden_states=True, use_cache=False)
+            output = bench.causal(**inputs, output_hidden_states=True, use_cache=False)
             output.hidden_states[bench.size.layer].float().cpu()
     return len(rows)
 
@@ -180,21 +182,17 @@ def audit(engine: Engine, bench: Bench) -> int:
 @contextmanager
 def peak_memory(found: dict[str, float], name: str) -> Iterator[None]:
     """The most that this process held above what it began with, MB, sampled every 5 ms."""
-    process, stop = psutil.Process(), threading.Event()
+    process = psutil.Process()
     before = process.memory_info().rss
     most = [before]
 
     def watch() -> None:
-        while not stop.wait(0.005):
-            most[0] = max(most[0], process.memory_info().rss)
+        most[0] = max(most[0], process.memory_info().rss)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
     try:
-        yield
+        with repeated(0.005, watch):
+            yield
     finally:
-        stop.set()
-        thread.join()
         found[name] = (most[0] - before) / 2**20
 
 

@@ -14,8 +14,6 @@ from safer_ray.schema import DECISIONS, rows_of
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
-
-
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
 
 

@@ -209,25 +209,24 @@ class MeanVectors:
 
     def __init__(self, reward: Path, layers: Sequence[int]) -> None:
         self.reward = load_reward_model(reward, layers=max(layers))
-        self.layers = layers
+        self.layers = tuple(sorted(layers))
         for layer in layers:
             self.reward.check_layer(layer)
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         tokens = tokens_of(self.reward, pairs)
-        of_layers = [self._means(tokens, layer) for layer in self.layers]
-        response, prompt = (np.concatenate(parts, axis=1) for parts in zip(*of_layers, strict=True))
+        response, prompt = self._means(tokens)
         lists = [pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1]) for x in (response, prompt)]
         columns = {"pair_id": pairs["pair_id"], "response": lists[0], "prompt": lists[1]}
         return pa.table(columns, schema=schema.vectors(response.shape[1]))
 
-    def _means(self, tokens: list[PairTokens], layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def _means(self, tokens: list[PairTokens]) -> tuple[np.ndarray, np.ndarray]:
         sides = both_sides(tokens)
         starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
         places = [np.arange(len(side.ids)) for side in sides]
-        hidden = self.reward.forward_pairs(tokens, layer=layer, positions=places, rewards=False).hidden
+        hidden = self.reward.forward_pairs(tokens, layer=self.layers, positions=places, rewards=False).hidden
         assert hidden is not None
-        zero = torch.zeros(self.reward.hidden_size)
+        zero = torch.zeros(self.reward.hidden_size * len(self.layers))
         parts = [(h[:start], h[start:]) for h, start in zip(hidden, starts, strict=True)]
         prompt, response = (
             torch.stack([side.mean(0) if len(side) else zero for side in column]).numpy()

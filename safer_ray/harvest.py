@@ -69,8 +69,6 @@ class Harvest(StageContext):
         shown = config.model_dump(mode="json")
         for source in shown["sources"]:
             del source["path"]
-            if source["where"] is None:
-                del source["where"]
         inputs = {f"source{i}": source_identity(s, corpus) for i, s in enumerate(config.sources)}
 
         def build(out: Path) -> Result:

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from safer_ray.artifacts import write_json
+from safer_ray.background import repeated
 from safer_ray.errors import UserError
 
 HEARTBEAT_SECONDS = 5.0
@@ -57,14 +57,10 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "run.lock"
     _take(path)
-    stop = threading.Event()
-    beat = threading.Thread(target=_heartbeat, args=(path, stop), daemon=True)
-    beat.start()
     try:
-        yield
+        with repeated(HEARTBEAT_SECONDS, lambda: _beat(path)):
+            yield
     finally:
-        stop.set()
-        beat.join()
         if _read(path) == _owner():
             path.unlink(missing_ok=True)
 
@@ -83,7 +79,6 @@ def _take(path: Path) -> None:
         os.close(guard)
 
 
-def _heartbeat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT_SECONDS):
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+def _beat(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)

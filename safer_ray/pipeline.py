@@ -156,18 +156,15 @@ def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -
     count = config.select.candidates
     verdicts = done("verdicts", stages.verdicts(config.judge, salience, reward, sae, count, made.get("corpus")))
     selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
-    if config.cross_fit is None:
-        auditor = done("auditor", stages.auditor(reward, sae, selected, codes))
-        done("scores", stages.scores(config.scores, codes, pairs, auditor))
-        return
-    fitted = stages.cross_fit(config, pairs, made.get("corpus"), sae)
-    if config.scores.detector != "combined":
-        done("auditor", stages.auditor(reward, sae, selected, codes))
-        done("scores", fitted.scores)
-        return
-    detector = done("detector", stages.detector(config, pairs, fitted))
-    done("auditor", stages.auditor(reward, sae, selected, codes, detector))
-    done("scores", stages.suspected(config.scores, fitted.scores, detector))
+    fitted = stages.cross_fit(config, pairs, made.get("corpus"), sae) if config.cross_fit else None
+    detector = None
+    if fitted and config.scores.detector == "combined":
+        detector = done("detector", stages.detector(config, pairs, fitted))
+    auditor = done("auditor", stages.auditor(reward, sae, selected, codes, detector))
+    if fitted and detector:
+        done("scores", stages.suspected(config.scores, fitted.scores, detector))
+    else:
+        done("scores", fitted.scores if fitted else stages.scores(config.scores, codes, pairs, auditor))
 
 
 def _change(stages: Stages, run: Run, until: str | None) -> None:

@@ -18,6 +18,7 @@ from safer_ray.packing import pack, pack_batch, packs, smallest_window
 from safer_ray.text import PairTokenizer, PairTokens, both_sides
 from safer_ray.trunk import States, memory
 
+Layers = int | tuple[int, ...] | None  # of which the output is wanted, side by side where they are several
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
@@ -114,9 +115,13 @@ class RewardModel:
                 found[i] = states[j, : len(sequences[i])].float().cpu().clone()
         return found
 
-    def _shortcut(self, sequences: Sequence[np.ndarray], layer: int | None) -> contextlib.AbstractContextManager[None]:
+    def _shortcut(self, sequences: Sequence[np.ndarray], layer: Layers) -> contextlib.AbstractContextManager[None]:
         """Passes inside begin behind the frozen blocks, where these are remembered and `layer` is not among them."""
-        if memory() is None or not self.frozen_layers or (layer is not None and layer < self.frozen_layers):
+        if (
+            memory() is None
+            or not self.frozen_layers
+            or min(_several(layer), default=self.frozen_layers) < self.frozen_layers
+        ):
             return contextlib.nullcontext()
         return self.behind(self.frozen_layers, pad_sequence(self.trunk(sequences), batch_first=True))
 
@@ -144,7 +149,7 @@ class RewardModel:
         self,
         sequences: Sequence[np.ndarray],
         *,
-        layer: int | None = None,
+        layer: Layers = None,
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
         budget: int = 16_384,
@@ -182,7 +187,7 @@ class RewardModel:
         self,
         pairs: Sequence[PairTokens],
         *,
-        layer: int | None = None,
+        layer: Layers = None,
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
         heads: bool = False,
@@ -194,40 +199,37 @@ class RewardModel:
         reads, too.
         """
         sides = both_sides(pairs)
-        packed = [i for i, pair in enumerate(pairs) if self.packs(pair)]
-        inside = set(packed)
-        apart = [2 * i + side for i in range(len(pairs)) if i not in inside for side in (0, 1)]
-        scores = torch.zeros(len(sides)) if rewards else None
-        read = torch.zeros(len(sides), self.hidden_size) if heads else None
-        hidden: list[Tensor] | None = [torch.empty(0)] * len(sides) if layer is not None else None
+        together = [i for i, pair in enumerate(pairs) if self.packs(pair)]
+        packed = [2 * i + side for i in together for side in (0, 1)]
+        apart = sorted({*range(len(sides))} - {*packed})
 
-        def place(where: Sequence[int], found: Forward) -> None:
-            for j, i in enumerate(where):
-                if scores is not None and found.rewards is not None:
-                    scores[i] = found.rewards[j]
-                if read is not None and found.heads is not None:
-                    read[i] = found.heads[j]
-                if hidden is not None and found.hidden is not None:
-                    hidden[i] = found.hidden[j]
+        def asked(rows: list[int]) -> list[np.ndarray] | None:
+            return [positions[i] for i in rows] if positions is not None else None
 
+        found = []
         if apart:
             ids = [sides[i].ids for i in apart]
-            asked = [positions[i] for i in apart] if positions is not None else None
-            if layer is not None or rewards:
-                place(apart, self.forward(ids, layer=layer, positions=asked, rewards=rewards, budget=budget))
-            if heads:
-                place(apart, Forward(None, None, self.head_inputs(ids, budget)))
+            output = self.forward(ids, layer=layer, positions=asked(apart), rewards=rewards, budget=budget)
+            found.append((apart, output._replace(heads=self.head_inputs(ids, budget) if heads else None)))
         if packed:
-            both = [2 * i + side for i in packed for side in (0, 1)]
-            asked = [positions[i] for i in both] if positions is not None else None
-            place(both, self._packed([pairs[i] for i in packed], layer, asked, rewards or heads, budget))
-        return Forward(scores, hidden, read)
+            rows = [pairs[i] for i in together]
+            found.append((packed, self._packed(rows, layer, asked(packed), rewards or heads, budget)))
+
+        def in_order(column: str) -> list[Tensor]:
+            values = {i: v for where, output in found for i, v in zip(where, getattr(output, column), strict=True)}
+            return [values[i] for i in range(len(sides))]
+
+        return Forward(
+            torch.stack(in_order("rewards")) if rewards and sides else torch.zeros(0) if rewards else None,
+            in_order("hidden") if layer is not None else None,
+            torch.stack(in_order("heads")) if heads else None,
+        )
 
     @torch.inference_mode()
     def _packed(
         self,
         pairs: Sequence[PairTokens],
-        layer: int | None,
+        layer: Layers,
         positions: Sequence[np.ndarray] | None,
         whole: bool,
         budget: int,
@@ -272,30 +274,33 @@ class RewardModel:
             handle.remove()
         return torch.stack(found)
 
-    def _run(
-        self, sequences: list[np.ndarray], layer: int | None, rewards: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _run(self, sequences: list[np.ndarray], layer: Layers, rewards: bool) -> tuple[Tensor | None, Tensor | None]:
         output, states = self._through(self.model, pad_batch(sequences, self.pad, self.device), layer, rewards)
         return output.logits[:, 0].float().cpu() if output is not None else None, states
 
-    def _through(self, module: Any, batch: dict[str, Any], layer: int | None, whole: bool) -> tuple[Any, Tensor | None]:
+    def _through(self, module: Any, batch: dict[str, Any], layer: Layers, whole: bool) -> tuple[Any, Tensor | None]:
         """What a module gives, None where it ends at `layer`, and what block `layer` gives."""
         caught: list[Tensor] = []
+        layers = _several(layer)
 
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
             caught.append(output[0] if isinstance(output, tuple) else output)
-            if not whole:
+            if len(caught) == len(layers) and not whole:
                 raise _LayerReachedError
 
-        handle = self.blocks()[layer - 1].register_forward_hook(catch) if layer is not None else None
+        handles = [self.blocks()[number - 1].register_forward_hook(catch) for number in layers]
         try:
             output = module(**batch)
         except _LayerReachedError:
             output = None
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-        return output, caught[0] if caught else None
+        return output, torch.cat(caught, dim=-1) if caught else None
+
+
+def _several(layer: Layers) -> tuple[int, ...]:
+    return () if layer is None else (layer,) if isinstance(layer, int) else layer
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

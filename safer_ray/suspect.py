@@ -19,7 +19,7 @@ from safer_ray.config import RunConfig, ScoresConfig
 from safer_ray.crossfit import CrossFit, Fold, OutOfFold, frozen_below
 from safer_ray.errors import UserError
 from safer_ray.schema import rows_of
-from safer_ray.scoring import pair_scores, suspect
+from safer_ray.scoring import margins, pair_scores, suspect
 from safer_ray.stage import licence_of, poisoned, recipe
 
 
@@ -90,7 +90,7 @@ def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> Fold
         first = (missing or also)[0]
         raise UserError(f"pair {first!r} ({len({*missing, *also})} in all) was quarantined by a model; leave it out")
     readings = Readings(
-        margin=rows["margin"].to_numpy().astype(np.float64),
+        margin=rows["margin"].to_numpy(),
         score=rows["score"].to_numpy(),
         contrast=matrix[rows["row"].to_numpy()],
         response=matrix_of(means["response"]),
@@ -107,7 +107,7 @@ def _said(fold: Fold, number: int) -> pa.Table:
         {
             "pair_id": codes["pair_id"],
             "fold": np.full(len(codes), number),
-            "margin": np.asarray(codes["chosen_reward"]) - np.asarray(codes["rejected_reward"]),
+            "margin": margins(codes),
             "score": pair_scores(codes, features._replace(mode="response")),
             "score_paper": pair_scores(codes, features._replace(mode="paper")),
         }

@@ -439,16 +439,17 @@ def start_head(directory, gcs_port, dashboard_port):
     with (Path(directory) / "start.log").open("w") as log:
         head = subprocess.Popen(command.split(), env=environ, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 90
+    answer = None
     while True:
         try:
             connect(f"http://127.0.0.1:{dashboard_port}").list_jobs()
             if on_this_machine(f"http://127.0.0.1:{dashboard_port}"):
                 return head
-        except (SaferError, RuntimeError, OSError):
-            pass
+        except (SaferError, RuntimeError, OSError) as error:
+            answer = error  # not up yet
         if time.monotonic() > deadline or head.poll() is not None:
             stop_head(head)
-            raise RuntimeError((Path(directory) / "start.log").read_text())
+            raise RuntimeError((Path(directory) / "start.log").read_text()) from answer
         time.sleep(0.3)
 
 

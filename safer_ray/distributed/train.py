@@ -8,10 +8,9 @@ import contextlib
 import json
 import math
 import shutil
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
 
 from safer_ray.artifacts import write_json
+from safer_ray.background import repeated
 from safer_ray.config import RayConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
@@ -132,7 +132,7 @@ def train(jobs: Sequence[TrainJob], config: RayConfig, on_progress: OnProgress) 
         state.mkdir(parents=True, exist_ok=True)
         (state / ERROR).unlink(missing_ok=True)
     if any(trained_already(state) is None for state in states):
-        with _progress(jobs, on_progress):
+        with repeated(PROGRESS_SECONDS, lambda: _tell(jobs, on_progress)):
             _fit(jobs, config, states[0])
     for state in states:
         if (state / ERROR).exists():
@@ -204,25 +204,10 @@ def _end(error: BaseException) -> str:
     return " ".join(str(error).split())[-400:]
 
 
-@contextlib.contextmanager
-def _progress(jobs: Sequence[TrainJob], on_progress: OnProgress) -> Iterator[None]:
-    """Hand on what the first worker writes about its steps."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(PROGRESS_SECONDS):
-            for job in jobs:
-                if (job.out / "state" / METRICS).exists():
-                    continue
-                with contextlib.suppress(OSError, ValueError):
-                    said = json.loads((job.out / "state" / PROGRESS).read_text(encoding="utf-8"))
-                    on_progress(job.stage, said["done"], said["total"])
-                break
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def _tell(jobs: Sequence[TrainJob], on_progress: OnProgress) -> None:
+    """Hand on what the first worker wrote about its steps."""
+    job = next((job for job in jobs if not (job.out / "state" / METRICS).exists()), None)
+    if job is not None:
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads((job.out / "state" / PROGRESS).read_text(encoding="utf-8"))
+            on_progress(job.stage, said["done"], said["total"])
