@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -15,7 +16,7 @@ import safer_ray.training
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
-from safer_ray.distributed.zero import deepspeed_config
+from safer_ray.distributed.zero import STALE_SECONDS, deepspeed_config, drop_stale_locks
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import LocalRunner, TrainJob
 from safer_ray.train_reward import engine_options, train_reward
@@ -212,3 +213,17 @@ def test_the_deepspeed_configuration_says_it_all():
     assert made["bf16"] == {"enabled": False}
     on_host = {"device": "cpu"}
     assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": on_host, "offload_param": on_host}
+
+
+def test_a_lock_that_a_killed_build_left_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    old = time.time() - STALE_SECONDS - 1
+    for name in ("left", "fresh", "at_work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        if name != "fresh":
+            os.utime(tmp_path / name / "lock", (old, old))
+    with subprocess.Popen(["sleep", "60"], cwd=tmp_path / "at_work") as builder:
+        drop_stale_locks()
+        builder.kill()
+    assert [p.parent.name for p in sorted(tmp_path.glob("*/lock"))] == ["at_work", "fresh"]

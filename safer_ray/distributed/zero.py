@@ -2,17 +2,21 @@
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from safer_ray.background import repeated
 from safer_ray.config import DeepSpeedConfig
 from safer_ray.errors import UserError
 from safer_ray.training import EngineOptions, decay_groups
 
 TAG = "deepspeed"
+STALE_SECONDS = 300.0  # a build that nobody works on is given up after so long
 
 
 def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[str, Any]:
@@ -35,6 +39,23 @@ def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[st
     }
 
 
+def drop_stale_locks() -> None:
+    """Remove the locks of extensions that nobody builds: a process that was killed at it would let all others wait for
+    ever. A lock that is younger than `STALE_SECONDS` may be another host's."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE_SECONDS and not _at_work_in(lock.parent):
+                lock.unlink()
+
+
+def _at_work_in(directory: Path) -> bool:
+    """Whether a process of this host builds there: compilers run in the folder they write to."""
+    return any(process.info["cwd"] == str(directory.resolve()) for process in psutil.process_iter(["cwd"]))
+
+
 class DeepSpeedEngine:
     """AdamW through DeepSpeed on a model that all workers have built alike."""
 
@@ -49,9 +70,10 @@ class DeepSpeedEngine:
         self.options = options
         self.scale = workers * options.micro_batches  # DeepSpeed takes means where a step's losses are to be summed
         optimizer = torch.optim.AdamW(decay_groups(module, options.weight_decay), lr=options.learning_rate)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
-        )
+        with repeated(STALE_SECONDS / 30, drop_stale_locks):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
+            )
 
     @property
     def model(self) -> Any:
