@@ -29,8 +29,8 @@ from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.contexts import FindContexts
 from safer_ray.engine import Engine, codes_table
 from safer_ray.formats import parse_prompt
-from safer_ray.packing import pack
-from safer_ray.reward import RewardModel, pad_batch
+from safer_ray.packing import pack, pad_batch
+from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae
 from safer_ray.salience import SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.scoring import Features, pair_scores

@@ -19,8 +19,8 @@ from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_rew
 from safer_ray.config import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
-from safer_ray.engine import EncodePairs
 from safer_ray.harvest import Harvest
+from safer_ray.passes import EncodePairs
 from safer_ray.runner import LocalRunner, MapJob, Runner, TrainJob
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.schema import CODES

@@ -18,28 +18,6 @@ DETECTOR = "detector"  # the folder of `combined` in a bundle
 VALUES = "values.parquet"  # what `combined` says of the pairs it was fitted on, out of fold
 
 
-class AuditPairs:
-    """Batch function: pairs -> SCORES, by an auditor bundle."""
-
-    def __init__(self, auditor: Artifact, config: ScoresConfig) -> None:
-        from safer_ray.engine import EncodePairs, MeanVectors  # here, since scoring codes needs no torch
-
-        self.encode = EncodePairs(auditor.path / "reward", auditor.path / "sae")
-        self.score = scorer(auditor, config)
-        layers = auditor.metrics.get("vector_layers", []) if config.detector == "combined" else []
-        self.vectors = MeanVectors(auditor.path / "reward", layers) if layers else None
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        codes = self.encode(pairs)
-        for name in ("row_key", "extra"):
-            codes = codes.append_column(name, pairs[name])
-        if self.vectors is not None:
-            means = self.vectors(pairs)
-            for name in ("response", "prompt"):
-                codes = codes.append_column(name, means[name])
-        return self.score(codes)
-
-
 def read_features(path: Path, mode: Mode | None = None) -> Features:
     """features.json, or the one in a directory, as a selection.
 

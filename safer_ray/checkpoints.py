@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.packing import how_pairs_run, smallest_window
 from safer_ray.parts import load_part, splits_up
 from safer_ray.reward import RewardModel
+from safer_ray.runner import WHOLE, Part
 from safer_ray.text import PairTokenizer
 from safer_ray.tiny_llama import make_tiny_llama
 
+log = logging.getLogger(__name__)
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
@@ -92,12 +95,12 @@ def _limit(config: Any, max_length: int) -> int:
     return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
 
 
-def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str) -> RewardModel:
+def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str, before: int = 0) -> RewardModel:
     pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
+    if largest >= rows and not before:  # a later part looks nothing up
         raise UserError(
             f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
             "use the tokenizer that belongs to the model, or resize the embedding"
@@ -134,6 +137,7 @@ def load_reward_model(
     directory: Path,
     *,
     layers: int | None = None,
+    part: Part = WHOLE,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -141,18 +145,25 @@ def load_reward_model(
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
     With `layers`, only the first ones are loaded where the family is known to allow it: activations, but no rewards.
+    With `part`, only that range of them.
 
     Raises:
-        UserError: missing or corrupt files, no reward head, more than one output, or a tokenizer that does not fit.
+        UserError: missing or corrupt files, no reward head, more than one output, a tokenizer that does not fit, or a
+            model that cannot be cut into so many parts.
     """
-    if layers is not None and _splits_up(directory, layers):
-        model, tokenizer = _load_first(directory, layers, dtype)
+    before, window = 0, None
+    if part.of > 1:
+        model, tokenizer, before, window = _load_range(directory, layers, part, dtype)
+    elif layers is not None and _splits_up(directory, layers):
+        model, tokenizer, _, _ = _load_range(directory, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
-    wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name)
-    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"])
+    wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
+    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not before:
+        log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))
     return wrapped
 
 
@@ -166,15 +177,26 @@ def _splits_up(directory: Path, layers: int) -> bool:
     return False
 
 
-def _load_first(directory: Path, layers: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
+def _load_range(
+    directory: Path, layers: int | None, part: Part, dtype: torch.dtype
+) -> tuple[Any, Any, int, int | None]:
+    """A part of the first layers, or of all: the model, its tokenizer, how many blocks are before it, and how far back
+    the shortest-sighted one of the whole model looks."""
+    from transformers import AutoConfig, AutoTokenizer
 
     quiet_transformers()
+    resolve_base(str(directory))
     try:
-        return load_part(directory, 0, layers, dtype), AutoTokenizer.from_pretrained(str(directory))
+        config = AutoConfig.from_pretrained(str(directory))
+        count = layers or int(config.num_hidden_layers)
+        start, stop = part.blocks(count)
+        if part.of > count:
+            raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
+        model = load_part(directory, start, stop, dtype)
+        return model, AutoTokenizer.from_pretrained(str(directory)), start, smallest_window(config)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load {layers} layers of a reward model from {directory}: {first}") from None
+        raise UserError(f"cannot load layers of a reward model from {directory}: {first}") from None
 
 
 def _settings(directory: Path) -> dict[str, Any]:

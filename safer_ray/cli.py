@@ -96,7 +96,7 @@ def run_command(
     from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments, red_team=red_team)
-    with at_work(runner, loaded.ray) as (where, report):
+    with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
         result = run(loaded, where, until=until, fresh=fresh, on_stage=report.stage)
     summary = result.directory / "summary.json"
     if until in (None, "report"):
@@ -159,7 +159,7 @@ def lab_command(
     from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments)
-    with at_work(runner, loaded.ray) as (where, report):
+    with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
         made = run_lab(loaded, where, fresh=fresh, on_stage=report.stage)
     for name, found in made.metrics.items():
         console.print(_detection_table(name, found))
@@ -179,7 +179,7 @@ def sweep_command(
     from safer_ray.sweep import run_sweep
 
     loaded = load_config(config, assignments, red_team=red_team)
-    with at_work(runner, loaded.ray) as (where, report):
+    with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
         made = run_sweep(loaded, where, fresh=fresh, on_stage=report.stage)
     console.print(_sweep_table(made.metrics))
     console.print(f"\n{made.path / 'page.html'}")

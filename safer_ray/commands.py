@@ -26,8 +26,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and 
 
 
 @contextlib.contextmanager
-def at_work(name: str, config: "RayConfig") -> Iterator[tuple["Runner", "Report"]]:
-    """The runner called `name`, its cluster joined or started, and what it reports to.
+def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["Runner", "Report"]]:
+    """The runner called `name`, its cluster joined or started, with room for models in `shards` parts, and what it
+    reports to.
 
     Raises:
         UserError: no such runner, or no cluster that could do the work.
@@ -41,7 +42,7 @@ def at_work(name: str, config: "RayConfig") -> Iterator[tuple["Runner", "Report"
         elif name == "ray":
             from safer_ray.distributed.session import ray_session
 
-            with ray_session(config, verbose=state["verbose"]):
+            with ray_session(config, shards, verbose=state["verbose"]):
                 from safer_ray.distributed.runner import RayRunner
 
                 yield RayRunner(config, report.progress), report
@@ -58,11 +59,11 @@ def one_stage(out: Path, fresh: bool, runner: str = "local", config: Path | None
     from safer_ray.pipeline import Stages
 
     out = lasting(out)
-    ray = config_section(config, "ray", None)
+    ray, shards = config_section(config, "ray", None), config_section(config, "reward", None).shards
     lock = out.parent / f".lock-{out.name}"
     try:
-        with locked(lock), at_work(runner, ray) as (where, _):
-            yield Stages(Place(out.parent, out=out, fresh=fresh), where)
+        with locked(lock), at_work(runner, ray, shards) as (where, _):
+            yield Stages(Place(out.parent, out=out, fresh=fresh), where, shards=shards)
     finally:
         with contextlib.suppress(OSError):  # another process waits for it
             lock.rmdir()

@@ -149,6 +149,7 @@ class RewardConfig(Frozen):
     disable_dropout: bool = True  # both sides of a pair through the same network; a model made on the spot has none
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
     trust_remote_code: bool = False
+    shards: Annotated[int, Field(gt=0)] = 1  # ranges of blocks, each in processes of its own, to read activations
     seed: int = 0
 
     @model_validator(mode="after")
@@ -304,15 +305,27 @@ class DeepSpeedConfig(Frozen):
     offload_parameters: bool = False  # so do the weights; stage 3 alone
 
 
-class RayConfig(Frozen):
-    """Where `--runner ray` works, and how wide. Never part of a recipe."""
+class PoolConfig(Frozen):
+    """Processes that hold a reward model, or one part of it; their number follows the work."""
 
-    address: str | None = None  # None: RAY_ADDRESS, or a Ray of its own on this machine
-    min_actors: Annotated[int, Field(gt=0)] = 1  # that hold a reward model
+    min_actors: Annotated[int, Field(gt=0)] = 1
     max_actors: Annotated[int, Field(gt=0)] = 2
     actor_cpus: Annotated[float, Field(gt=0)] = 0.5
     actor_gpus: Annotated[float, Field(ge=0)] = 0
     threads: Annotated[int, Field(gt=0)] = 1  # of an actor
+
+    @model_validator(mode="after")
+    def _actors(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} is larger than max_actors {self.max_actors}")
+        return self
+
+
+class RayConfig(PoolConfig):
+    """Where `--runner ray` works, and how wide. Never part of a recipe."""
+
+    address: str | None = None  # None: RAY_ADDRESS, or a Ray of its own on this machine
+    shard_pools: tuple[PoolConfig, ...] = ()  # one for each of reward.shards; none: all alike, as said here
     task_cpus: Annotated[float, Field(gt=0)] = 0.25  # of a task that reads, counts or commits
     tasks: Annotated[int, Field(gt=0)] | None = None  # of each kind at once; None: half as many as the cluster has CPUs
     train_workers: Annotated[int, Field(gt=0)] = 2
@@ -323,10 +336,12 @@ class RayConfig(Frozen):
     wait_seconds: Annotated[float, Field(ge=0)] = 0  # for an autoscaler to bring what is missing
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
+    def pools(self, shards: int) -> list[PoolConfig]:
+        """The pool of every part of a reward model; `shard_pools` say it for a run in as many."""
+        return list(self.shard_pools) if len(self.shard_pools) == shards else [self] * shards
+
     @model_validator(mode="after")
-    def _actors(self) -> Self:
-        if self.min_actors > self.max_actors:
-            raise ValueError(f"min_actors {self.min_actors} is larger than max_actors {self.max_actors}")
+    def _offload(self) -> Self:
         if self.deepspeed.offload_parameters and self.deepspeed.stage != 3:
             raise ValueError(f"offload_parameters needs deepspeed.stage 3, got {self.deepspeed.stage}")
         return self
@@ -366,6 +381,9 @@ class RunConfig(Frozen):
                 f"activations.layer {self.activations.layer} lies past the model's {base.layers} layers; "
                 f"choose 1..{base.layers}"
             )
+        pools = len(self.ray.shard_pools)
+        if pools not in (0, self.reward.shards):
+            raise ValueError(f"ray.shard_pools has {pools} entries, but reward.shards is {self.reward.shards}")
         if self.evaluate.base != "clean" and self.evaluate.base not in self.curate:
             raise ValueError(
                 f"evaluate.base {self.evaluate.base!r} is neither 'clean' nor one of {sorted(self.curate)}"

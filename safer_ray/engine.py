@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from safer_ray import schema
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.errors import UserError
-from safer_ray.reward import RewardModel
+from safer_ray.reward import Forward, RewardModel
 from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
-from safer_ray.text import PairTokens, Side, both_sides
-from safer_ray.tokens import TEXTS, read_tokens
+from safer_ray.text import PairTokens, both_sides
 
 
 class Encoded(NamedTuple):
@@ -60,25 +58,24 @@ class Engine:
         """
         return self.encode_tokens(self.reward.pairs(pairs), all_tokens=all_tokens)
 
-    def encode_rows(self, rows: pa.Table, *, all_tokens: bool = False) -> Encoded:
-        """As `encode`, of a table of pairs, tokenised already (`TokenisePairs`) or not."""
-        return self.encode_tokens(tokens_of(self.reward, rows), all_tokens=all_tokens)
-
     def encode_tokens(self, tokens: list[PairTokens], *, all_tokens: bool = False) -> Encoded:
         """As `encode`, of tokenised pairs."""
-        sides = both_sides(tokens)
-        places = [np.arange(len(s.ids)) if all_tokens else s.token for s in sides]
-        output = self.reward.forward_pairs(tokens, layer=self.layer, positions=places, rewards=self.rewards)
-        assert output.hidden is not None
-        for i, raw in enumerate(output.hidden):
-            reward = output.rewards[i] if output.rewards is not None else torch.zeros(())
+        places = places_of(tokens, all_tokens)
+        found = self.reward.forward_pairs(tokens, layers=(self.layer,), positions=places, rewards=self.rewards)
+        return self.encoded(tokens, found)
+
+    def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
+        """What is made of a pass that was asked for this engine's layer."""
+        assert found.hidden is not None
+        for i, raw in enumerate(found.hidden):
+            reward = found.rewards[i] if found.rewards is not None else torch.zeros(())
             if not (torch.isfinite(raw).all() and torch.isfinite(reward)):
                 raise UserError(
                     f"pair {tokens[i // 2].pair_id!r}: layer {self.layer} of {self.reward.name} gives NaN or infinite "
                     "values; retrain with a lower learning rate, or load the model in float32"
                 )
-        vectors = [standardise(raw) for raw in output.hidden]
-        rewards = output.rewards.numpy() if output.rewards is not None else None
+        vectors = [standardise(raw) for raw in found.hidden]
+        rewards = found.rewards.numpy() if found.rewards is not None else None
         return Encoded(tokens, rewards, vectors, self.codes_of(vectors) if self.sae is not None else None)
 
     @torch.inference_mode()
@@ -90,11 +87,9 @@ class Engine:
         return [SparseCodes(f, v) for f, v in zip(features, values, strict=True)]
 
 
-def tokens_of(reward: RewardModel, rows: pa.Table) -> list[PairTokens]:
-    """The tokens of a table of pairs, read where they are there, made where they are not."""
-    if "chosen_ids" in rows.column_names:
-        return read_tokens(rows)
-    return reward.pairs(rows.select(["pair_id", *TEXTS]).to_pylist())
+def places_of(tokens: list[PairTokens], all_tokens: bool = False) -> list[np.ndarray]:
+    """Sentence ends of every side, or all its tokens."""
+    return [np.arange(len(side.ids)) if all_tokens else side.token for side in both_sides(tokens)]
 
 
 def _active(codes: SparseCodes) -> tuple[list[list[int]], list[list[float]]]:
@@ -130,132 +125,3 @@ def codes_table(encoded: Encoded) -> pa.Table:
             }
         rows.append(row)
     return schema.table(rows, schema.CODES)
-
-
-class EncodeActivations:
-    """Batch function: pairs -> standardised layer vectors, one row a token."""
-
-    def __init__(self, reward: Path, layer: int, tokens: str) -> None:
-        self.engine = Engine.load(reward, layer, rewards=False)
-        self.all_tokens = tokens == "all"
-
-    @property
-    def width(self) -> int:
-        return self.engine.reward.hidden_size
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        encoded = self.engine.encode_rows(pairs, all_tokens=self.all_tokens)
-        tables = []
-        for i, pair in enumerate(encoded.tokens):
-            for j, side in enumerate((pair.chosen, pair.rejected)):
-                tables.append(self._rows(pair.pair_id, schema.SIDES[j], side, encoded.vectors[2 * i + j]))
-        return pa.concat_tables(tables)
-
-    def _rows(self, pair_id: str, name: str, side: Side, vectors: Standardised) -> pa.Table:
-        token = np.arange(len(side.ids), dtype=np.int32) if self.all_tokens else side.token
-        end = np.full(len(token), -1, dtype=np.int32) if self.all_tokens else side.end
-        x = pa.array(_half(vectors.x).reshape(-1))
-        return pa.table(
-            {
-                "pair_id": [pair_id] * len(token),
-                "side": [name] * len(token),
-                "token": token,
-                "end": end,
-                "norm": vectors.norm.numpy(),
-                "mean": vectors.mean.numpy(),
-                "std": vectors.std.numpy(),
-                "x": pa.FixedSizeListArray.from_arrays(x, self.width),
-            },
-            schema=schema.activations(self.width),
-        )
-
-
-def _half(x: Tensor) -> np.ndarray:
-    return x.clamp(-65504, 65504).to(torch.float16).numpy()
-
-
-class EncodePairs:
-    """Batch function: pairs -> codes and rewards."""
-
-    def __init__(self, reward: Path, sae: Path) -> None:
-        self.engine = Engine.load(reward, sae=sae)
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        return codes_table(self.engine.encode_rows(pairs))
-
-
-def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
-    """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
-    read = reward.forward_pairs(tokens, rewards=False, heads=True).heads
-    assert read is not None
-    return (read[0::2] - read[1::2]).numpy()
-
-
-class HeadPairs:
-    """Batch function: pairs -> the difference of what the reward head reads of chosen and rejected."""
-
-    def __init__(self, reward: Path) -> None:
-        self.reward = load_reward_model(reward)
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        difference = head_differences(self.reward, tokens_of(self.reward, pairs))
-        lists = pa.FixedSizeListArray.from_arrays(pa.array(difference.reshape(-1)), difference.shape[1])
-        return pa.table({"pair_id": pairs["pair_id"], "head": lists}, schema=schema.heads(difference.shape[1]))
-
-
-class MeanVectors:
-    """Batch function: pairs -> mean vectors of layers, side by side: what the chosen response's tokens have more than
-    the rejected one's, and what the prompt's tokens have, over both sequences."""
-
-    def __init__(self, reward: Path, layers: Sequence[int]) -> None:
-        self.reward = load_reward_model(reward, layers=max(layers))
-        self.layers = tuple(sorted(layers))
-        for layer in layers:
-            self.reward.check_layer(layer)
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        tokens = tokens_of(self.reward, pairs)
-        response, prompt = self._means(tokens)
-        lists = [pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1]) for x in (response, prompt)]
-        columns = {"pair_id": pairs["pair_id"], "response": lists[0], "prompt": lists[1]}
-        return pa.table(columns, schema=schema.vectors(response.shape[1]))
-
-    def _means(self, tokens: list[PairTokens]) -> tuple[np.ndarray, np.ndarray]:
-        sides = both_sides(tokens)
-        starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
-        places = [np.arange(len(side.ids)) for side in sides]
-        hidden = self.reward.forward_pairs(tokens, layer=self.layers, positions=places, rewards=False).hidden
-        assert hidden is not None
-        zero = torch.zeros(self.reward.hidden_size * len(self.layers))
-        parts = [(h[:start], h[start:]) for h, start in zip(hidden, starts, strict=True)]
-        prompt, response = (
-            torch.stack([side.mean(0) if len(side) else zero for side in column]).numpy()
-            for column in zip(*parts, strict=True)
-        )
-        return response[0::2] - response[1::2], (prompt[0::2] + prompt[1::2]) / 2
-
-
-class RewardPairs:
-    """Batch function: pairs -> both rewards."""
-
-    def __init__(self, reward: Path) -> None:
-        self.reward = load_reward_model(reward)
-
-    def __call__(self, pairs: pa.Table) -> pa.Table:
-        tokens = tokens_of(self.reward, pairs)
-        rewards = self.reward.forward_pairs(tokens).rewards
-        assert rewards is not None
-        if not torch.isfinite(rewards).all():
-            bad = tokens[int((~torch.isfinite(rewards)).nonzero()[0]) // 2].pair_id
-            raise UserError(f"pair {bad!r}: {self.reward.name} gives a NaN or infinite reward; retrain it")
-        chosen, rejected = rewards.numpy()[0::2], rewards.numpy()[1::2]
-        return pa.table(
-            {
-                "pair_id": pairs["pair_id"],
-                "section": pairs["section"],
-                "reward_chosen": chosen,
-                "reward_rejected": rejected,
-                "reward_margin": chosen - rejected,
-            },
-            schema=schema.REWARDS,
-        )

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from safer_ray.artifacts import (
     write_json,
     write_parquet,
 )
-from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, AuditPairs, check_auditor, read_features, scorer
+from safer_ray.audit import AuditPairs
+from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, read_features, scorer
 from safer_ray.codes import latent_count
 from safer_ray.config import (
     ContextsConfig,
@@ -208,10 +210,11 @@ class Findings(StageContext):
             job = MapJob(
                 "scores",
                 read_fragment,
-                lambda: AuditPairs(auditor, config),
+                partial(AuditPairs, auditor, config),
                 schema.SCORES,
                 prepare=lambda: TokenisePairs(auditor.path / "reward"),
                 loads_model=True,
+                shards=self.shards,
                 metadata={KIND: BY_BUNDLE},
             )
             counts = self.map(job, part_fragments(pairs_of(pairs)), out)

@@ -30,10 +30,10 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
-from safer_ray.engine import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.noise import plant
+from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.runner import BatchFn, MapJob, TrainJob
 from safer_ray.sae import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
@@ -108,7 +108,7 @@ class Harvest(StageContext):
 
     def rewards(self, config: RewardConfig, variants: Sequence[Artifact]) -> list[Artifact]:
         """A reward model on each of several sets of pairs, trained one after another by the same workers."""
-        shown = config.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing"})
+        shown = config.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", "shards"})
         base = {}
         if isinstance(config.base, str):
             del shown["base"]
@@ -133,7 +133,7 @@ class Harvest(StageContext):
     def _through(
         self,
         stage: str,
-        make: Callable[[], BatchFn],
+        make: Callable[..., BatchFn],
         written: pa.Schema,
         pairs: Artifact,
         reward: Artifact,
@@ -141,14 +141,14 @@ class Harvest(StageContext):
     ) -> dict[str, int]:
         """Every pair, tokenised for `reward`, through a batch function that holds it; row counts."""
         prepare = partial(TokenisePairs, reward.path)
-        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True)
+        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True, shards=self.shards)
         return self.map(job, part_fragments(pairs_of(pairs)), out)
 
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
         def build(out: Path) -> Result:
             counts = self._through(
                 "activations",
-                lambda: EncodeActivations(reward.path, config.layer, config.tokens),
+                partial(EncodeActivations, reward.path, config.layer, config.tokens),
                 schema.activations(hidden_size(reward.path)),
                 pairs,
                 reward,
@@ -176,7 +176,7 @@ class Harvest(StageContext):
     def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
         def build(out: Path) -> Result:
             counts = self._through(
-                "codes", lambda: EncodePairs(reward.path, sae.path), schema.CODES, pairs, reward, out
+                "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, pairs, reward, out
             )
             loaded = load_sae(sae.path)
             metrics = {"latents": loaded.latents, "k": loaded.k}
@@ -189,7 +189,7 @@ class Harvest(StageContext):
 
         def build(out: Path) -> Result:
             counts = self._through(
-                "heads", lambda: HeadPairs(reward.path), schema.heads(hidden_size(reward.path)), pairs, reward, out
+                "heads", partial(HeadPairs, reward.path), schema.heads(hidden_size(reward.path)), pairs, reward, out
             )
             return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
 
@@ -201,7 +201,7 @@ class Harvest(StageContext):
         def build(out: Path) -> Result:
             width = hidden_size(reward.path) * len(layers)
             counts = self._through(
-                "vectors", lambda: MeanVectors(reward.path, layers), schema.vectors(width), pairs, reward, out
+                "vectors", partial(MeanVectors, reward.path, layers), schema.vectors(width), pairs, reward, out
             )
             return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
 
@@ -212,7 +212,7 @@ class Harvest(StageContext):
         """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
 
         def build(out: Path) -> Result:
-            counts = self._through("evaluate", lambda: RewardPairs(reward.path), schema.REWARDS, pairs, reward, out)
+            counts = self._through("evaluate", partial(RewardPairs, reward.path), schema.REWARDS, pairs, reward, out)
             rewards = read_parts(out)
             metrics = {
                 "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},

@@ -14,12 +14,12 @@ from safer_ray.config import LabConfig, NoiseConfig, RunConfig
 from safer_ray.crossfit import Fold
 from safer_ray.detection import CURVE, Comparison, compare
 from safer_ray.detectors import DETECTORS, Evidence
-from safer_ray.engine import head_differences
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, detection_part
 from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked
+from safer_ray.passes import head_differences
 from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
 from safer_ray.stage import pairs_of, recipe
@@ -198,6 +198,6 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
     with locked(directory), remembered():
-        stages = Lab(place, runner, config.fragment_rows)
+        stages = Lab(place, runner, config.fragment_rows, config.reward.shards)
         corpus = stages.corpus(config.corpus) if config.corpus else None
         return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)

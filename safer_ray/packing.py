@@ -1,38 +1,51 @@
-"""A pair as one sequence: what its sides begin with runs once, and the two responses do not see each other."""
+"""Micro-batches: a pair as one sequence, in which what its sides begin with runs once and the two responses do not see
+each other, or as two; and where in them a reward is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # causal, and checked to take such a mask
 
 
-class PackedPair(NamedTuple):
-    """The chosen side's tokens, then those of the rejected side behind the fork."""
+class Packed(NamedTuple):
+    """The chosen side's tokens, then those of the rejected side behind the fork; or one side alone."""
 
     ids: np.ndarray  # int64 [n]
     position: np.ndarray  # int64 [n], of each token in its own side
     fork: int  # tokens that both sides begin with
     chosen: int  # length of the chosen side
+    lengths: tuple[int, ...]  # of the sides
 
     def places(self, side: int, index: np.ndarray) -> np.ndarray:
         """Where tokens of a side (0 chosen, 1 rejected) lie in the packed sequence."""
         return index if side == 0 else np.where(index < self.fork, index, index - self.fork + self.chosen)
 
+    def side(self, side: int) -> np.ndarray:
+        """The token ids of a side."""
+        return self.ids[self.places(side, np.arange(self.lengths[side]))]
 
-def pack(chosen: np.ndarray, rejected: np.ndarray) -> PackedPair:
+
+def pack(chosen: np.ndarray, rejected: np.ndarray) -> Packed:
     """Token ids of both sides as one sequence."""
     shorter = min(len(chosen), len(rejected))
     different = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
     fork = int(different[0]) if len(different) else shorter
     ids = np.concatenate([chosen, rejected[fork:]])
-    return PackedPair(ids, np.concatenate([np.arange(len(chosen)), np.arange(fork, len(rejected))]), fork, len(chosen))
+    position = np.concatenate([np.arange(len(chosen)), np.arange(fork, len(rejected))])
+    return Packed(ids, position, fork, len(chosen), (len(chosen), len(rejected)))
 
 
-def pack_batch(packed: Sequence[PackedPair], pad: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def alone(ids: np.ndarray) -> Packed:
+    """One side as a sequence of its own."""
+    return Packed(ids, np.arange(len(ids)), len(ids), len(ids), (len(ids),))
+
+
+def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Right-padded inputs of a causal backbone. The mask is a float one, 0 and the dtype's minimum, [n, 1, width,
     width]: models with soft-capped attention read a boolean mask wrongly."""
     width = max(len(p.ids) for p in packed)
@@ -66,3 +79,51 @@ def smallest_window(config: Any) -> int | None:
 def packs(config: Any) -> bool:
     """Whether pairs of a model can be packed: it is causal, and known to take a mask and positions of its caller's."""
     return config.model_type in FAMILIES and not getattr(config, "use_bidirectional_attention", None)
+
+
+def how_pairs_run(config: Any) -> str:
+    """Whether pairs are packed, in a line."""
+    if not packs(config):
+        return f"the sides of a pair run apart, since a {config.model_type} is not known to take them as one sequence"
+    window = smallest_window(config)
+    return f"pairs run packed, as one sequence each{f' up to {window} tokens a side' if window else ''}"
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices by rising length, cut so that a micro-batch has at most `budget` padded tokens, or one sequence."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= budget:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def last_token(ids: np.ndarray, pad: int) -> int:
+    """Whose state the reward is read from: the last token that is no padding, as transformers finds it."""
+    real = np.flatnonzero(ids != pad)
+    return int(real[-1]) if len(real) else 0
+
+
+def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`."""
+    width = max(1, *(len(s) for s in sequences))
+    ids = np.full((len(sequences), width), pad, dtype=np.int64)
+    mask = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+
+
+def ends(values: Float[Tensor, "n width d"], rows: Sequence[Packed], pad: int) -> Float[Tensor, "sides d"]:
+    """What lies at the token of each side that its reward is read from."""
+    at = [
+        (j, int(row.places(side, np.array([last_token(row.side(side), pad)]))[0]))
+        for j, row in enumerate(rows)
+        for side in range(len(row.lengths))
+    ]
+    row, place = (torch.tensor(index, device=values.device) for index in zip(*at, strict=True))
+    return values[row, place]

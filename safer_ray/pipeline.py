@@ -103,7 +103,7 @@ def run(
     preflight(config)
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)
-    stages = Stages(place, runner, config.fragment_rows)
+    stages = Stages(place, runner, config.fragment_rows, config.reward.shards)
     outcome = Run(config, directory)
     if dry:
         _all(stages, outcome, until)

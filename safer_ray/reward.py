@@ -1,8 +1,8 @@
-"""Reward models: the forward pass, with a hidden layer on the way, or from one on."""
+"""Reward models: the forward pass, with hidden layers on the way, or from one on."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,20 +14,43 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import UserError
-from safer_ray.packing import pack, pack_batch, packs, smallest_window
-from safer_ray.text import PairTokenizer, PairTokens, both_sides
+from safer_ray.packing import Packed, alone, ends, micro_batches, pack, pack_batch, packs, pad_batch, smallest_window
+from safer_ray.text import PairTokenizer, PairTokens
 from safer_ray.trunk import States, memory
 
-Layers = int | tuple[int, ...] | None  # of which the output is wanted, side by side where they are several
+BUDGET = 16_384  # padded tokens of a micro-batch
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
+class Ask(NamedTuple):
+    """What a forward pass is for."""
+
+    layers: tuple[int, ...] = ()  # blocks, 1-based, whose outputs are wanted, side by side
+    rewards: bool = True
+    heads: bool = False  # what the reward head reads
+    states: bool = False  # what the last block gives at every token, for the part of the model behind this one
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks run."""
+        return self.rewards or self.heads
+
+
 class Forward(NamedTuple):
-    """Of a batch of sequences: rewards, and the raw layer vectors asked for, in input order."""
+    """Of a batch of sequences, or of the sides of pairs: what was asked for, in input order."""
 
     rewards: Float[Tensor, " n"] | None
     hidden: list[Float[Tensor, "m d"]] | None
-    heads: Float[Tensor, "n d"] | None = None  # what the reward head reads
+    heads: Float[Tensor, "n d"] | None = None
+    states: list[States] | None = None  # of every pair: of one row where it was packed, else of two
+
+
+class _Pass(NamedTuple):
+    """Of a micro-batch: what blocks give, and of each side the reward and what the head reads."""
+
+    blocks: dict[int, Float[Tensor, "n width d"]]
+    rewards: Float[Tensor, " sides"] | None = None
+    heads: Float[Tensor, "sides d"] | None = None
 
 
 class _LayerReachedError(Exception):
@@ -36,12 +59,14 @@ class _LayerReachedError(Exception):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A sequence classifier with one output, its tokenizer, and how text is rendered for it."""
+    """A sequence classifier with one output, its tokenizer, and how text is rendered for it; or a part of one."""
 
     model: Any
     pairs: PairTokenizer
     name: str
     frozen_layers: int = 0  # blocks whose weights are the base's
+    before: int = 0  # blocks that run before those here, in another part
+    window: int | None = None  # of the whole model's shortest-sighted layer, where this is a part
 
     @property
     def device(self) -> torch.device:
@@ -68,8 +93,8 @@ class RewardModel:
         raise UserError(f"{self.name}: cannot find the layers of a {type(self.model).__name__}")
 
     def check_layer(self, layer: int) -> None:
-        """Raises UserError unless 1 <= layer <= number of blocks."""
-        count = len(self.blocks())
+        """Raises UserError unless 1 <= layer <= number of blocks, up to the last one here."""
+        count = self.before + len(self.blocks())
         if not 1 <= layer <= count:
             raise UserError(f"layer {layer} lies past the {count} layers of {self.name}; choose 1..{count}")
 
@@ -105,22 +130,19 @@ class RewardModel:
         known = memory()
         return self._trunk(sequences) if known is None else known.get(self.trunk_key, sequences, self._trunk)
 
-    @torch.inference_mode()
     def _trunk(self, sequences: Sequence[np.ndarray]) -> States:
-        found: States = [torch.empty(0)] * len(sequences)
-        for chunk in micro_batches([len(s) for s in sequences], 16_384):
-            _, states = self._run([sequences[i] for i in chunk], self.frozen_layers, rewards=False)
-            assert states is not None
-            for j, i in enumerate(chunk):
-                found[i] = states[j, : len(sequences[i])].float().cpu().clone()
-        return found
+        running = replace(self, frozen_layers=0)  # blocks that nobody remembers
+        places = [np.arange(len(s)) for s in sequences]
+        found = running.forward(sequences, layers=(self.frozen_layers,), positions=places, rewards=False).hidden
+        assert found is not None
+        return [states.clone() for states in found]
 
-    def _shortcut(self, sequences: Sequence[np.ndarray], layer: Layers) -> contextlib.AbstractContextManager[None]:
-        """Passes inside begin behind the frozen blocks, where these are remembered and `layer` is not among them."""
+    def _shortcut(self, sequences: Sequence[np.ndarray], ask: Ask) -> contextlib.AbstractContextManager[None]:
+        """Passes inside begin behind the frozen blocks, where these are remembered and no earlier one is asked for."""
         if (
             memory() is None
             or not self.frozen_layers
-            or min(_several(layer), default=self.frozen_layers) < self.frozen_layers
+            or min(ask.layers, default=self.frozen_layers) < self.frozen_layers
         ):
             return contextlib.nullcontext()
         return self.behind(self.frozen_layers, pad_sequence(self.trunk(sequences), batch_first=True))
@@ -144,33 +166,27 @@ class RewardModel:
                 if before is not None:
                     block.forward = before
 
-    @torch.inference_mode()
     def forward(
         self,
         sequences: Sequence[np.ndarray],
         *,
-        layer: Layers = None,
+        layers: Sequence[int] = (),
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
-        budget: int = 16_384,
+        heads: bool = False,
+        budget: int = BUDGET,
     ) -> Forward:
-        """Rewards of token sequences, and the output of block `layer` (1-based) at `positions` of each.
+        """Rewards of token sequences, and the outputs of blocks `layers` (1-based) at `positions` of each.
 
         Sequences are sorted by length and cut into micro-batches of at most `budget` padded tokens; results come back
-        in input order. Without `rewards`, the blocks after `layer` do not run.
+        in input order. Without `rewards` and `heads`, the blocks after the last of `layers` do not run.
+
+        Raises:
+            UserError: a sequence that does not fit the memory.
         """
-        scores = torch.zeros(len(sequences)) if rewards else None
-        hidden: list[Tensor] | None = [torch.empty(0)] * len(sequences) if layer is not None else None
-        for chunk in micro_batches([len(s) for s in sequences], budget):
-            rows = [sequences[i] for i in chunk]
-            with self._shortcut(rows, layer):
-                logits, states = self._run(rows, layer, rewards)
-            for j, i in enumerate(chunk):
-                if scores is not None and logits is not None:
-                    scores[i] = logits[j]
-                if hidden is not None and states is not None and positions is not None:
-                    hidden[i] = states[j, torch.as_tensor(positions[i], dtype=torch.long)].float().cpu()
-        return Forward(scores, hidden)
+        names = [f"sequence {i}" for i in range(len(sequences))]
+        ask = Ask(tuple(layers), rewards, heads)
+        return self._read([alone(ids) for ids in sequences], names, ask, positions, budget)
 
     def packs(self, pair: PairTokens) -> bool:
         """Whether a pair runs as one sequence: a causal model whose every layer sees all of a side.
@@ -180,153 +196,199 @@ class RewardModel:
         config = self.model.config
         if not packs(config) or (memory() is not None and self.frozen_layers):
             return False
-        window = smallest_window(config)
+        window = self.window or smallest_window(config)
         return window is None or max(len(pair.chosen.ids), len(pair.rejected.ids)) <= window
 
     def forward_pairs(
         self,
         pairs: Sequence[PairTokens],
         *,
-        layer: Layers = None,
+        layers: Sequence[int] = (),
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
         heads: bool = False,
-        budget: int = 16_384,
+        budget: int = BUDGET,
+        before: Forward | None = None,
+        states: bool = False,
     ) -> Forward:
         """`forward` of both sides of pairs, chosen then rejected of each in turn; `positions` are by side.
 
-        Pairs that can be packed run as one sequence each, the others as two. `heads` asks for what the reward head
-        reads, too.
+        Pairs that can be packed run as one sequence each, the others as two. Of a model in parts, each goes on from
+        what the part `before` gave, and all but the last are asked for `states`.
+
+        Raises:
+            UserError: a pair that does not fit the memory.
         """
-        sides = both_sides(pairs)
-        together = [i for i, pair in enumerate(pairs) if self.packs(pair)]
-        packed = [2 * i + side for i in together for side in (0, 1)]
-        apart = sorted({*range(len(sides))} - {*packed})
+        rows: list[list[Packed]] = []
+        for i, pair in enumerate(pairs):
+            ids = pair.chosen.ids, pair.rejected.ids
+            packed = self.packs(pair) if before is None or before.states is None else len(before.states[i]) == 1
+            rows.append([pack(*ids)] if packed else [alone(side) for side in ids])
+        names = [f"pair {pair.pair_id!r}" for pair, own in zip(pairs, rows, strict=True) for _ in own]
+        given = [state for own in before.states for state in own] if before and before.states is not None else None
+        ask = Ask(tuple(layers), rewards, heads, states)
+        found = self._read([row for own in rows for row in own], names, ask, positions, budget, given)
+        if found.states is not None:
+            each = iter(found.states)
+            found = found._replace(states=[[state for _ in own for state in next(each)] for own in rows])
+        if before is not None and before.hidden is not None and found.hidden is not None:
+            both = zip(before.hidden, found.hidden, strict=True)
+            found = found._replace(hidden=[torch.cat([early, late], dim=-1) for early, late in both])
+        return found
 
-        def asked(rows: list[int]) -> list[np.ndarray] | None:
-            return [positions[i] for i in rows] if positions is not None else None
-
-        found = []
-        if apart:
-            ids = [sides[i].ids for i in apart]
-            output = self.forward(ids, layer=layer, positions=asked(apart), rewards=rewards, budget=budget)
-            found.append((apart, output._replace(heads=self.head_inputs(ids, budget) if heads else None)))
-        if packed:
-            rows = [pairs[i] for i in together]
-            found.append((packed, self._packed(rows, layer, asked(packed), rewards or heads, budget)))
-
-        def in_order(column: str) -> list[Tensor]:
-            values = {i: v for where, output in found for i, v in zip(where, getattr(output, column), strict=True)}
-            return [values[i] for i in range(len(sides))]
-
+    def _read(
+        self,
+        rows: Sequence[Packed],
+        names: Sequence[str],
+        ask: Ask,
+        positions: Sequence[np.ndarray] | None,
+        budget: int,
+        given: Sequence[Tensor] | None = None,
+    ) -> Forward:
+        """What is asked of all sides of rows, in their order; states are by row."""
+        first = np.cumsum([0, *(len(row.lengths) for row in rows)]).tolist()  # number of each row's first side
+        count, width = first[-1], self.hidden_size
+        rewards, heads = torch.zeros(count), torch.zeros(count, width if ask.heads else 0)
+        hidden = [torch.empty(0, 0)] * count
+        states = [torch.empty(0)] * len(rows)
+        for chunk, found in self._passes(rows, names, ask, budget, given):
+            sides = [(j, i, side) for j, i in enumerate(chunk) for side in range(len(rows[i].lengths))]
+            numbers = [first[i] + side for _, i, side in sides]
+            if found.rewards is not None:
+                rewards[numbers] = found.rewards.float().cpu()
+            if ask.heads and found.heads is not None:
+                heads[numbers] = found.heads.float().cpu()
+            wanted = [found.blocks[layer] for layer in sorted(ask.layers) if layer in found.blocks]
+            if positions is not None:
+                places = [rows[i].places(side, np.asarray(positions[first[i] + side])) for _, i, side in sides]
+                row = np.repeat([j for j, _, _ in sides], [len(at) for at in places])
+                at = torch.from_numpy(np.concatenate(places).astype(np.int64)).to(self.device)
+                read = [block[torch.from_numpy(row).to(self.device), at] for block in wanted]
+                values = torch.cat(read, dim=-1).float().cpu() if read else torch.empty(len(row), 0)
+                for number, value in zip(numbers, values.split([len(place) for place in places]), strict=True):
+                    hidden[number] = value
+            if ask.states:
+                last = found.blocks[self.before + len(self.blocks())]
+                for j, i in enumerate(chunk):
+                    states[i] = last[j, : len(rows[i].ids)].cpu()
         return Forward(
-            torch.stack(in_order("rewards")) if rewards and sides else torch.zeros(0) if rewards else None,
-            in_order("hidden") if layer is not None else None,
-            torch.stack(in_order("heads")) if heads else None,
+            rewards if ask.rewards else None,
+            hidden if ask.layers else None,
+            heads if ask.heads else None,
+            [[state] for state in states] if ask.states else None,
         )
 
-    @torch.inference_mode()
-    def _packed(
-        self,
-        pairs: Sequence[PairTokens],
-        layer: Layers,
-        positions: Sequence[np.ndarray] | None,
-        whole: bool,
-        budget: int,
-    ) -> Forward:
-        """Both sides of pairs that are packed; the blocks after `layer` run where the `whole` model is asked for."""
-        together = [pack(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
-        scores, read = torch.zeros(2 * len(pairs)), torch.zeros(2 * len(pairs), self.hidden_size)
-        hidden = [torch.empty(0)] * (2 * len(pairs))
-        for chunk in micro_batches([len(p.ids) for p in together], budget):
-            batch = pack_batch([together[i] for i in chunk], self.pad, self.device, self.model.dtype)
-            last, states = self._through(self.model.base_model, batch | {"use_cache": False}, layer, whole)
-            for j, i in enumerate(chunk):
-                for side, tokens in enumerate((pairs[i].chosen, pairs[i].rejected)):
-                    if states is not None and positions is not None:
-                        at = together[i].places(side, np.asarray(positions[2 * i + side]))
-                        hidden[2 * i + side] = states[j, torch.from_numpy(at).long()].float().cpu()
-                    if last is not None:
-                        end = together[i].places(side, np.array([last_token(tokens.ids, self.pad)]))
-                        value = last.last_hidden_state[j, int(end[0])]
-                        read[2 * i + side] = value.float().cpu()
-                        scores[2 * i + side] = self.model.score(value)[0].float().cpu()
-        return Forward(scores, hidden if layer is not None else None, read)
+    def _passes(
+        self, rows: Sequence[Packed], names: Sequence[str], ask: Ask, budget: int, given: Sequence[Tensor] | None
+    ) -> Iterator[tuple[list[int], _Pass]]:
+        """Micro-batches of rows, and their passes; one that does not fit the memory is cut to half the budget, once."""
+
+        def run(chunk: list[int]) -> _Pass:
+            return self._pass([rows[i] for i in chunk], ask, [given[i] for i in chunk] if given is not None else None)
+
+        for sides in (1, 2):
+            alike = [i for i, row in enumerate(rows) if len(row.lengths) == sides]
+            for chunk in _cut(rows, alike, budget):
+                found = _unless_too_large(run, chunk)
+                if found is not None:
+                    yield chunk, found
+                    continue
+                for part in _cut(rows, chunk, budget // 2):
+                    found = _unless_too_large(run, part)
+                    if found is None:
+                        raise UserError(
+                            f"{names[part[-1]]} has {len(rows[part[-1]].ids)} tokens, which do not fit the memory "
+                            f"beside {self.name}; lower max_length, leave the pair out, or raise reward.shards"
+                        )
+                    yield part, found
 
     @torch.inference_mode()
-    def head_inputs(self, sequences: Sequence[np.ndarray], budget: int = 16_384) -> Float[Tensor, "n d"]:
-        """What the last linear layer, the reward head, reads of each sequence; in input order."""
+    def _pass(self, rows: list[Packed], ask: Ask, given: list[Tensor] | None) -> _Pass:
+        """One micro-batch of rows that all have as many sides."""
+        ids, device, dtype = [row.ids for row in rows], self.device, self.model.dtype
+        packed = len(rows[0].lengths) > 1
+        batch = pack_batch(rows, self.pad, device, dtype) if packed else pad_batch(ids, self.pad, device)
+        if given is not None:
+            states = pad_sequence(given, batch_first=True).to(device, dtype)
+            batch = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": states}
+        with contextlib.ExitStack() as stack:
+            if given is not None:
+                stack.enter_context(self._enter(states))
+            elif not packed:
+                stack.enter_context(self._shortcut(ids, ask))
+            if packs(self.model.config):
+                blocks, output = self._through(self.model.base_model, batch | {"use_cache": False}, ask)
+                heads = None if output is None else ends(output.last_hidden_state, rows, self.pad)
+                return _Pass(blocks, None if heads is None else self.model.score(heads)[:, 0], heads)
+            with self._head_inputs() as read:
+                blocks, output = self._through(self.model, batch, ask)
+            if output is None:
+                return _Pass(blocks)
+            values = read.pop()  # a decoder's head reads every token
+            heads = values if values.ndim == 2 else ends(values, rows, self.pad)
+            return _Pass(blocks, output.logits[:, 0], heads)
+
+    def _through(self, module: Any, batch: dict[str, Any], ask: Ask) -> tuple[dict[int, Tensor], Any]:
+        """What the blocks asked for give, and what the module does: None where it ends at one of them."""
+        caught: dict[int, Tensor] = {}
+        blocks = dict(enumerate(self.blocks(), self.before + 1))
+        wanted = {layer for layer in ask.layers if layer in blocks} | ({max(blocks)} if ask.states else set())
+        end = None if ask.whole and not ask.states else max(wanted)
+
+        def catch(number: int) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                caught[number] = output[0] if isinstance(output, tuple) else output
+                if number == end:
+                    raise _LayerReachedError
+
+            return hook
+
+        handles = [blocks[number].register_forward_hook(catch(number)) for number in wanted]
+        try:
+            return caught, module(**batch)
+        except _LayerReachedError:
+            return caught, None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _enter(self, states: Tensor) -> Iterator[None]:
+        """Forward passes inside begin at the first block here, which is given states; some models scale embeddings."""
+        handle = self.blocks()[0].register_forward_pre_hook(
+            lambda _module, inputs, named: ((states, *inputs[1:]), named), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _head_inputs(self) -> Iterator[list[Tensor]]:
+        """What the last linear layer, the reward head, reads in forward passes inside."""
         heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if not heads:
             raise UserError(f"{self.name}: cannot find the reward head of a {type(self.model).__name__}")
         read: list[Tensor] = []
-        found = [torch.empty(0)] * len(sequences)
         handle = heads[-1].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
         try:
-            for chunk in micro_batches([len(s) for s in sequences], budget):
-                rows = [sequences[i] for i in chunk]
-                with self._shortcut(rows, None):
-                    self.model(**pad_batch(rows, self.pad, self.device))
-                values = read.pop().float().cpu()
-                for j, i in enumerate(chunk):  # a decoder's head reads every token
-                    found[i] = values[j] if values.ndim == 2 else values[j, last_token(sequences[i], self.pad)]
+            yield read
         finally:
             handle.remove()
-        return torch.stack(found)
-
-    def _run(self, sequences: list[np.ndarray], layer: Layers, rewards: bool) -> tuple[Tensor | None, Tensor | None]:
-        output, states = self._through(self.model, pad_batch(sequences, self.pad, self.device), layer, rewards)
-        return output.logits[:, 0].float().cpu() if output is not None else None, states
-
-    def _through(self, module: Any, batch: dict[str, Any], layer: Layers, whole: bool) -> tuple[Any, Tensor | None]:
-        """What a module gives, None where it ends at `layer`, and what block `layer` gives."""
-        caught: list[Tensor] = []
-        layers = _several(layer)
-
-        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
-            if len(caught) == len(layers) and not whole:
-                raise _LayerReachedError
-
-        handles = [self.blocks()[number - 1].register_forward_hook(catch) for number in layers]
-        try:
-            output = module(**batch)
-        except _LayerReachedError:
-            output = None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return output, torch.cat(caught, dim=-1) if caught else None
 
 
-def _several(layer: Layers) -> tuple[int, ...]:
-    return () if layer is None else (layer,) if isinstance(layer, int) else layer
+def _cut(rows: Sequence[Packed], numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
+    for chunk in micro_batches([len(rows[i].ids) for i in numbers], budget):
+        yield [numbers[j] for j in chunk]
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices by rising length, cut so that a micro-batch has at most `budget` padded tokens, or one sequence."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= budget:
-            stop += 1
-        yield order[start:stop]
-        start = stop
-
-
-def last_token(ids: np.ndarray, pad: int) -> int:
-    """Whose state the reward is read from: the last token that is no padding, as transformers finds it."""
-    real = np.flatnonzero(ids != pad)
-    return int(real[-1]) if len(real) else 0
-
-
-def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `attention_mask`."""
-    width = max(1, *(len(s) for s in sequences))
-    ids = np.full((len(sequences), width), pad, dtype=np.int64)
-    mask = np.zeros((len(sequences), width), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+def _unless_too_large(run: Callable[[list[int]], _Pass], chunk: list[int]) -> _Pass | None:
+    """The pass of a micro-batch; None where the memory did not suffice."""
+    try:
+        return run(chunk)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # as torch says it of a CPU's
+            raise
+    return None

@@ -7,6 +7,7 @@ A fragment goes through three steps: `ReadFragment` (and tokenise), `MapFragment
 calls them one after another; on Ray they are the operators of a Ray Data pipeline.
 """
 
+import functools
 import json
 import time
 from collections import Counter
@@ -30,6 +31,24 @@ METRICS = "metrics.json"  # of a training that ended, in its state
 TRIES = 2  # of a row range before it is halved, and of a single row before it is quarantined
 
 
+class Part(NamedTuple):
+    """One of several batch functions that rows go through in turn; each holds a range of a model's blocks."""
+
+    number: int = 0
+    of: int = 1
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of - 1
+
+    def blocks(self, count: int) -> tuple[int, int]:
+        """Its range (start, stop) of so many blocks; lengths differ by one at most."""
+        return count * self.number // self.of, count * (self.number + 1) // self.of
+
+
+WHOLE = Part()
+
+
 @dataclass(frozen=True)
 class MapJob:
     """A batch function over fragments, into a directory of parts.
@@ -37,18 +56,24 @@ class MapJob:
     `make` builds the batch function once a process; `read` gives a fragment's input rows, `prepare` the function that
     makes them ready (tokenised) without the model, on a cluster in processes apart; `schema` is that of the rows
     written, `folder` where they go below the artifact's directory. A job that `loads_model` gets actors that live as
-    long as the stage, others run as tasks.
+    long as the stage, others run as tasks. One of several `shards` is made in as many parts, `make(part=…)`, and rows
+    go from each to the next.
     """
 
     stage: str
     read: Callable[[Fragment], pa.Table]
-    make: Callable[[], BatchFn]
+    make: Callable[..., BatchFn]
     schema: pa.Schema
     prepare: Callable[[], BatchFn] | None = None
     loads_model: bool = False
     folder: str = "."
     batch_rows: int = 512
+    shards: int = 1
     metadata: dict[str, str] | None = None  # of the Parquet files
+
+    def as_written(self, rows: pa.Table) -> pa.Table:
+        """Rows in the schema that they are written in."""
+        return rows.select(self.schema.names).cast(self.schema)
 
 
 @dataclass(frozen=True)
@@ -209,19 +234,27 @@ class ReadFragment:
         return Prepared(fragment, len(rows), pieces, pa.concat_tables(refused), tokens, time.monotonic() - began)
 
 
+def whole_function(job: MapJob) -> BatchFn:
+    """The batch function of a job, its parts one behind the other."""
+    if job.shards == 1:
+        return job.make()
+    functions = [job.make(part=Part(number, job.shards)) for number in range(job.shards)]
+    return lambda rows: functools.reduce(lambda done, function: function(done), functions, rows)
+
+
 class MapFragment:
     """Puts a prepared fragment through the batch function, which is built here, once."""
 
     def __init__(self, job: MapJob, directory: Path) -> None:
         self.job = job
-        self.attempts = Attempts(job, directory, job.make(), "map")
+        self.attempts = Attempts(job, directory, whole_function(job), "map")
 
     def __call__(self, prepared: Prepared) -> Mapped:
         began, start = time.monotonic(), 0
         made, refused = [self.job.schema.empty_table()], [prepared.refused]
         for piece in prepared.pieces:
             good, bad = self.attempts(prepared.fragment, piece, start)
-            made += [table.select(self.job.schema.names).cast(self.job.schema) for table in good]
+            made += [self.job.as_written(table) for table in good]
             refused.append(bad)
             start += len(piece)
         seconds = prepared.seconds + time.monotonic() - began

@@ -90,6 +90,7 @@ class StageContext:
     place: Place
     runner: Runner
     fragment_rows: int = 1000
+    shards: int = 1  # parts that reward models are cut into where they only read
 
     def map(
         self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.reward import RewardModel, pad_batch
+from safer_ray.packing import pad_batch
+from safer_ray.reward import RewardModel
 from safer_ray.sae import SparseCodes, TopKSae, decode_sparse
 from safer_ray.text import PairTokens
 

@@ -170,7 +170,7 @@ class Scorer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
 
-        from safer_ray.auditor import AuditPairs
+        from safer_ray.audit import AuditPairs
 
         torch.set_num_threads(config.threads or max(1, int(config.num_cpus)))
         self.score = AuditPairs(open_auditor(config.auditor), ScoresConfig())

@@ -107,9 +107,9 @@ def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
     model = model.freeze(2)
     sequences = sides(tokens(model))
     places = [np.arange(len(s)) for s in sequences]
-    asked = {"layer": 3, "positions": places}
-    before, heads = model.forward(sequences, **asked), model.head_inputs(sequences)
-    below = model.forward(sequences, layer=1, positions=places)
+    asked = {"layers": [3], "positions": places}
+    before, heads = model.forward(sequences, **asked), model.forward(sequences, rewards=False, heads=True).heads
+    below = model.forward(sequences, layers=[1], positions=places)
     ran = []
 
     def note(block, inputs):
@@ -122,10 +122,12 @@ def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
             after = model.forward(sequences, **asked)
             torch.testing.assert_close(after.rewards, before.rewards, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(after.hidden, before.hidden, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(model.head_inputs(sequences), heads, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                model.forward(sequences, rewards=False, heads=True).heads, heads, rtol=1e-5, atol=1e-5
+            )
         assert sum(ran) == len({s.tobytes() for s in sequences})
         assert memory.used == 4 * 32 * sum(len(s) for s in {s.tobytes(): s for s in sequences}.values())
-        torch.testing.assert_close(model.forward(sequences, layer=1, positions=places).hidden, below.hidden)
+        torch.testing.assert_close(model.forward(sequences, layers=[1], positions=places).hidden, below.hidden)
     ran.clear()
     model.forward(sequences)
     assert sum(ran) == len(sequences)
@@ -175,7 +177,7 @@ def test_dropout_is_off_unless_it_is_wanted(bert_dir):
 
 def test_the_head_reads_what_makes_the_reward(model):
     sequences = [side.ids for t in tokens(model) for side in (t.chosen, t.rejected)]
-    read = model.head_inputs(sequences, budget=100)
+    read = model.forward(sequences, rewards=False, heads=True, budget=100).heads
     head = model.model.score if hasattr(model.model, "score") else model.model.classifier
     with torch.inference_mode():
         rewards = head(read)[:, 0]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safer_ray.packing import pack, pack_batch, smallest_window
-from safer_ray.reward import RewardModel, last_token
+from safer_ray.packing import last_token, pack, pack_batch, smallest_window
+from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokens, Side
 from safer_ray.trunk import remembered
 
@@ -109,8 +109,8 @@ def plainly(model, ids, layer):
 
 def check(model, pairs, layer=3, budget=16_384):
     positions = [np.arange(len(side.ids)) for p in pairs for side in (p.chosen, p.rejected)]
-    found = model.forward_pairs(pairs, layer=layer, positions=positions, heads=True, budget=budget)
-    early = model.forward_pairs(pairs, layer=layer, positions=positions, rewards=False, budget=budget)
+    found = model.forward_pairs(pairs, layers=[layer], positions=positions, heads=True, budget=budget)
+    early = model.forward_pairs(pairs, layers=[layer], positions=positions, rewards=False, budget=budget)
     assert early.rewards is None
     for i, side in enumerate(side for p in pairs for side in (p.chosen, p.rejected)):
         reward, hidden = plainly(model, side.ids, layer)

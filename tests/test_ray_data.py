@@ -113,7 +113,7 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
     made = MapJob(
         "evaluate",
         read_fragment,
-        lambda: __import__("safer_ray.engine", fromlist=["RewardPairs"]).RewardPairs(missing.path),
+        lambda: __import__("safer_ray.passes", fromlist=["RewardPairs"]).RewardPairs(missing.path),
         WRITTEN,
         loads_model=True,
     )
@@ -125,8 +125,8 @@ def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):
     config = RayConfig(task_cpus=0.5)
     assert config.task_cpus == config.actor_cpus  # operators of equal shares are fused, if nothing is done about it
     said = dataset(mortal(tmp_path), fragments[:2], tmp_path / "out", config).materialize().stats()
-    assert "Map(run)->Map(_Map)" not in said
-    assert "Map(_Map)" in said
+    assert "Map(run)->Map(Map)" not in said
+    assert "Map(Map)" in said
 
 
 @pytest.fixture(scope="module")

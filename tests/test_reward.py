@@ -20,6 +20,7 @@ from safer_ray.checkpoints import (
 from safer_ray.config import RewardConfig
 from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
+from safer_ray.packing import pack
 from safer_ray.reward import RewardModel
 from safer_ray.sae import load_sae, standardise
 from safer_ray.tiny_llama import train_tokenizer
@@ -50,8 +51,8 @@ def test_rewards_equal_transformers_on_separate_unpadded_sequences(model_dir, se
 def test_a_layers_output_equals_transformers_hidden_states(model_dir, sequences, layer):
     places = [np.arange(len(s)) for s in sequences]
     model = load_reward_model(model_dir)
-    with_rewards = model.forward(sequences, layer=layer, positions=places)
-    without = model.forward(sequences, layer=layer, positions=places, rewards=False)
+    with_rewards = model.forward(sequences, layers=[layer], positions=places)
+    without = model.forward(sequences, layers=[layer], positions=places, rewards=False)
     assert without.rewards is None
     for i, sequence in enumerate(sequences):
         wanted = plainly(model_dir, sequence)[1][layer][0]
@@ -64,7 +65,7 @@ def test_early_exit_does_not_run_later_blocks(reward, sequences):
     handles = [
         block.register_forward_hook(lambda m, i, o, n=n: ran.append(n)) for n, block in enumerate(reward.blocks())
     ]
-    reward.forward(sequences[:1], layer=2, positions=[np.array([0])], rewards=False)
+    reward.forward(sequences[:1], layers=[2], positions=[np.array([0])], rewards=False)
     for handle in handles:
         handle.remove()
     assert ran[0] == 0
@@ -74,9 +75,11 @@ def test_early_exit_does_not_run_later_blocks(reward, sequences):
 @pytest.mark.parametrize("budget", [1, 70, 10**6])
 def test_results_do_not_depend_on_order_or_token_budget(reward, sequences, budget):
     places = [np.array([0, len(s) - 1]) for s in sequences]
-    straight = reward.forward(sequences, layer=2, positions=places)
+    straight = reward.forward(sequences, layers=[2], positions=places)
     order = [4, 0, 6, 2, 1, 5, 3]
-    mixed = reward.forward([sequences[i] for i in order], layer=2, positions=[places[i] for i in order], budget=budget)
+    mixed = reward.forward(
+        [sequences[i] for i in order], layers=[2], positions=[places[i] for i in order], budget=budget
+    )
     torch.testing.assert_close(mixed.rewards, straight.rewards[order], rtol=1e-5, atol=1e-5)
     for j, i in enumerate(order):
         torch.testing.assert_close(mixed.hidden[j], straight.hidden[i], rtol=1e-5, atol=1e-5)
@@ -84,13 +87,13 @@ def test_results_do_not_depend_on_order_or_token_budget(reward, sequences, budge
 
 def test_micro_batches_hold_at_most_the_budget(reward, sequences, monkeypatch):
     seen = []
-    run = RewardModel._run
+    run = RewardModel._pass
 
-    def watch(self, batch, layer, rewards):
-        seen.append((len(batch), max(map(len, batch))))
-        return run(self, batch, layer, rewards)
+    def watch(self, rows, ask, given):
+        seen.append((len(rows), max(len(row.ids) for row in rows)))
+        return run(self, rows, ask, given)
 
-    monkeypatch.setattr(RewardModel, "_run", watch)
+    monkeypatch.setattr(RewardModel, "_pass", watch)
     reward.forward(sequences, budget=70)
     assert sum(n for n, _ in seen) == len(sequences)
     assert all(n == 1 or n * longest <= 70 for n, longest in seen)
@@ -233,7 +236,7 @@ def test_the_engine_gives_codes_and_rewards_of_one_pass(reward, sae_dir, pairs):
     table = codes_table(encoded)
     assert table["pair_id"].to_pylist() == [row["pair_id"] for row in rows]
     for i, pair in enumerate(encoded.tokens):
-        raw = reward.forward([pair.chosen.ids], layer=2, positions=[pair.chosen.token])
+        raw = reward.forward([pair.chosen.ids], layers=[2], positions=[pair.chosen.token])
         codes = sae.encode(standardise(raw.hidden[0]).x)
         row = table.slice(i, 1).to_pylist()[0]
         assert row["chosen_reward"] == pytest.approx(float(raw.rewards[0]), abs=1e-5)
@@ -285,3 +288,61 @@ def test_all_tokens_are_read_when_asked_for(reward):
     assert [len(v.x) for v in encoded.vectors] == [
         len(side.ids) for pair in encoded.tokens for side in (pair.chosen, pair.rejected)
     ]
+
+
+# Memory
+
+
+@pytest.fixture
+def starved(reward, monkeypatch):
+    """The model where passes of more than so many padded tokens do not fit the memory; what ran is listed."""
+    ran = []
+
+    def limit(tokens, error):
+        forward = reward.model.model.forward
+
+        def limited(**inputs):
+            ids = inputs["input_ids"]
+            if ids.numel() > tokens:
+                raise error
+            ran.append(tuple(ids.shape))
+            return forward(**inputs)
+
+        monkeypatch.setattr(reward.model.model, "forward", limited)
+        return ran
+
+    return limit
+
+
+def no_memory():
+    """What torch says where there is none: this much is nowhere."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_micro_batch_that_does_not_fit_is_halved_once(reward, sequences, starved, device):
+    wanted = reward.forward(sequences).rewards
+    ran = starved(65, no_memory() if device == "cpu" else torch.OutOfMemoryError("CUDA out of memory"))
+    found = reward.forward(sequences, budget=130).rewards
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert sum(rows for rows, _ in ran) == len(sequences)
+
+
+def test_a_pair_that_does_not_fit_even_so_is_named(reward, pairs, starved):
+    tokens = reward.pairs(pairs.slice(0, 3).to_pylist())
+    longest = max(tokens, key=lambda t: len(pack(t.chosen.ids, t.rejected.ids).ids))
+    n = len(pack(longest.chosen.ids, longest.rejected.ids).ids)
+    starved(n - 1, no_memory())
+    with pytest.raises(
+        UserError, match=rf"pair '{longest.pair_id}' has {n} tokens, which do not fit the memory"
+    ) as told:
+        reward.forward_pairs(tokens)
+    assert "raise reward.shards" in str(told.value)
+
+
+def test_another_error_is_not_taken_for_want_of_memory(reward, sequences, starved):
+    starved(0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        reward.forward(sequences)

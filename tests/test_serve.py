@@ -21,7 +21,7 @@ from tiny_run import finished
 
 from safer_ray import schema
 from safer_ray.artifacts import open_artifact, read_parts
-from safer_ray.auditor import AuditPairs
+from safer_ray.audit import AuditPairs
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import UserError
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from safer_ray import schema
 from safer_ray.artifacts import read_parquet, write_parquet
-from safer_ray.engine import EncodeActivations, EncodePairs, Engine, RewardPairs, tokens_of
+from safer_ray.engine import Engine
 from safer_ray.errors import UserError
+from safer_ray.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
 from safer_ray.sae import load_sae
 from safer_ray.text import PairTokens, Side
 from safer_ray.tokens import TEXTS, TokenisePairs, read_tokens, token_count, with_tokens
@@ -132,7 +133,7 @@ def test_tokenised_rows_give_the_same_as_raw_ones(function, tokenised, pairs):
 
 def test_an_engine_reads_tokenised_rows_as_raw_ones(reward, sae_dir, tokenised, pairs):
     engine = Engine(reward, 2, load_sae(sae_dir))
-    found, wanted = (engine.encode_rows(rows.slice(3, 2)) for rows in (tokenised, pairs))
+    found, wanted = (engine.encode_tokens(tokens_of(reward, rows.slice(3, 2))) for rows in (tokenised, pairs))
     assert np.array_equal(found.rewards, wanted.rewards)
     assert_equal_tokens(found.tokens, wanted.tokens)
 

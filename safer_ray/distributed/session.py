@@ -49,11 +49,17 @@ class Need(NamedTuple):
     tasks: float = 0
 
 
-def needs(config: RayConfig) -> list[Need]:
+def needs(config: RayConfig, shards: int = 1) -> list[Need]:
     """What the stages ask for, at least: mapping and training never run side by side."""
     tasks = 2 * config.task_cpus  # one that reads, one that commits: without them actors hold all and wait for ever
+    pools = config.pools(shards)
+    actors = sum(pool.min_actors for pool in pools)
+    each = [Need("ray.shard_pools", p.min_actors, p.actor_cpus, p.actor_gpus, tasks) for p in dict.fromkeys(pools)]
+    cpus = sum(pool.min_actors * pool.actor_cpus for pool in pools) / actors
+    gpus = sum(pool.min_actors * pool.actor_gpus for pool in pools) / actors
     return [
-        Need("ray.min_actors", config.min_actors, config.actor_cpus, config.actor_gpus, tasks),
+        *(each if len(each) > 1 else []),  # each fits alone, and on an average all do
+        Need("ray.min_actors", actors, cpus, gpus, tasks),
         Need("ray.train_workers", config.train_workers, config.worker_cpus, config.worker_gpus),
     ]
 
@@ -67,7 +73,7 @@ def address_of(config: RayConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def ray_session(config: RayConfig, *, verbose: bool = False) -> Iterator[None]:
+def ray_session(config: RayConfig, shards: int = 1, *, verbose: bool = False) -> Iterator[None]:
     """Join the cluster at `ray.address` or RAY_ADDRESS (set inside a job), or start one on this machine.
 
     A Ray that this process uses already is used as it is. What was joined is left running, what was started is stopped.
@@ -76,18 +82,18 @@ def ray_session(config: RayConfig, *, verbose: bool = False) -> Iterator[None]:
         UserError: no cluster there, one of another Ray version, or one too small for what is asked of it.
     """
     if ray.is_initialized():
-        check_resources(config)
+        check_resources(config, shards)
         yield
         return
     address = address_of(config)
     with contextlib.nullcontext() if verbose else _hushed():
         if address is None:
-            _start(config, verbose)
+            _start(config, shards, verbose)
         else:
             _join(address, verbose)
     try:
         quiet(verbose)
-        check_resources(config)
+        check_resources(config, shards)
         yield
     finally:
         ray.shutdown()
@@ -122,8 +128,8 @@ def _hushed() -> Iterator[None]:
         os.close(nothing)
 
 
-def _start(config: RayConfig, verbose: bool) -> None:
-    most = max(math.ceil(n.processes * n.cpus + n.tasks) for n in needs(config))
+def _start(config: RayConfig, shards: int, verbose: bool) -> None:
+    most = max(math.ceil(n.processes * n.cpus + n.tasks) for n in needs(config, shards))
     ray.init(
         address="local",  # never the cluster that somebody else runs on this machine
         num_cpus=max(most, os.cpu_count() or 1),
@@ -241,20 +247,20 @@ def _fit(need: Need, node: dict[str, float]) -> int:
     return int(min(fits) + 1e-6)
 
 
-def check_resources(config: RayConfig) -> None:
+def check_resources(config: RayConfig, shards: int = 1) -> None:
     """Compare what the stages ask for with what the cluster has, waiting `ray.wait_seconds` for an autoscaler.
 
     Raises:
         UserError: something is missing; all of it is named.
     """
     end = time.monotonic() + config.wait_seconds
-    missing, nodes = _missing(config)
+    missing, nodes = _missing(config, shards)
     if missing and config.wait_seconds:
         request_resources(bundles=[bundle for need in missing for bundle in _bundles(need)])
         try:
             while missing and time.monotonic() < end:
                 time.sleep(1)
-                missing, nodes = _missing(config)
+                missing, nodes = _missing(config, shards)
         finally:
             request_resources(bundles=[])  # it would hold for ever; the work asks for itself
     if not missing:
@@ -272,10 +278,10 @@ def _said(need: Need) -> str:
     return f"{need.what}: {need.processes} of {need.cpus:g} CPU and {need.gpus:g} GPU{tasks}"
 
 
-def _missing(config: RayConfig) -> tuple[list[Need], list[dict[str, float]]]:
+def _missing(config: RayConfig, shards: int) -> tuple[list[Need], list[dict[str, float]]]:
     """What does not fit, and what the nodes have."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [need for need in needs(config) if room(need, nodes) < need.processes], nodes
+    return [need for need in needs(config, shards) if room(need, nodes) < need.processes], nodes
 
 
 def _bundles(need: Need) -> list[dict[str, float]]:

@@ -1,0 +1,120 @@
+"""Fragments cut into micro-batches, for models in several parts: the rows of one stream from pool to pool."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from safer_ray.artifacts import Fragment, read_parquet, write_json, write_parquet
+from safer_ray.distributed.steps import Commit, Map, Read, Row, fragment_of, from_bytes, to_bytes
+from safer_ray.runner import Attempts, MapJob, Mapped, Part, Prepared
+from safer_ray.schema import QUARANTINE, SIDES
+
+COUNTED = ("read", "tokens", "seconds")
+PIECE_TOKENS = 16_384  # of both sides, in the rows of a piece: a micro-batch, or two where padding needs it
+
+
+def cut(rows: pa.Table, tokens: int = PIECE_TOKENS) -> Iterator[pa.Table]:
+    """Tokenised rows in their order, in pieces of at most so many tokens, or of one row."""
+    lengths = sum(pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in SIDES)
+    start, held = 0, 0
+    for i, length in enumerate(np.asarray(lengths).tolist()):
+        if i > start and held + length > tokens:
+            yield rows.slice(start, i - start)
+            start, held = i, 0
+        held += length
+    if start < len(rows):
+        yield rows.slice(start)
+
+
+class ReadPieces(Read):
+    """Reads a fragment, and gives it in pieces."""
+
+    def __call__(self, row: Row) -> list[Row]:  # type: ignore[override]
+        made: Any = super().__call__(row)
+        return made if isinstance(made, list) else [made]
+
+    def work(self, row: Row) -> list[Row]:  # type: ignore[override]
+        prepared: Prepared = self.built(fragment_of(row))
+        pieces = list(cut(pa.concat_tables(prepared.pieces))) if prepared.pieces else []
+        rows, start = [], 0
+        for number, piece in enumerate(pieces or [None]):
+            facts = {"number": number, "of": max(1, len(pieces)), "start": start}
+            refused = prepared.refused if number == 0 else QUARANTINE.empty_table()
+            counted = {name: getattr(prepared, name) if number == 0 else 0 for name in COUNTED}
+            held = b"" if piece is None else to_bytes([piece])
+            rows.append(
+                {
+                    "fragment": row["fragment"],
+                    "error": "",
+                    **facts,
+                    **counted,
+                    "rows": held,
+                    "refused": to_bytes([refused]),
+                }
+            )
+            start += 0 if piece is None else len(piece)
+        return rows
+
+
+class MapPiece(Map):
+    """Puts a piece through one part of the batch function."""
+
+    def __init__(self, job: MapJob, directory: Path, run: str, part: Part, threads: int) -> None:
+        super().__init__(job, directory, run, threads)
+        self.part = part
+
+    def build_function(self) -> Attempts:
+        return Attempts(self.job, self.directory, self.job.make(part=self.part), f"map-{self.part.number}")
+
+    def work(self, row: Row) -> Row:
+        if not row["rows"]:
+            return row
+        began = time.monotonic()
+        good, bad = self.built(fragment_of(row), pa.concat_tables(from_bytes(row["rows"])), row["start"])
+        if self.part.last:
+            good = [self.job.as_written(table) for table in good]
+        refused = pa.concat_tables([*from_bytes(row["refused"]), bad])
+        rows = to_bytes(good) if good else b""
+        return row | {
+            "rows": rows,
+            "refused": to_bytes([refused]),
+            "seconds": row["seconds"] + time.monotonic() - began,
+        }
+
+
+class CommitPiece(Commit):
+    """Writes a piece down; the one that makes a fragment whole commits it."""
+
+    def work(self, row: Row) -> Row:
+        fragment = fragment_of(row)
+        folder = self.directory / "journal" / "pieces" / f"{fragment.number:08}-{row['of']:05}"
+        rows = pa.concat_tables([self.job.schema.empty_table(), *(from_bytes(row["rows"]) if row["rows"] else [])])
+        write_parquet(rows, folder / f"{row['number']:05}.rows.parquet")
+        write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
+        write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
+        if len(list(folder.glob("*.json"))) < row["of"]:
+            return {"fragment": row["fragment"], "error": "", "committed": False}
+        try:
+            mapped = _together(fragment_of(row), folder)
+        except FileNotFoundError:  # another piece came at the same time, and committed
+            return {"fragment": row["fragment"], "error": "", "committed": False}
+        closed = self.close(row, mapped)
+        shutil.rmtree(folder, ignore_errors=True)
+        return closed
+
+
+def _together(fragment: Fragment, folder: Path) -> Mapped:
+    facts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    rows, refused = (
+        pa.concat_tables([read_parquet(path) for path in sorted(folder.glob(f"*.{name}.parquet"))])
+        for name in ("rows", "refused")
+    )
+    read, tokens, seconds = (sum(fact[name] for fact in facts) for name in COUNTED)
+    return Mapped(fragment, read, rows, refused, tokens, seconds)

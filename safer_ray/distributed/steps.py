@@ -1,0 +1,149 @@
+"""What one operator of a pipeline does with a row: a fragment in, a fragment out, as Arrow IPC bytes."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from safer_ray.artifacts import Fragment
+from safer_ray.distributed.metrics import count_fragment
+from safer_ray.errors import SaferError, UserError
+from safer_ray.runner import MapFragment, MapJob, Mapped, Prepared, ReadFragment, commit
+
+Row = dict[str, Any]
+
+
+def to_bytes(tables: Sequence[pa.Table]) -> bytes:
+    """Tables of one schema as an IPC stream, one record batch each."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table.combine_chunks())  # nothing for a table without rows
+    return sink.getvalue().to_pybytes()
+
+
+def from_bytes(data: bytes) -> list[pa.Table]:
+    with pa.ipc.open_stream(data) as stream:
+        return [pa.Table.from_batches([batch]) for batch in stream] or [stream.schema.empty_table()]
+
+
+def fragment_row(fragment: Fragment) -> Row:
+    return {"fragment": json.dumps(vars(fragment))}
+
+
+def fragment_of(row: Row) -> Fragment:
+    return Fragment(**json.loads(row["fragment"]))
+
+
+def _failed(row: Row, error: SaferError) -> Row:
+    """An error that is explained travels as a row: Ray would wrap it in its own and try again."""
+    kind = "user" if isinstance(error, UserError) else "safer"
+    return {"fragment": row["fragment"], "error": json.dumps([kind, str(error)])}
+
+
+def raise_explained(error: str) -> None:
+    kind, message = json.loads(error)
+    raise (UserError if kind == "user" else SaferError)(message)
+
+
+def _prepared_row(row: Row, prepared: Prepared) -> Row:
+    pieces = to_bytes(prepared.pieces) if prepared.pieces else b""
+    facts = {"read": prepared.read, "tokens": prepared.tokens, "seconds": prepared.seconds}
+    return {"fragment": row["fragment"], "error": "", **facts, "rows": pieces, "refused": to_bytes([prepared.refused])}
+
+
+def _prepared(row: Row) -> Prepared:
+    pieces = from_bytes(row["rows"]) if row["rows"] else []
+    refused = pa.concat_tables(from_bytes(row["refused"]))
+    return Prepared(fragment_of(row), row["read"], pieces, refused, row["tokens"], row["seconds"])
+
+
+def _mapped_row(row: Row, mapped: Mapped) -> Row:
+    facts = {"read": mapped.read, "tokens": mapped.tokens, "seconds": mapped.seconds}
+    return {
+        "fragment": row["fragment"],
+        "error": "",
+        **facts,
+        "rows": to_bytes([mapped.rows]),
+        "refused": to_bytes([mapped.refused]),
+    }
+
+
+def _mapped(row: Row) -> Mapped:
+    rows, refused = (pa.concat_tables(from_bytes(row[name])) for name in ("rows", "refused"))
+    return Mapped(fragment_of(row), row["read"], rows, refused, row["tokens"], row["seconds"])
+
+
+class Step(ABC):
+    """One operator: built in its process at the first row, passes on the errors of the operators before it."""
+
+    def __init__(self, job: MapJob, directory: Path, run: str) -> None:
+        self.job, self.directory, self.run = job, directory, run
+        self.built: Any = None
+
+    def build(self) -> Any:
+        return None
+
+    @abstractmethod
+    def work(self, row: Row) -> Row:
+        """The row for the next operator."""
+
+    def __call__(self, row: Row) -> Row:
+        if row.get("error"):
+            return row
+        try:
+            if self.built is None:
+                self.built = self.build()
+            return self.work(row)
+        except SaferError as error:
+            return _failed(row, error)
+
+
+class Read(Step):
+    def build(self) -> ReadFragment:
+        return ReadFragment(self.job, self.directory)
+
+    def work(self, row: Row) -> Row:
+        return _prepared_row(row, self.built(fragment_of(row)))
+
+
+class Map(Step):
+    def __init__(self, job: MapJob, directory: Path, run: str, threads: int) -> None:
+        super().__init__(job, directory, run)
+        self.threads = threads
+
+    def build(self) -> Any:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return self.build_function()
+
+    def build_function(self) -> Any:
+        return MapFragment(self.job, self.directory)
+
+    def work(self, row: Row) -> Row:
+        return _mapped_row(row, self.built(_prepared(row)))
+
+
+class Commit(Step):
+    def work(self, row: Row) -> Row:
+        return self.close(row, _mapped(row))
+
+    def close(self, row: Row, mapped: Mapped) -> Row:
+        done = commit(self.job, self.directory, mapped)
+        count_fragment(self.job.stage, self.run, done)
+        return {"fragment": row["fragment"], "error": "", "committed": True}
+
+
+class Whole(Commit):
+    """All three steps at once, for jobs without a model."""
+
+    def build(self) -> Callable[[Fragment], Mapped]:
+        read, work = ReadFragment(self.job, self.directory), MapFragment(self.job, self.directory)
+        return lambda fragment: work(read(fragment))
+
+    def work(self, row: Row) -> Row:
+        return self.close(row, self.built(fragment_of(row)))

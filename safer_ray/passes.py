@@ -1,0 +1,245 @@
+"""Batch functions that are one forward pass over pairs, in one process or cut by layers into parts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from safer_ray import schema
+from safer_ray.checkpoints import load_reward_model
+from safer_ray.engine import Encoded, Engine, codes_table, places_of
+from safer_ray.errors import UserError
+from safer_ray.reward import Forward, RewardModel
+from safer_ray.runner import WHOLE, Part
+from safer_ray.sae import Standardised, load_sae, sae_layer
+from safer_ray.schema import SIDES
+from safer_ray.text import PairTokens, Side
+from safer_ray.tokens import TEXTS, read_tokens
+
+# What a part of a model hands on of every pair, beside its tokens
+TENSOR = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())])
+STATES = "states"  # of its rows after the part's last block: one where the pair was packed, else two
+HIDDEN = "hidden"  # of its sides, what was wanted of the blocks so far
+
+
+class ReadsPairs(ABC):
+    """Batch function: pairs -> rows, by one forward pass through the model in `reward`.
+
+    As one `part` of several it holds only its range of blocks: rows go from part to part with the columns `states` and
+    `hidden`, and the last one makes of them what the whole model makes.
+    """
+
+    layers: tuple[int, ...] = ()  # blocks whose outputs are wanted
+    rewards = False
+    heads = False
+
+    def __init__(self, reward: Path, part: Part = WHOLE) -> None:
+        needed = None if self.rewards or self.heads else max(self.layers)
+        self.reward = load_reward_model(reward, layers=needed, part=part)
+        self.part = part
+        if part.last:
+            for layer in self.layers:
+                self.reward.check_layer(layer)
+
+    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        """Tokens of each side whose vectors are wanted."""
+        return places_of(tokens)
+
+    @abstractmethod
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        """What is made of a pass."""
+
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        tokens = tokens_of(self.reward, pairs)
+        found = self.reward.forward_pairs(
+            tokens,
+            layers=self.layers,
+            positions=self.places(tokens) if self.layers else None,
+            rewards=self.rewards,
+            heads=self.heads,
+            before=_handed_on(pairs),
+            states=not self.part.last,
+        )
+        return self.finish(pairs, tokens, found) if self.part.last else _hand_on(pairs, found)
+
+
+def tokens_of(reward: RewardModel, rows: pa.Table) -> list[PairTokens]:
+    """The tokens of a table of pairs, read where they are there, made where they are not."""
+    if "chosen_ids" in rows.column_names:
+        return read_tokens(rows)
+    return reward.pairs(rows.select(["pair_id", *TEXTS]).to_pylist())
+
+
+def _to_bytes(tensor: Tensor) -> dict[str, Any]:
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return {"data": data, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _from_bytes(row: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, row["dtype"])
+    flat = torch.frombuffer(bytearray(row["data"]), dtype=dtype) if row["data"] else torch.empty(0, dtype=dtype)
+    return flat.reshape(row["shape"])
+
+
+def _hand_on(pairs: pa.Table, found: Forward) -> pa.Table:
+    """The pairs with what a part gave."""
+    assert found.states is not None
+    hidden = [
+        [_to_bytes(h) for h in found.hidden[2 * i : 2 * i + 2]] if found.hidden else [] for i in range(len(pairs))
+    ]
+    states = [[_to_bytes(row) for row in rows] for rows in found.states]
+    pairs = pairs.drop_columns([name for name in (STATES, HIDDEN) if name in pairs.column_names])
+    for name, values in ((STATES, states), (HIDDEN, hidden)):
+        pairs = pairs.append_column(name, pa.array(values, pa.list_(TENSOR)))
+    return pairs
+
+
+def _handed_on(pairs: pa.Table) -> Forward | None:
+    """What the part before gave of them."""
+    if STATES not in pairs.column_names:
+        return None
+    states = [[_from_bytes(row) for row in rows] for rows in pairs[STATES].to_pylist()]
+    hidden = [_from_bytes(side) for sides in pairs[HIDDEN].to_pylist() for side in sides]
+    return Forward(None, hidden or None, None, states)
+
+
+class EncodeActivations(ReadsPairs):
+    """Batch function: pairs -> standardised layer vectors, one row a token."""
+
+    def __init__(self, reward: Path, layer: int, tokens: str, part: Part = WHOLE) -> None:
+        self.layers = (layer,)
+        self.all_tokens = tokens == "all"
+        super().__init__(reward, part)
+        self.engine = Engine(self.reward, layer, rewards=False) if part.last else None
+
+    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        return places_of(tokens, self.all_tokens)
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        assert self.engine is not None
+        vectors = self.engine.encoded(tokens, found).vectors
+        tables = [schema.activations(self.reward.hidden_size).empty_table()]
+        for i, pair in enumerate(tokens):
+            for j, side in enumerate((pair.chosen, pair.rejected)):
+                tables.append(self._rows(pair.pair_id, SIDES[j], side, vectors[2 * i + j]))
+        return pa.concat_tables(tables)
+
+    def _rows(self, pair_id: str, name: str, side: Side, vectors: Standardised) -> pa.Table:
+        token = np.arange(len(side.ids), dtype=np.int32) if self.all_tokens else side.token
+        end = np.full(len(token), -1, dtype=np.int32) if self.all_tokens else side.end
+        columns = {
+            "pair_id": [pair_id] * len(token),
+            "side": [name] * len(token),
+            "token": token,
+            "end": end,
+            "norm": vectors.norm.numpy(),
+            "mean": vectors.mean.numpy(),
+            "std": vectors.std.numpy(),
+            "x": _lists(_half(vectors.x)),
+        }
+        return pa.table(columns, schema=schema.activations(self.reward.hidden_size))
+
+
+def _half(x: Tensor) -> np.ndarray:
+    return x.clamp(-65504, 65504).to(torch.float16).numpy()
+
+
+def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+
+
+class EncodePairs(ReadsPairs):
+    """Batch function: pairs -> codes and rewards."""
+
+    rewards = True
+
+    def __init__(self, reward: Path, sae: Path, part: Part = WHOLE) -> None:
+        layer = sae_layer(sae)
+        self.layers = (layer,)
+        super().__init__(reward, part)
+        self.engine = Engine(self.reward, layer, load_sae(sae)) if part.last else None
+
+    def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
+        assert self.engine is not None
+        return self.engine.encoded(tokens, found)
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        return codes_table(self.encoded(tokens, found))
+
+
+def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
+    """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
+    return _differences(reward.forward_pairs(tokens, rewards=False, heads=True))
+
+
+def _differences(found: Forward) -> np.ndarray:
+    assert found.heads is not None
+    return (found.heads[0::2] - found.heads[1::2]).numpy()
+
+
+class HeadPairs(ReadsPairs):
+    """Batch function: pairs -> the difference of what the reward head reads of chosen and rejected."""
+
+    heads = True
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        difference = _differences(found)
+        columns = {"pair_id": pairs["pair_id"], "head": _lists(difference)}
+        return pa.table(columns, schema=schema.heads(difference.shape[1]))
+
+
+class MeanVectors(ReadsPairs):
+    """Batch function: pairs -> mean vectors of layers, side by side: what the chosen response's tokens have more than
+    the rejected one's, and what the prompt's tokens have, over both sequences."""
+
+    def __init__(self, reward: Path, layers: Sequence[int], part: Part = WHOLE) -> None:
+        self.layers = tuple(layers)
+        super().__init__(reward, part)
+
+    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        return places_of(tokens, all_tokens=True)
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
+        hidden = found.hidden or []
+        zero = torch.zeros(self.reward.hidden_size * len(self.layers))
+        prompt, response = (
+            np.stack([(side.mean(0) if len(side) else zero).numpy() for side in part])
+            for part in (
+                [h[:start] for h, start in zip(hidden, starts, strict=True)],
+                [h[start:] for h, start in zip(hidden, starts, strict=True)],
+            )
+        )
+        columns = {
+            "pair_id": pairs["pair_id"],
+            "response": _lists(response[0::2] - response[1::2]),
+            "prompt": _lists((prompt[0::2] + prompt[1::2]) / 2),
+        }
+        return pa.table(columns, schema=schema.vectors(len(zero)))
+
+
+class RewardPairs(ReadsPairs):
+    """Batch function: pairs -> both rewards."""
+
+    rewards = True
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        rewards = found.rewards
+        assert rewards is not None
+        if not torch.isfinite(rewards).all():
+            bad = tokens[int((~torch.isfinite(rewards)).nonzero()[0]) // 2].pair_id
+            raise UserError(f"pair {bad!r}: {self.reward.name} gives a NaN or infinite reward; retrain it")
+        chosen, rejected = rewards.numpy()[0::2], rewards.numpy()[1::2]
+        columns = {
+            "pair_id": pairs["pair_id"],
+            "section": pairs["section"],
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "reward_margin": chosen - rejected,
+        }
+        return pa.table(columns, schema=schema.REWARDS)

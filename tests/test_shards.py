@@ -1,0 +1,190 @@
+"""A reward model cut by layers gives what the whole one gives, in one process and on a cluster."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_pair, make_pairs, random_sae
+from test_kill import assert_same_rows
+from test_packing import COMMON, FAMILIES
+from tiny_run import tables
+
+from safer_ray.artifacts import Place, open_artifact
+from safer_ray.checkpoints import load_reward_model
+from safer_ray.config import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
+from safer_ray.distributed.pieces import cut
+from safer_ray.distributed.runner import RayRunner
+from safer_ray.errors import UserError
+from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
+from safer_ray.pipeline import Stages
+from safer_ray.runner import LocalRunner, MapJob, Part, whole_function
+from safer_ray.sae import save_sae
+from safer_ray.tokens import TokenisePairs, read_tokens
+
+PAIRS = pa.concat_tables(
+    [
+        make_pairs(9),
+        pa.Table.from_pylist(
+            [
+                make_pair("empty prompt", "", "Of course. Here is how.", "No."),
+                make_pair("same", "Say it, please.", "Yes, here it is.", "Yes, here it is."),
+                make_pair("long", "Why? " * 60, "Because. " * 40, "Since I say so, and I do not like it. " * 9),
+            ],
+            schema=make_pairs(1).schema,
+        ),
+    ]
+)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family_dir(request, reward_dir, tmp_path_factory):
+    """A tiny model of each family, with the tokenizer of the tiny Llama."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("family")
+    for file in reward_dir.iterdir():
+        if file.suffix != ".safetensors" and file.name != "config.json":
+            shutil.copy(file, directory)
+    settings = json.loads((directory / "safer_ray.json").read_text()) | {"max_length": 200}
+    (directory / "safer_ray.json").write_text(json.dumps(settings))
+    name = request.param
+    config = getattr(transformers, name.split()[0])(**COMMON | FAMILIES[name] | {"vocab_size": 410})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for called, parameter in model.named_parameters():
+            if "norm" not in called:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sae4_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sae") / "sae"
+    save_sae(random_sae(COMMON["hidden_size"], 64, 4), directory, model="tiny", layer=3)
+    return directory
+
+
+def functions(reward, sae):
+    return {
+        "codes": lambda **part: EncodePairs(reward, sae, **part),
+        "activations": lambda **part: EncodeActivations(reward, 4, "ends", **part),
+        "all tokens": lambda **part: EncodeActivations(reward, 4, "all", **part),
+        "vectors": lambda **part: MeanVectors(reward, (1, 3, 4), **part),
+        "rewards": lambda **part: RewardPairs(reward, **part),
+        "heads": lambda **part: HeadPairs(reward, **part),
+    }
+
+
+def in_parts(make, shards):
+    return whole_function(MapJob("any", None, make, None, shards=shards))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["codes", "activations", "all tokens", "vectors", "rewards", "heads"])
+def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind, shards):
+    rows = TokenisePairs(family_dir)(PAIRS)
+    make = functions(family_dir, sae4_dir)[kind]
+    wanted = pa.concat_tables([make()(rows.slice(i, 1)) for i in range(len(rows))])  # each pair alone
+    assert_same_rows(in_parts(make, shards)(rows), wanted, kind)
+
+
+def test_whether_a_pair_is_packed_is_decided_once(family_dir):
+    """By the window of the whole model, though a part has other layers."""
+    whole = load_reward_model(family_dir)
+    rows = TokenisePairs(family_dir)(PAIRS)
+    tokens = read_tokens(rows)
+    first = load_reward_model(family_dir, part=Part(0, 4))
+    assert [first.packs(pair) for pair in tokens] == [whole.packs(pair) for pair in tokens]
+    states = first.forward_pairs(tokens, states=True).states
+    assert [len(own) == 1 for own in states] == [whole.packs(pair) for pair in tokens]
+
+
+def test_each_part_holds_its_own_blocks_alone(family_dir):
+    parts = [load_reward_model(family_dir, part=Part(i, 3)) for i in range(3)]
+    assert [(len(p.blocks()), p.before) for p in parts] == [(1, 0), (1, 1), (2, 2)]
+    early = [load_reward_model(family_dir, layers=3, part=Part(i, 2)) for i in range(2)]
+    assert [(len(p.blocks()), p.before) for p in early] == [(1, 0), (2, 1)]
+
+
+def test_too_many_parts_are_refused(reward_dir):
+    with pytest.raises(UserError, match=r"3 blocks cannot be cut into 4 parts; lower reward\.shards"):
+        load_reward_model(reward_dir, part=Part(0, 4))
+
+
+def test_an_encoder_is_not_cut(bert_dir):
+    with pytest.raises(UserError, match=r"a bert is not known to split up by layers; use reward\.shards: 1"):
+        load_reward_model(bert_dir, part=Part(1, 2))
+
+
+def test_pieces_are_the_rows_in_their_order(reward_dir):
+    rows = TokenisePairs(reward_dir)(PAIRS)
+    lengths = [len(t.chosen.ids) + len(t.rejected.ids) for t in read_tokens(rows)]
+    for tokens in (1, 100, 200, 10**6):
+        pieces = list(cut(rows, tokens))
+        assert pa.concat_tables(pieces).equals(rows)
+        start = 0
+        for piece in pieces:
+            held = lengths[start : start + len(piece)]
+            assert len(piece) == 1 or sum(held) <= tokens
+            start += len(piece)
+    assert list(cut(rows.slice(0, 0))) == []
+
+
+def test_the_number_of_parts_is_no_part_of_a_recipe(reward_dir, pairs_dir, tmp_path):
+    config = RewardConfig(base=str(reward_dir), epochs=0.1, max_length=64)
+    names = set()
+    for shards in (1, 3):
+        stages = Stages(Place(tmp_path / str(shards)), LocalRunner(), shards=shards)
+        made = stages.reward(config.model_copy(update={"shards": shards}), open_artifact(pairs_dir))
+        names.add(made.name)
+    assert len(names) == 1
+
+
+def test_pools_are_as_many_as_parts():
+    assert RayConfig(max_actors=5).pools(2) == [RayConfig(max_actors=5)] * 2
+    small, large = PoolConfig(max_actors=1), PoolConfig(min_actors=2, max_actors=3, actor_cpus=2)
+    assert RayConfig(shard_pools=(small, large)).pools(2) == [small, large]
+    pairs = {"sources": [{"path": "pairs.jsonl"}]}
+    run = {"name": "x", "pairs": pairs, "evaluation": pairs, "judge": {"exchanges": "safety"}}
+    with pytest.raises(ValueError, match=r"ray\.shard_pools has 2 entries, but reward\.shards is 3"):
+        RunConfig.model_validate(run | {"reward": {"shards": 3}, "ray": {"shard_pools": [{}, {}]}})
+
+
+# On a cluster
+
+
+def harvest(runner, folder, pairs_dir, reward_dir, sae_dir, shards):
+    stages = Stages(Place(folder), runner, shards=shards)
+    pairs, reward, sae = (open_artifact(p) for p in (pairs_dir, reward_dir, sae_dir))
+    return {
+        "activations": stages.activations(ActivationsConfig(layer=3), pairs, reward),
+        "codes": stages.codes(pairs, reward, sae),
+    }
+
+
+@pytest.fixture(scope="module")
+def local(pairs_dir, reward_dir, sae_dir, tmp_path_factory):
+    return harvest(LocalRunner(), tmp_path_factory.mktemp("local"), pairs_dir, reward_dir, sae_dir, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_pools_of_actors_give_the_rows_of_one_process(
+    local, tmp_path, pairs_dir, reward_dir, sae_dir, shards, monkeypatch
+):
+    monkeypatch.setattr("safer_ray.distributed.pieces.PIECE_TOKENS", 300)  # several pieces a fragment
+    pools = tuple(PoolConfig(min_actors=1 + i % 2, max_actors=2) for i in range(shards))
+    found = harvest(RayRunner(RayConfig(shard_pools=pools)), tmp_path, pairs_dir, reward_dir, sae_dir, shards)
+    for stage, artifact in local.items():
+        assert found[stage].name == artifact.name
+        assert found[stage].manifest["rows"] == artifact.manifest["rows"]
+        ours, theirs = tables(found[stage].path), tables(artifact.path)
+        assert set(ours) == set(theirs)
+        for folder, rows in theirs.items():
+            assert_same_rows(ours[folder], rows, f"{stage}/{folder}")
