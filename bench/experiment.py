@@ -21,6 +21,7 @@ TITLES = {
     "lab_harmless": "Finding swapped labels: hh-rlhf harmless",
     "sweep_poison": "Flipping labels on purpose",
     "sweep_denoise": "Dropping suspicious pairs",
+    "sweep_denoise20": "Dropping suspicious pairs where a fifth of the labels is swapped",
 }
 
 
@@ -79,8 +80,9 @@ def goals(found: dict[str, Any]) -> Table:
             add(f"{corpus}: `safer` alone above `{rival}` by 0.10", interval(lead, "+"), lead[0] >= 0.10)
     if "sweep_poison" in found:
         _poison_goals(found["sweep_poison"]["rows"], add)
-    if "sweep_denoise" in found:
-        _denoise_goal(found["sweep_denoise"]["rows"], add)
+    for name, percent in (("sweep_denoise", 5), ("sweep_denoise20", 20)):
+        if name in found:
+            _denoise_goal(found[name]["rows"], percent, add)
     return Table("Goals set before the first run.", ("goal", "found", "met"), rows)
 
 
@@ -99,13 +101,13 @@ def _poison_goals(rows: list[dict[str, Any]], add: Any) -> None:
     add("and chat at most 1 point", told, chat["change"] >= -0.01)
 
 
-def _denoise_goal(rows: list[dict[str, Any]], add: Any) -> None:
+def _denoise_goal(rows: list[dict[str, Any]], percent: int, add: Any) -> None:
     cost = _cell(rows, "safety", "without_noise", "without_noise", 0.0)["against_clean"]
-    gain = _cell(rows, "safety", "drop", "suspicion", 5.0)["against_clean"]
+    gain = _cell(rows, "safety", "drop", "suspicion", float(percent))["against_clean"]
     shown = f"{100 * gain['change']:+.1f} of {100 * cost['change']:+.1f} points"
     real = excludes_zero([cost[name] for name in ("change", "low", "high")]) and cost["change"] > 0
     half = real and gain["change"] >= cost["change"] / 2
-    add("dropping 5% by the best detector wins back half of what 5% swaps cost", shown, half)
+    add(f"dropping {percent}% by the best detector wins back half of what {percent}% swaps cost", shown, half)
 
 
 def document(found: dict[str, Any]) -> tuple[str, dict[str, str]]:

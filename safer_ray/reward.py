@@ -18,7 +18,7 @@ from safer_ray.packing import Packed, alone, ends, micro_batches, pack, pack_bat
 from safer_ray.text import PairTokenizer, PairTokens
 from safer_ray.trunk import States, memory
 
-BUDGET = 16_384  # padded tokens of a micro-batch
+CPU_BUDGET, GPU_BUDGET = 2048, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
@@ -79,6 +79,11 @@ class RewardModel:
     @property
     def pad(self) -> int:
         return int(self.pairs.tokenizer.pad_token_id)
+
+    @property
+    def budget(self) -> int:
+        """Padded tokens of a micro-batch, where nobody says how many."""
+        return CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET
 
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, first to last."""
@@ -174,7 +179,7 @@ class RewardModel:
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
         heads: bool = False,
-        budget: int = BUDGET,
+        budget: int | None = None,
     ) -> Forward:
         """Rewards of token sequences, and the outputs of blocks `layers` (1-based) at `positions` of each.
 
@@ -207,7 +212,7 @@ class RewardModel:
         positions: Sequence[np.ndarray] | None = None,
         rewards: bool = True,
         heads: bool = False,
-        budget: int = BUDGET,
+        budget: int | None = None,
         before: Forward | None = None,
         states: bool = False,
     ) -> Forward:
@@ -242,7 +247,7 @@ class RewardModel:
         names: Sequence[str],
         ask: Ask,
         positions: Sequence[np.ndarray] | None,
-        budget: int,
+        budget: int | None,
         given: Sequence[Tensor] | None = None,
     ) -> Forward:
         """What is asked of all sides of rows, in their order; states are by row."""
@@ -251,7 +256,7 @@ class RewardModel:
         rewards, heads = torch.zeros(count), torch.zeros(count, width if ask.heads else 0)
         hidden = [torch.empty(0, 0)] * count
         states = [torch.empty(0)] * len(rows)
-        for chunk, found in self._passes(rows, names, ask, budget, given):
+        for chunk, found in self._passes(rows, names, ask, budget or self.budget, given):
             sides = [(j, i, side) for j, i in enumerate(chunk) for side in range(len(rows[i].lengths))]
             numbers = [first[i] + side for _, i, side in sides]
             if found.rewards is not None:

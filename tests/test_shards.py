@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from functools import cache
 
 import pyarrow as pa
 import pytest
 import torch
-from conftest import make_pair, make_pairs, random_sae
+from conftest import make_pair, make_pairs, messages, random_sae
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_kill import assert_same_rows
 from test_packing import COMMON, FAMILIES
 from tiny_run import tables
@@ -16,26 +19,26 @@ from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
 from safer_ray.distributed.runner import RayRunner
+from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
 from safer_ray.runner import LocalRunner, MapJob, Part, whole_function
-from safer_ray.sae import save_sae
+from safer_ray.sae import save_sae, standardise
+from safer_ray.text import both_sides
 from safer_ray.tokens import TokenisePairs, read_tokens
 
-PAIRS = pa.concat_tables(
-    [
-        make_pairs(9),
-        pa.Table.from_pylist(
-            [
-                make_pair("empty prompt", "", "Of course. Here is how.", "No."),
-                make_pair("same", "Say it, please.", "Yes, here it is.", "Yes, here it is."),
-                make_pair("long", "Why? " * 60, "Because. " * 40, "Since I say so, and I do not like it. " * 9),
-            ],
-            schema=make_pairs(1).schema,
-        ),
-    ]
-)
+TURNS = [*messages("user", "Hi. Who are you?"), *messages("assistant", "A friend."), *messages("user", "Prove it!")]
+ODD = [
+    make_pair("no prompt", "", "Of course. Here is how.", "No."),
+    make_pair("one token", "Yes or no?", "y", "n"),
+    make_pair("equal", "Say it, please.", "Yes, here it is.", "Yes, here it is."),
+    make_pair("prompt cut", "Why? " * 60, "Because. I say so.", "I do not know, and I do not care."),
+    make_pair("responses cut", "Why? " * 60, "Because. " * 90, "Since I say so, and I do not like it. " * 30),
+    make_pair("turns", "Prove it!", "Look: 3.14...", "No, I will not.") | {"prompt": TURNS},
+    make_pair("other scripts", "你好。你是谁", "Café, naïve; 我是朋友。", "مرحبا! 😀😀 ok."),
+]
+PAIRS = pa.concat_tables([make_pairs(9), pa.Table.from_pylist(ODD, schema=make_pairs(1).schema)])
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -90,6 +93,46 @@ def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind, shard
     make = functions(family_dir, sae4_dir)[kind]
     wanted = pa.concat_tables([make()(rows.slice(i, 1)) for i in range(len(rows))])  # each pair alone
     assert_same_rows(in_parts(make, shards)(rows), wanted, kind)
+
+
+@torch.inference_mode()
+def test_odd_pairs_are_what_plain_transformers_makes_of_each_sequence_alone(family_dir):
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(family_dir)
+    reward = load_reward_model(family_dir)
+    tokens = reward.pairs(PAIRS.to_pylist())
+    assert {t.pair_id for t in tokens if t.truncated} == {"prompt cut", "responses cut"}
+    found = Engine(reward, 3).encode_tokens(tokens, all_tokens=True)
+    for i, side in enumerate(both_sides(tokens)):
+        output = plain(input_ids=torch.from_numpy(side.ids)[None], output_hidden_states=True)
+        raw = output.hidden_states[3][0]
+        torch.testing.assert_close(torch.tensor(found.rewards[i]), output.logits[0, 0], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found.vectors[i].x, standardise(raw).x, rtol=1e-5, atol=1e-4)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
+ROW = st.tuples(TEXT, TEXT.filter(str.strip), TEXT.filter(str.strip))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=5), st.integers(20, 400), st.integers(1, 3))
+def test_any_texts_give_the_same_in_any_batches_and_parts(reward_dir, reward, texts, budget, shards):
+    rows = [make_pair(f"p{i}", *row) for i, row in enumerate(texts)]
+    tokens = reward.pairs(rows)
+    alone = [reward.forward_pairs([pair]) for pair in tokens]
+    wanted = torch.cat([found.rewards for found in alone])
+    torch.testing.assert_close(reward.forward_pairs(tokens, budget=budget).rewards, wanted, rtol=1e-5, atol=1e-5)
+    found = None
+    for number in range(shards):
+        part = part_of(reward_dir, number, shards)
+        found = part.forward_pairs(tokens, before=found, states=number < shards - 1, budget=budget)
+    torch.testing.assert_close(found.rewards, wanted, rtol=1e-5, atol=1e-5)
+
+
+@cache
+def part_of(directory, number, shards):
+    return load_reward_model(directory, part=Part(number, shards))
 
 
 def test_whether_a_pair_is_packed_is_decided_once(family_dir):

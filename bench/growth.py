@@ -1,0 +1,90 @@
+"""Whether memory grows with the corpus: `python -m bench.growth [--small 5000] [--large 50000]`.
+
+Each corpus goes through `pairs` and `codes` in a process of its own, by a model small enough that nothing but the pairs
+counts; what is compared is the most memory that each process ever held resident.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench.common import write
+from safer_ray.artifacts import Place, open_artifact, read_parts
+from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.config import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
+from safer_ray.corpus import write_corpus
+from safer_ray.pipeline import Stages
+from safer_ray.runner import LocalRunner
+from safer_ray.sae import TopKSae, save_sae
+from safer_ray.train_reward import pair_texts
+
+MODEL = TinyLlamaConfig(hidden=32, layers=2, heads=2, intermediate=64, vocabulary=2000, positions=256)
+
+
+def prepare(folder: Path, count: int) -> None:
+    """A corpus of so many pairs, a random reward model and a random SAE."""
+    write_corpus(folder, train_per_section=count // 2, heldout_per_section=1, seed=0)
+    some = Stages(Place(folder / "some"), LocalRunner()).pairs(sources(folder, 500))
+    table = read_parts(some.path)
+    save_reward_model(new_reward_model(RewardConfig(base=MODEL), lambda: pair_texts(table)), folder / "model")
+    sae = TopKSae(MODEL.hidden, 256, 8)
+    sae.initialise(torch.randn(512, MODEL.hidden, generator=torch.Generator().manual_seed(0)), 0)
+    save_sae(sae, folder / "sae", model="random", layer=2)
+
+
+def sources(folder: Path, limit: int | None = None) -> PairsConfig:
+    source = SourceConfig(path=str(folder / "train.jsonl"), format="canonical", limit=limit)
+    return PairsConfig(sources=(source,))
+
+
+def run(folder: Path) -> None:
+    """Pairs and codes of the corpus in `folder`; what that took, as JSON."""
+    stages = Stages(Place(folder / "runs"), LocalRunner())
+    pairs = stages.pairs(sources(folder))
+    codes = stages.codes(pairs, open_artifact(folder / "model"), open_artifact(folder / "sae"))
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"pairs": codes.manifest["rows"]["written"], "peak_mb": held}))
+
+
+def peak(count: int) -> float:
+    """MB that a process held at most over so many pairs."""
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), count)
+        command = [sys.executable, "-m", "bench.growth", "--run", name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = json.loads(said.splitlines()[-1])
+    assert told["pairs"] == count
+    print(f"{count:,} pairs: {told['peak_mb']:.0f} MB")
+    return float(told["peak_mb"])
+
+
+def growth(small: int = 5000, large: int = 50_000) -> float:
+    """Peak memory over the large corpus as a multiple of that over the small one."""
+    less = peak(small)
+    return peak(large) / less
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", type=int, default=5000)
+    parser.add_argument("--large", type=int, default=50_000)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    quiet_transformers()
+    if given.run is not None:
+        run(given.run)
+        return
+    figure = growth(given.small, given.large)
+    print(f"{'rss_growth_5k_to_50k':<38} {figure:8.2f}   <= 1.1")
+    write(given.json, {"rss_growth_5k_to_50k": figure}, [])
+
+
+if __name__ == "__main__":
+    main()
