@@ -138,10 +138,12 @@ class Harvest(StageContext):
         pairs: Artifact,
         reward: Artifact,
         out: Path,
+        blocks: int | None = None,
     ) -> dict[str, int]:
-        """Every pair, tokenised for `reward`, through a batch function that holds it; row counts."""
+        """Every pair, tokenised for `reward`, through a batch function that holds it (its first `blocks`); row counts."""
         prepare = partial(TokenisePairs, reward.path)
-        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True, shards=self.shards)
+        shards = min(self.shards, blocks or self.shards)
+        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True, shards=shards)
         return self.map(job, part_fragments(pairs_of(pairs)), out)
 
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
@@ -153,6 +155,7 @@ class Harvest(StageContext):
                 pairs,
                 reward,
                 out,
+                blocks=config.layer,
             )
             return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
 
@@ -200,9 +203,8 @@ class Harvest(StageContext):
 
         def build(out: Path) -> Result:
             width = hidden_size(reward.path) * len(layers)
-            counts = self._through(
-                "vectors", partial(MeanVectors, reward.path, layers), schema.vectors(width), pairs, reward, out
-            )
+            make = partial(MeanVectors, reward.path, layers)
+            counts = self._through("vectors", make, schema.vectors(width), pairs, reward, out, blocks=max(layers))
             return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
 
         shown = {"layers": list(layers)}

@@ -14,7 +14,7 @@ from test_kill import assert_same_rows
 from test_packing import COMMON, FAMILIES
 from tiny_run import tables
 
-from safer_ray.artifacts import Place, open_artifact
+from safer_ray.artifacts import Place, open_artifact, read_parts
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
@@ -175,6 +175,18 @@ def test_pieces_are_the_rows_in_their_order(reward_dir):
             assert len(piece) == 1 or sum(held) <= tokens
             start += len(piece)
     assert list(cut(rows.slice(0, 0))) == []
+
+
+def test_no_part_is_without_a_block(reward_dir, pairs_dir, tmp_path):
+    """Activations of a low layer want fewer parts than the whole model."""
+    pairs, reward = open_artifact(pairs_dir), open_artifact(reward_dir)
+    made = [
+        Stages(Place(tmp_path / str(shards)), LocalRunner(), shards=shards).activations(
+            ActivationsConfig(layer=1), pairs, reward
+        )
+        for shards in (1, 3)
+    ]
+    assert_same_rows(*(read_parts(artifact.path) for artifact in made), "activations")
 
 
 def test_the_number_of_parts_is_no_part_of_a_recipe(reward_dir, pairs_dir, tmp_path):
