@@ -140,7 +140,7 @@ class Harvest(StageContext):
         out: Path,
         blocks: int | None = None,
     ) -> dict[str, int]:
-        """Every pair, tokenised for `reward`, through a batch function that holds it (its first `blocks`); row counts."""
+        """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`); row counts."""
         prepare = partial(TokenisePairs, reward.path)
         shards = min(self.shards, blocks or self.shards)
         job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True, shards=shards)
