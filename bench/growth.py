@@ -28,25 +28,28 @@ MODEL = TinyLlamaConfig(hidden=32, layers=2, heads=2, intermediate=64, vocabular
 
 
 def prepare(folder: Path, count: int) -> None:
-    """A corpus of so many pairs, a random reward model and a random SAE."""
-    write_corpus(folder, train_per_section=count // 2, heldout_per_section=1, seed=0)
-    some = Stages(Place(folder / "some"), LocalRunner()).pairs(sources(folder, 500))
+    """A corpus of so many pairs that begins again and again, a random reward model and a random SAE."""
+    write_corpus(folder, train_per_section=500, heldout_per_section=1, seed=0)
+    some = Stages(Place(folder / "some"), LocalRunner()).pairs(sources(folder / "train.jsonl"))
     table = read_parts(some.path)
+    rows = table.select(["prompt", "chosen", "rejected"]).to_pylist()
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as out:
+        for number in range(count):
+            out.write(json.dumps({"id": f"p{number}", **rows[number % len(rows)]}) + "\n")
     save_reward_model(new_reward_model(RewardConfig(base=MODEL), lambda: pair_texts(table)), folder / "model")
     sae = TopKSae(MODEL.hidden, 256, 8)
     sae.initialise(torch.randn(512, MODEL.hidden, generator=torch.Generator().manual_seed(0)), 0)
     save_sae(sae, folder / "sae", model="random", layer=2)
 
 
-def sources(folder: Path, limit: int | None = None) -> PairsConfig:
-    source = SourceConfig(path=str(folder / "train.jsonl"), format="canonical", limit=limit)
-    return PairsConfig(sources=(source,))
+def sources(path: Path) -> PairsConfig:
+    return PairsConfig(sources=(SourceConfig(path=str(path), format="canonical"),))
 
 
 def run(folder: Path) -> None:
     """Pairs and codes of the corpus in `folder`; what that took, as JSON."""
     stages = Stages(Place(folder / "runs"), LocalRunner())
-    pairs = stages.pairs(sources(folder))
+    pairs = stages.pairs(sources(folder / "pairs.jsonl"))
     codes = stages.codes(pairs, open_artifact(folder / "model"), open_artifact(folder / "sae"))
     print(json.dumps({"pairs": codes.manifest["rows"]["written"], "peak_mb": held_at_most()}))
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from safer_ray.errors import UserError
+
 WORDS_PATH = Path(__file__).parent / "data" / "corpus.yaml"
 BENIGN_SHARE = 0.20
 EMPHATIC_SHARE = 0.075
@@ -30,6 +32,7 @@ HELDOUT_EMPHATIC_SHARE = 0.15  # more of what flips unlearn, so that it is measu
 MULTI_TURN_SHARE = 0.08
 PREFIX_SHARE = 0.25
 PROBE_EXCHANGES = 72
+DRAWS = 2000  # of a request, before all of them are taken to be used
 MAX_RESPONSE_CHARS = 20_000
 # Aimed-at lengths.  Compliance pools run longer, so its aim is lower and the outcome alike.
 CHOSEN_WORDS = (18, 33)
@@ -103,8 +106,12 @@ class Sampler:
         return self.rng.choices(list(recipes), [weight for weight, _ in recipes.values()])[0]
 
     def prompt(self, acts: list[str], prefix: str | None = None) -> tuple[list[dict[str, str]], str]:
-        """Draw a request that no split has used yet, with the act it names."""
-        while True:
+        """Draw a request that no split has used yet, with the act it names.
+
+        Raises:
+            UserError: all that can be drawn seem to be used.
+        """
+        for _ in range(DRAWS):
             act = self.rng.choice(acts)
             text = self.rng.choice(self.visible(self.words["ask_templates"])).format(act=act)
             if prefix is not None:
@@ -113,6 +120,11 @@ class Sampler:
                 text = f"{self.rng.choice(self.visible(self.words['ask_prefixes']))} {text}"
             if text not in self.used:
                 break
+        else:
+            raise UserError(
+                f"the synthetic corpus has no {self.split} requests left after {len(self.used):,}; lower "
+                "corpus.train_per_section or corpus.heldout_per_section"
+            )
         self.used.add(text)
         turns = [{"role": "user", "content": text}]
         if self.split != "probe" and self.rng.random() < MULTI_TURN_SHARE:

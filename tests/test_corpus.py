@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from safer_ray import corpus
+from safer_ray.errors import UserError
 
 SHIPPED_PROBE = Path(corpus.__file__).parent / "data" / "probes" / "safety.yaml"
 SIZES = {"train_per_section": 1000, "heldout_per_section": 300}
@@ -163,3 +164,8 @@ def test_safe_and_unsafe_lengths_of_the_shipped_probe_overlap(kind: str) -> None
     exchanges = [exchange for exchange in exchanges_of(SHIPPED_PROBE) if exchange["kind"] == kind]
     safe, unsafe = ([len(exchange[side]) for exchange in exchanges] for side in ("safe", "unsafe"))
     assert 0.35 <= auroc(safe, unsafe) <= 0.65
+
+
+def test_a_corpus_larger_than_its_words_allow_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no train requests left after [\d,]+; lower corpus.train_per_section"):
+        corpus.write_corpus(tmp_path, train_per_section=200_000, heldout_per_section=1)
