@@ -152,10 +152,8 @@ def load_reward_model(
             model that cannot be cut into so many parts.
     """
     before, window = 0, None
-    if part.of > 1:
+    if part.of > 1 or (layers is not None and _splits_up(directory, layers)):
         model, tokenizer, before, window = _load_range(directory, layers, part, dtype)
-    elif layers is not None and _splits_up(directory, layers):
-        model, tokenizer, _, _ = _load_range(directory, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
@@ -181,7 +179,7 @@ def _load_range(
     directory: Path, layers: int | None, part: Part, dtype: torch.dtype
 ) -> tuple[Any, Any, int, int | None]:
     """A part of the first layers, or of all: the model, its tokenizer, how many blocks are before it, and how far back
-    the shortest-sighted one of the whole model looks."""
+    the shortest-sighted one of the whole model looks, where others decide with this part what is packed."""
     from transformers import AutoConfig, AutoTokenizer
 
     quiet_transformers()
@@ -193,7 +191,12 @@ def _load_range(
         if part.of > count:
             raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
         model = load_part(directory, start, stop, dtype)
-        return model, AutoTokenizer.from_pretrained(str(directory)), start, smallest_window(config)
+        return (
+            model,
+            AutoTokenizer.from_pretrained(str(directory)),
+            start,
+            smallest_window(config) if part.of > 1 else None,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load layers of a reward model from {directory}: {first}") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safer_ray import schema
 from safer_ray.checkpoints import load_reward_model
-from safer_ray.engine import Encoded, Engine, codes_table, places_of
+from safer_ray.engine import Engine, codes_table, places_of
 from safer_ray.errors import UserError
 from safer_ray.reward import Forward, RewardModel
 from safer_ray.runner import WHOLE, Part
@@ -89,9 +89,8 @@ def _from_bytes(row: dict[str, Any]) -> Tensor:
 def _hand_on(pairs: pa.Table, found: Forward) -> pa.Table:
     """The pairs with what a part gave."""
     assert found.states is not None
-    hidden = [
-        [_to_bytes(h) for h in found.hidden[2 * i : 2 * i + 2]] if found.hidden else [] for i in range(len(pairs))
-    ]
+    sides = [_to_bytes(side) for side in found.hidden or []]
+    hidden = [sides[2 * i : 2 * i + 2] for i in range(len(pairs))]
     states = [[_to_bytes(row) for row in rows] for rows in found.states]
     pairs = pairs.drop_columns([name for name in (STATES, HIDDEN) if name in pairs.column_names])
     for name, values in ((STATES, states), (HIDDEN, hidden)):
@@ -164,12 +163,9 @@ class EncodePairs(ReadsPairs):
         super().__init__(reward, part)
         self.engine = Engine(self.reward, layer, load_sae(sae)) if part.last else None
 
-    def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
-        assert self.engine is not None
-        return self.engine.encoded(tokens, found)
-
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        return codes_table(self.encoded(tokens, found))
+        assert self.engine is not None
+        return codes_table(self.engine.encoded(tokens, found))
 
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:

@@ -191,7 +191,7 @@ class RewardModel:
         """
         names = [f"sequence {i}" for i in range(len(sequences))]
         ask = Ask(tuple(layers), rewards, heads)
-        return self._read([alone(ids) for ids in sequences], names, ask, positions, budget)
+        return self._read([alone(ids) for ids in sequences], names, ask, positions, budget)[0]
 
     def packs(self, pair: PairTokens) -> bool:
         """Whether a pair runs as one sequence: a causal model whose every layer sees all of a side.
@@ -232,10 +232,10 @@ class RewardModel:
         names = [f"pair {pair.pair_id!r}" for pair, own in zip(pairs, rows, strict=True) for _ in own]
         given = [state for own in before.states for state in own] if before and before.states is not None else None
         ask = Ask(tuple(layers), rewards, heads, states)
-        found = self._read([row for own in rows for row in own], names, ask, positions, budget, given)
-        if found.states is not None:
-            each = iter(found.states)
-            found = found._replace(states=[[state for _ in own for state in next(each)] for own in rows])
+        found, last = self._read([row for own in rows for row in own], names, ask, positions, budget, given)
+        if states:
+            each = iter(last)
+            found = found._replace(states=[[next(each) for _ in own] for own in rows])
         if before is not None and before.hidden is not None and found.hidden is not None:
             both = zip(before.hidden, found.hidden, strict=True)
             found = found._replace(hidden=[torch.cat([early, late], dim=-1) for early, late in both])
@@ -249,8 +249,8 @@ class RewardModel:
         positions: Sequence[np.ndarray] | None,
         budget: int | None,
         given: Sequence[Tensor] | None = None,
-    ) -> Forward:
-        """What is asked of all sides of rows, in their order; states are by row."""
+    ) -> tuple[Forward, States]:
+        """What is asked of all sides of rows, in their order, and what the last block gives of each row."""
         first = np.cumsum([0, *(len(row.lengths) for row in rows)]).tolist()  # number of each row's first side
         count, width = first[-1], self.hidden_size
         rewards, heads = torch.zeros(count), torch.zeros(count, width if ask.heads else 0)
@@ -277,11 +277,8 @@ class RewardModel:
                 for j, i in enumerate(chunk):
                     states[i] = last[j, : len(rows[i].ids)].cpu()
         return Forward(
-            rewards if ask.rewards else None,
-            hidden if ask.layers else None,
-            heads if ask.heads else None,
-            [[state] for state in states] if ask.states else None,
-        )
+            rewards if ask.rewards else None, hidden if ask.layers else None, heads if ask.heads else None
+        ), states
 
     def _passes(
         self, rows: Sequence[Packed], names: Sequence[str], ask: Ask, budget: int, given: Sequence[Tensor] | None

@@ -57,7 +57,7 @@ class MapJob:
     makes them ready (tokenised) without the model, on a cluster in processes apart; `schema` is that of the rows
     written, `folder` where they go below the artifact's directory. A job that `loads_model` gets actors that live as
     long as the stage, others run as tasks. One of several `shards` is made in as many parts, `make(part=…)`, and rows
-    go from each to the next.
+    go from each to the next, `piece_tokens` at a time on a cluster.
     """
 
     stage: str
@@ -69,6 +69,7 @@ class MapJob:
     folder: str = "."
     batch_rows: int = 512
     shards: int = 1
+    piece_tokens: int = 16_384  # of both sides
     metadata: dict[str, str] | None = None  # of the Parquet files
 
     def as_written(self, rows: pa.Table) -> pa.Table:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from ray_work import WRITTEN, mortal, write_input
-from test_kill import assert_same_rows
-from tiny_run import tables
+from test_kill import assert_same_tables
 
 from safer_ray.artifacts import (
     Place,
@@ -156,10 +155,7 @@ def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
     for stage, artifact in local.items():
         assert found[stage].name == artifact.name
         assert found[stage].manifest["rows"] == artifact.manifest["rows"]
-        ours, theirs = tables(found[stage].path), tables(artifact.path)
-        assert set(ours) == set(theirs)
-        for folder, rows in theirs.items():
-            assert_same_rows(ours[folder], rows, f"{stage}/{folder}")
+        assert_same_tables(found[stage].path, artifact.path)
 
 
 def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_path):

@@ -2,19 +2,19 @@
 
 import json
 import shutil
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import pyarrow as pa
 import pytest
 import torch
-from conftest import make_pair, make_pairs, messages, random_sae
+from conftest import TINY, make_pair, make_pairs, messages, random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kill import assert_same_rows
+from test_kill import assert_same_rows, assert_same_tables
 from test_packing import COMMON, FAMILIES
-from tiny_run import tables
 
-from safer_ray.artifacts import Place, open_artifact, read_parts
+from safer_ray.artifacts import Place, open_artifact, part_fragments, read_fragment, read_parts
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
@@ -25,6 +25,7 @@ from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVect
 from safer_ray.pipeline import Stages
 from safer_ray.runner import LocalRunner, MapJob, Part, whole_function
 from safer_ray.sae import save_sae, standardise
+from safer_ray.schema import CODES, activations
 from safer_ray.text import both_sides
 from safer_ray.tokens import TokenisePairs, read_tokens
 
@@ -174,7 +175,7 @@ def test_pieces_are_the_rows_in_their_order(reward_dir):
             held = lengths[start : start + len(piece)]
             assert len(piece) == 1 or sum(held) <= tokens
             start += len(piece)
-    assert list(cut(rows.slice(0, 0))) == []
+    assert list(cut(rows.slice(0, 0), 100)) == []
 
 
 def test_no_part_is_without_a_block(reward_dir, pairs_dir, tmp_path):
@@ -212,34 +213,23 @@ def test_pools_are_as_many_as_parts():
 # On a cluster
 
 
-def harvest(runner, folder, pairs_dir, reward_dir, sae_dir, shards):
-    stages = Stages(Place(folder), runner, shards=shards)
-    pairs, reward, sae = (open_artifact(p) for p in (pairs_dir, reward_dir, sae_dir))
-    return {
-        "activations": stages.activations(ActivationsConfig(layer=3), pairs, reward),
-        "codes": stages.codes(pairs, reward, sae),
-    }
-
-
-@pytest.fixture(scope="module")
-def local(pairs_dir, reward_dir, sae_dir, tmp_path_factory):
-    return harvest(LocalRunner(), tmp_path_factory.mktemp("local"), pairs_dir, reward_dir, sae_dir, 1)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_pools_of_actors_give_the_rows_of_one_process(
-    local, tmp_path, pairs_dir, reward_dir, sae_dir, shards, monkeypatch
-):
-    monkeypatch.setattr("safer_ray.distributed.pieces.PIECE_TOKENS", 300)  # several pieces a fragment
+@pytest.mark.parametrize("kind", ["codes", "activations"])
+def test_pools_of_actors_give_the_rows_of_one_process(tmp_path, pairs_dir, reward_dir, sae_dir, kind, shards):
     pools = tuple(PoolConfig(min_actors=1 + i % 2, max_actors=2) for i in range(shards))
-    found = harvest(RayRunner(RayConfig(shard_pools=pools)), tmp_path, pairs_dir, reward_dir, sae_dir, shards)
-    for stage, artifact in local.items():
-        assert found[stage].name == artifact.name
-        assert found[stage].manifest["rows"] == artifact.manifest["rows"]
-        ours, theirs = tables(found[stage].path), tables(artifact.path)
-        assert set(ours) == set(theirs)
-        for folder, rows in theirs.items():
-            assert_same_rows(ours[folder], rows, f"{stage}/{folder}")
+    make, written = {
+        "codes": (partial(EncodePairs, reward_dir, sae_dir), CODES),
+        "activations": (partial(EncodeActivations, reward_dir, 3, "ends"), activations(TINY.hidden)),
+    }[kind]
+    job = MapJob(kind, read_fragment, make, written, prepare=partial(TokenisePairs, reward_dir), loads_model=True)
+    in_pools = replace(job, shards=shards, piece_tokens=300)  # several pieces a fragment
+    found = []
+    for runner, what in ((LocalRunner(), job), (RayRunner(RayConfig(shard_pools=pools)), in_pools)):
+        out = tmp_path / type(runner).__name__
+        found.append(runner.map(what, part_fragments(pairs_dir), out))
+    assert found[0] == found[1]
+    assert_same_tables(tmp_path / "RayRunner", tmp_path / "LocalRunner")
+    assert not list((tmp_path / "RayRunner/journal/pieces").iterdir())

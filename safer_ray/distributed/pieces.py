@@ -17,10 +17,9 @@ from safer_ray.runner import Attempts, MapJob, Mapped, Part, Prepared
 from safer_ray.schema import QUARANTINE, SIDES
 
 COUNTED = ("read", "tokens", "seconds")
-PIECE_TOKENS = 16_384  # of both sides, in the rows of a piece: a micro-batch, or two where padding needs it
 
 
-def cut(rows: pa.Table, tokens: int = PIECE_TOKENS) -> Iterator[pa.Table]:
+def cut(rows: pa.Table, tokens: int) -> Iterator[pa.Table]:
     """Tokenised rows in their order, in pieces of at most so many tokens, or of one row."""
     lengths = sum(pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in SIDES)
     start, held = 0, 0
@@ -42,23 +41,14 @@ class ReadPieces(Read):
 
     def work(self, row: Row) -> list[Row]:  # type: ignore[override]
         prepared: Prepared = self.built(fragment_of(row))
-        pieces = list(cut(pa.concat_tables(prepared.pieces))) if prepared.pieces else []
+        pieces = list(cut(pa.concat_tables(prepared.pieces), self.job.piece_tokens)) if prepared.pieces else []
         rows, start = [], 0
         for number, piece in enumerate(pieces or [None]):
-            facts = {"number": number, "of": max(1, len(pieces)), "start": start}
             refused = prepared.refused if number == 0 else QUARANTINE.empty_table()
             counted = {name: getattr(prepared, name) if number == 0 else 0 for name in COUNTED}
-            held = b"" if piece is None else to_bytes([piece])
-            rows.append(
-                {
-                    "fragment": row["fragment"],
-                    "error": "",
-                    **facts,
-                    **counted,
-                    "rows": held,
-                    "refused": to_bytes([refused]),
-                }
-            )
+            place = {"number": number, "of": max(1, len(pieces)), "start": start}
+            held = {"rows": b"" if piece is None else to_bytes([piece]), "refused": to_bytes([refused])}
+            rows.append({"fragment": row["fragment"], "error": ""} | place | counted | held)
             start += 0 if piece is None else len(piece)
         return rows
 
@@ -81,12 +71,8 @@ class MapPiece(Map):
         if self.part.last:
             good = [self.job.as_written(table) for table in good]
         refused = pa.concat_tables([*from_bytes(row["refused"]), bad])
-        rows = to_bytes(good) if good else b""
-        return row | {
-            "rows": rows,
-            "refused": to_bytes([refused]),
-            "seconds": row["seconds"] + time.monotonic() - began,
-        }
+        held = {"rows": to_bytes(good) if good else b"", "refused": to_bytes([refused])}
+        return row | held | {"seconds": row["seconds"] + time.monotonic() - began}
 
 
 class CommitPiece(Commit):
@@ -99,12 +85,13 @@ class CommitPiece(Commit):
         write_parquet(rows, folder / f"{row['number']:05}.rows.parquet")
         write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
         write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
+        waits = {"fragment": row["fragment"], "error": "", "committed": False}
         if len(list(folder.glob("*.json"))) < row["of"]:
-            return {"fragment": row["fragment"], "error": "", "committed": False}
+            return waits
         try:
-            mapped = _together(fragment_of(row), folder)
+            mapped = _together(fragment, folder)
         except FileNotFoundError:  # another piece came at the same time, and committed
-            return {"fragment": row["fragment"], "error": "", "committed": False}
+            return waits
         closed = self.close(row, mapped)
         shutil.rmtree(folder, ignore_errors=True)
         return closed
