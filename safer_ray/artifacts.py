@@ -39,6 +39,8 @@ class Fragment:
     stop: int  # one past the last
     size: int  # bytes of the file
     etag: str  # modification time in ns, as text
+    offset: int = 0  # byte at which row `start` begins, where the file can be entered there
+    digest: str = ""  # of the last fragment of a file that may grow: sha256 of its `size` bytes
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,18 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", path)
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it and run the same command again") from None
+
+
 def part_fragments(directory: Path) -> list[Fragment]:
     """The parts of an artifact as fragments: one each, so downstream parts keep their numbers and their rows."""
     fragments = []
@@ -217,7 +231,7 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
     """
     path = directory / PLAN
     if path.exists():
-        planned = [Fragment(**row) for row in read_parquet(path).to_pylist()]
+        planned = read_plan(path)
         files = {(f.path, f.size, f.etag) for f in planned}
         changed = sorted({f.path for f in fragments if (f.path, f.size, f.etag) not in files})
         if changed:
@@ -226,9 +240,18 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
                 "put it back, or start again with --fresh"
             )
         return planned
+    write_plan(fragments, path)
+    return fragments
+
+
+def write_plan(fragments: Sequence[Fragment], path: Path) -> None:
     columns = {name: [getattr(f, name) for f in fragments] for name in Fragment.__dataclass_fields__}
     write_parquet(pa.table(columns), path)
-    return fragments
+
+
+def read_plan(path: Path) -> list[Fragment]:
+    """The fragments that `write_plan` wrote; none where there is no plan."""
+    return [Fragment(**row) for row in read_parquet(path).to_pylist()] if path.exists() else []
 
 
 def _tables_digest(directory: Path) -> str:
@@ -259,7 +282,7 @@ def artifact_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -277,7 +300,7 @@ def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> Non
         "version": recipe.version,
         "config": recipe.config,
         "inputs": recipe.inputs,
-        "packages": _versions(),
+        "packages": versions(),
         "wall_seconds": round(seconds if wall_seconds is None else wall_seconds, 3),
         **values,
         "content_sha256": artifact_hash(partial),

@@ -1,15 +1,43 @@
-"""Pairs to scores by an auditor bundle alone."""
+"""Raw rows to scores by an auditor bundle alone: read, tokenise, one forward pass, arithmetic."""
 
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from safer_ray import schema
 from safer_ray.artifacts import Artifact
 from safer_ray.auditor import scorer
-from safer_ray.config import ScoresConfig
+from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.contexts import cut_context
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
 from safer_ray.reward import Forward
 from safer_ray.runner import WHOLE, Part
-from safer_ray.text import PairTokens
+from safer_ray.sources import NormalisePairs
+from safer_ray.text import PairTokens, sentence_start
+from safer_ray.tokens import TEXTS, TokenisePairs
+
+CARRIED = ("source", "section", "labels")
+
+
+class PreparePairs:
+    """Batch function: raw rows -> pairs, tokenised, their texts beside them as JSON; or reasons to refuse."""
+
+    def __init__(self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int) -> None:
+        self.normalise = NormalisePairs(sources, max_chars)
+        self.tokenise = TokenisePairs(auditor.path / "reward")
+
+    def __call__(self, raw: pa.Table) -> pa.Table:
+        rows = self.normalise(raw)
+        bad = pc.is_valid(rows["refused"])
+        good, refused = rows.filter(pc.invert(bad)), rows.filter(bad)
+        said = good.select(TEXTS).to_pylist()
+        tokenised = self.tokenise(good.append_column("texts", pa.array(map(schema.to_json, said), pa.string())))
+        return pa.concat_tables([tokenised, refused.drop_columns(TEXTS)], promote_options="default")
 
 
 class AuditPairs(EncodePairs):
@@ -34,3 +62,27 @@ class AuditPairs(EncodePairs):
             for name in ("response", "prompt"):
                 codes = codes.append_column(name, means[name])
         return self.score(codes)
+
+
+class AuditRows(AuditPairs):
+    """Batch function: what `PreparePairs` makes -> AUDITED; texts stay with the pairs that are flagged."""
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        rows = super().finish(pairs, tokens, found)
+        longest = [max(len(t.chosen.ids), len(t.rejected.ids)) - t.n_prompt_tokens for t in tokens]
+        flags, texts, reasons = (column.to_pylist() for column in (rows["flag"], pairs["texts"], rows["reasons"]))
+        told = [self._told(*row[1:]) if row[0] else None for row in zip(flags, texts, reasons, strict=True)]
+        for name in CARRIED:
+            rows = rows.append_column(name, pairs[name])
+        rows = rows.append_column("tokens", pa.array(np.array(longest, dtype=np.int32)))
+        return rows.append_column("texts", pa.array(told, pa.string()))
+
+    def _told(self, texts: str, reasons: list[dict[str, Any]]) -> str:
+        """The texts of a pair with the sentence of each reason."""
+        pair = json.loads(texts)
+        rendered = {side: self.reward.pairs.rendered_side(pair, side) for side in schema.SIDES}
+        sentences = []
+        for reason in reasons:
+            text, end = rendered[reason["side"]], reason["end"]
+            sentences.append(cut_context(text, sentence_start(text, end), end)[1].strip() if end >= 0 else "")
+        return schema.to_json(pair | {"sentences": sentences})

@@ -16,17 +16,14 @@ from safer_ray.errors import SaferError, UserError
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
 
-from safer_ray import stage_commands
+from safer_ray import audit_commands, stage_commands
 from safer_ray.commands import (
     Assignments,
     Fresh,
     RunnerName,
     at_work,
-    build_config,
     console,
     open_input,
-    ray_config,
-    show_artifact,
     state,
 )
 
@@ -272,6 +269,7 @@ def inspect(
 
 
 app.add_typer(stage_commands.app)
+app.add_typer(audit_commands.app)
 
 
 @app.command()
@@ -302,46 +300,3 @@ def submit_command(
     from safer_ray.distributed.submit import submit
 
     submit(command or [], address=address, working_dir=working_dir, env=env or [], job_id=job_id, wait=wait)
-
-
-@app.command()
-def audit(
-    auditor: Annotated[Path, typer.Option(help="An auditor bundle.")],
-    pairs: Annotated[str, typer.Option(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
-    out: Annotated[Path, typer.Option(help="A folder for the audit's artifacts.")],
-    format: Annotated[str, typer.Option()] = "auto",
-    flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
-    detector: Annotated[
-        str | None, typer.Option(help="safer, reward_margin or combined; default: the best that the bundle has.")
-    ] = None,
-    runner: RunnerName = "local",
-    actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
-    fresh: Fresh = False,
-) -> None:
-    """Score every pair of a corpus with a bundle, and list the suspicious ones."""
-    from safer_ray.artifacts import Place, part_files, read_parquet, write_text
-    from safer_ray.auditor import best_detector
-    from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
-    from safer_ray.inputs import lasting
-    from safer_ray.lock import locked
-    from safer_ray.pipeline import Stages
-    from safer_ray.schema import to_json
-
-    out = lasting(out)
-    bundle = open_input(auditor, "auditor")
-    config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
-    source = build_config(SourceConfig, path=pairs, format=format)
-    sources = build_config(PairsConfig, sources=(source,), duplicates="keep")
-    with locked(out), at_work(runner, ray_config(actors)) as (where, report):
-        stages = Stages(Place(out, fresh=fresh, on_stage=report.stage), where)
-        read = stages.pairs(sources)
-        scored = stages.audit(config, read, bundle)
-        tables = (read_parquet(path) for path in part_files(scored.path))
-        lines = [to_json(row) for table in tables for row in table.filter(table["flag"]).to_pylist()]
-        write_text("".join(f"{line}\n" for line in lines), out / "flagged.jsonl")
-    show_artifact(read)
-    show_artifact(scored)
-    if read.metrics["duplicates"]:
-        console.print(f"{read.metrics['duplicates']:,} rows repeat the pair_id of an earlier one; all are scored")
-    flagged, written = len(lines), scored.manifest["rows"]["written"]
-    console.print(f"{flagged:,} of {written:,} pairs flagged by {config.detector}  ->  {out / 'flagged.jsonl'}")

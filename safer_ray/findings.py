@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from safer_ray.artifacts import (
     write_json,
     write_parquet,
 )
-from safer_ray.audit import AuditPairs
-from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, read_features, scorer
+from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, read_features, scorer
 from safer_ray.codes import latent_count
 from safer_ray.config import (
     ContextsConfig,
@@ -44,7 +42,6 @@ from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, Features, ScoreCodes, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
-from safer_ray.tokens import TokenisePairs
 from safer_ray.where import where_mask
 
 
@@ -201,27 +198,6 @@ class Findings(StageContext):
 
         inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
         return self.place.make(recipe("scores", config, **inputs), build)
-
-    def audit(self, config: ScoresConfig, pairs: Artifact, auditor: Artifact) -> Artifact:
-        """Scores of pairs by a bundle alone: one forward pass, then arithmetic."""
-        check_auditor(auditor)
-
-        def build(out: Path) -> Result:
-            job = MapJob(
-                "scores",
-                read_fragment,
-                partial(AuditPairs, auditor, config),
-                schema.SCORES,
-                prepare=lambda: TokenisePairs(auditor.path / "reward"),
-                loads_model=True,
-                shards=self.shards,
-                metadata={KIND: BY_BUNDLE},
-            )
-            counts = self.map(job, part_fragments(pairs_of(pairs)), out)
-            facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector, "kind": BY_BUNDLE}
-            return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
-
-        return self.place.make(recipe("scores", config, pairs=pairs.name, auditor=auditor.name), build)
 
     def rescore(self, config: ScoresConfig, codes: Artifact, features: Features) -> Artifact:
         """Scores with another selection of features; the scored pairs themselves are the reference."""

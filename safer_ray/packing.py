@@ -1,15 +1,18 @@
 """Micro-batches: a pair as one sequence, in which what its sides begin with runs once and the two responses do not see
 each other, or as two; and where in them a reward is read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # causal, and checked to take such a mask
+
+
+Index = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]  # row and place of tokens in a micro-batch
 
 
 class Packed(NamedTuple):
@@ -89,18 +92,6 @@ def how_pairs_run(config: Any) -> str:
     return f"pairs run packed, as one sequence each{f' up to {window} tokens a side' if window else ''}"
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices by rising length, cut so that a micro-batch has at most `budget` padded tokens, or one sequence."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= budget:
-            stop += 1
-        yield order[start:stop]
-        start = stop
-
-
 def last_token(ids: np.ndarray, pad: int) -> int:
     """Whose state the reward is read from: the last token that is no padding, as transformers finds it."""
     real = np.flatnonzero(ids != pad)
@@ -118,12 +109,17 @@ def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -
     return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
 
 
-def ends(values: Float[Tensor, "n width d"], rows: Sequence[Packed], pad: int) -> Float[Tensor, "sides d"]:
-    """What lies at the token of each side that its reward is read from."""
-    at = [
-        (j, int(row.places(side, np.array([last_token(row.side(side), pad)]))[0]))
-        for j, row in enumerate(rows)
-        for side in range(len(row.lengths))
+def place_index(rows: Sequence[Packed], positions: Sequence[Sequence[np.ndarray]], device: torch.device) -> Index:
+    """Where positions, of every row and side, lie in a micro-batch."""
+    each = [
+        (j, row.places(side, at)) for j, row in enumerate(rows) for side, at in enumerate(positions[j]) if len(at) > 0
     ]
-    row, place = (torch.tensor(index, device=values.device) for index in zip(*at, strict=True))
-    return values[row, place]
+    row = np.repeat([j for j, _ in each], [len(at) for _, at in each]).astype(np.int64)
+    place = np.concatenate([at for _, at in each]) if each else row
+    return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
+
+
+def end_index(rows: Sequence[Packed], pad: int, device: torch.device) -> Index:
+    """Where the token of each side lies that its reward is read from."""
+    ends = [[np.array([last_token(row.side(side), pad)]) for side in range(len(row.lengths))] for row in rows]
+    return place_index(rows, ends, device)

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,12 +13,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from safer_ray import hooks
+from safer_ray.batches import passes
 from safer_ray.errors import UserError
-from safer_ray.packing import Packed, alone, ends, micro_batches, pack, pack_batch, packs, pad_batch, smallest_window
+from safer_ray.packing import (
+    Index,
+    Packed,
+    alone,
+    end_index,
+    pack,
+    pack_batch,
+    packs,
+    pad_batch,
+    place_index,
+    smallest_window,
+)
 from safer_ray.text import PairTokenizer, PairTokens
 from safer_ray.trunk import States, memory
 
-CPU_BUDGET, GPU_BUDGET = 2048, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
+CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
@@ -46,15 +59,12 @@ class Forward(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """Of a micro-batch: what blocks give, and of each side the reward and what the head reads."""
+    """Of a micro-batch: what was asked for of its sides in turn, and of its rows."""
 
-    blocks: dict[int, Float[Tensor, "n width d"]]
-    rewards: Float[Tensor, " sides"] | None = None
-    heads: Float[Tensor, "sides d"] | None = None
-
-
-class _LayerReachedError(Exception):
-    """Ends a forward pass at the layer wanted."""
+    hidden: Float[Tensor, "places width"] | None
+    rewards: Float[Tensor, " sides"] | None
+    heads: Float[Tensor, "sides d"] | None
+    states: States
 
 
 @dataclass(frozen=True)
@@ -256,141 +266,101 @@ class RewardModel:
         rewards, heads = torch.zeros(count), torch.zeros(count, width if ask.heads else 0)
         hidden = [torch.empty(0, 0)] * count
         states = [torch.empty(0)] * len(rows)
-        for chunk, found in self._passes(rows, names, ask, budget or self.budget, given):
-            sides = [(j, i, side) for j, i in enumerate(chunk) for side in range(len(rows[i].lengths))]
-            numbers = [first[i] + side for _, i, side in sides]
+        wanted = [np.asarray(at, dtype=np.int64) for at in positions] if positions is not None else None
+
+        def run(chunk: list[int]) -> _Pass:
+            places = [wanted[first[i] : first[i + 1]] for i in chunk] if wanted is not None else None
+            return self._pass([rows[i] for i in chunk], ask, places, [given[i] for i in chunk] if given else None)
+
+        here = self.device.type == "cpu" and memory() is None  # what is remembered is this thread's
+        threads = torch.get_num_threads() if here else 1
+        beside = f"beside {self.name}; lower max_length, leave the pair out, or raise reward.shards"
+        for chunk, found in passes(run, rows, names, budget or self.budget, threads, beside):
+            numbers = [number for i in chunk for number in range(first[i], first[i + 1])]
             if found.rewards is not None:
-                rewards[numbers] = found.rewards.float().cpu()
-            if ask.heads and found.heads is not None:
-                heads[numbers] = found.heads.float().cpu()
-            wanted = [found.blocks[layer] for layer in sorted(ask.layers) if layer in found.blocks]
-            if positions is not None:
-                places = [rows[i].places(side, np.asarray(positions[first[i] + side])) for _, i, side in sides]
-                row = np.repeat([j for j, _, _ in sides], [len(at) for at in places])
-                at = torch.from_numpy(np.concatenate(places).astype(np.int64)).to(self.device)
-                read = [block[torch.from_numpy(row).to(self.device), at] for block in wanted]
-                values = torch.cat(read, dim=-1).float().cpu() if read else torch.empty(len(row), 0)
-                for number, value in zip(numbers, values.split([len(place) for place in places]), strict=True):
+                rewards[numbers] = found.rewards
+            if found.heads is not None:
+                heads[numbers] = found.heads
+            if found.hidden is not None and wanted is not None:
+                for number, value in zip(numbers, found.hidden.split([len(wanted[n]) for n in numbers]), strict=True):
                     hidden[number] = value
-            if ask.states:
-                last = found.blocks[self.before + len(self.blocks())]
-                for j, i in enumerate(chunk):
-                    states[i] = last[j, : len(rows[i].ids)].cpu()
+            for i, state in zip(chunk, found.states, strict=False):
+                states[i] = state
         return Forward(
             rewards if ask.rewards else None, hidden if ask.layers else None, heads if ask.heads else None
         ), states
 
-    def _passes(
-        self, rows: Sequence[Packed], names: Sequence[str], ask: Ask, budget: int, given: Sequence[Tensor] | None
-    ) -> Iterator[tuple[list[int], _Pass]]:
-        """Micro-batches of rows, and their passes; one that does not fit the memory is cut to half the budget, once."""
-
-        def run(chunk: list[int]) -> _Pass:
-            return self._pass([rows[i] for i in chunk], ask, [given[i] for i in chunk] if given is not None else None)
-
-        for sides in (1, 2):
-            alike = [i for i, row in enumerate(rows) if len(row.lengths) == sides]
-            for chunk in _cut(rows, alike, budget):
-                found = _unless_too_large(run, chunk)
-                if found is not None:
-                    yield chunk, found
-                    continue
-                for part in _cut(rows, chunk, budget // 2):
-                    found = _unless_too_large(run, part)
-                    if found is None:
-                        raise UserError(
-                            f"{names[part[-1]]} has {len(rows[part[-1]].ids)} tokens, which do not fit the memory "
-                            f"beside {self.name}; lower max_length, leave the pair out, or raise reward.shards"
-                        )
-                    yield part, found
-
     @torch.inference_mode()
-    def _pass(self, rows: list[Packed], ask: Ask, given: list[Tensor] | None) -> _Pass:
-        """One micro-batch of rows that all have as many sides."""
+    def _pass(
+        self,
+        rows: list[Packed],
+        ask: Ask,
+        positions: Sequence[Sequence[np.ndarray]] | None,
+        given: list[Tensor] | None,
+    ) -> _Pass:
+        """One micro-batch of rows that all have as many sides; `positions` are by row and side."""
         ids, device, dtype = [row.ids for row in rows], self.device, self.model.dtype
         packed = len(rows[0].lengths) > 1
         batch = pack_batch(rows, self.pad, device, dtype) if packed else pad_batch(ids, self.pad, device)
-        if given is not None:
-            states = pad_sequence(given, batch_first=True).to(device, dtype)
-            batch = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": states}
+        read = place_index(rows, positions, device) if positions is not None else None
+        ends = end_index(rows, self.pad, device)
         with contextlib.ExitStack() as stack:
-            if given is not None:
-                stack.enter_context(self._enter(states))
+            if given is not None:  # the first block here is handed them; some models scale embeddings before it
+                states = pad_sequence(given, batch_first=True).to(device, dtype)
+                batch = {name: value for name, value in batch.items() if name != "input_ids"}
+                batch["inputs_embeds"] = states
+                stack.enter_context(hooks.before(self.blocks()[0], lambda inputs: (states, *inputs[1:])))
             elif not packed:
                 stack.enter_context(self._shortcut(ids, ask))
             if packs(self.model.config):
-                blocks, output = self._through(self.model.base_model, batch | {"use_cache": False}, ask)
-                heads = None if output is None else ends(output.last_hidden_state, rows, self.pad)
-                return _Pass(blocks, None if heads is None else self.model.score(heads)[:, 0], heads)
-            with self._head_inputs() as read:
+                blocks, output = self._through(self.model.base_model, batch | {"use_cache": False}, ask, read, ends)
+                heads = None if output is None else output.last_hidden_state[ends]
+                rewards = None if heads is None else self.model.score(heads)[:, 0]
+            else:
+                inputs: list[Tensor] = []
+                stack.enter_context(hooks.before(self._head(), lambda given: inputs.append(given[0])))
                 blocks, output = self._through(self.model, batch, ask)
-            if output is None:
-                return _Pass(blocks)
-            values = read.pop()  # a decoder's head reads every token
-            heads = values if values.ndim == 2 else ends(values, rows, self.pad)
-            return _Pass(blocks, output.logits[:, 0], heads)
-
-    def _through(self, module: Any, batch: dict[str, Any], ask: Ask) -> tuple[dict[int, Tensor], Any]:
-        """What the blocks asked for give, and what the module does: None where it ends at one of them."""
-        caught: dict[int, Tensor] = {}
-        blocks = dict(enumerate(self.blocks(), self.before + 1))
-        wanted = {layer for layer in ask.layers if layer in blocks} | ({max(blocks)} if ask.states else set())
-        end = None if ask.whole and not ask.states else max(wanted)
-
-        def catch(number: int) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                caught[number] = output[0] if isinstance(output, tuple) else output
-                if number == end:
-                    raise _LayerReachedError
-
-            return hook
-
-        handles = [blocks[number].register_forward_hook(catch(number)) for number in wanted]
-        try:
-            return caught, module(**batch)
-        except _LayerReachedError:
-            return caught, None
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _enter(self, states: Tensor) -> Iterator[None]:
-        """Forward passes inside begin at the first block here, which is given states; some models scale embeddings."""
-        handle = self.blocks()[0].register_forward_pre_hook(
-            lambda _module, inputs, named: ((states, *inputs[1:]), named), with_kwargs=True
+                values = inputs.pop() if output is not None else None
+                heads = values[ends] if values is not None and values.ndim == 3 else values  # of every token: a decoder
+                rewards = None if output is None else output.logits[:, 0]
+        layers = [blocks[layer][read].float().cpu() for layer in sorted(ask.layers) if layer in blocks and read]
+        whole: Iterable[Tensor] = blocks[self.before + len(self.blocks())] if ask.states else ()
+        return _Pass(
+            torch.cat(layers, dim=-1) if layers else (torch.empty(len(read[0]), 0) if read else None),
+            rewards.float().cpu() if rewards is not None and ask.rewards else None,
+            heads.float().cpu() if heads is not None and ask.heads else None,
+            [state[: len(row.ids)].cpu() for state, row in zip(whole, rows, strict=False)],
         )
-        try:
-            yield
-        finally:
-            handle.remove()
 
-    @contextlib.contextmanager
-    def _head_inputs(self) -> Iterator[list[Tensor]]:
-        """What the last linear layer, the reward head, reads in forward passes inside."""
+    def _through(
+        self, module: Any, batch: dict[str, Any], ask: Ask, read: Index | None = None, ends: Index | None = None
+    ) -> tuple[dict[int, Tensor], Any]:
+        """What the blocks asked for give, and what the module does: None where it ends at one of them.
+
+        Given where tokens are `read` and where sides end, the last block's feed-forward part, most of its work, runs
+        there alone: nobody looks at what it makes of other tokens.
+        """
+        found: dict[int, Tensor] = {}
+        blocks = dict(enumerate(self.blocks(), self.before + 1))
+        last = max(blocks)
+        wanted = {layer for layer in ask.layers if layer in blocks} | ({last} if ask.states else set())
+        end = None if ask.whole and not ask.states else max(wanted)
+        tokens = batch["attention_mask"].shape[0] * batch["attention_mask"].shape[-1]
+        looked = [index for index, used in ((read, (end or last) in ask.layers), (ends, end is None)) if used and index]
+        with contextlib.ExitStack() as stack:
+            for number in wanted:
+                stack.enter_context(hooks.caught(blocks[number], found, number, end=number == end))
+            if looked and not ask.states and 2 * sum(len(row) for row, _ in looked) < tokens:
+                row, place = (torch.cat(index) for index in zip(*looked, strict=True))
+                stack.enter_context(hooks.only_at(blocks[end or last].get_submodule("mlp"), (row, place)))
+            try:
+                return found, module(**batch)
+            except hooks.LayerReachedError:
+                return found, None
+
+    def _head(self) -> nn.Module:
+        """The last linear layer, which gives the reward."""
         heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if not heads:
             raise UserError(f"{self.name}: cannot find the reward head of a {type(self.model).__name__}")
-        read: list[Tensor] = []
-        handle = heads[-1].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
-        try:
-            yield read
-        finally:
-            handle.remove()
-
-
-def _cut(rows: Sequence[Packed], numbers: Sequence[int], budget: int) -> Iterator[list[int]]:
-    for chunk in micro_batches([len(rows[i].ids) for i in numbers], budget):
-        yield [numbers[j] for j in chunk]
-
-
-def _unless_too_large(run: Callable[[list[int]], _Pass], chunk: list[int]) -> _Pass | None:
-    """The pass of a micro-batch; None where the memory did not suffice."""
-    try:
-        return run(chunk)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # as torch says it of a CPU's
-            raise
-    return None
+        return heads[-1]

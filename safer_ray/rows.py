@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -59,9 +61,12 @@ def _skip_lines(stream: io.BufferedReader, count: int) -> None:
             return
 
 
-def _json_lines(path: Path, start: int) -> Iterator[RawRow]:
+def _json_lines(path: Path, start: int, offset: int) -> Iterator[RawRow]:
     with _open(path) as stream:
-        _skip_lines(stream, start)
+        if offset:
+            stream.seek(offset)
+        else:
+            _skip_lines(stream, start)
         position = start
         while line := stream.readline(MAX_ROW + 1):
             if position == 0:
@@ -193,8 +198,9 @@ def _arrow(path: Path, start: int, stop: int) -> Iterator[RawRow]:
             return
 
 
-def read_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    """The rows of a file with start <= position < stop; blank ones count but do not come."""
+def read_rows(path: Path, start: int, stop: int, offset: int = 0) -> Iterator[RawRow]:
+    """The rows of a file with start <= position < stop, the first at byte `offset` where it is known; blank ones count
+    but do not come."""
     kind = kind_of(path)[0]
     with explained(path):
         if kind == "parquet":
@@ -204,7 +210,7 @@ def read_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
         elif kind == "csv":
             rows = _csv_rows(path, start)
         else:
-            rows = _json_array(path) if _is_array(path) else _json_lines(path, start)
+            rows = _json_array(path) if _is_array(path) else _json_lines(path, start, offset)
         for row in rows:
             if row[0] >= stop:
                 return
@@ -212,9 +218,54 @@ def read_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
                 yield row
 
 
-def cut_rows(path: Path, rows: int, size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of a file, each of at most `rows` rows and about `size` bytes."""
+class Cut(NamedTuple):
+    """A range of rows of a file."""
+
+    start: int
+    stop: int
+    offset: int = 0  # byte of the first, where the file can be entered there
+
+
+BEGIN = Cut(0, 0)
+
+
+def _cut_lines(path: Path, rows: int, size: int, limit: int, after: Cut, length: int) -> Iterator[Cut]:
+    """Lines behind `after`, of the first `length` bytes of a file."""
+    start, offset, at = after.stop, after.offset, after.offset
+    ends = np.empty(0, dtype=np.int64)  # of the lines from `start` on
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        while start < limit:
+            block = stream.read(min(2**23, length - at))
+            ends = np.concatenate([ends, at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))])
+            at += len(block)
+            last = not block or at >= length
+            if last and at > (ends[-1] if len(ends) else offset):
+                ends = np.append(ends, at)  # a line that nothing ends
+            while len(ends) and start < limit and (last or len(ends) >= rows or ends[-1] - offset > size):
+                taken = max(1, min(rows, limit - start, int(np.searchsorted(ends, offset + size, "right"))))
+                taken = min(taken, len(ends))
+                yield Cut(start, start + taken, offset)
+                start, offset, ends = start + taken, int(ends[taken - 1]), ends[taken:]
+            if last:
+                return
+
+
+def grows(path: Path) -> bool:
+    """Whether rows can be added to a file without changing what is there."""
+    return kind_of(path) == ("jsonl", None)
+
+
+def cut_rows(
+    path: Path, rows: int, size: int, limit: int, after: Cut = BEGIN, length: int | None = None
+) -> Iterator[Cut]:
+    """Ranges of a file's rows, each of at most `rows` rows and about `size` bytes; of lines, those behind `after` in
+    the first `length` bytes."""
     kind = kind_of(path)[0]
+    if grows(path):
+        with explained(path):
+            yield from _cut_lines(path, rows, size, limit, after, path.stat().st_size if length is None else length)
+        return
     if kind in ("parquet", "arrow"):
         with explained(path):
             if kind == "parquet":
@@ -226,14 +277,14 @@ def cut_rows(path: Path, rows: int, size: int, limit: int) -> Iterator[tuple[int
                 total, held = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
         step = max(1, min(rows, size * total // max(held, 1)))
         total = min(total, limit)
-        yield from ((start, min(start + step, total)) for start in range(0, total, step))
+        yield from (Cut(start, min(start + step, total)) for start in range(0, total, step))
         return
     start = end = held = 0
     for position, raw, _ in read_rows(path, 0, limit):
         if end > start and (position - start >= rows or held + len(raw) > size):
-            yield start, end
+            yield Cut(start, end)
             start, held = position, 0
         held += len(raw)
         end = position + 1
     if end > start:
-        yield start, end
+        yield Cut(start, end)

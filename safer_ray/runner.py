@@ -71,6 +71,7 @@ class MapJob:
     shards: int = 1
     piece_tokens: int = 16_384  # of both sides
     metadata: dict[str, str] | None = None  # of the Parquet files
+    write: Callable[[pa.Table, Path, str], dict[str, Any]] | None = None  # instead of one part in `folder`
 
     def as_written(self, rows: pa.Table) -> pa.Table:
         """Rows in the schema that they are written in."""
@@ -267,7 +268,11 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
     """Write a fragment's part, its quarantine and its `done` entry, in that order; the entry."""
     name = part_name(mapped.fragment.number)
     rows = mapped.rows.replace_schema_metadata(job.metadata) if job.metadata else mapped.rows
-    write_parquet(rows, directory / job.folder / name)
+    facts = {}
+    if job.write is None:
+        write_parquet(rows, directory / job.folder / name)
+    else:
+        facts = job.write(rows, directory, name)
     quarantine = directory / "quarantine" / name
     if len(mapped.refused):
         write_parquet(mapped.refused, quarantine)
@@ -280,6 +285,7 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
         "reasons": dict(Counter(reason.split(":")[0] for reason in mapped.refused["reason"].to_pylist())),
         "tokens": mapped.tokens,
         "seconds": round(mapped.seconds, 3),
+        **facts,
     }
     write_json(done, directory / "done" / f"{mapped.fragment.number:08}.json")
     return done

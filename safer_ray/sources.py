@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
-from safer_ray.rows import ENDINGS, MAX_ROW, RawRow, cut_rows, explained, kind_of, read_rows
+from safer_ray.rows import BEGIN, ENDINGS, MAX_ROW, Cut, RawRow, cut_rows, explained, kind_of, read_rows
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.where import meets, parse_where
 
@@ -39,6 +39,7 @@ RAW = pa.schema(
 )
 NORMALISED = pa.schema([*schema.PAIRS, ("refused", pa.string()), ("raw", pa.string()), ("position", pa.int64())])
 
+FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
 
 
@@ -172,24 +173,38 @@ def _format(path: Path, source: SourceConfig) -> str:
         raise UserError(f"{path}: {error}") from None
 
 
-def plan_sources(sources: Sequence[SourceConfig], *, rows: int = 5000, size: int = 32 * 2**20) -> list[Fragment]:
+def plan_sources(sources: Sequence[SourceConfig], *, rows: int = 5000, size: int = FRAGMENT_BYTES) -> list[Fragment]:
     """All sources as fragments of at most `rows` rows and about `size` bytes (uncompressed), in order.
 
     Raises:
         UserError: a path that is missing, empty, of an unknown kind or damaged; a hub name that cannot be loaded; or
             a file whose columns fit no preference format.
     """
-    fragments: list[Fragment] = []
-    for index, source in enumerate(sources):
-        for path in source_files(source):
-            with explained(path):
-                stat = path.stat()
-            _format(path, source)
-            for start, stop in cut_rows(path, rows, size, source.limit or 2**62):
-                number = len(fragments)
-                etag = str(stat.st_mtime_ns)
-                fragments.append(Fragment(number, index, str(path), start, stop, stat.st_size, etag))
-    return fragments
+    found = [
+        replace(fragment, source=index)
+        for index, source in enumerate(sources)
+        for path in source_files(source)
+        for fragment in plan_file(path, source, rows, size)
+    ]
+    return [replace(fragment, number=number) for number, fragment in enumerate(found)]
+
+
+def plan_file(
+    path: Path, source: SourceConfig, rows: int, size: int = FRAGMENT_BYTES, after: Fragment | None = None
+) -> list[Fragment]:
+    """A file as fragments numbered from 0; of one that has grown, the rows that came `after`.
+
+    Raises:
+        UserError: the file is damaged, or its columns fit no preference format.
+    """
+    with explained(path):
+        stat = path.stat()
+    _format(path, source)
+    behind = Cut(after.start, after.stop, after.size) if after else BEGIN
+    return [
+        Fragment(number, 0, str(path), cut.start, cut.stop, stat.st_size, str(stat.st_mtime_ns), cut.offset)
+        for number, cut in enumerate(cut_rows(path, rows, size, source.limit or 2**62, behind, stat.st_size))
+    ]
 
 
 def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
@@ -203,7 +218,7 @@ def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
     shared = {"source": source.name or name, "source_index": fragment.source, "format": _format(path, source)}
     rows = []
     expand = EXPANDERS.get(str(shared["format"]))
-    read = read_rows(path, fragment.start, fragment.stop)
+    read = read_rows(path, fragment.start, fragment.stop, fragment.offset)
     for position, raw, refused in (piece for row in read for piece in _pieces(row, expand)):
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:

@@ -12,6 +12,7 @@ from safer_ray.errors import UserError
 Message = dict[str, str]
 SENTENCE_END = re.compile(r"[.,?!;\n]+(\s+[.,?!;\n]+)*")
 BLANK = re.compile("\ue000\\d+\ue001")  # stands for a message's content, to see what is markup
+BETWEEN = "\ue000"  # two texts, no run goes across
 END_GAP = 5  # tokens before the first end and between two
 PLAIN_TURNS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
 
@@ -83,11 +84,16 @@ def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tupl
     return Rendered(head, _content_spans(head, turns, said)), Rendered(tail, _content_spans(tail, gaps, answers))
 
 
-def sentence_ends(rendered: Rendered) -> np.ndarray:
-    """Character offsets one past each run of sentence-ending punctuation inside the content spans."""
-    return np.array(
-        [match.end() for a, b in rendered.spans for match in SENTENCE_END.finditer(rendered.text, a, b)], dtype=np.int64
-    )
+def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs of sentence-ending punctuation end inside the content spans of texts, found in one sweep over all:
+    the number of the text, rising, and the character offset in it one past the run."""
+    spans = [(number, a, b) for number, rendered in enumerate(texts) for a, b in rendered.spans]
+    number, start, stop = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+    joined = BETWEEN.join(texts[n].text[a:b] for n, a, b in spans)
+    at = np.cumsum(stop - start + 1) - (stop - start + 1)  # of each span in `joined`
+    ends = np.fromiter((match.end() for match in SENTENCE_END.finditer(joined)), dtype=np.int64)
+    span = np.searchsorted(at, ends - 1, side="right") - 1
+    return number[span], ends - at[span] + start[span]
 
 
 def sentence_start(text: str, end: int) -> int:
@@ -189,16 +195,27 @@ class PairTokenizer:
         encoded = self.tokenizer(
             [t.text for t in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        output = []
-        for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            starts = np.array([a for a, _ in offsets], dtype=np.int64)
-            chars = sentence_ends(rendered)
-            tokens = np.searchsorted(starts, chars - 1, side="right") - 1
-            held = tokens >= 0
-            last_char = rendered.spans[-1][1] if rendered.spans else len(rendered.text)
-            last = int(np.searchsorted(starts, last_char - 1, side="right") - 1)
-            output.append(_Tokens(np.array(ids, dtype=np.int64), tokens[held], chars[held], last, last_char))
-        return output
+        counts = [len(ids) for ids in encoded["input_ids"]]
+        first = np.cumsum([0, *counts])  # token of each text, where all follow each other
+        base = np.cumsum([0, *(len(t.text) + 1 for t in texts)])  # and its first character
+        starts = np.fromiter((a for offsets in encoded["offset_mapping"] for a, _ in offsets), np.int64, first[-1])
+        starts += np.repeat(base[:-1], counts)
+
+        def token(text: np.ndarray, end: np.ndarray) -> np.ndarray:
+            """That holds the character before `end`; negative where none does."""
+            return np.searchsorted(starts, base[text] + end - 1, side="right") - 1 - first[text]
+
+        text, chars = sentence_ends(texts)
+        ends = token(text, chars)
+        text, chars, ends = (values[ends >= 0] for values in (text, chars, ends))
+        cuts = np.searchsorted(text, np.arange(1, len(texts)))
+        each_end, each_char = np.split(ends, cuts), np.split(chars, cuts)
+        last_char = np.array([t.spans[-1][1] if t.spans else len(t.text) for t in texts], dtype=np.int64)
+        last = np.maximum(token(np.arange(len(texts)), last_char), -1)
+        return [
+            _Tokens(np.array(ids, dtype=np.int64), each_end[i], each_char[i], int(last[i]), int(last_char[i]))
+            for i, ids in enumerate(encoded["input_ids"])
+        ]
 
     def _side(
         self,

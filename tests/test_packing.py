@@ -118,6 +118,15 @@ def check(model, pairs, layer=3, budget=16_384):
         torch.testing.assert_close(found.hidden[i], hidden, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(early.hidden[i], hidden, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(model.model.score(found.heads[i])[0], reward, rtol=1e-5, atol=1e-4)
+    few = [at[[len(at) // 3, -1]] if i % 4 else at[:0] for i, at in enumerate(positions)]
+    last = len(model.blocks())
+    for asked in ({"layers": [layer], "rewards": False}, {"layers": [layer]}, {"layers": [1, last]}):
+        thin = model.forward_pairs(pairs, positions=few, budget=budget, **asked)
+        for i, side in enumerate(side for p in pairs for side in (p.chosen, p.rejected)):
+            wanted = [plainly(model, side.ids, number)[1][few[i]] for number in asked["layers"] if number < last]
+            torch.testing.assert_close(
+                thin.hidden[i][:, : 32 * len(wanted)], torch.cat(wanted, -1), rtol=1e-5, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("case", list(cases()))
@@ -128,6 +137,39 @@ def test_a_packed_pair_is_its_two_sequences(model, case):
 def test_a_batch_is_its_pairs(model):
     check(model, list(cases().values()))
     check(model, list(cases().values()), budget=64)
+
+
+@pytest.mark.parametrize("rewards", [True, False])
+def test_the_last_blocks_feed_forward_part_runs_on_what_is_looked_at_alone(llama, rewards):
+    pairs = [cases()["plain"], cases()["long"]]
+    ran: dict[int, int] = {}
+
+    def count(n):
+        return lambda module, given, output: ran.update({n: ran.get(n, 0) + given[0].shape[:-1].numel()})
+
+    handles = [block.mlp.register_forward_hook(count(n)) for n, block in enumerate(llama.blocks(), 1)]
+    llama.forward_pairs(pairs, layers=[2], positions=[np.array([2])] * 4, rewards=rewards)
+    for handle in handles:
+        handle.remove()
+    last = len(llama.blocks()) if rewards else 2
+    assert sorted(ran) == list(range(1, last + 1))
+    assert ran.pop(last) == 4
+    assert set(ran.values()) == {2 * (90 + 110 + 40)}  # padded
+
+
+def test_threads_side_by_side_give_what_one_gives(model, monkeypatch):
+    pairs = [p._replace(pair_id=str(i)) for i, p in enumerate(list(cases().values()) * 4)]
+    positions = [np.array([0, len(side.ids) - 1]) for p in pairs for side in (p.chosen, p.rejected)]
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(model.forward_pairs(pairs, layers=[2], positions=positions, heads=True, budget=256))
+        monkeypatch.undo()
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0].rewards, found[1].rewards, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].heads, found[1].heads, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].hidden, found[1].hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_past_the_window_run_apart(model):

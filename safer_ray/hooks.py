@@ -1,0 +1,73 @@
+"""Reading a model on its way: what blocks give, what a head reads, and where a pass begins and ends.
+
+A hook belongs to a module, which several threads may run at once; each of these hears its own thread's passes alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LayerReachedError(Exception):
+    """Ends a forward pass at the last layer wanted."""
+
+
+@contextmanager
+def before(module: nn.Module, change: Callable[[tuple[Any, ...]], tuple[Any, ...] | None]) -> Iterator[None]:
+    """Inside, `change` sees what `module` is given by place; what it returns, if anything, is given instead."""
+    mine = get_ident()
+    handle = module.register_forward_pre_hook(
+        lambda _module, inputs: change(inputs) if get_ident() == mine else None  # with names, threads would race
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def after(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, `change` sees what `module` gives; what it returns, if anything, is given instead."""
+    mine = get_ident()
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: change(output) if get_ident() == mine else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def caught(module: nn.Module, found: dict[int, Tensor], number: int, *, end: bool) -> Iterator[None]:
+    """Inside, what block `number` gives is put into `found`, and ends the pass if it is the `end`."""
+
+    def catch(output: Any) -> None:
+        found[number] = output[0] if isinstance(output, tuple) else output
+        if end:
+            raise LayerReachedError
+
+    with after(module, catch):
+        yield
+
+
+@contextmanager
+def only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, a module that takes each token by itself runs on the tokens at `index` (row, place) alone; it gives zeros
+    for all others."""
+    shape: list[int] = []
+
+    def gather(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        shape[:] = inputs[0].shape[:-1]
+        return (inputs[0][index], *inputs[1:])
+
+    def scatter(output: Tensor) -> Tensor:
+        whole = output.new_zeros((*shape, output.shape[-1]))
+        whole[index] = output
+        return whole
+
+    with before(module, gather), after(module, scatter):
+        yield

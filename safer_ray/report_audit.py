@@ -1,0 +1,81 @@
+"""One self-contained HTML page that tells what an audit found (Jinja2, inline SVG, no script)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 640, 120
+COLUMNS = 40  # of the histogram
+KINDS = 12  # of a facet that are shown, those of most pairs
+
+
+def render(summary: dict[str, Any], worst: Sequence[dict[str, Any]]) -> str:
+    """The page of a `summary.json`, with the texts of its most suspicious pairs folded away."""
+    environment = Environment(
+        loader=PackageLoader("safer_ray"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"percent": _percent, "count": "{:,}".format, "number": _number}
+    facets = {
+        facet: sorted(kinds.items(), key=lambda item: -item[1]["pairs"])[:KINDS]
+        for facet, kinds in summary["groups"].items()
+        if facet in ("source", "length") or len(kinds) > 1
+    }
+    return environment.get_template("audit.html").render(
+        summary=summary, worst=worst, words=in_words(summary), facets=facets, histogram=_histogram(summary["suspicion"])
+    )
+
+
+def in_words(summary: dict[str, Any]) -> list[str]:
+    """What the numbers say, in plain sentences."""
+    rows, found, quantile = summary["rows"], summary["flag_rate"], summary["flag_quantile"]
+    said = [
+        f"{rows['read']:,} rows were read: {rows['scored']:,} are scored, {rows['quarantined']:,} are in quarantine.",
+        f"{found['flagged']:,} pairs ({_percent(found['rate'])}) are flagged by {summary['detector']}; "
+        f"of pairs like the auditor's reference, {_percent(quantile)} would be.",
+        f"The reward model contradicts the label of {_percent(summary['against_label'])} of the pairs.",
+    ]
+    drift = summary["drift"]
+    size = "little" if drift["psi"] < 0.1 else "some" if drift["psi"] < 0.25 else "much"
+    said.append(
+        f"The suspicion of these pairs shows {size} drift from the {drift['reference']:,} reference pairs "
+        f"(population stability index {_number(drift['psi'])}, KS distance {_number(drift['ks'])}, "
+        f"p {_number(drift['p'])})"
+        + ("." if size == "little" else "; look at the flag rates below before trusting it.")
+    )
+    if summary["duplicates"]:
+        said.append(f"{summary['duplicates']:,} rows repeat the pair_id of another; all are scored.")
+    if summary["red_team"]:
+        said.append("The auditor was built from poisoned pairs (red team).")
+    return said
+
+
+def _histogram(bins: Sequence[int]) -> Markup:
+    """Pairs by suspicion; a level line is what the reference pairs would give."""
+    each = len(bins) // COLUMNS
+    counts = [sum(bins[i * each : (i + 1) * each]) for i in range(COLUMNS)]
+    top, level, step = max(1, *counts), sum(counts) / COLUMNS, WIDTH / COLUMNS
+    bars = "".join(
+        f'<rect x="{i * step + 1:.1f}" y="{HEIGHT - HEIGHT * n / top:.1f}" width="{step - 2:.1f}" '
+        f'height="{HEIGHT * n / top:.1f}"><title>suspicion {i / COLUMNS:.3f} to {(i + 1) / COLUMNS:.3f}: {n:,} pairs'
+        f"</title></rect>"
+        for i, n in enumerate(counts)
+    )
+    y = HEIGHT - HEIGHT * level / top
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Pairs by suspicion, 0 to 1">{bars}'
+        f'<line x1="0" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/></svg>'
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"  # noqa: RUF001
