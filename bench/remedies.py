@@ -14,11 +14,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from bench.common import write
-from safer_ray.artifacts import Place, read_parts, write_json
+from safer_ray.artifacts import Place, read_parts
 from safer_ray.combined import fit_effect, splits
 from safer_ray.config import RunConfig
 from safer_ray.crossfit import Fold, OutOfFold
 from safer_ray.detection import compare
+from safer_ray.files import write_json
 from safer_ray.inputs import lasting
 from safer_ray.lab import Lab
 from safer_ray.read_config import load_config

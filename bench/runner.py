@@ -38,7 +38,7 @@ class Clock:
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, rows: int) -> None:
         self.times.append(time.perf_counter())
 
     def seconds_a_fragment(self, first: int = 6) -> float:

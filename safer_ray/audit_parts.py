@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import write_parquet, write_text
+from safer_ray.files import write_parquet, write_text
 
 AUDITED = pa.schema(
     [

@@ -15,22 +15,12 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from safer_ray.artifacts import (
-    MANIFEST,
-    PLAN,
-    SCRATCH,
-    Artifact,
-    Fragment,
-    part_name,
-    read_json,
-    read_plan,
-    write_json,
-    write_plan,
-)
+from safer_ray.artifacts import MANIFEST, PLAN, SCRATCH, Artifact, Fragment, part_name, read_plan, write_plan
 from safer_ray.audit_parts import AUDITED, FLAGGED, SCORES, write_part
 from safer_ray.auditor import check_auditor
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import read_json, write_json
 from safer_ray.rows import grows
 from safer_ray.runner import Counts, MapJob, Runner
 from safer_ray.scoring import BY_BUNDLE, KIND
@@ -95,6 +85,8 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     fragments = planned(audit, out)
     counts = runner.map(audit.job(), fragments, out)
     check_accounts(out, fragments, counts)
+    for scratch in SCRATCH:
+        shutil.rmtree(out / scratch, ignore_errors=True)
     return counts
 
 

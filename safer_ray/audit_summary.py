@@ -13,20 +13,11 @@ import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
 from safer_ray import report_audit
-from safer_ray.artifacts import (
-    MANIFEST,
-    PLAN,
-    Fragment,
-    part_name,
-    read_json,
-    read_plan,
-    versions,
-    write_json,
-    write_text,
-)
+from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, versions
 from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
 from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit
 from safer_ray.evaluation import wilson
+from safer_ray.files import read_json, write_json, write_text
 from safer_ray.runner import Counts
 from safer_ray.schema import to_json
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,10 +38,12 @@ app = typer.Typer(
 
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+TERMINATED = 143  # as a shell tells SIGTERM; a cluster's driver ends with its number alone
 
 
 def main() -> None:
     """Run the command line; a SaferError becomes one line on stderr and its exit code."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         app(standalone_mode=True)
     except SaferError as error:
@@ -49,9 +52,15 @@ def main() -> None:
             raise
         sys.exit(error.exit_code)
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            print("safer-ray: interrupted; run the same command again to go on from here", file=sys.stderr)
-        raise
+        if ended.code not in (INTERRUPTED, TERMINATED, signal.SIGTERM):
+            raise
+        print("safer-ray: interrupted; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED if ended.code == INTERRUPTED else TERMINATED)
+
+
+def _end(*_: object) -> None:
+    """SIGTERM as Ctrl-C: locks are given back and what was begun is left as the next run wants it."""
+    sys.exit(TERMINATED)
 
 
 def _show_version(wanted: bool) -> None:
@@ -254,7 +263,7 @@ def inspect(
     rows: Annotated[int, typer.Option(help="Rows to read.")] = 1000,
 ) -> None:
     """Show a data set's format, counts, examples, and why rows would be refused."""
-    from safer_ray.sources import inspect as look
+    from safer_ray.inspection import inspect as look
 
     found = look(path, format, rows)
     console.print(f"format    {found.format}\ncolumns   {', '.join(found.columns)}\nfiles     {len(found.files)}")

@@ -17,10 +17,7 @@ from safer_ray.artifacts import (
     part_fragments,
     part_name,
     read_fragment,
-    read_parquet,
     read_parts,
-    write_json,
-    write_parquet,
 )
 from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, read_features, scorer
 from safer_ray.codes import latent_count
@@ -36,6 +33,7 @@ from safer_ray.contexts import FindContexts, merge_contexts
 from safer_ray.curation import JOINED, RED_TEAM_MARK, apply_decisions, decide, join_scores
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
+from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of
 from safer_ray.runner import MapJob

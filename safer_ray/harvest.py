@@ -8,17 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import (
-    Artifact,
-    Result,
-    part_files,
-    part_fragments,
-    part_name,
-    read_fragment,
-    read_parquet,
-    read_parts,
-    write_parquet,
-)
+from safer_ray.artifacts import Artifact, Result, part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.benchmarks import benchmark_scores
 from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.config import (
@@ -31,6 +21,7 @@ from safer_ray.config import (
 )
 from safer_ray.corpus import write_corpus
 from safer_ray.evaluation import section_accuracy
+from safer_ray.files import read_parquet, write_parquet
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Result, content_hash, part_files, read_parquet, write_parquet
+from safer_ray.artifacts import Artifact, Result, content_hash, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
+from safer_ray.files import read_parquet, write_parquet
 from safer_ray.judge import load_probe
 from safer_ray.runner import quarantine_rows
 from safer_ray.sources import source_files

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.artifacts import Artifact, Place, Result, read_parts, write_json, write_text
+from safer_ray.artifacts import Artifact, Place, Result, read_parts
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.codes import matrix_of
 from safer_ray.config import LabConfig, NoiseConfig, RunConfig
@@ -16,6 +16,7 @@ from safer_ray.detection import CURVE, Comparison, compare
 from safer_ray.detectors import DETECTORS, Evidence
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, detection_part
+from safer_ray.files import write_json, write_text
 from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from safer_ray.artifacts import write_json
 from safer_ray.background import repeated
 from safer_ray.errors import UserError
+from safer_ray.files import write_json
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
 
 RUN_ID = os.environ.get("SAFER_RAY_RUN_ID") or uuid.uuid4().hex[:8]
-LINE_SECONDS = 10.0  # between two progress lines of a stage
+LINE_SECONDS = 60.0  # between two progress lines of a stage
 
 
 class Report(Protocol):
@@ -28,8 +29,8 @@ class Report(Protocol):
         """A stage begins (None), or its artifact is there: made now, or found."""
         ...
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """So many fragments or training steps of a stage are done."""
+    def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
+        """So many fragments or training steps of a stage are done; the last fragment had so many rows."""
         ...
 
 
@@ -46,12 +47,33 @@ class JsonLog(logging.Handler):
         json_line("log", level=record.levelname, logger=record.name, message=record.getMessage())
 
 
+@dataclass
+class Pace:
+    """How fast a stage goes since it was first heard of; what was done by then has taken nobody knows how long."""
+
+    began: float
+    done: int
+    rows: int = 0
+    first: int = 0  # rows of what was done by then
+
+    def told(self, now: float, done: int, total: int) -> dict[str, float]:
+        """Rows a second and seconds left; nothing at first."""
+        if done == self.done:
+            self.first = self.rows
+            return {}
+        seconds = now - self.began
+        left = {"seconds_left": round(seconds / (done - self.done) * (total - done))}
+        rate = (self.rows - self.first) / max(seconds, 1e-9)
+        return left | ({"rows_per_s": round(rate, 1)} if rate else {})
+
+
 class JsonLines:
     """Every stage, and now and then how far it is, as a line of JSON on stderr."""
 
     def __init__(self) -> None:
         self.begun: set[str] = set()
         self.said: dict[str, float] = {}
+        self.paces: dict[str, Pace] = {}
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         stage = name.rpartition("-")[0]
@@ -63,11 +85,13 @@ class JsonLines:
         json_line("stage", stage=stage, artifact=name, state="made" if name in self.begun else "found", **facts)
         self.begun.discard(name)
 
-    def progress(self, stage: str, done: int, total: int) -> None:
+    def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.monotonic()
+        pace = self.paces.setdefault(stage, Pace(now, done))
+        pace.rows += rows
         if now - self.said.get(stage, -LINE_SECONDS) >= LINE_SECONDS:
             self.said[stage] = now
-            json_line("progress", stage=stage, done=done, total=total)
+            json_line("progress", stage=stage, done=done, total=total, **pace.told(now, done, total))
 
 
 class Terminal:
@@ -76,7 +100,8 @@ class Terminal:
     def __init__(self, console: Console, bar: Progress) -> None:
         self.console = console
         self.bar = bar
-        self.task: TaskID = bar.add_task("", visible=False)
+        self.task: TaskID = bar.add_task("", visible=False, rate="")
+        self.paces: dict[str, Pace] = {}
         self.begun: set[str] = set()
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
@@ -89,8 +114,13 @@ class Terminal:
         else:
             self.console.print(f"[dim]found {name}[/]")
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        self.bar.update(self.task, description=stage, completed=done, total=total, visible=done < total)
+    def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
+        now = time.monotonic()
+        pace = self.paces.setdefault(stage, Pace(now, done))
+        pace.rows += rows
+        rate = pace.told(now, done, total).get("rows_per_s")
+        told = f"{rate:,.0f} rows/s" if rate else ""
+        self.bar.update(self.task, description=stage, completed=done, total=total, rate=told, visible=done < total)
 
 
 @contextlib.contextmanager
@@ -99,6 +129,7 @@ def report_on(console: Console) -> Iterator[Report]:
     if not console.is_terminal:
         yield JsonLines()
         return
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         yield Terminal(console, bar)

@@ -19,15 +19,17 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.artifacts import Fragment, part_name, read_parquet, save_plan, write_json, write_parquet
+from safer_ray.artifacts import Fragment, part_name, save_plan
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 from safer_ray.tokens import token_count
 
 BatchFn = Callable[[pa.Table], pa.Table]
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
+OnProgress = Callable[[str, int, int, int], None]  # stage, done, total, rows in what was done last
 KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what the quarantine keeps of a row that fails
 METRICS = "metrics.json"  # of a training that ended, in its state
+ENDED = "the process ended while it worked on these rows"
 TRIES = 2  # of a row range before it is halved, and of a single row before it is quarantined
 
 
@@ -119,6 +121,7 @@ class Prepared(NamedTuple):
     refused: pa.Table
     tokens: int
     seconds: float
+    restarts: int = 0
 
 
 class Mapped(NamedTuple):
@@ -130,6 +133,7 @@ class Mapped(NamedTuple):
     refused: pa.Table
     tokens: int
     seconds: float
+    restarts: int = 0  # row ranges that were begun again, since a process ended at them
 
 
 def _refuse(rows: pa.Table, stage: str) -> pa.Table:
@@ -172,6 +176,7 @@ class Attempts:
         self.job = job
         self.function = function
         self.journal = directory / "journal" / step
+        self.restarts = 0  # ranges found that ended a process before
 
     def __call__(self, fragment: Fragment, rows: pa.Table, start: int) -> tuple[list[pa.Table], pa.Table]:
         """What became of the rows, and those refused, in the QUARANTINE schema; `start` names the range."""
@@ -190,8 +195,9 @@ class Attempts:
             return
         journal = self.journal / f"{fragment.number:08}-{start}-{len(rows)}.json"
         failures = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else []
+        self.restarts += ENDED in failures[-1:]
         while len(failures) < TRIES:
-            write_json([*failures, "the process ended while it worked on these rows"], journal)
+            write_json([*failures, ENDED], journal)
             try:
                 output = self.function(rows)
             except Exception as error:
@@ -222,6 +228,8 @@ class ReadFragment:
 
     def __call__(self, fragment: Fragment) -> Prepared:
         began = time.monotonic()
+        if self.prepare:
+            self.prepare.restarts = 0
         rows = self.job.read(fragment)
         pieces, refused = [], [QUARANTINE.empty_table()]
         for start in range(0, len(rows), self.job.batch_rows):
@@ -233,7 +241,8 @@ class ReadFragment:
             pieces += ready
             refused.append(bad)
         tokens = sum(map(token_count, pieces))
-        return Prepared(fragment, len(rows), pieces, pa.concat_tables(refused), tokens, time.monotonic() - began)
+        seconds, again = time.monotonic() - began, self.prepare.restarts if self.prepare else 0
+        return Prepared(fragment, len(rows), pieces, pa.concat_tables(refused), tokens, seconds, again)
 
 
 def whole_function(job: MapJob) -> BatchFn:
@@ -252,7 +261,7 @@ class MapFragment:
         self.attempts = Attempts(job, directory, whole_function(job), "map")
 
     def __call__(self, prepared: Prepared) -> Mapped:
-        began, start = time.monotonic(), 0
+        began, start, self.attempts.restarts = time.monotonic(), 0, prepared.restarts
         made, refused = [self.job.schema.empty_table()], [prepared.refused]
         for piece in prepared.pieces:
             good, bad = self.attempts(prepared.fragment, piece, start)
@@ -261,7 +270,7 @@ class MapFragment:
             start += len(piece)
         seconds = prepared.seconds + time.monotonic() - began
         together = pa.concat_tables(made), pa.concat_tables(refused)
-        return Mapped(prepared.fragment, prepared.read, *together, prepared.tokens, seconds)
+        return Mapped(prepared.fragment, prepared.read, *together, prepared.tokens, seconds, self.attempts.restarts)
 
 
 def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
@@ -285,6 +294,7 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
         "reasons": dict(Counter(reason.split(":")[0] for reason in mapped.refused["reason"].to_pylist())),
         "tokens": mapped.tokens,
         "seconds": round(mapped.seconds, 3),
+        "restarts": mapped.restarts,
         **facts,
     }
     write_json(done, directory / "done" / f"{mapped.fragment.number:08}.json")
@@ -331,7 +341,7 @@ def trained_already(state: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def no_progress(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int, rows: int) -> None:
     """Says nothing."""
 
 
@@ -346,8 +356,8 @@ class LocalRunner:
         if todo:
             read, work = ReadFragment(job, directory), MapFragment(job, directory)
             for number, fragment in enumerate(todo, len(planned) - len(todo) + 1):
-                commit(job, directory, work(read(fragment)))
-                self.on_progress(job.stage, number, len(planned))
+                done = commit(job, directory, work(read(fragment)))
+                self.on_progress(job.stage, number, len(planned), done["read"])
         return count(directory)
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
@@ -361,7 +371,7 @@ class LocalRunner:
         if known is not None:
             return known
         began = time.monotonic()
-        workers = OneProcess(state, lambda done, total: self.on_progress(job.stage, done, total))
+        workers = OneProcess(state, lambda done, total: self.on_progress(job.stage, done, total, 0))
         metrics = job.loop(out=job.out, workers=workers, **job.arguments)
         metrics["train_seconds"] = round(time.monotonic() - began, 3)
         write_json(metrics, state / METRICS)

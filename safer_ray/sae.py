@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from safer_ray.artifacts import write_json
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.files import write_json
 
 WEIGHTS = "sae_weights.safetensors"
 EPSILON = 1e-5  # as SAELens' layer_norm has it

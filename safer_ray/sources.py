@@ -6,15 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import Fragment
@@ -133,7 +131,7 @@ def _file_name(path: Path, source: SourceConfig) -> str:
 # Fragments
 
 
-def _parse(raw: str) -> dict[str, Any]:
+def parse_row(raw: str) -> dict[str, Any]:
     """A row's JSON text as a mapping; NaN and infinities become null."""
     try:
         row = json.loads(raw, parse_constant=lambda _: None)
@@ -159,7 +157,7 @@ def _readable(path: Path) -> Iterator[dict[str, Any]]:
     for _, raw, refused in read_rows(path, 0, 10 * HEAD):
         with contextlib.suppress(Refused):
             if refused is None:
-                yield _parse(raw)
+                yield parse_row(raw)
 
 
 def _format(path: Path, source: SourceConfig) -> str:
@@ -234,7 +232,7 @@ def _pieces(row: RawRow, expand: Callable[[dict[str, Any]], list[dict[str, Any]]
         yield row
         return
     try:
-        pieces = expand(_parse(raw))
+        pieces = expand(parse_row(raw))
     except Refused as reason:
         yield position, raw, str(reason)
         return
@@ -263,7 +261,7 @@ def _extra(row: dict[str, Any], used: set[str | None]) -> str | None:
     columns = {name: value for name, value in row.items() if name not in used}
     if isinstance(columns.get("extra"), str):
         with contextlib.suppress(Refused):  # else it is the user's own column of that name
-            columns = _parse(columns["extra"]) | {name: columns[name] for name in columns.keys() - {"extra"}}
+            columns = parse_row(columns["extra"]) | {name: columns[name] for name in columns.keys() - {"extra"}}
     return schema.to_json(columns) if columns else None
 
 
@@ -334,71 +332,9 @@ class NormalisePairs:
         try:
             if raw_row["refused"]:
                 raise Refused(raw_row["refused"])
-            row = _parse(raw)
+            row = parse_row(raw)
             format = raw_row.get("format") or source.format
             format = (row_format(row) or "canonical") if format == "auto" else format
             return normalise_row(row, format, source, self.max_chars)
         except Refused as refused:
             return {"pair_id": _identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}
-
-
-# Inspection
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the first rows of a data set look like."""
-
-    format: str  # formats, where files differ
-    files: tuple[str, ...]
-    rows: int
-    good: int
-    refused: dict[str, int]  # kind of reason -> rows, most frequent first
-    columns: tuple[str, ...]
-    examples: tuple[dict[str, Any], ...]  # the first pairs, as rows of `schema.PAIRS`
-    prompt_chars: float  # means over the good pairs
-    chosen_chars: float
-    rejected_chars: float
-
-
-def reasonkind_of(reason: str) -> str:
-    """A reason without what is particular to its row, for counting."""
-    return reason if reason.startswith(("missing column", "empty text")) else reason.partition(":")[0]
-
-
-def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
-    """Read the first `rows` rows of a data set, each file's in turn, and say what is there.
-
-    Raises:
-        UserError: as `plan_sources`.
-    """
-    source = SourceConfig.model_validate({"path": path, "format": format, "limit": rows})
-    fragments = plan_sources([source])
-    tables, left = [], rows
-    for fragment in fragments:
-        tables.append(read_raw(fragment, source).slice(0, left))
-        left -= tables[-1].num_rows
-        if left <= 0:
-            break
-    raw = pa.concat_tables(tables) if tables else RAW.empty_table()
-    pairs = NormalisePairs([source], max_chars=2**62)(raw)
-    good = pairs.filter(pc.is_null(pairs["refused"]))
-    columns: dict[str, None] = {}
-    for text in raw["raw"].to_pylist():
-        with contextlib.suppress(Refused):
-            columns |= dict.fromkeys(_parse(text))
-    means = []
-    for side in ("prompt", "chosen", "rejected"):
-        lengths = [sum(len(message["content"]) for message in row) for row in good[side].to_pylist()]
-        means.append(sum(lengths) / max(len(lengths), 1))
-    reasons = Counter(reasonkind_of(reason) for reason in pairs["refused"].to_pylist() if reason)
-    return Inspection(
-        ", ".join(sorted(set(raw["format"].to_pylist()))),
-        tuple(dict.fromkeys(fragment.path for fragment in fragments)),
-        raw.num_rows,
-        good.num_rows,
-        dict(reasons.most_common()),
-        tuple(columns),
-        tuple(good.select(schema.PAIRS.names).slice(0, 3).to_pylist()),
-        *means,
-    )

@@ -8,16 +8,9 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from safer_ray.artifacts import (
-    Artifact,
-    Fragment,
-    Place,
-    Recipe,
-    part_files,
-    read_fragment,
-    read_parquet,
-)
+from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import read_parquet
 from safer_ray.runner import MapJob, Runner
 from safer_ray.schema import rows_of
 

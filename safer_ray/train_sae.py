@@ -10,9 +10,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from safer_ray.artifacts import part_files, read_parquet
+from safer_ray.artifacts import part_files
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import read_parquet
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import validation_split
 from safer_ray.training import (

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from safer_ray import schema
-from safer_ray.artifacts import part_name, write_parquet
+from safer_ray.artifacts import part_name
 from safer_ray.checkpoints import (
     load_reward_model,
     new_reward_model,
@@ -27,6 +27,7 @@ from safer_ray.checkpoints import (
     save_reward_model,
 )
 from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.files import write_parquet
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae, save_sae
 from safer_ray.train_reward import pair_texts

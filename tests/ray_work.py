@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from safer_ray.artifacts import Fragment, part_fragments, part_name, read_fragment, write_parquet
+from safer_ray.artifacts import Fragment, part_fragments, part_name, read_fragment
 from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.files import write_parquet
 from safer_ray.runner import MapJob, TrainJob
 
 ROWS = 10  # of a fragment

@@ -25,15 +25,12 @@ from safer_ray.artifacts import (
     part_fragments,
     part_name,
     read_fragment,
-    read_parquet,
     read_parts,
     save_plan,
-    write_json,
-    write_parquet,
-    write_text,
 )
 from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import read_parquet, write_json, write_parquet, write_text
 from safer_ray.harvest import Harvest
 from safer_ray.runner import LocalRunner
 from safer_ray.stage import recipe

@@ -17,7 +17,8 @@ from safer_ray.benchmarks import (
 )
 from safer_ray.config import SourceConfig
 from safer_ray.formats import Refused
-from safer_ray.sources import NormalisePairs, inspect, plan_sources, read_raw
+from safer_ray.inspection import inspect
+from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 
 
 def rewards(rows):

@@ -326,7 +326,7 @@ def test_a_run_killed_between_two_variants_trains_only_the_others(tiny, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(config, OneTraining())
     trained = []
-    made = run(config, LocalRunner(lambda stage, done, total: trained.append((stage, done, total))))
+    made = run(config, LocalRunner(lambda stage, done, total, rows: trained.append((stage, done, total))))
     (steps,) = {total for stage, done, total in trained if stage == "reward"}
     assert [stage for stage, done, total in trained if done == total == steps] == ["reward"] * 2
     for name, model in made.models.items():

@@ -41,7 +41,7 @@ def doubles(out):
 @pytest.mark.parametrize("loads_model", [True, False])
 def test_every_fragment_is_committed_under_its_number(fragments, tmp_path, loads_model):
     seen = []
-    runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, done, total)))
+    runner = RayRunner(RayConfig(), lambda stage, done, total, rows: seen.append((stage, done, total)))
     counts = runner.map(mortal(tmp_path, loads_model=loads_model), fragments, tmp_path / "out")
     assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
     assert [p.name for p in part_files(tmp_path / "out")] == [part_name(i) for i in range(8)]

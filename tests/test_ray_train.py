@@ -104,7 +104,7 @@ def test_variants_train_with_zero_2_one_after_another_in_one_group_and_differ(pl
         job(tmp_path / "bfloat16", pairs_dir, bfloat),
     ]
     seen = []
-    runner = RayRunner(RayConfig(), lambda stage, done, total: seen.append((stage, total)))
+    runner = RayRunner(RayConfig(), lambda stage, done, total, rows: seen.append((stage, total)))
     found = runner.train(jobs)
     assert found[0]["train_pairs"] > found[1]["train_pairs"]
     assert_as_plain(plain, tmp_path / "same", found[0])

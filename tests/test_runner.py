@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from safer_ray import schema
-from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts, write_parquet
+from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import write_parquet
 from safer_ray.runner import LocalRunner, MapJob, TrainJob, count, pending, quarantine_rows
 from safer_ray.tokens import TokenisePairs, token_count
 
@@ -179,7 +180,6 @@ def test_trouble_that_no_row_is_to_blame_for_ends_the_stage_at_once(fragments, t
 
 
 def test_a_disk_that_fills_at_commit_leaves_the_fragment_undone(fragments, tmp_path, monkeypatch):
-    from safer_ray import artifacts
 
     out = tmp_path / "out"
     replace = os.replace
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_at_commit_leaves_the_fragment_undone(fragments, tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(SaferError, match=r"No space left.*finished work is kept"):
         LocalRunner().map(job(), fragments, out)
     assert doubles(out) == [2 * i for i in range(10)]

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, part_name, read_parts, write_parquet
+from safer_ray.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.cli import app
 from safer_ray.codes import flatten
 from safer_ray.config import SelectConfig
 from safer_ray.errors import UserError
+from safer_ray.files import write_parquet
 from safer_ray.findings import Findings
 from safer_ray.judge import read_ratings
 from safer_ray.runner import LocalRunner

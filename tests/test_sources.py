@@ -15,7 +15,8 @@ from safer_ray import schema
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.formats import SUPPORTED, detect_format
-from safer_ray.sources import NORMALISED, RAW, NormalisePairs, inspect, plan_sources, read_raw
+from safer_ray.inspection import inspect
+from safer_ray.sources import NORMALISED, RAW, NormalisePairs, plan_sources, read_raw
 
 DATA = Path(__file__).parents[2] / "shared/data"
 USER = {"role": "user", "content": "How are you?"}

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safer_ray import schema
-from safer_ray.artifacts import read_parquet, write_parquet
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
+from safer_ray.files import read_parquet, write_parquet
 from safer_ray.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
 from safer_ray.sae import load_sae
 from safer_ray.text import PairTokens, Side

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from safer_ray import schema, training
 from safer_ray import train_sae as module
-from safer_ray.artifacts import part_name, write_parquet
+from safer_ray.artifacts import part_name
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import write_parquet
 from safer_ray.sae import load_sae, sae_layer, standardise
 from safer_ray.train_sae import read_vectors, sae_quality, train_sae
 from safer_ray.training import OneProcess

@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from safer_ray.artifacts import Fragment
 from safer_ray.config import PoolConfig, RayConfig
 from safer_ray.distributed.pieces import CommitPiece, MapPiece, ReadPieces
-from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_of, fragment_row, raise_explained
+from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
 from safer_ray.progress import RUN_ID
 from safer_ray.runner import MapJob, Part
 
@@ -76,8 +76,8 @@ def _in_pool(
     )
 
 
-def map_fragments(job: MapJob, fragments: Sequence[Fragment], directory: Path, config: RayConfig) -> Iterator[Fragment]:
-    """Map and commit fragments, each given when it is done.
+def map_fragments(job: MapJob, fragments: Sequence[Fragment], directory: Path, config: RayConfig) -> Iterator[int]:
+    """Map and commit fragments; the rows of each, when it is done.
 
     Raises:
         SaferError: what a step explained; fragments under way are dropped, those committed stay.
@@ -86,4 +86,4 @@ def map_fragments(job: MapJob, fragments: Sequence[Fragment], directory: Path, c
         if row["error"]:
             raise_explained(row["error"])
         if row["committed"]:
-            yield fragment_of(row)
+            yield row["read"]

@@ -14,6 +14,8 @@ def _counters() -> dict[str, Counter]:
         "quarantined": "rows refused",
         "tokens": "tokens that the model reads",
         "seconds": "time spent on fragments, reading to commit",
+        "flagged": "pairs that an audit flags",
+        "restarts": "row ranges begun again, since a process ended at them",
     }
     return {
         name: Counter(f"safer_ray_{name}", description=text, tag_keys=("stage", "run"))
@@ -24,6 +26,8 @@ def _counters() -> dict[str, Counter]:
 def count_fragment(stage: str, run: str, done: dict[str, Any]) -> None:
     """Add a committed fragment's accounts."""
     tags = {"stage": stage, "run": run}
-    for name, value in (("pairs", done["written"]), *((n, done[n]) for n in ("quarantined", "tokens", "seconds"))):
+    values = {name: done[name] for name in ("quarantined", "tokens", "seconds", "restarts")}
+    flagged = done.get("figures", {}).get("flagged", 0)
+    for name, value in {"pairs": done["written"], "flagged": flagged, **values}.items():
         if value > 0:
             _counters()[name].inc(value, tags=tags)

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.artifacts import Fragment, read_parquet, write_json, write_parquet
-from safer_ray.distributed.steps import Commit, Map, Read, Row, fragment_of, from_bytes, to_bytes
+from safer_ray.artifacts import Fragment
+from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, to_bytes
+from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.runner import Attempts, MapJob, Mapped, Part, Prepared
 from safer_ray.schema import QUARANTINE, SIDES
-
-COUNTED = ("read", "tokens", "seconds")
 
 
 def cut(rows: pa.Table, tokens: int) -> Iterator[pa.Table]:
@@ -66,13 +65,17 @@ class MapPiece(Map):
     def work(self, row: Row) -> Row:
         if not row["rows"]:
             return row
-        began = time.monotonic()
+        began, self.built.restarts = time.monotonic(), 0
         good, bad = self.built(fragment_of(row), pa.concat_tables(from_bytes(row["rows"])), row["start"])
         if self.part.last:
             good = [self.job.as_written(table) for table in good]
         refused = pa.concat_tables([*from_bytes(row["refused"]), bad])
         held = {"rows": to_bytes(good) if good else b"", "refused": to_bytes([refused])}
-        return row | held | {"seconds": row["seconds"] + time.monotonic() - began}
+        counted = {
+            "seconds": row["seconds"] + time.monotonic() - began,
+            "restarts": self.built.restarts + row["restarts"],
+        }
+        return row | held | counted
 
 
 class CommitPiece(Commit):
@@ -85,7 +88,7 @@ class CommitPiece(Commit):
         write_parquet(rows, folder / f"{row['number']:05}.rows.parquet")
         write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
         write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
-        waits = {"fragment": row["fragment"], "error": "", "committed": False}
+        waits = {"fragment": row["fragment"], "error": "", "committed": False, "read": 0}
         if len(list(folder.glob("*.json"))) < row["of"]:
             return waits
         try:
@@ -103,5 +106,4 @@ def _together(fragment: Fragment, folder: Path) -> Mapped:
         pa.concat_tables([read_parquet(path) for path in sorted(folder.glob(f"*.{name}.parquet"))])
         for name in ("rows", "refused")
     )
-    read, tokens, seconds = (sum(fact[name] for fact in facts) for name in COUNTED)
-    return Mapped(fragment, read, rows, refused, tokens, seconds)
+    return Mapped(fragment, rows=rows, refused=refused, **{name: sum(fact[name] for fact in facts) for name in COUNTED})

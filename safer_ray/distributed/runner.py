@@ -60,8 +60,8 @@ class RayRunner:
         return count(directory)
 
     def _once(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> None:
-        for number, _ in enumerate(map_fragments(job, todo, directory, self.config), total - len(todo) + 1):
-            self.on_progress(job.stage, number, total)
+        for number, rows in enumerate(map_fragments(job, todo, directory, self.config), total - len(todo) + 1):
+            self.on_progress(job.stage, number, total, rows)
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         check_shared(jobs[0].out)

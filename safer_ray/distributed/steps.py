@@ -14,6 +14,7 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import MapFragment, MapJob, Mapped, Prepared, ReadFragment, commit
 
 Row = dict[str, Any]
+COUNTED = ("read", "tokens", "seconds", "restarts")  # of a fragment, on its way
 
 
 def to_bytes(tables: Sequence[pa.Table]) -> bytes:
@@ -51,18 +52,18 @@ def raise_explained(error: str) -> None:
 
 def _prepared_row(row: Row, prepared: Prepared) -> Row:
     pieces = to_bytes(prepared.pieces) if prepared.pieces else b""
-    facts = {"read": prepared.read, "tokens": prepared.tokens, "seconds": prepared.seconds}
+    facts = {name: getattr(prepared, name) for name in COUNTED}
     return {"fragment": row["fragment"], "error": "", **facts, "rows": pieces, "refused": to_bytes([prepared.refused])}
 
 
 def _prepared(row: Row) -> Prepared:
     pieces = from_bytes(row["rows"]) if row["rows"] else []
     refused = pa.concat_tables(from_bytes(row["refused"]))
-    return Prepared(fragment_of(row), row["read"], pieces, refused, row["tokens"], row["seconds"])
+    return Prepared(fragment_of(row), pieces=pieces, refused=refused, **{name: row[name] for name in COUNTED})
 
 
 def _mapped_row(row: Row, mapped: Mapped) -> Row:
-    facts = {"read": mapped.read, "tokens": mapped.tokens, "seconds": mapped.seconds}
+    facts = {name: getattr(mapped, name) for name in COUNTED}
     return {
         "fragment": row["fragment"],
         "error": "",
@@ -74,7 +75,7 @@ def _mapped_row(row: Row, mapped: Mapped) -> Row:
 
 def _mapped(row: Row) -> Mapped:
     rows, refused = (pa.concat_tables(from_bytes(row[name])) for name in ("rows", "refused"))
-    return Mapped(fragment_of(row), row["read"], rows, refused, row["tokens"], row["seconds"])
+    return Mapped(fragment_of(row), rows=rows, refused=refused, **{name: row[name] for name in COUNTED})
 
 
 class Step(ABC):
@@ -135,7 +136,7 @@ class Commit(Step):
     def close(self, row: Row, mapped: Mapped) -> Row:
         done = commit(self.job, self.directory, mapped)
         count_fragment(self.job.stage, self.run, done)
-        return {"fragment": row["fragment"], "error": "", "committed": True}
+        return {"fragment": row["fragment"], "error": "", "committed": True, "read": done["read"]}
 
 
 class Whole(Commit):

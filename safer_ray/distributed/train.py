@@ -25,11 +25,11 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
 
-from safer_ray.artifacts import write_json
 from safer_ray.background import repeated
 from safer_ray.config import RayConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
+from safer_ray.files import write_json
 from safer_ray.runner import METRICS, OnProgress, TrainJob, trained_already
 from safer_ray.training import Checkpoints, EngineOptions, TrainEngine
 
@@ -210,4 +210,4 @@ def _tell(jobs: Sequence[TrainJob], on_progress: OnProgress) -> None:
     if job is not None:
         with contextlib.suppress(OSError, ValueError):
             said = json.loads((job.out / "state" / PROGRESS).read_text(encoding="utf-8"))
-            on_progress(job.stage, said["done"], said["total"])
+            on_progress(job.stage, said["done"], said["total"], 0)

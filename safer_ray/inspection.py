@@ -1,0 +1,73 @@
+"""What a data set looks like: its format, its columns, and what would be refused."""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from safer_ray import schema
+from safer_ray.config import SourceConfig
+from safer_ray.formats import Refused
+from safer_ray.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the first rows of a data set look like."""
+
+    format: str  # formats, where files differ
+    files: tuple[str, ...]
+    rows: int
+    good: int
+    refused: dict[str, int]  # kind of reason -> rows, most frequent first
+    columns: tuple[str, ...]
+    examples: tuple[dict[str, Any], ...]  # the first pairs, as rows of `schema.PAIRS`
+    prompt_chars: float  # means over the good pairs
+    chosen_chars: float
+    rejected_chars: float
+
+
+def reasonkind_of(reason: str) -> str:
+    """A reason without what is particular to its row, for counting."""
+    return reason if reason.startswith(("missing column", "empty text")) else reason.partition(":")[0]
+
+
+def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
+    """Read the first `rows` rows of a data set, each file's in turn, and say what is there.
+
+    Raises:
+        UserError: as `plan_sources`.
+    """
+    source = SourceConfig.model_validate({"path": path, "format": format, "limit": rows})
+    fragments = plan_sources([source])
+    tables, left = [], rows
+    for fragment in fragments:
+        tables.append(read_raw(fragment, source).slice(0, left))
+        left -= tables[-1].num_rows
+        if left <= 0:
+            break
+    raw = pa.concat_tables(tables) if tables else RAW.empty_table()
+    pairs = NormalisePairs([source], max_chars=2**62)(raw)
+    good = pairs.filter(pc.is_null(pairs["refused"]))
+    columns: dict[str, None] = {}
+    for text in raw["raw"].to_pylist():
+        with contextlib.suppress(Refused):
+            columns |= dict.fromkeys(parse_row(text))
+    means = []
+    for side in ("prompt", "chosen", "rejected"):
+        lengths = [sum(len(message["content"]) for message in row) for row in good[side].to_pylist()]
+        means.append(sum(lengths) / max(len(lengths), 1))
+    reasons = Counter(reasonkind_of(reason) for reason in pairs["refused"].to_pylist() if reason)
+    return Inspection(
+        ", ".join(sorted(set(raw["format"].to_pylist()))),
+        tuple(dict.fromkeys(fragment.path for fragment in fragments)),
+        raw.num_rows,
+        good.num_rows,
+        dict(reasons.most_common()),
+        tuple(columns),
+        tuple(good.select(schema.PAIRS.names).slice(0, 3).to_pylist()),
+        *means,
+    )
