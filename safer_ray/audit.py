@@ -12,13 +12,12 @@ from safer_ray import schema
 from safer_ray.artifacts import Artifact
 from safer_ray.auditor import scorer
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.contexts import cut_context
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
 from safer_ray.reward import Forward
 from safer_ray.runner import WHOLE, Part
 from safer_ray.sources import NormalisePairs
-from safer_ray.text import PairTokens, sentence_start
+from safer_ray.text import PairTokens
 from safer_ray.tokens import TEXTS, TokenisePairs
 
 CARRIED = ("source", "section", "labels")
@@ -80,9 +79,6 @@ class AuditRows(AuditPairs):
     def _told(self, texts: str, reasons: list[dict[str, Any]]) -> str:
         """The texts of a pair with the sentence of each reason."""
         pair = json.loads(texts)
-        rendered = {side: self.reward.pairs.rendered_side(pair, side) for side in schema.SIDES}
-        sentences = []
-        for reason in reasons:
-            text, end = rendered[reason["side"]], reason["end"]
-            sentences.append(cut_context(text, sentence_start(text, end), end)[1].strip() if end >= 0 else "")
-        return schema.to_json(pair | {"sentences": sentences})
+        sentence = self.reward.pairs.sentence
+        said = [sentence(pair, reason["side"], reason["end"]) if reason["end"] >= 0 else "" for reason in reasons]
+        return schema.to_json(pair | {"sentences": said})

@@ -188,13 +188,10 @@ def flagged_line(row: dict[str, Any]) -> dict[str, Any]:
     texts = json.loads(row["texts"])
     reasons = [reason | {"sentence": said} for reason, said in zip(row["reasons"], texts.pop("sentences"), strict=True)]
     return {
-        "pair_id": row["pair_id"],
-        "row_key": row["row_key"],
+        **{name: row[name] for name in schema.SCORES.names if name not in ("reasons", "extra")},
         **texts,
-        **{name: row[name] for name in ("suspicion", "score", "reward_chosen", "reward_rejected", "reward_margin")},
         "reasons": reasons,
-        "source": row["source"],
-        "section": row["section"],
+        **{name: row[name] for name in ("source", "section")},
         "labels": dict(row["labels"] or []),
         "extra": json.loads(row["extra"]) if row["extra"] else {},
     }

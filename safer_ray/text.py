@@ -160,6 +160,14 @@ class PairTokenizer:
         head, tail = self.render(pair["prompt"] or [], pair[side])
         return head.text + tail.text
 
+    def sentence(self, pair: dict[str, Any], side: str, end: int) -> str:
+        """What a message says from its last sentence end before character `end` of a side's text up to there."""
+        head, tail = self.render(pair["prompt"] or [], pair[side])
+        inside = end <= len(head.text)
+        rendered, at = (head, end) if inside else (tail, end - len(head.text))
+        begins = [start for start, _ in rendered.spans if start < at]
+        return rendered.text[max([sentence_start(rendered.text, at), *begins]) : at].strip()
+
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> list[PairTokens]:
         """Tokens of pairs; keys `pair_id`, `prompt`, `chosen`, `rejected` (messages)."""
         rendered = []

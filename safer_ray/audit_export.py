@@ -1,0 +1,245 @@
+"""The pairs that an audit leaves standing, read again from its sources: to train on, and in the layout of TRL.
+
+`pairs/` is what `safer-ray reward` reads, `trl/` what the trainers of TRL read (conversational, one object a line; a
+pair without a prompt has no `prompt`), `decisions/` says of every scored row whether it was kept, and why.
+"""
+
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from safer_ray import schema
+from safer_ray.artifacts import (
+    PLAN,
+    Artifact,
+    Fragment,
+    Place,
+    Recipe,
+    Result,
+    content_hash,
+    part_name,
+    read_plan,
+)
+from safer_ray.audit_parts import SCORES
+from safer_ray.audit_read import Pair, pairs_in, scored_rows, scores
+from safer_ray.audit_review import BAD, FINE, REVIEWS, decided, load_reviews
+from safer_ray.audit_run import ASKED, digest_of
+from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
+from safer_ray.config import SourceConfig
+from safer_ray.curation import RED_TEAM_MARK, share_count
+from safer_ray.errors import UserError
+from safer_ray.files import read_json, read_parquet, write_parquet, write_text
+from safer_ray.rows import grows, kind_of
+from safer_ray.runner import MapJob, Runner
+from safer_ray.sources import NormalisePairs, read_raw
+
+VERSION = 1
+PAIRS, TRL, DECISIONS = "pairs", "trl", "decisions"  # folders
+KEEP, DROP = "keep", "drop"
+DECIDED = pa.schema(
+    [("row_key", pa.string()), ("pair_id", pa.string()), ("decision", pa.string()), ("why", pa.string())]
+)
+EXPORTED = pa.schema([*schema.PAIRS, DECIDED.field("decision"), DECIDED.field("why")])
+
+
+# What is left out
+
+
+class Drop(NamedTuple):
+    """Which pairs are left out: the flagged ones, or those up to a rank; and what people said of some."""
+
+    flagged: bool
+    until: Rank | None  # of the last pair that is left out for its suspicion
+    bad: set[Pair]
+    fine: set[Pair]
+
+    def decide(self, row: tuple[Pair, bool, Rank]) -> tuple[str, str]:
+        """The decision on a scored pair by its flag and rank, and why."""
+        pair, flag, rank = row
+        if pair in self.bad:
+            return DROP, "reviewed: bad"
+        if pair in self.fine:
+            return KEEP, "reviewed: fine"
+        if self.flagged and flag:
+            return DROP, "flagged"
+        if self.until is not None and rank <= self.until:
+            return DROP, "among the most suspicious"
+        return KEEP, "not suspected"
+
+
+def what_to_drop(audit: Artifact, percent: float | None) -> Drop:
+    """The flagged pairs, or the floor(n percent / 100) most suspicious of n scored ones, as the reviews mend it."""
+    reviews = load_reviews(audit)
+    until = None
+    if percent is not None:
+        until = last_of_worst(partial(scores, audit, RANKED), share_count(scored_rows(audit), percent))
+    return Drop(percent is None, until, decided(reviews, BAD), decided(reviews, FINE))
+
+
+# The sources, read again
+
+
+def check_sources(fragments: Sequence[Fragment]) -> None:
+    """Raises UserError unless every planned row can be read as it was: files are as they were, or have only grown."""
+    last = {fragment.path: fragment for fragment in fragments}
+    for fragment in last.values():
+        file = Path(fragment.path)
+        if not file.is_file():
+            raise UserError(f"{file} is gone, but the audit read its pairs from there; put it back, then export again")
+        stat = file.stat()
+        same = (stat.st_size, str(stat.st_mtime_ns)) == (fragment.size, fragment.etag)
+        if not same and not _begins_alike(file, fragment):
+            raise UserError(
+                f"{file} changed since it was audited ({fragment.size:,} bytes then, {stat.st_size:,} now); "
+                "put it back as it was, or audit it again with --fresh"
+            )
+
+
+def _begins_alike(file: Path, last: Fragment) -> bool:
+    """Whether the planned rows of a file still stand there, which is known of lines: more may have come behind them."""
+    size = file.stat().st_size
+    if not grows(file) or size < last.size or digest_of(file, last.size) != last.digest:
+        return False
+    with file.open("rb") as stream:
+        stream.seek(max(0, last.size - 1))
+        return size == last.size or stream.read(1) == b"\n"  # else the last line has grown
+
+
+def is_marked(fragments: Sequence[Fragment]) -> bool:
+    """Whether a source file says that its pairs were poisoned as a red-team exercise."""
+    paths = {Path(fragment.path) for fragment in fragments}
+    known = (pq.read_schema(path).metadata or {} for path in paths if kind_of(path)[0] == "parquet")
+    return any(name.encode() in metadata for metadata in known for name in RED_TEAM_MARK)
+
+
+class ReadDecided:
+    """Reads the scored pairs of a fragment from its source, each with the decision on it (EXPORTED)."""
+
+    def __init__(self, audit: Artifact, source: dict[str, Any], max_chars: int, drop: Drop) -> None:
+        self.audit = audit
+        self.source = source
+        self.max_chars = max_chars
+        self.drop = drop
+
+    def __call__(self, fragment: Fragment) -> pa.Table:
+        """Raises UserError where the source does not give the rows that were audited."""
+        name = part_name(fragment.number)
+        scored = read_parquet(self.audit.path / SCORES / name, [*RANKED, "flag"])
+        path = self.audit.path / "quarantine" / name
+        refused = set(read_parquet(path, ["row_key"])["row_key"].to_pylist()) if path.exists() else set()
+        keys = [*scored["row_key"].to_pylist(), *refused]
+        if not keys:  # nothing of the fragment is in the part of the source that was asked for
+            return EXPORTED.empty_table()
+        source = SourceConfig(path=str(_root(fragment, keys[0])), **self.source)
+        rows = NormalisePairs([source], self.max_chars)(read_raw(fragment, source))
+        pairs = rows.filter(pc.is_null(rows["refused"])).select(schema.PAIRS.names)
+        return self._joined(pairs, scored, refused, fragment)
+
+    def _joined(self, pairs: pa.Table, scored: pa.Table, refused: set[str], fragment: Fragment) -> pa.Table:
+        left: defaultdict[Pair, deque[tuple[str, str]]] = defaultdict(deque)
+        for row in zip(pairs_in(scored), scored["flag"].to_pylist(), ranks(scored), strict=True):
+            left[row[0]].append(self.drop.decide(row))
+        taken, found = [], []
+        for place, pair in enumerate(pairs_in(pairs)):
+            if left[pair]:
+                taken.append(place)
+                found.append(left[pair].popleft())
+            elif pair[0] not in refused:
+                raise _changed(fragment, f"{pair[0]} is a pair now that was not audited")
+        missing = [pair[0] for pair, decisions in left.items() if decisions]
+        if missing:
+            raise _changed(fragment, f"{missing[0]} is no longer the pair that was audited")
+        kept = pairs.take(pa.array(taken, pa.int64()))
+        for column, values in zip(("decision", "why"), zip(*found, strict=True) if found else ((), ()), strict=True):
+            kept = kept.append_column(column, pa.array(values, pa.string()))
+        return kept.cast(EXPORTED)
+
+
+def _changed(fragment: Fragment, what: str) -> UserError:
+    return UserError(
+        f"{fragment.path} gives other rows than it did: {what}; put the file back as it was, or audit it again"
+    )
+
+
+def _root(fragment: Fragment, key: str) -> Path:
+    """The folder that the row keys of a fragment start from, wherever the audit was started.
+
+    Raises:
+        UserError: the keys are not of the fragment's file.
+    """
+    name, path = Path(key.rpartition("#")[0]), Path(fragment.path)
+    if path.parts[-len(name.parts) :] != name.parts:
+        raise UserError(
+            f"{fragment.path} is planned, but row {key} is scored: the audit is damaged; run it with --fresh"
+        )
+    return Path(*path.parts[: -len(name.parts)])
+
+
+# What is written
+
+
+def trl_line(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair in TRL's conversational preference layout, with an implicit prompt where there is none."""
+    prompt = {"prompt": pair["prompt"]} if pair["prompt"] else {}
+    return prompt | {side: pair[side] for side in schema.SIDES}
+
+
+def write_part(rows: pa.Table, directory: Path, name: str, mark: dict[str, str] | None) -> dict[str, Any]:
+    """A fragment's kept pairs and its decisions; what its `done` entry says of them."""
+    kept = rows.filter(pc.equal(rows["decision"], KEEP)).select(schema.PAIRS.names)
+    lines = [json.dumps(trl_line(row), ensure_ascii=False) for row in kept.to_pylist()]
+    write_parquet(kept.replace_schema_metadata(mark), directory / PAIRS / name)
+    write_text("".join(f"{line}\n" for line in lines), (directory / TRL / name).with_suffix(".jsonl"))
+    write_parquet(rows.select(DECIDED.names).replace_schema_metadata(mark), directory / DECISIONS / name)
+    return {column: Counter(rows[column].to_pylist()) for column in ("decision", "why")}
+
+
+def export(audit: Artifact, percent: float | None, place: Place, runner: Runner) -> Artifact:
+    """The pairs of an audit less the flagged ones, or less the `percent` most suspicious.
+
+    Raises:
+        UserError: a source is gone or changed, no pair is left, or the place holds something else.
+    """
+    asked = read_json(audit.path / ASKED)
+    inputs = {"audit": audit.name, "scores": content_hash(audit.path / SCORES)}
+    if (audit.path / REVIEWS).exists():
+        inputs["reviews"] = content_hash(audit.path / REVIEWS)
+    config = {"drop": "flagged"} if percent is None else {"percent": percent}
+
+    def build(out: Path) -> Result:
+        fragments = read_plan(audit.path / PLAN)
+        check_sources(fragments)
+        red_team = audit.red_team or is_marked(fragments)
+        job = MapJob(
+            "export",
+            ReadDecided(audit, asked["source"], asked["max_chars"], what_to_drop(audit, percent)),
+            lambda: lambda rows: rows,
+            EXPORTED,
+            write=partial(write_part, mark=RED_TEAM_MARK if red_team else None),
+        )
+        runner.map(job, fragments, out)
+        rows, why = _counts(out, fragments)
+        if not rows["kept"]:
+            raise UserError(f"all {rows['dropped']:,} pairs would be left out; lower --percent, or flag fewer pairs")
+        licence = asked["source"]["licence"]
+        return Result(rows, {"why": why}, (licence,) if licence else (), red_team=red_team)
+
+    return place.make(Recipe("export", VERSION, config, inputs), build)
+
+
+def _counts(out: Path, fragments: Sequence[Fragment]) -> tuple[dict[str, int], dict[str, int]]:
+    """Rows kept and dropped, and rows by why."""
+    decisions: Counter[str] = Counter()
+    why: Counter[str] = Counter()
+    for fragment in fragments:
+        done = read_json(out / "done" / f"{fragment.number:08}.json")
+        decisions.update(done["decision"])
+        why.update(done["why"])
+    return {"kept": decisions[KEEP], "dropped": decisions[DROP]}, dict(sorted(why.items()))
