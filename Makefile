@@ -6,7 +6,7 @@ RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo serve test test-all check bench sweep-smoke clean setup setup-dev
+.PHONY: demo serve test test-all check bench chaos sweep-smoke clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -39,6 +39,10 @@ check: setup-dev  ## format, lint, types, import boundaries
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_boundaries.py
+
+chaos: setup-dev  ## audits on several nodes while twenty processes are killed; prints what became of the rows
+	$(BIN)/python tests/chaos/fire.py build/chaos
+	$(BIN)/python tests/chaos/hostile.py build/chaos
 
 sweep-smoke: setup-dev  ## a tiny sweep, to see that sweeps work
 	$(BIN)/safer-ray sweep configs/sweep_smoke.yaml

@@ -9,12 +9,14 @@ whose memory is the driver's.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from safer_ray.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.engine import Engine
 from safer_ray.pipeline import Stages
-from safer_ray.runner import LocalRunner, MapJob
+from safer_ray.runner import BatchFn, LocalRunner, MapJob
 from safer_ray.sae import save_sae
 from safer_ray.salience import candidates
 from safer_ray.scoring import pair_scores
@@ -43,6 +45,7 @@ from safer_ray.sources import NormalisePairs
 FRAGMENT = 100  # rows, of the real engine's audits, so that two actors have equal shares
 GOALS = {
     "audit_vs_engine": ">= 0.85",
+    "device_busy": "about 1: never waits",
     "plumbing_pairs_per_s": ">= 5,000",
     "driver_rss_mb": "<= 1,000",
     "driver_rss_growth": "about 1: does not grow",
@@ -131,6 +134,41 @@ class Plumbing(Audit):
         return replace(super().job(), make=Lengths, prepare=lambda: NormalisePairs((self.source,), self.max_chars))
 
 
+class Watched:
+    """A batch function that writes down when it worked."""
+
+    def __init__(self, notes: Path, make: Callable[[], BatchFn]) -> None:
+        self.function = make()
+        notes.mkdir(exist_ok=True)
+        self.notes = notes / f"{os.getpid()}"
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        began = time.time()
+        made = self.function(rows)
+        with self.notes.open("a", encoding="utf-8") as notes:
+            notes.write(f"{began} {time.time()}\n")
+        return made
+
+
+class WatchedAudit(Audit):
+    """An audit whose actors write down when they worked, beside the pairs."""
+
+    def job(self) -> MapJob:
+        job = super().job()
+        return replace(job, make=partial(Watched, Path(self.source.path).parent / "busy", job.make))
+
+
+def busy(notes: Path) -> float:
+    """The smallest share of its time, from first batch to last, that an actor was at work; for the rest it waited."""
+    shares = []
+    for path in notes.iterdir():
+        spans = np.array([line.split() for line in path.read_text(encoding="utf-8").splitlines()], dtype=float)
+        if len(spans) > 2:
+            shares.append(float((spans[:, 1] - spans[:, 0]).sum() / (spans[-1, 1] - spans[0, 0])))
+    shutil.rmtree(notes)
+    return min(shares)
+
+
 # Measuring
 
 
@@ -141,7 +179,7 @@ def one_audit(folder: Path, bundle: Path, corpus: Path, actors: int, trivial: bo
 
     source = SourceConfig(path=str(corpus), format="canonical")
     rows = 1000 if trivial else FRAGMENT
-    kind = Plumbing if trivial else Audit
+    kind = Plumbing if trivial else WatchedAudit
     audit = kind(open_artifact(bundle, "auditor"), source, ScoresConfig(detector="safer"), fragment_rows=rows)
     config = RayConfig(min_actors=actors, max_actors=actors)
     committed: list[tuple[float, int]] = []
@@ -163,6 +201,7 @@ def one_audit(folder: Path, bundle: Path, corpus: Path, actors: int, trivial: bo
         "seconds": seconds,
         "pairs_per_s": counts.read / seconds,
         "steady": steady,
+        "device_busy": None if trivial else busy(corpus.parent / "busy"),
         "driver_mb": held_at_most(),
     }
 
@@ -207,7 +246,8 @@ def real(folder: Path, count: int) -> list[dict[str, Any]]:
         told.append(found | {"actors": actors, "engine": engine, "audit_vs_engine": found["steady"] / engine})
         print(
             f"real engine, {actors} actors: {found['steady']:.1f} pairs/s steady, {found['pairs_per_s']:.1f} with "
-            f"start and end; bare engine {before:.1f} and {after:.1f}; ratio {told[-1]['audit_vs_engine']:.2f}",
+            f"start and end; bare engine {before:.1f} and {after:.1f}; ratio {told[-1]['audit_vs_engine']:.2f}; "
+            f"actors at work {found['device_busy']:.2f} of their time",
             flush=True,
         )
     return told
@@ -252,6 +292,7 @@ def main() -> None:
     few, many = min(given.files), max(given.files)
     figures = {
         "audit_vs_engine": min(found["audit_vs_engine"] for found in engines),
+        "device_busy": min(found["device_busy"] for found in engines),
         "plumbing_pairs_per_s": by[largest, few]["pairs_per_s"],
         "driver_rss_mb": max(found["driver_mb"] for found in moved),
         "driver_rss_growth": by[largest, few]["driver_mb"] / by[smallest, few]["driver_mb"],

@@ -159,7 +159,8 @@ class Matched(NamedTuple):
         chosen = pa.array(np.flatnonzero(mask))
         for a, b in zip(self.a.take(chosen).to_pylist(), self.b.take(chosen).to_pylist(), strict=True):
             said = {f"{name}_{side}": row[name] for name in ("row_key", *VALUES) for side, row in (("a", a), ("b", b))}
-            yield {"pair_id": a["pair_id"], **said}
+            unknown = {name: None for name, value in said.items() if value != value}  # noqa: PLR0124  # NaN is no JSON
+            yield {"pair_id": a["pair_id"], **said, **unknown}
 
 
 Tell = Callable[[str, dict[str, Any]], None]  # "gained" or "lost", and the pair

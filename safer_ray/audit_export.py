@@ -36,7 +36,7 @@ from safer_ray.config import SourceConfig
 from safer_ray.curation import RED_TEAM_MARK, share_count
 from safer_ray.errors import UserError
 from safer_ray.files import read_json, read_parquet, write_parquet, write_text
-from safer_ray.rows import grows, kind_of
+from safer_ray.rows import explained, grows, kind_of
 from safer_ray.runner import MapJob, Runner
 from safer_ray.sources import NormalisePairs, read_raw
 
@@ -114,9 +114,13 @@ def _begins_alike(file: Path, last: Fragment) -> bool:
 
 def is_marked(fragments: Sequence[Fragment]) -> bool:
     """Whether a source file says that its pairs were poisoned as a red-team exercise."""
-    paths = {Path(fragment.path) for fragment in fragments}
-    known = (pq.read_schema(path).metadata or {} for path in paths if kind_of(path)[0] == "parquet")
-    return any(name.encode() in metadata for metadata in known for name in RED_TEAM_MARK)
+    for path in {Path(fragment.path) for fragment in fragments}:
+        if kind_of(path)[0] == "parquet":
+            with explained(path):
+                metadata = pq.read_schema(path).metadata or {}
+            if any(name.encode() in metadata for name in RED_TEAM_MARK):
+                return True
+    return False
 
 
 class ReadDecided:

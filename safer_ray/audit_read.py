@@ -11,6 +11,7 @@ from safer_ray.audit_parts import SCORES
 from safer_ray.audit_run import ASKED
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
+from safer_ray.rows import explained
 
 Pair = tuple[str, str]  # row_key and pair_id: one pair, also where a row of the source gives several
 
@@ -45,7 +46,12 @@ def scores(audit: Artifact, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def scored_rows(audit: Artifact) -> int:
-    return sum(int(pq.read_metadata(path).num_rows) for path in score_files(audit))
+    """Raises UserError where a part is damaged."""
+    rows = 0
+    for path in score_files(audit):
+        with explained(path):
+            rows += int(pq.read_metadata(path).num_rows)
+    return rows
 
 
 def pairs_in(table: pa.Table) -> list[Pair]:

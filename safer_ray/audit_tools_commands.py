@@ -75,7 +75,7 @@ def review_command(
     opened = open_audit(audit.absolute())
     with locked(opened.path):
         _show_review(review(opened, verdicts))
-    console.print(f"\nreviews  {opened.path / 'reviews.json'}")
+    console.print(f"\nreviews  {opened.path / 'reviews.json'}", markup=False)
 
 
 def _show_review(found: "Reviewed") -> None:
@@ -115,7 +115,7 @@ def diff_command(
     found = write_difference(one, other, json.absolute()) if json else difference(one, other)
     _show_difference(found)
     if json:
-        console.print(f"\nall of it  {json}")
+        console.print(f"\nall of it  {json}", markup=False)
 
 
 def _show_difference(found: "Difference") -> None:

@@ -55,6 +55,7 @@ class Pace:
     done: int
     rows: int = 0
     first: int = 0  # rows of what was done by then
+    last: int = 0  # what was done when it was last heard of
 
     def told(self, now: float, done: int, total: int) -> dict[str, float]:
         """Rows a second and seconds left; nothing at first."""
@@ -65,6 +66,13 @@ class Pace:
         left = {"seconds_left": round(seconds / (done - self.done) * (total - done))}
         rate = (self.rows - self.first) / max(seconds, 1e-9)
         return left | ({"rows_per_s": round(rate, 1)} if rate else {})
+
+
+def _pace(pace: Pace | None, now: float, done: int) -> Pace:
+    """The pace of a stage that has got so far; a new one where it has begun again, with another model."""
+    pace = Pace(now, done) if pace is None or done < pace.last else pace
+    pace.last = done
+    return pace
 
 
 class JsonLines:
@@ -87,7 +95,7 @@ class JsonLines:
 
     def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.monotonic()
-        pace = self.paces.setdefault(stage, Pace(now, done))
+        pace = self.paces[stage] = _pace(self.paces.get(stage), now, done)
         pace.rows += rows
         if now - self.said.get(stage, -LINE_SECONDS) >= LINE_SECONDS:
             self.said[stage] = now
@@ -116,7 +124,7 @@ class Terminal:
 
     def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.monotonic()
-        pace = self.paces.setdefault(stage, Pace(now, done))
+        pace = self.paces[stage] = _pace(self.paces.get(stage), now, done)
         pace.rows += rows
         rate = pace.told(now, done, total).get("rows_per_s")
         told = f"{rate:,.0f} rows/s" if rate else ""

@@ -18,6 +18,7 @@ from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
+MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
 ENDINGS = ".jsonl, .json, .csv (these also .gz or .zst), .parquet, .arrow"
 
 RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
@@ -73,11 +74,15 @@ def _json_lines(path: Path, start: int, offset: int) -> Iterator[RawRow]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_ROW and not line.endswith(b"\n"):
                 length, line = len(line), line[:RAW_LIMIT]
-                while rest := stream.readline(2**20):
+                while length <= MAX_SKIPPED and (rest := stream.readline(2**20)):
                     length += len(rest)
                     if rest.endswith(b"\n"):
                         break
-                yield position, line.decode(errors="replace"), f"too long: {length} bytes, limit {MAX_ROW}"
+                told = f"too long: {length} bytes, limit {MAX_ROW}"
+                if length > MAX_SKIPPED:  # what a small file may unpack to
+                    yield position, line.decode(errors="replace"), f"{told}; the rest of {path.name} is left unread"
+                    return
+                yield position, line.decode(errors="replace"), told
             elif line.strip():
                 yield position, *_checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
             position += 1

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
-from safer_ray import artifacts, cli
+from safer_ray import cli, files
 from safer_ray.artifacts import open_artifact, read_parts
 from safer_ray.commands import console, ray_config, state
 from safer_ray.pipeline import run
@@ -232,7 +232,7 @@ def test_an_audit_scores_a_file_and_lists_what_it_flags(safer, at, tmp_path):
     flagged = [json.loads(line) for line in (tmp_path / "audit/flagged.jsonl").read_text().splitlines()]
     assert flagged
     assert all(row["flag"] and row["suspicion"] >= 0.95 and row["reasons"] for row in flagged)
-    assert f"{len(flagged)} of" in out
+    assert f"{len(flagged)} pairs (" in out
     again = ok(safer("audit", "--auditor", at["auditor"], "--pairs", train, "--out", tmp_path / "audit"))
     assert again.splitlines()[-1] == out.splitlines()[-1]
 
@@ -644,7 +644,7 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_goes_on(refused, safer,
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given, **options)
 
-    module = {"write_table": artifacts.pq, "replace": artifacts.os}[broken]
+    module = {"write_table": files.pq, "replace": files.os}[broken]
     real = getattr(module, broken)
     words = ["codes", "--pairs", at["noise"], "--reward", at["reward"], "--sae", at["sae"], "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
@@ -708,4 +708,5 @@ def test_duplicate_ids_are_counted_by_an_audit_and_not_refused(safer, at, tmp_pa
     (tmp_path / "twice.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n")
     words = ["audit", "--auditor", at["auditor"], "--pairs", tmp_path / "twice.jsonl", "--out", tmp_path / "out"]
     out = ok(safer(*words))
-    assert "of 11 pairs flagged" in out
+    assert "11 are scored" in out
+    assert "1 rows repeat the pair_id of another" in out

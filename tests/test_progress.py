@@ -76,14 +76,28 @@ def test_a_stage_that_is_there_is_found(lines):
 
 def test_progress_is_told_now_and_then_stage_by_stage(lines, clock):
     report = JsonLines()
-    for second in range(35):
+    for second in range(185):
         clock[0] = second
-        report.progress("reward", second + 1, 35)
-        report.progress("sae", second + 1, 35)
+        report.progress("reward", second + 1, 185)
+        report.progress("sae", second + 1, 185)
     found = lines()
-    assert all((line["event"], line["total"]) == ("progress", 35) for line in found)
+    assert all((line["event"], line["total"]) == ("progress", 185) for line in found)
     for stage in ("reward", "sae"):
-        assert [line["done"] for line in found if line["stage"] == stage] == [1, 11, 21, 31]
+        assert [line["done"] for line in found if line["stage"] == stage] == [1, 61, 121, 181]
+
+
+def test_the_rate_and_the_time_left_are_those_since_the_first_news(lines, clock):
+    report = JsonLines()
+    for second, done in ((0, 10), (60, 22), (120, 34)):  # ten were there from an earlier run
+        clock[0] = second
+        report.progress("audit", done, 100, rows=300)
+    clock[0] = 200
+    report.progress("audit", 1, 50, rows=7)  # another model, from the beginning
+    first, second, third, again = lines()
+    assert "seconds_left" not in first
+    assert (second["rows_per_s"], second["seconds_left"]) == (5.0, 390)
+    assert (third["rows_per_s"], third["seconds_left"]) == (5.0, 330)
+    assert "seconds_left" not in again
 
 
 def test_log_records_become_lines(lines):

@@ -509,3 +509,21 @@ def test_real_canonical_rows_are_all_read(name, rows):
     assert len(pairs) == rows
     assert not any(row["refused"] for row in pairs)
     assert all(row["pair_id"].startswith(name.removesuffix("_5k")) for row in pairs)
+
+
+def test_a_small_file_that_unpacks_to_much_is_cut_off(tmp_path, monkeypatch):
+    """What lies behind the limit is not read, and the row says so."""
+    from safer_ray import rows
+
+    monkeypatch.setattr(rows, "MAX_ROW", 2**20)
+    monkeypatch.setattr(rows, "MAX_SKIPPED", 2**23)
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as out:
+        out.write(b'{"a": 1}\n')
+        for _ in range(64):
+            out.write(b"0" * 2**20)
+        out.write(b'\n{"a": 2}\n')
+    found = list(rows.read_rows(path, 0, 10))
+    assert [position for position, *_ in found] == [0, 1]
+    assert "too long" in found[1][2]
+    assert "the rest of bomb.jsonl.gz is left unread" in found[1][2]

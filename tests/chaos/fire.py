@@ -34,7 +34,6 @@ from safer_ray.files import read_json
 from safer_ray.runner import quarantine_rows
 
 NODES, ACTORS = 3, 3
-ROWS = 6000
 FRAGMENT = 60
 KINDS = ("actor", "task", "node", "driver")
 PAUSE = (1.0, 6.0)  # seconds between two kills
@@ -42,11 +41,11 @@ PATIENCE = 300.0  # seconds without a committed fragment, after which an audit h
 BAD = ('{"prompt": 3}\n', "not JSON\n", '{"chosen": "a", "rejected": "a"}\n')
 
 
-def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """A bundle, and pairs with a few rows of no use, in files of several kinds."""
+def write_corpus(folder: Path, count: int) -> tuple[Path, Path]:
+    """A bundle, and so many pairs with a few rows of no use, in files of several kinds."""
     made = finished(folder)
     pairs = read_parts(made.artifacts["pairs"].path).select(["prompt", "chosen", "rejected"]).to_pylist()
-    half = ROWS // 2
+    half = count // 2
     rows = [json.dumps({"id": f"p{i}", **pairs[i % len(pairs)]}) + "\n" for i in range(half)]
     for i in range(0, half, 97):
         rows[i] = BAD[i % len(BAD)]
@@ -66,6 +65,7 @@ class Fire:
     bundle: Path
     corpus: Path
     random: random.Random
+    kinds: list[str] = field(default_factory=list)  # what is to be killed next, last first
     killed: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)  # there was nothing to kill
 
@@ -102,7 +102,7 @@ class Fire:
                 if not done or kills == 0:
                     at = time.monotonic()  # it has not begun, or may go on in peace
                 elif time.monotonic() - at > pause:
-                    kind = self.random.choice(KINDS)
+                    kind = self.next_kind()
                     hit, driver = self.kill(kind, driver, cluster, out)
                     (self.killed if hit else self.missed)[kind] += 1
                     kills -= hit
@@ -111,6 +111,12 @@ class Fire:
             if driver.poll() is None:
                 driver.kill()
                 driver.wait()
+
+    def next_kind(self) -> str:
+        """Every kind as often as any other, in random order."""
+        if not self.kinds:
+            self.kinds = self.random.sample(KINDS, len(KINDS))
+        return self.kinds.pop()
 
     def kill(
         self, kind: str, driver: subprocess.Popen[bytes], cluster: Cluster, out: Path
@@ -167,10 +173,10 @@ def _differ(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
     )
 
 
-def under_fire(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def under_fire(folder: Path, kills: int, seed: int, rows: int) -> dict[str, Any]:
     """Audits until `kills` processes are killed; what became of the rows."""
     began = time.monotonic()
-    bundle, corpus = write_corpus(folder)
+    bundle, corpus = write_corpus(folder, rows)
     fire = Fire(folder, bundle, corpus, random.Random(seed))
     subprocess.run(fire.command(folder / "undisturbed", "local"), check=True, capture_output=True)
     fragments = len(read_plan(folder / "undisturbed/plan.parquet"))
@@ -195,7 +201,7 @@ def under_fire(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     return {
         "kills": dict(fire.killed),
         "audits": audits,
-        "rows": ROWS,
+        "rows": rows,
         "fragments": fragments,
         "actors": ACTORS,
         **totals,
@@ -207,9 +213,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    found = under_fire(given.folder.resolve(), given.kills, given.seed)
+    found = under_fire(given.folder.resolve(), given.kills, given.seed, given.rows)
     print(json.dumps(found, indent=1))
     sys.exit(any(found[name] for name in ("lost", "duplicated", "different")))

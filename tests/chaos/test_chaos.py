@@ -1,0 +1,28 @@
+"""Audits under fire, in short; `make chaos` is the long form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_an_audit_that_loses_processes_ends_as_one_that_nobody_disturbed(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("fire.py"), tmp_path, "--kills", "3", "--rows", "3000"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert sum(found["kills"].values()) == 3
+    assert (found["lost"], found["duplicated"], found["different"]) == (0, 0, 0)
+    assert found["restarts"] <= 3 * found["actors"]  # of those at work when they were killed
+
+
+def test_rows_that_nobody_should_send_are_all_in_the_quarantine(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("hostile.py"), tmp_path, "--rows", "2000"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["quarantined"] == 1998
