@@ -28,11 +28,11 @@ serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000
 	export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_DEFAULT_HTTP_HOST=127.0.0.1; \
 	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}"
 
-test: setup-dev  ## all tests
-	$(BIN)/python -m pytest
+test: setup-dev  ## all tests, in two processes, of which one has all that start a Ray
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: setup-dev  ## and those that take long
-	$(BIN)/python -m pytest -m "long or not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "long or not long"
 
 check: setup-dev  ## format, lint, types, import boundaries
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safer_ray.commands import Fresh, RunnerName, at_work, build_config, console, open_input, ray_config
+from safer_ray.errors import UserError
 
 if TYPE_CHECKING:
     from safer_ray.audit_run import Audit
@@ -17,8 +18,10 @@ app = typer.Typer()
 @app.command()
 def audit(
     auditor: Annotated[str, typer.Option(help="An auditor bundle.")],
-    pairs: Annotated[str, typer.Option(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
-    out: Annotated[Path, typer.Option(help="The folder of the audit.")],
+    pairs: Annotated[
+        str, typer.Option(help="A file, folder or glob, also s3://BUCKET/…; a saved data set or hub:OWNER/NAME.")
+    ],
+    out: Annotated[str, typer.Option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
     format: Annotated[str, typer.Option()] = "auto",
     flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
@@ -45,7 +48,9 @@ def audit(
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
 
-    out = lasting(out)
+    folder = lasting(out)
+    if "://" in auditor:
+        raise UserError(f"--auditor {auditor}: a bundle is read from a disk; copy it to a folder and give that")
     bundle = open_input(Path(auditor), "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
@@ -53,11 +58,11 @@ def audit(
     if dry_run:
         _show_estimate(asked, actors)
         return
-    with locked(out), at_work(runner, ray_config(actors), shards) as (where, _):
+    with locked(folder), at_work(runner, ray_config(actors), shards) as (where, _):
         began = time.monotonic()
-        counts = audit_corpus(asked, out, where, fresh=fresh)
-        summary = close_audit(asked, out, counts, time.monotonic() - began)
-    _show(summary, out)
+        counts = audit_corpus(asked, folder, where, fresh=fresh)
+        summary = close_audit(asked, folder, counts, time.monotonic() - began)
+    _show(summary, folder)
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -4,12 +4,13 @@ Pairs are matched by row key and pair id, or by the pair id alone where that fin
 sources differ in their names or their order. A pair that stands in an audit several times is matched as often.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -29,6 +30,19 @@ from safer_ray.runner import count
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]
 VALUES = ("score", "suspicion")
+BLOCK = 100_000  # rows that are sorted out, or told, at once
+ROWS = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("pair_id", pa.string()),
+        ("score", pa.float64()),
+        ("suspicion", pa.float64()),
+        ("flag", pa.bool_()),
+        ("by_row", pa.uint64()),  # hashes that rows are matched by
+        ("by_id", pa.uint64()),
+    ]
+)
+ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Pairs(NamedTuple):
@@ -61,64 +75,77 @@ class Difference(NamedTuple):
     config: dict[str, tuple[Any, Any]]  # what was asked differently
 
 
-class Share(NamedTuple):
-    """The pairs of an audit whose id falls into one of `of` shares."""
-
-    audit: Artifact
-    number: int
-    of: int
-
-    def read(self, columns: list[str]) -> pa.Table:
-        return pa.concat_tables(map(self._of_it, scores(self.audit, columns)))
-
-    def _of_it(self, part: pa.Table) -> pa.Table:
-        if self.of == 1:
-            return part
-        hashes = pd.util.hash_array(part["pair_id"].to_numpy(zero_copy_only=False).astype(object))
-        return part.filter(pa.array(hashes % self.of == self.number))
+def _hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """uint64 [n]"""
+    return np.asarray(pd.util.hash_array(column.to_numpy().astype(object)), dtype=np.uint64)
 
 
-def _keys(table: pa.Table, key: Key) -> pa.ChunkedArray:
-    """A key of each row, unlike all others: with the number of rows before it that are named alike."""
-    named = table["pair_id"]
-    if key == "row_key":
-        named = pc.binary_join_element_wise(table["row_key"], named, "\n")
-    codes = named.combine_chunks().dictionary_encode().indices.to_numpy()
-    return pc.binary_join_element_wise(pc.cast(pa.array(_earlier(codes)), pa.string()), named, "\n")
+def _blocks(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Parts, joined until they have BLOCK rows."""
+    held: list[pa.Table] = []
+    for part in parts:
+        held.append(part)
+        if sum(map(len, held)) >= BLOCK:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
 
 
-def _earlier(codes: np.ndarray) -> np.ndarray:
-    """How many times each value stood before; int64 [n]."""
-    order = np.argsort(codes, kind="stable")
-    ordered = codes[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(codes) else np.empty(0, dtype=np.int64)
-    runs = np.diff(np.append(first, len(codes)))
-    earlier = np.empty(len(codes), dtype=np.int64)
-    earlier[order] = np.arange(len(codes)) - np.repeat(first, runs)
-    return earlier
+def _write_shares(audit: Artifact, folder: Path, shares: int) -> None:
+    """The rows of an audit in so many files, by a hash of the pair id."""
+    folder.mkdir()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(pa.OSFile(str(folder / str(share)), "wb")) for share in range(shares)]
+        writers = [stack.enter_context(pa.ipc.new_stream(file, ROWS)) for file in files]
+        for rows in _blocks(scores(audit, ROWS.names[:-2])):
+            by_id = _hashes(rows["pair_id"])
+            by_row = _hashes(rows["row_key"]) * ODD + by_id
+            rows = rows.append_column("by_row", pa.array(by_row)).append_column("by_id", pa.array(by_id))
+            for share, writer in enumerate(writers):
+                writer.write_table(rows.filter(pa.array(by_id % np.uint64(shares) == share)).cast(ROWS))
 
 
-def _matches(tables: Sequence[pa.Table], key: Key) -> tuple[np.ndarray, np.ndarray]:
-    """The places of matching rows in A and in B, in the order of A."""
-    a, b = (_keys(table, key) for table in tables)
-    places = pc.index_in(a, value_set=b)
-    mask = pc.is_valid(places)
-    return np.flatnonzero(mask.to_numpy()), places.filter(mask).to_numpy().astype(np.int64)
+def _read_share(folder: Path, share: int) -> pa.Table:
+    with pa.memory_map(str(folder / str(share))) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all()
 
 
-def _best_key(a: Artifact, b: Artifact, shares: int) -> Key:
+def _numbered(hashes: np.ndarray) -> np.ndarray:
+    """Hashes with the number of equal ones before them mixed in."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
+    runs = np.diff(np.append(first, len(ordered)))
+    numbered = np.empty_like(hashes)
+    numbered[order] = ordered + (np.arange(len(ordered)) - np.repeat(first, runs)).astype(np.uint64) * ODD
+    return numbered
+
+
+def _matches(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of equal keys in A and in B, in the order of A."""
+    _, at_a, at_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
+    order = np.argsort(at_a)
+    return at_a[order], at_b[order]
+
+
+def _keys(rows: pa.Table, key: Key) -> np.ndarray:
+    """uint64 [n], each unlike all others: the second of its name has another than the first."""
+    return _numbered(rows["by_row" if key == "row_key" else "by_id"].to_numpy())
+
+
+def _best_key(a: Path, b: Path, shares: int) -> Key:
     """The key that matches more pairs."""
     found: dict[Key, int] = {"row_key": 0, "pair_id": 0}
-    for number in range(shares):
-        rows = [Share(audit, number, shares).read(["row_key", "pair_id"]) for audit in (a, b)]
+    for share in range(shares):
+        one, other = (_read_share(folder, share) for folder in (a, b))
         for key in found:
-            found[key] += len(_matches(rows, key)[0])
+            found[key] += len(_matches(_keys(one, key), _keys(other, key))[0])
     return "pair_id" if found["pair_id"] > found["row_key"] else "row_key"
 
 
-def _correlation(a: pa.Table, b: pa.Table, name: str) -> float | None:
-    """Spearman's, of the rows where both know a value."""
-    values = np.stack([table[name].to_numpy().astype(np.float64) for table in (a, b)])
+def _correlation(values: np.ndarray) -> float | None:
+    """Spearman's, of two rows of values [2, n], where both are known."""
     values = values[:, np.isfinite(values).all(axis=0)]
     if values.shape[1] < 2 or (values.min(axis=1) == values.max(axis=1)).any():
         return None
@@ -139,55 +166,86 @@ def _asked_differently(a: Artifact, b: Artifact) -> dict[str, tuple[Any, Any]]:
 
 
 class Matched(NamedTuple):
-    """The pairs of one share that are in both audits, row by row side by side."""
+    """The pairs of one share that are in both audits: the rows of A and of B, and the places of each pair in them."""
 
     a: pa.Table
     b: pa.Table
+    at_a: np.ndarray
+    at_b: np.ndarray
+
+    def values(self, name: str) -> np.ndarray:
+        """What A and B say of each pair, [2, n]."""
+        return np.stack([self.a[name].to_numpy()[self.at_a], self.b[name].to_numpy()[self.at_b]])
 
     def flags(self) -> dict[str, np.ndarray]:
         """Who is flagged, bool [n] by the names of Flags."""
-        a, b = self.a["flag"].to_numpy(), self.b["flag"].to_numpy()
+        a, b = self.values("flag")
         return {"a": a, "b": b, "gained": b & ~a, "lost": a & ~b}
 
     def changes(self) -> np.ndarray:
         """B minus A in suspicion, where both know it."""
-        change = self.b["suspicion"].to_numpy() - self.a["suspicion"].to_numpy()
-        return change[np.isfinite(change)]
+        a, b = self.values("suspicion")
+        return (b - a)[np.isfinite(b - a)]
 
     def told(self, mask: np.ndarray) -> Iterator[dict[str, Any]]:
         """The pairs of a mask, with what both audits say of them."""
-        chosen = pa.array(np.flatnonzero(mask))
-        for a, b in zip(self.a.take(chosen).to_pylist(), self.b.take(chosen).to_pylist(), strict=True):
-            said = {f"{name}_{side}": row[name] for name in ("row_key", *VALUES) for side, row in (("a", a), ("b", b))}
-            unknown = {name: None for name, value in said.items() if value != value}  # noqa: PLR0124  # NaN is no JSON
-            yield {"pair_id": a["pair_id"], **said, **unknown}
+        for start in range(0, len(mask), BLOCK):
+            chosen = start + np.flatnonzero(mask[start : start + BLOCK])
+            rows = [t.take(pa.array(at[chosen])) for t, at in ((self.a, self.at_a), (self.b, self.at_b))]
+            for a, b in zip(*(table.to_pylist() for table in rows), strict=True):
+                yield _told(a, b)
+
+
+def _told(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    said = {f"{name}_{side}": row[name] for name in ("row_key", *VALUES) for side, row in (("a", a), ("b", b))}
+    unknown = {name: None for name, value in said.items() if value != value}  # noqa: PLR0124  # NaN is no JSON
+    return {"pair_id": a["pair_id"], **said, **unknown}
 
 
 Tell = Callable[[str, dict[str, Any]], None]  # "gained" or "lost", and the pair
 
 
 def difference(a: Artifact, b: Artifact, tell: Tell = lambda kind, pair: None, most: int = MOST) -> Difference:
-    """B against A; `tell` is told of every pair that gained or lost its flag. About `most` rows are held at once."""
-    rows = {audit.path: scored_rows(audit) for audit in (a, b)}
-    shares = max(1, -(-sum(rows.values()) // most))
-    key = _best_key(a, b, shares)
+    """B against A; `tell` is told of every pair that gained or lost its flag. About `most` rows are held at once, the
+    others wait in temporary files."""
+    total = scored_rows(a) + scored_rows(b)
+    shares = max(1, -(-total // most))
+    with explain_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+        folders = Path(folder) / "a", Path(folder) / "b"
+        for audit, place in zip((a, b), folders, strict=True):
+            _write_shares(audit, place, shares)
+        key = _best_key(*folders, shares)
+        matched = (_matched(_read_share(folders[0], n), _read_share(folders[1], n), key) for n in range(shares))
+        return _added(a, b, key, matched, tell)
+
+
+def _matched(a: pa.Table, b: pa.Table, key: Key) -> Matched:
+    at_a, at_b = _matches(_keys(a, key), _keys(b, key))
+    same = pc.equal(a["pair_id"].take(pa.array(at_a)), b["pair_id"].take(pa.array(at_b)))
+    same = same.to_numpy()  # two hashes may be equal by chance
+    return Matched(a, b, at_a[same], at_b[same])
+
+
+def _added(a: Artifact, b: Artifact, key: Key, shares: Iterable[Matched], tell: Tell) -> Difference:
+    """What is found share by share, together."""
     both, flags = 0, Counter(dict.fromkeys(Flags._fields, 0))
     changes = np.zeros(2)  # how many, and their sum
-    for number in range(shares):
-        matched = _matched(a, b, key, number, shares)
-        both += len(matched.a)
-        changes += len(matched.changes()), matched.changes().sum()
-        for kind, mask in matched.flags().items():
+    spearman: dict[str, float | None] = {}
+    spearman_pairs = 0
+    for share in shares:
+        if not spearman:  # the first share by hash is as good as a draw
+            spearman = {name: _correlation(share.values(name)) for name in VALUES}
+            spearman_pairs = len(share.at_a)
+        both += len(share.at_a)
+        changes += len(share.changes()), share.changes().sum()
+        for kind, mask in share.flags().items():
             flags[kind] += int(mask.sum())
             if kind in ("gained", "lost"):
-                for pair in matched.told(mask):
+                for pair in share.told(mask):
                     tell(kind, pair)
-        if number == 0:  # a share by hash is as good as a draw
-            spearman = {name: _correlation(*matched, name) for name in VALUES}
-            spearman_pairs = len(matched.a)
     return Difference(
         key,
-        Pairs(both, rows[a.path] - both, rows[b.path] - both),
+        Pairs(both, scored_rows(a) - both, scored_rows(b) - both),
         Flags(**flags),
         spearman,
         spearman_pairs,
@@ -195,12 +253,6 @@ def difference(a: Artifact, b: Artifact, tell: Tell = lambda kind, pair: None, m
         (count(a.path).reasons, count(b.path).reasons),
         _asked_differently(a, b),
     )
-
-
-def _matched(a: Artifact, b: Artifact, key: Key, number: int, shares: int) -> Matched:
-    columns = ["row_key", "pair_id", *VALUES, "flag"]
-    held = [Share(audit, number, shares).read(columns) for audit in (a, b)]
-    return Matched(*(table.take(pa.array(at)) for table, at in zip(held, _matches(held, key), strict=True)))
 
 
 def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> Difference:

@@ -35,8 +35,8 @@ from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config import SourceConfig
 from safer_ray.curation import RED_TEAM_MARK, share_count
 from safer_ray.errors import UserError
-from safer_ray.files import read_json, read_parquet, write_parquet, write_text
-from safer_ray.rows import explained, grows, kind_of
+from safer_ray.files import at, read_json, read_parquet, stamp, write_parquet, write_text
+from safer_ray.rows import explained, grows, kind_of, source_of
 from safer_ray.runner import MapJob, Runner
 from safer_ray.sources import NormalisePairs, read_raw
 
@@ -90,21 +90,19 @@ def check_sources(fragments: Sequence[Fragment]) -> None:
     """Raises UserError unless every planned row can be read as it was: files are as they were, or have only grown."""
     last = {fragment.path: fragment for fragment in fragments}
     for fragment in last.values():
-        file = Path(fragment.path)
+        file = at(fragment.path)
         if not file.is_file():
             raise UserError(f"{file} is gone, but the audit read its pairs from there; put it back, then export again")
-        stat = file.stat()
-        same = (stat.st_size, str(stat.st_mtime_ns)) == (fragment.size, fragment.etag)
-        if not same and not _begins_alike(file, fragment):
+        found = stamp(file)
+        if found != (fragment.size, fragment.etag) and not _begins_alike(file, found[0], fragment):
             raise UserError(
-                f"{file} changed since it was audited ({fragment.size:,} bytes then, {stat.st_size:,} now); "
+                f"{file} changed since it was audited ({fragment.size:,} bytes then, {found[0]:,} now); "
                 "put it back as it was, or audit it again with --fresh"
             )
 
 
-def _begins_alike(file: Path, last: Fragment) -> bool:
+def _begins_alike(file: Path, size: int, last: Fragment) -> bool:
     """Whether the planned rows of a file still stand there, which is known of lines: more may have come behind them."""
-    size = file.stat().st_size
     if not grows(file) or size < last.size or digest_of(file, last.size) != last.digest:
         return False
     with file.open("rb") as stream:
@@ -114,10 +112,10 @@ def _begins_alike(file: Path, last: Fragment) -> bool:
 
 def is_marked(fragments: Sequence[Fragment]) -> bool:
     """Whether a source file says that its pairs were poisoned as a red-team exercise."""
-    for path in {Path(fragment.path) for fragment in fragments}:
+    for path in {at(fragment.path) for fragment in fragments}:
         if kind_of(path)[0] == "parquet":
             with explained(path):
-                metadata = pq.read_schema(path).metadata or {}
+                metadata = pq.read_schema(source_of(path)).metadata or {}
             if any(name.encode() in metadata for name in RED_TEAM_MARK):
                 return True
     return False
@@ -178,12 +176,12 @@ def _root(fragment: Fragment, key: str) -> Path:
     Raises:
         UserError: the keys are not of the fragment's file.
     """
-    name, path = Path(key.rpartition("#")[0]), Path(fragment.path)
+    name, path = Path(key.rpartition("#")[0]), at(fragment.path)
     if path.parts[-len(name.parts) :] != name.parts:
-        raise UserError(
-            f"{fragment.path} is planned, but row {key} is scored: the audit is damaged; run it with --fresh"
-        )
-    return Path(*path.parts[: -len(name.parts)])
+        raise UserError(f"{path} is planned, but row {key} is scored: the audit is damaged; run it with --fresh")
+    for _ in name.parts:
+        path = path.parent
+    return path
 
 
 # What is written

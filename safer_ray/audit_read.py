@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from safer_ray.artifacts import MANIFEST, PLAN, Artifact, open_artifact, part_name, read_plan
 from safer_ray.audit_parts import SCORES
 from safer_ray.audit_run import ASKED
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet
+from safer_ray.files import parquet_rows, read_parquet
 from safer_ray.rows import explained
 
 Pair = tuple[str, str]  # row_key and pair_id: one pair, also where a row of the source gives several
@@ -50,7 +49,7 @@ def scored_rows(audit: Artifact) -> int:
     rows = 0
     for path in score_files(audit):
         with explained(path):
-            rows += int(pq.read_metadata(path).num_rows)
+            rows += parquet_rows(path)
     return rows
 
 

@@ -4,23 +4,22 @@
 the same command goes on where it was interrupted, and a corpus that has grown is audited where it is new.
 """
 
+import contextlib
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
 from safer_ray.artifacts import MANIFEST, PLAN, SCRATCH, Artifact, Fragment, part_name, read_plan, write_plan
 from safer_ray.audit_parts import AUDITED, FLAGGED, SCORES, write_part
 from safer_ray.auditor import check_auditor
+from safer_ray.background import side_by_side
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_json, write_json
+from safer_ray.files import names_in, parquet_rows, read_json, remove, stamp, threads_for, write_json
 from safer_ray.rows import grows
 from safer_ray.runner import Counts, MapJob, Runner
 from safer_ray.scoring import BY_BUNDLE, KIND
@@ -86,25 +85,22 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     counts = runner.map(audit.job(), fragments, out)
     check_accounts(out, fragments, counts)
     for scratch in SCRATCH:
-        shutil.rmtree(out / scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(out / scratch)
     return counts
 
 
 def clear(out: Path) -> None:
     """Remove what an audit wrote, and nothing else."""
     for name in OWN:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(out / name)
 
 
 def _check_asked(audit: Audit, out: Path) -> None:
     """Write down what is asked, or compare it with what was."""
     path, asked = out / ASKED, audit.asked() | {"path": audit.source.path}
     if not path.exists():
-        strange = [entry.name for entry in out.iterdir() if entry.name in OWN]
+        strange = sorted(names_in(out) & set(OWN))
         if strange:
             raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
         write_json(asked, path)
@@ -140,10 +136,11 @@ def planned(audit: Audit, out: Path) -> list[Fragment]:
     known = read_plan(path)
     last = {fragment.path: fragment for fragment in known}
     files = source_files(audit.source)
-    new = [fragment for file in files for fragment in _new(audit, file, last.get(str(file)))]
-    present = {str(file) for file in files}
+    found = side_by_side(lambda file: _new(audit, file, last.get(str(file))), files, threads_for(files[0]))
+    new = [fragment for fragments in found for fragment in fragments]
+    present, done = {str(file) for file in files}, names_in(out / "done")
     for fragment in known:
-        if fragment.path not in present and not (out / "done" / f"{fragment.number:08}.json").exists():
+        if fragment.path not in present and f"{fragment.number:08}.json" not in done:
             raise UserError(
                 f"{fragment.path} is gone, and not all of its rows are audited; put it back, or use --fresh"
             )
@@ -170,19 +167,19 @@ def _has_grown(file: Path, last: Fragment) -> bool:
     Raises:
         UserError: it has changed otherwise.
     """
-    stat = file.stat()
-    if (stat.st_size, str(stat.st_mtime_ns)) == (last.size, last.etag):
+    size, etag = stamp(file)
+    if (size, etag) == (last.size, last.etag):
         return False
-    if stat.st_size < last.size or not grows(file) or digest_of(file, last.size) != last.digest:
+    if size < last.size or not grows(file) or digest_of(file, last.size) != last.digest:
         raise UserError(
-            f"{file} changed since it was planned ({last.size:,} bytes then, {stat.st_size:,} now); "
+            f"{file} changed since it was planned ({last.size:,} bytes then, {size:,} now); "
             "put it back, or start again with --fresh"
         )
     with file.open("rb") as stream:
         stream.seek(max(0, last.size - 1))
-        if stat.st_size > last.size and stream.read(1) != b"\n":
+        if size > last.size and stream.read(1) != b"\n":
             raise UserError(f"{file}: its last line has grown since it was audited; start again with --fresh")
-    return stat.st_size > last.size
+    return size > last.size
 
 
 # The accounts
@@ -195,14 +192,25 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
         SaferError: they are not; what is wrong is told.
     """
     wrong = []
-    for fragment in fragments:
-        name = part_name(fragment.number)
-        done = out / "done" / f"{fragment.number:08}.json"
-        if not done.exists():
+    present = {folder: names_in(out / folder) for folder in ("done", SCORES, "quarantine")}
+
+    def rows(folder: str, name: str) -> int:
+        return parquet_rows(out / folder / name) if name in present[folder] else 0
+
+    def held(fragment: Fragment) -> tuple[dict[str, Any], int, int] | None:
+        """A fragment's `done` entry, its scored and its refused rows."""
+        name, done = part_name(fragment.number), f"{fragment.number:08}.json"
+        return (
+            (read_json(out / "done" / done), rows(SCORES, name), rows("quarantine", name))
+            if done in present["done"]
+            else None
+        )
+
+    for fragment, found in zip(fragments, side_by_side(held, fragments, threads_for(out)), strict=True):
+        if found is None:
             wrong.append(f"fragment {fragment.number} is not done")
             continue
-        entry = read_json(done)
-        scored, refused = _rows(out / SCORES / name), _rows(out / "quarantine" / name)
+        entry, scored, refused = found
         if (scored, refused) != (entry["written"], entry["quarantined"]) or scored + refused != entry["read"]:
             wrong.append(
                 f"fragment {fragment.number}: {entry['read']} rows read, {scored} scored and {refused} quarantined"
@@ -215,13 +223,6 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
     if counts.written == 0:
         reason = max(counts.reasons, key=lambda name: counts.reasons[name], default="nothing was read")
         raise SaferError(f"{out}: none of {counts.read} rows could be scored, most: {reason!r}; see {out}/quarantine")
-
-
-def _rows(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with path.open("rb") as stream:
-        return int(pq.read_metadata(stream).num_rows)
 
 
 def digest_of(file: Path, size: int) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,9 @@ from safer_ray import report_audit
 from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, versions
 from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
 from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit
+from safer_ray.background import side_by_side
 from safer_ray.evaluation import wilson
-from safer_ray.files import read_json, write_json, write_text
+from safer_ray.files import names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
 from safer_ray.runner import Counts
 from safer_ray.schema import to_json
 
@@ -71,47 +71,46 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
 
 
 def _figures(out: Path, fragments: Sequence[Fragment]) -> Iterator[Figures]:
-    for fragment in fragments:
-        yield from_tree(read_json(out / "done" / f"{fragment.number:08}.json")["figures"])
+    paths = [out / "done" / f"{fragment.number:08}.json" for fragment in fragments]
+    yield from side_by_side(lambda path: from_tree(read_json(path)["figures"]), paths, threads_for(out))
 
 
 def _list_flagged(out: Path, fragments: Sequence[Fragment]) -> None:
     """All flagged pairs in one file, in the order of the corpus; no more than a block of it is held."""
-    beside = out / f".{LISTED}"
-    with beside.open("wb") as whole:
-        for fragment in fragments:
-            path = _flagged(out, fragment)
-            if path.exists():
-                with path.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-    beside.replace(out / LISTED)
+    with writing(out / LISTED) as whole:
+        for part in side_by_side(lambda path: path.read_bytes(), _flagged(out, fragments), threads_for(out)):
+            whole.write(part)
 
 
-def _flagged(out: Path, fragment: Fragment) -> Path:
-    return (out / FLAGGED / part_name(fragment.number)).with_suffix(".jsonl")
+def _flagged(out: Path, fragments: Sequence[Fragment]) -> list[Path]:
+    """The flagged pairs of those fragments that have any."""
+    present = names_in(out / FLAGGED)
+    names = [Path(part_name(fragment.number)).with_suffix(".jsonl").name for fragment in fragments]
+    return [out / FLAGGED / name for name in names if name in present]
 
 
 def worst_pairs(out: Path, fragments: Sequence[Fragment], figures: Figures) -> list[dict[str, Any]]:
     """The most suspicious flagged pairs, worst first, as `flagged.jsonl` has them."""
     wanted = {key for _, _, key in figures.worst}
+
+    def holds(fragment: Fragment) -> bool:
+        worst = read_json(out / "done" / f"{fragment.number:08}.json")["figures"]["worst"]
+        return any(key in wanted for *_, key in worst)
+
+    holding = [f for f, has in zip(fragments, side_by_side(holds, fragments, threads_for(out)), strict=True) if has]
     found: dict[str, dict[str, Any]] = {}
-    for fragment in fragments:
-        path = _flagged(out, fragment)
-        held = {key for *_, key in read_json(out / "done" / f"{fragment.number:08}.json")["figures"]["worst"]}
-        if held & wanted and path.exists():
-            with path.open(encoding="utf-8") as lines:
-                rows = (json.loads(line) for line in lines)
-                found |= {row["row_key"]: row for row in rows if row["row_key"] in wanted}
+    for path in _flagged(out, holding):
+        rows = map(json.loads, path.read_bytes().splitlines())
+        found |= {row["row_key"]: row for row in rows if row["row_key"] in wanted}
     return [found[key] for _, _, key in figures.worst if key in found][:WORST]
 
 
 def duplicate_ids(out: Path, fragments: Sequence[Fragment]) -> int:
     """Rows whose `pair_id` an earlier row has; estimated where there are more than IDS ids."""
     kept, share = np.empty(0, dtype=np.uint64), 1
-    for fragment in fragments:
-        with (out / SCORES / part_name(fragment.number)).open("rb") as stream:
-            ids = pq.read_table(stream, columns=["pair_id"])["pair_id"].to_numpy()
-        hashes = pd.util.hash_array(ids.astype(object))
+    paths = [out / SCORES / part_name(fragment.number) for fragment in fragments]
+    for ids in side_by_side(lambda path: read_parquet(path, ["pair_id"])["pair_id"], paths, threads_for(out)):
+        hashes = pd.util.hash_array(ids.to_numpy().astype(object))
         kept = np.concatenate([kept, hashes[hashes % share == 0]])
         while len(kept) > IDS:
             share *= 2

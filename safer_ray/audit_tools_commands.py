@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-AuditFolder = Annotated[Path, typer.Option("--audit", help="The folder of a finished audit.")]
+AuditFolder = Annotated[str, typer.Option("--audit", help="The folder of a finished audit, also s3://BUCKET/FOLDER.")]
 
 
 @app.command("export")
@@ -40,6 +40,7 @@ def export_command(
     """
     from safer_ray.audit_export import export
     from safer_ray.audit_read import open_audit
+    from safer_ray.files import at
 
     if drop not in (None, "flagged"):
         raise UserError(f"--drop {drop!r}: choose flagged, or give --percent")
@@ -47,7 +48,7 @@ def export_command(
         raise UserError("--drop and --percent are two ways to say what is left out; choose one")
     if percent is not None and not 0 <= percent < 100:
         raise UserError(f"--percent {percent}: choose a number from 0 to below 100")
-    opened = open_audit(audit.absolute())
+    opened = open_audit(at(audit).absolute())
     with one_stage(out, fresh) as stages:
         made = export(opened, percent, stages.place, stages.runner)
     show_artifact(made)
@@ -58,7 +59,7 @@ def export_command(
 @app.command("review")
 def review_command(
     audit: AuditFolder,
-    verdicts: Annotated[Path, typer.Option(help="JSONL: row_key or pair_id, verdict, and maybe reviewer, note.")],
+    verdicts: Annotated[str, typer.Option(help="JSONL: row_key or pair_id, verdict, and maybe reviewer, note.")],
 ) -> None:
     """Take in people's verdicts on flagged pairs, and tell which share of them is bad.
 
@@ -70,11 +71,12 @@ def review_command(
     """
     from safer_ray.audit_read import open_audit
     from safer_ray.audit_review import review
+    from safer_ray.files import at
     from safer_ray.lock import locked
 
-    opened = open_audit(audit.absolute())
+    opened = open_audit(at(audit).absolute())
     with locked(opened.path):
-        _show_review(review(opened, verdicts))
+        _show_review(review(opened, at(verdicts)))
     console.print(f"\nreviews  {opened.path / 'reviews.json'}", markup=False)
 
 
@@ -98,20 +100,22 @@ def _precision_cells(row: "Precision") -> list[str]:
 
 @app.command("diff")
 def diff_command(
-    a: Annotated[Path, typer.Argument(help="The folder of a finished audit.")],
-    b: Annotated[Path, typer.Argument(help="Another one, of the same pairs or some of them.")],
+    a: Annotated[str, typer.Argument(help="The folder of a finished audit, also s3://BUCKET/FOLDER.")],
+    b: Annotated[str, typer.Argument(help="Another one, of the same pairs or some of them.")],
     json: Annotated[Path | None, typer.Option(help="Write it all here, with the pairs that gained or lost a flag.")] = (
         None
     ),
 ) -> None:
     """Compare two audits: flags gained and lost, how alike scores and suspicion are, and what was asked differently.
 
-    Pairs are matched by row key and pair id, or by the pair id alone where that finds more.
+    Pairs are matched by row key and pair id, or by the pair id alone where that finds more. What is compared waits in
+    temporary files meanwhile, about 100 bytes a pair, below TMPDIR.
     """
     from safer_ray.audit_diff import difference, write_difference
     from safer_ray.audit_read import open_audit
+    from safer_ray.files import at
 
-    one, other = open_audit(a.absolute()), open_audit(b.absolute())
+    one, other = (open_audit(at(folder).absolute()) for folder in (a, b))
     found = write_difference(one, other, json.absolute()) if json else difference(one, other)
     _show_difference(found)
     if json:

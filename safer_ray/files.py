@@ -1,14 +1,53 @@
-"""Files that are whole or absent: written beside, then renamed."""
+"""Files that are whole or absent: written beside, then renamed; objects of a store, in one piece."""
 
+import contextlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.remote import Remote, remote
+
+THREADS = 32  # that wait for an object store
+BLOCK = 8 * 2**20  # bytes that an upload takes at once
+
+
+def at(path: str | Path) -> Path:
+    """A path of this machine, or what a URI names: it offers of `Path` what is used here."""
+    if not isinstance(path, str):
+        return path
+    if path.startswith("file://"):
+        return Path(unquote(path.removeprefix("file://")))
+    return cast(Path, remote(path)) if "://" in path else Path(path)
+
+
+def threads_for(path: Path) -> int:
+    """How many may work on files below a path at once: those of a disk are read one after another."""
+    return THREADS if isinstance(path, Remote) else 1
+
+
+def stamp(path: Path) -> tuple[int, str]:
+    """Size in bytes, and what changes when the file does: its modification time in ns, or an object's ETag."""
+    if isinstance(path, Remote):
+        return path.stamp()
+    stat = path.stat()
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
+def names_in(directory: Path) -> set[str]:
+    """What lies directly in a folder, in one listing; nothing where there is none."""
+    try:
+        return {entry.name for entry in directory.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -16,9 +55,11 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
     Raises:
         UserError: the file is missing, corrupt or without one of the columns.
+        SaferError: it lies in an object store that does not give it.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path
+        with pq.ParquetFile(source) as file:
             missing = [name for name in columns or [] if name not in file.schema_arrow.names]
             if missing:
                 raise UserError(f"{path} has no column {missing[0]!r}; pass the directory of the stage that writes it")
@@ -28,8 +69,22 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
 
 
+def parquet_rows(path: Path) -> int:
+    """How many rows a Parquet file says it has."""
+    if isinstance(path, Remote):
+        with path.explained("read"), path.native() as source:
+            return int(pq.read_metadata(source).num_rows)
+    with path.open("rb") as stream:
+        return int(pq.read_metadata(stream).num_rows)
+
+
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write beside, then rename: `path` is whole or absent."""
+    if isinstance(path, Remote):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        path.write([sink.getvalue()])
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explain_disk_errors(path.parent):
@@ -42,6 +97,9 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 def write_text(text: str, path: Path) -> None:
     """Write beside, then rename: `path` is whole or absent."""
+    if isinstance(path, Remote):
+        path.write([text.encode()])
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explain_disk_errors(path.parent):
@@ -50,6 +108,22 @@ def write_text(text: str, path: Path) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream for a large file, which is there when the body has ended; of an object it is kept on this machine's disk
+    until then."""
+    if isinstance(path, Remote):
+        with explain_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as stream:
+            yield stream
+            stream.seek(0)
+            path.write(iter(lambda: stream.read(BLOCK), b""))
+        return
+    beside = path.with_name(f".{path.name}")
+    with beside.open("wb") as stream:
+        yield stream
+    beside.replace(path)
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -61,8 +135,20 @@ def read_json(path: Path) -> Any:
 
     Raises:
         UserError: it is missing or damaged.
+        SaferError: it lies in an object store that does not give it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; delete it and run the same command again") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; nothing where there is none."""
+    if isinstance(path, Remote):
+        path.unlink(missing_ok=True)
+        path.remove_below()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

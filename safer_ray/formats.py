@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any, Literal
 
 from safer_ray.errors import UserError
@@ -70,7 +71,7 @@ def as_text(value: Any) -> str:
 
 def as_number(value: Any) -> float | None:
     """A finite number, also one written as text (CSV), else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
@@ -95,7 +96,7 @@ def _column(row: Row, name: str) -> Any:
     value = row[name]
     if value is None or (isinstance(value, str) and not value.strip()) or value == []:
         raise Refused(f"empty text: {name}")
-    if not isinstance(value, str | list):
+    if not isinstance(value, (str, list)):
         raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text or messages")
     return value
 
@@ -114,7 +115,7 @@ def _messages(value: list[Any], name: str) -> Messages:
         if not isinstance(item, dict):
             raise Refused(f"wrong type: {name}[{i}] is {type_name(item)}, wanted a message with role and content")
         for key in ("role", "content"):
-            if not isinstance(item.get(key, ""), str | None):
+            if not isinstance(item.get(key), (str, NoneType)):
                 raise Refused(f"wrong type: {name}[{i}].{key} is {type_name(item[key])}, wanted text")
         if not item.get("role"):
             raise Refused(f"wrong type: {name}[{i}].role is null, wanted text")
@@ -354,7 +355,7 @@ def read_pair(row: Row, format: str, prefer: Prefer = "safer") -> Pair:
         for key, value in mapping.items():
             if value is not None and (name == "labels" or not isinstance(value, dict | list)):
                 labels.setdefault(key, as_text(value))
-    return replace(pair, label_margin=margin, labels=labels, used=frozenset(used))
+    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, frozenset(used))
 
 
 def row_format(row: Row) -> str | None:

@@ -13,8 +13,9 @@ from safer_ray.artifacts import Artifact, Result, content_hash, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet, write_parquet
+from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.judge import load_probe
+from safer_ray.remote import Remote
 from safer_ray.runner import quarantine_rows
 from safer_ray.sources import source_files
 
@@ -22,10 +23,11 @@ JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories tha
 log = logging.getLogger(__name__)
 
 
-def lasting(path: Path) -> Path:
+def lasting(path: str | Path) -> Path:
     """An absolute path, since workers may have another current directory; below the home directory where that of this
-    process is a job's, which goes away with the job."""
-    if path.is_absolute() or JOB_FOLDER not in str(Path.cwd()):
+    process is a job's, which goes away with the job; a URI as it is."""
+    path = at(path)
+    if isinstance(path, Remote) or path.is_absolute() or JOB_FOLDER not in str(Path.cwd()):
         return path.absolute()
     log.warning("%s is relative and a job's working directory is temporary: using %s", path, Path.home() / path)
     return Path.home() / path

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -13,11 +14,15 @@ from typing import Any
 import psutil
 
 from safer_ray.background import repeated
-from safer_ray.errors import UserError
+from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
+from safer_ray.remote import Remote
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+OBJECT_HEARTBEAT_SECONDS = 15.0
+SETTLE_SECONDS = 1.0  # after which an object is read back
+log = logging.getLogger(__name__)
 
 
 def _owner() -> dict[str, Any]:
@@ -51,18 +56,37 @@ def _is_held(path: Path) -> bool:
 def locked(directory: Path) -> Iterator[None]:
     """Hold `directory/run.lock` while the body runs.
 
+    On an object store the owner is written, and read back a moment later: of two that come at once the one that wrote
+    last goes on. It is no guarantee: both go on if one of them stalls for longer than that moment between its look and
+    its write, and a process that stalls for a minute can be taken for dead by another host, as can one whose clock is a
+    minute off the store's. Fragments that two processes do are then done twice, and written once: each has its name.
+
     Raises:
         UserError: another living process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "run.lock"
-    _take(path)
+    is_object = isinstance(path, Remote)
+    (_take_object if is_object else _take)(path)
     try:
-        with repeated(HEARTBEAT_SECONDS, lambda: _beat(path)):
+        seconds = OBJECT_HEARTBEAT_SECONDS if is_object else HEARTBEAT_SECONDS
+        with repeated(seconds, lambda: (_beat_object if is_object else _beat)(path)):
             yield
     finally:
-        if _read(path) == _owner():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(*([SaferError] if is_object else [])):  # the body's error says what is wrong
+            if _read(path) == _owner():
+                path.unlink(missing_ok=True)
+
+
+def _refuse_if_held(path: Path) -> None:
+    if _is_held(path):
+        _refuse(path)
+
+
+def _refuse(path: Path) -> None:
+    owner = _read(path) or {}
+    who = f"process {owner.get('pid')} on {owner.get('host')}"
+    raise UserError(f"{path.parent} is in use by {who}; wait for that run, or choose another name")
 
 
 def _take(path: Path) -> None:
@@ -70,15 +94,32 @@ def _take(path: Path) -> None:
     guard = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if _is_held(path):
-            owner = _read(path) or {}
-            who = f"process {owner.get('pid')} on {owner.get('host')}"
-            raise UserError(f"{path.parent} is in use by {who}; wait for that run, or choose another name")
+        _refuse_if_held(path)
         write_json(_owner(), path)
     finally:
         os.close(guard)
 
 
+def _take_object(path: Path) -> None:
+    """As `_take`, where nobody can be kept from looking at the same time."""
+    _refuse_if_held(path)
+    write_json(_owner(), path)
+    time.sleep(SETTLE_SECONDS)
+    if _read(path) != _owner():
+        _refuse(path)
+
+
 def _beat(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.utime(path)
+
+
+def _beat_object(path: Path) -> None:
+    """Write the owner again, unless another has come."""
+    try:
+        if _read(path) == _owner():
+            write_json(_owner(), path)
+        else:
+            log.warning("%s names another process: two work on the same folder; stop one of them", path)
+    except SaferError as error:
+        log.warning("the heartbeat of this run failed: %s", error)

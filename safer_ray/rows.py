@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from safer_ray import schema
 from safer_ray.errors import UserError
+from safer_ray.remote import BUFFER, Remote
 from safer_ray.schema import RAW_LIMIT
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
@@ -38,15 +39,34 @@ def kind_of(path: Path) -> tuple[str | None, str | None]:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Damage of a whole file as one line."""
+    """Damage of a whole file as one line, and what an object store does not give."""
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
+        if isinstance(path, Remote) and isinstance(error, OSError):
+            _explain_object(path, error)
         cause = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read {path}: {cause}; the file is damaged or incomplete, write it again") from error
 
 
+def _explain_object(path: Remote, error: OSError) -> None:
+    """Raises UserError where an object is not there, SaferError where it cannot be had."""
+    if isinstance(error, FileNotFoundError):
+        raise UserError(f"{path} is gone; put it back, then run the same command again") from error
+    with path.explained("read"):
+        raise error
+
+
+def source_of(path: Path) -> Any:
+    """What pyarrow reads a file from."""
+    return path.native() if isinstance(path, Remote) else path
+
+
 def _open(path: Path) -> io.BufferedReader:
+    if isinstance(path, Remote):
+        compression = kind_of(path)[1]
+        stream = path.native()
+        return io.BufferedReader(pa.CompressedInputStream(stream, compression) if compression else stream, BUFFER)
     return io.BufferedReader(pa.input_stream(str(path), compression=kind_of(path)[1]), 2**20)
 
 
@@ -167,7 +187,7 @@ def _one_row(row: pa.RecordBatch) -> tuple[str, str | None]:
 
 
 def _parquet(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(source_of(path), pre_buffer=isinstance(path, Remote)) as file:
         groups: list[int] = []
         first = seen = 0
         for group in range(file.num_row_groups):
@@ -184,7 +204,7 @@ def _parquet(path: Path, start: int, stop: int) -> Iterator[RawRow]:
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as memory:
+    with path.native() if isinstance(path, Remote) else pa.memory_map(str(path)) as memory:
         magic = memory.read(6)
         memory.seek(0)
         if magic == b"ARROW1":
@@ -256,9 +276,14 @@ def _cut_lines(path: Path, rows: int, size: int, limit: int, after: Cut, length:
                 return
 
 
-def grows(path: Path) -> bool:
-    """Whether rows can be added to a file without changing what is there."""
+def is_lines(path: Path) -> bool:
+    """Whether a file can be entered at any of its rows."""
     return kind_of(path) == ("jsonl", None)
+
+
+def grows(path: Path) -> bool:
+    """Whether rows can be added to a file without changing what is there; an object is written anew."""
+    return is_lines(path) and not isinstance(path, Remote)
 
 
 def cut_rows(
@@ -267,14 +292,14 @@ def cut_rows(
     """Ranges of a file's rows, each of at most `rows` rows and about `size` bytes; of lines, those behind `after` in
     the first `length` bytes."""
     kind = kind_of(path)[0]
-    if grows(path):
+    if is_lines(path):
         with explained(path):
             yield from _cut_lines(path, rows, size, limit, after, path.stat().st_size if length is None else length)
         return
     if kind in ("parquet", "arrow"):
         with explained(path):
             if kind == "parquet":
-                metadata = pq.read_metadata(path)
+                metadata = pq.read_metadata(source_of(path))
                 sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
                 total, held = metadata.num_rows, sum(sizes)
             else:

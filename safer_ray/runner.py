@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray.artifacts import Fragment, part_name, save_plan
+from safer_ray.background import side_by_side
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, write_json, write_parquet
+from safer_ray.files import names_in, read_json, read_parquet, threads_for, write_json, write_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 from safer_ray.tokens import token_count
 
@@ -194,7 +195,7 @@ class Attempts:
         if len(rows) == 0:
             return
         journal = self.journal / f"{fragment.number:08}-{start}-{len(rows)}.json"
-        failures = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else []
+        failures = _attempted(journal)
         self.restarts += ENDED in failures[-1:]
         while len(failures) < TRIES:
             write_json([*failures, ENDED], journal)
@@ -217,6 +218,14 @@ class Attempts:
         half = len(rows) // 2
         yield from self._outputs(fragment, rows.slice(0, half), start)
         yield from self._outputs(fragment, rows.slice(half), start + half)
+
+
+def _attempted(journal: Path) -> list[str]:
+    """How earlier attempts at a range of rows failed."""
+    try:
+        return list(json.loads(journal.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
 
 
 class ReadFragment:
@@ -315,15 +324,16 @@ def plan(job: MapJob, fragments: Sequence[Fragment], directory: Path) -> tuple[l
 
 def pending(fragments: Sequence[Fragment], directory: Path) -> list[Fragment]:
     """Plan minus done."""
-    return [f for f in fragments if not (directory / "done" / f"{f.number:08}.json").exists()]
+    done = names_in(directory / "done")
+    return [f for f in fragments if f"{f.number:08}.json" not in done]
 
 
 def count(directory: Path) -> Counts:
     """Sum of the `done` entries."""
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for path in sorted((directory / "done").glob("*.json")):
-        entry = json.loads(path.read_text(encoding="utf-8"))
+    paths = sorted((directory / "done").glob("*.json"))
+    for entry in side_by_side(read_json, paths, threads_for(directory)):
         totals.update({name: entry[name] for name in ("read", "written", "quarantined")})
         reasons.update(entry["reasons"])
     return Counts(totals["read"], totals["written"], totals["quarantined"], dict(reasons))

@@ -1,14 +1,15 @@
 """Data sets in the wild to pairs: files are cut into fragments, rows are read raw, then normalised or refused."""
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from safer_ray.artifacts import Fragment
 from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
+from safer_ray.files import at, stamp
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
+from safer_ray.remote import Remote
 from safer_ray.rows import BEGIN, ENDINGS, MAX_ROW, Cut, RawRow, cut_rows, explained, kind_of, read_rows
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.where import meets, parse_where
@@ -47,9 +50,29 @@ _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 # Which files
 
 
-def _is_data(path: Path) -> bool:
+def _has_data_name(path: Path) -> bool:
     hidden = path.name.startswith((".", "_"))
-    return path.is_file() and not hidden and path.name not in _NO_DATA and kind_of(path)[0] is not None
+    return not hidden and path.name not in _NO_DATA and kind_of(path)[0] is not None
+
+
+def _place(source: SourceConfig) -> Path:
+    """What a source's path means: a file, a folder or a glob."""
+    path = at(source.path)
+    return path if isinstance(path, Remote) else Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    if not isinstance(pattern, Remote):
+        return (Path(name) for name in glob.iglob(str(pattern), recursive=True))
+    root = _before_magic(pattern)
+    return root.glob(str(pattern.relative_to(root)))
+
+
+def _before_magic(path: Path) -> Path:
+    """The folder that a glob's first wildcard stands in."""
+    while any(glob.has_magic(part) for part in path.parts):
+        path = path.parent
+    return path
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -60,7 +83,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     """
     if source.path.startswith("hub:"):
         return _saved(_from_hub(source), source.split)
-    path = Path(os.path.abspath(os.path.expanduser(source.path)))
+    path = _place(source)
     if path.is_file():
         if kind_of(path)[0] is None:
             raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}")
@@ -68,12 +91,13 @@ def source_files(source: SourceConfig) -> list[Path]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, source.split)
     if path.is_dir():
-        found = path.rglob("*")
+        found: Iterable[Path] = path.rglob("*")
     elif glob.has_magic(source.path):
-        found = (Path(name) for name in glob.iglob(str(path), recursive=True))
+        found = _matches(path)
     else:
         raise UserError(f"no file, folder or glob at {source.path}; check the path, or write hub:OWNER/NAME")
-    files = sorted(file for file in found if _is_data(file))
+    listed = isinstance(path, Remote)  # of objects nothing more need be asked
+    files = sorted(file for file in found if _has_data_name(file) and (listed or file.is_file()))
     if not files:
         raise UserError(f"{source.path}: no data files there; supported are {ENDINGS}")
     return files
@@ -122,19 +146,22 @@ def _from_hub(source: SourceConfig) -> Path:
 
 def _file_name(path: Path, source: SourceConfig) -> str:
     """The file's path inside the source's folder (or before a glob's first wildcard), else its base name."""
-    root = Path(os.path.abspath(os.path.expanduser(source.path)))
-    if not root.exists():
-        root = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+    root = _place(source)
+    if isinstance(path, Remote) or not root.exists():  # of objects it is not asked: a bucket holds no file called `*`
+        root = _before_magic(root)
     return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
 
 
 # Fragments
 
 
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+
+
 def parse_row(raw: str) -> dict[str, Any]:
     """A row's JSON text as a mapping; NaN and infinities become null."""
     try:
-        row = json.loads(raw, parse_constant=lambda _: None)
+        row = _DECODER.decode(raw)
         if "\\u" in raw:
             schema.to_json(row).encode()
     except UnicodeEncodeError:
@@ -196,12 +223,12 @@ def plan_file(
         UserError: the file is damaged, or its columns fit no preference format.
     """
     with explained(path):
-        stat = path.stat()
+        size_now, etag = stamp(path)
     _format(path, source)
     behind = Cut(after.start, after.stop, after.size) if after else BEGIN
     return [
-        Fragment(number, 0, str(path), cut.start, cut.stop, stat.st_size, str(stat.st_mtime_ns), cut.offset)
-        for number, cut in enumerate(cut_rows(path, rows, size, source.limit or 2**62, behind, stat.st_size))
+        Fragment(number, 0, str(path), cut.start, cut.stop, size_now, etag, cut.offset)
+        for number, cut in enumerate(cut_rows(path, rows, size, source.limit or 2**62, behind, size_now))
     ]
 
 
@@ -209,11 +236,41 @@ def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
     """The rows of a fragment as JSON text (columns `RAW`), with a reason for those that cannot be read.
 
     Raises:
-        UserError: the file as a whole cannot be read, or its columns fit no preference format.
+        UserError: the file as a whole cannot be read, or its columns fit no preference format; or an object is not the
+            one that was planned.
     """
-    path = Path(fragment.path)
+    path = at(fragment.path)
+    with _as_planned(path, fragment):
+        return _read_raw(path, fragment, source)
+
+
+@contextlib.contextmanager
+def _as_planned(path: Path, fragment: Fragment) -> Iterator[None]:
+    """Raises UserError where an object was written anew before it was read to its end: its parts would not fit."""
+    try:
+        yield
+    finally:
+        if isinstance(path, Remote):
+            with explained(path):
+                found = stamp(path)
+            if found != (fragment.size, fragment.etag):
+                raise UserError(
+                    f"{path} changed since it was planned ({fragment.size:,} bytes then, {found[0]:,} now); "
+                    "put it back, or start again with --fresh"
+                )
+
+
+@functools.lru_cache(maxsize=1024)
+def _format_of_object(uri: str, etag: str, source: SourceConfig) -> str:
+    """As `_format`, asked once a process."""
+    return _format(at(uri), source)
+
+
+def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     name = _file_name(path, source)
-    shared = {"source": source.name or name, "source_index": fragment.source, "format": _format(path, source)}
+    is_object = isinstance(path, Remote)
+    format = _format_of_object(fragment.path, fragment.etag, source) if is_object else _format(path, source)
+    shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
     expand = EXPANDERS.get(str(shared["format"]))
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset)

@@ -42,6 +42,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
 SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
 
+WITH_RAY = ("test_ray_jobs", "test_ray_session", "test_submit", "test_serve", "test_cluster", "test_chaos")
+
 torch.set_num_threads(2)
 quiet_transformers()
 
@@ -49,6 +51,13 @@ quiet_transformers()
 def pytest_configure() -> None:
     """A shell makes what it runs in the background deaf to Ctrl-C; processes that tests start are to hear it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of processes that share the tests, one runs all that start a Ray, so that these do not starve each other."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()) or item.path.stem in WITH_RAY:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def shared(name: str) -> Path:

@@ -36,7 +36,7 @@ from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
-from safer_ray.files import read_json, write_json, write_parquet, write_text
+from safer_ray.files import at, read_json, remove, write_json, write_parquet, write_text
 from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.lock import locked
 from safer_ray.runner import LocalRunner, MapJob
@@ -106,7 +106,7 @@ def make_audit(
         write=write_part,
     )
     counts = LocalRunner().map(job, planned(audit, out), out)
-    shutil.rmtree(out / "journal", ignore_errors=True)
+    remove(out / "journal")
     write_json(audit.asked() | {"path": audit.source.path}, out / "audit.json")
     facts = {"stage": "audit", "name": "audit-0123456789ab", "rows": {"scored": counts.written}, "packages": {}}
     write_json(facts | {"red_team": red_team}, out / "manifest.json")
@@ -717,8 +717,8 @@ def test_a_difference_is_what_counting_by_hand_finds(tmp_path):
     assert found.pairs == (20, 10, 10)
     flagged = [sum(said[key][0] >= FLAG for key in both) for said in (one, other)]
     assert found.flags == (*flagged, len(gained), len(lost))
-    for at, name in enumerate(("suspicion", "score")):
-        wanted = spearmanr([one[key][at] for key in both], [other[key][at] for key in both]).statistic
+    for i, name in enumerate(("suspicion", "score")):
+        wanted = spearmanr([one[key][i] for key in both], [other[key][i] for key in both]).statistic
         assert found.spearman[name] == pytest.approx(wanted)
     assert found.suspicion_change == pytest.approx(np.mean([other[key][0] - one[key][0] for key in both]))
     assert found.quarantine == ({"no sentence": 10}, {"no sentence": 10})
@@ -947,6 +947,28 @@ def test_only_what_is_old_enough_is_taken(ok, run_folder, tmp_path):
 
 def test_a_root_that_is_not_there_is_told(refused, tmp_path):
     assert "no folder at" in refused("gc", tmp_path / "none")
+
+
+# Objects
+
+
+def test_audits_and_sources_in_an_object_store_are_worked_with_as_those_on_a_disk(ok, corpus, audit, tmp_path):
+    root = at(f"memory://{tmp_path.name}")
+    source = write_corpus(root / "data/pairs.jsonl", [json.loads(line) for line in corpus.read_text().splitlines()])
+    there = make_audit(root / "audit", root / "data", suspicions(N))
+    flagged = next(i for i in range(N) if suspicions(N)[f"p{i:03}"][0] >= FLAG)
+    verdicts = verdict_file(tmp_path / "v.jsonl", {"row_key": f"pairs.jsonl#{flagged}", "verdict": "fine"})
+    for audit_folder, out in ((audit.path, "here"), (there.path, "there")):
+        ok("review", "--audit", audit_folder, "--verdicts", verdicts)
+        ok("export", "--audit", audit_folder, "--out", tmp_path / out)
+    one, other = (open_artifact(tmp_path / name).manifest for name in ("here", "there"))
+    assert one["content_sha256"] == other["content_sha256"]
+    assert one["metrics"]["why"]["reviewed: fine"] == 1
+    found = difference(audit, there)
+    assert (found.matched_by, found.pairs, list(found.config)) == ("row_key", (N, 0, 0), ["path"])
+    write_corpus(source, [pair(1)])
+    with pytest.raises(UserError, match=r"pairs\.jsonl changed since it was audited"):
+        exported(there, tmp_path / "changed")
 
 
 # End to end

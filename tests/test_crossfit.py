@@ -8,7 +8,7 @@ import pytest
 from conftest import write_parts
 from scipy.stats import spearmanr
 from test_kill import assert_same_rows
-from tiny_run import tables, tiny_config
+from tiny_run import audited, tables, tiny_config
 
 from safer_ray.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.auditor import best_detector
@@ -33,6 +33,7 @@ from safer_ray.lab import Lab, run_lab
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import LocalRunner
 from safer_ray.scoring import KIND, margins
+from safer_ray.stage import pairs_of
 
 FOLDS = 3
 EXCHANGE = (
@@ -188,7 +189,7 @@ def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_p
     stages = Stages(Place(tmp_path), LocalRunner())
     pairs = suspected.artifacts["training_pairs"]
     audits = {
-        name: read_parts(stages.audit(ScoresConfig(detector=name), pairs, bundle).path).sort_by("pair_id")
+        name: audited(ScoresConfig(detector=name), pairs_of(pairs), bundle, tmp_path / name).sort_by("pair_id")
         for name in ("safer", "reward_margin", "combined")
     }
     assert audits["safer"]["score"].equals(audits["combined"]["score"])
@@ -207,9 +208,8 @@ def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_p
 def test_a_bundle_without_one_says_how_to_get_one(made, pairs_dir, tmp_path):
     bundle = made.folds[0].auditor
     assert best_detector(bundle) == "reward_margin"
-    stages = Stages(Place(tmp_path), LocalRunner())
     with pytest.raises(UserError, match="has no combined detector; build the bundle by a run with `cross_fit`"):
-        stages.audit(ScoresConfig(detector="combined"), open_artifact(pairs_dir), bundle)
+        audited(ScoresConfig(detector="combined"), pairs_dir, bundle, tmp_path / "audit")
 
 
 def test_a_combined_detector_needs_folds_that_share_what_it_reads(config, tmp_path):

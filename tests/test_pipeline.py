@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import POISONED, VARIANTS, every, finished, tables, tiny_config
+from tiny_run import POISONED, VARIANTS, audited, every, finished, tables, tiny_config
 
 from safer_ray import schema
 from safer_ray.artifacts import Place, check_whole, open_artifact, part_files, read_parts
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
-from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
+from safer_ray.config import ScoresConfig
 from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
 from safer_ray.pipeline import STAGES, Stages, run
@@ -454,11 +454,10 @@ def test_scores_joined_by_id_equal_a_recomputation_from_the_codes(tiny):
 def test_scores_say_whether_their_models_had_seen_the_pairs(tiny, tmp_path):
     assert tiny.artifacts["scores"].metrics["kind"] == "in sample"
     bundle = open_artifact(tiny.artifacts["auditor"].path, "auditor")
-    audited = stages_in(tmp_path).audit(ScoresConfig(), tiny.artifacts["pairs"], bundle)
-    assert audited.metrics["kind"] == "by a bundle"
-    for artifact in (tiny.artifacts["scores"], audited):
-        metadata = pa.parquet.read_schema(part_files(artifact.path)[0]).metadata
-        assert metadata[b"safer_ray.scores"].decode() == artifact.metrics["kind"]
+    audited(ScoresConfig(), tiny.artifacts["pairs"].path, bundle, tmp_path / "audit")
+    for folder, kind in ((tiny.artifacts["scores"].path, "in sample"), (tmp_path / "audit/scores", "by a bundle")):
+        metadata = pa.parquet.read_schema(part_files(folder)[0]).metadata
+        assert metadata[b"safer_ray.scores"].decode() == kind
 
 
 def test_scores_say_which_row_of_the_source_they_are_of(tiny):
@@ -468,22 +467,20 @@ def test_scores_say_which_row_of_the_source_they_are_of(tiny):
 
 
 def test_an_audit_with_the_bundle_gives_the_scores_of_the_run(tiny, tmp_path):
-    stages = stages_in(tmp_path)
-    train = SourceConfig(path=str(tiny.artifacts["corpus"].path / "train.jsonl"))
-    pairs = stages.pairs(PairsConfig(sources=(train,)))
+    train = tiny.artifacts["corpus"].path / "train.jsonl"
     bundle = open_artifact(tiny.artifacts["auditor"].path, "auditor")
-    audited = by_id(read_parts(stages.audit(ScoresConfig(), pairs, bundle).path))
+    found = by_id(audited(ScoresConfig(), train, bundle, tmp_path / "audit"))
     truth = read_parts(tiny.artifacts["noise"].path / "truth")
     planted = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
     scores = by_id(read_parts(tiny.artifacts["scores"].path))
-    assert set(audited) == set(scores)
+    assert set(found) == set(scores)
     for key, row in scores.items():
         sign = -1 if planted[key] else 1  # the run saw these with their labels swapped
         for name in ("score", "reward_margin"):
-            assert audited[key][name] == pytest.approx(sign * row[name], abs=1e-5), key
+            assert found[key][name] == pytest.approx(sign * row[name], abs=1e-5), key
         if not planted[key]:
-            assert audited[key]["suspicion"] == pytest.approx(row["suspicion"], abs=5 / 320)
-            assert audited[key]["flag"] == (audited[key]["suspicion"] >= 0.95)
+            assert found[key]["suspicion"] == pytest.approx(row["suspicion"], abs=5 / 320)
+            assert found[key]["flag"] == (found[key]["suspicion"] >= 0.95)
 
 
 def test_the_bundle_is_self_contained(tiny):
@@ -501,7 +498,7 @@ def test_a_bundle_of_another_format_is_refused(tiny, tmp_path):
     metrics = bundle.manifest["metrics"] | {"format": 99}
     stranger = replace(bundle, manifest=bundle.manifest | {"metrics": metrics})
     with pytest.raises(UserError, match="format 99, this version reads 2"):
-        stages_in(tmp_path).audit(ScoresConfig(), tiny.artifacts["pairs"], stranger)
+        audited(ScoresConfig(), tiny.artifacts["pairs"].path, stranger, tmp_path / "audit")
 
 
 def test_rescoring_with_the_runs_own_features_gives_its_scores(tiny, tmp_path):

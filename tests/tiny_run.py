@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from safer_ray.artifacts import Artifact, read_parts
-from safer_ray.config import RunConfig
+from safer_ray.audit_run import Audit, audit_corpus
+from safer_ray.config import RunConfig, ScoresConfig, SourceConfig
 from safer_ray.pipeline import Run, run
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
@@ -54,6 +55,15 @@ def tiny_config(folder: Path, *assignments: str) -> RunConfig:
 def finished(session: Path) -> Run:
     """The finished run of this test session."""
     return run(tiny_config(session / "tiny"), LocalRunner())
+
+
+def audited(config: ScoresConfig, pairs: str | Path, bundle: Artifact, out: Path) -> pa.Table:
+    """The scores of an audit of a file, or of the parts in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = Path(pairs)
+    source = SourceConfig(path=str(path / "part-*.parquet" if path.is_dir() else path))
+    audit_corpus(Audit(bundle, source, config), out, LocalRunner())
+    return read_parts(out / "scores")
 
 
 def every(made: Run) -> dict[str, Artifact]:

@@ -19,9 +19,12 @@ VALUE_OPTIONS = (
     "--format",
     "--flag-quantile",
     "--detector",
+    "--max-chars",
+    "--fragment-rows",
+    "--shards",
 )
 OF_CONFIGS = ("run", "lab", "sweep")  # commands that take a config, whose results lie below its root
-FLAGS = ("-v", "--verbose", "--fresh", "--i-am-red-teaming")
+FLAGS = ("-v", "--verbose", "--fresh", "--dry-run", "--i-am-red-teaming")
 
 
 def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:

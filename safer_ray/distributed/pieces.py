@@ -1,7 +1,6 @@
 """Fragments cut into micro-batches, for models in several parts: the rows of one stream from pool to pool."""
 
-import json
-import shutil
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import pyarrow.compute as pc
 
 from safer_ray.artifacts import Fragment
 from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, to_bytes
-from safer_ray.files import read_parquet, write_json, write_parquet
+from safer_ray.errors import UserError
+from safer_ray.files import names_in, read_json, read_parquet, remove, write_json, write_parquet
 from safer_ray.runner import Attempts, MapJob, Mapped, Part, Prepared
 from safer_ray.schema import QUARANTINE, SIDES
 
@@ -89,21 +89,25 @@ class CommitPiece(Commit):
         write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
         write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
         waits = {"fragment": row["fragment"], "error": "", "committed": False, "read": 0}
-        if len(list(folder.glob("*.json"))) < row["of"]:
+        if sum(name.endswith(".json") for name in names_in(folder)) < row["of"]:
             return waits
         try:
-            mapped = _together(fragment, folder)
-        except FileNotFoundError:  # another piece came at the same time, and committed
-            return waits
+            mapped = _together(fragment, folder, row["of"])
+        except UserError:
+            if (self.directory / "done" / f"{fragment.number:08}.json").exists():
+                return waits  # another piece came at the same time, committed, and removes what is read here
+            raise
         closed = self.close(row, mapped)
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(folder)
         return closed
 
 
-def _together(fragment: Fragment, folder: Path) -> Mapped:
-    facts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+def _together(fragment: Fragment, folder: Path, pieces: int) -> Mapped:
+    """All pieces of a fragment; raises UserError where one is not there."""
+    facts = [read_json(folder / f"{number:05}.json") for number in range(pieces)]
     rows, refused = (
-        pa.concat_tables([read_parquet(path) for path in sorted(folder.glob(f"*.{name}.parquet"))])
+        pa.concat_tables([read_parquet(folder / f"{number:05}.{name}.parquet") for number in range(pieces)])
         for name in ("rows", "refused")
     )
     return Mapped(fragment, rows=rows, refused=refused, **{name: sum(fact[name] for fact in facts) for name in COUNTED})

@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config import RayConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.remote import Remote
 
 CONNECT_SECONDS = 5.0
 IDLE_MS = 300_000  # task processes of a Ray of our own wait so long for the next stage: they have loaded torch
@@ -297,12 +298,14 @@ def _sees(path: str) -> bool:
 def check_shared(directory: Path) -> None:
     """Every node must see the run's directory, where workers read and commit; a node lost meanwhile need not.
 
+    An object store is seen from everywhere.
+
     Raises:
         UserError: one does not.
         SaferError: one does not answer.
     """
     nodes = _alive()
-    if len(nodes) == 1:
+    if len(nodes) == 1 or isinstance(directory, Remote):
         return
     directory.mkdir(parents=True, exist_ok=True)
     marker = directory / f".seen-{uuid.uuid4().hex[:8]}"

@@ -130,7 +130,8 @@ class Fire:
             cluster.remove_node(self.random.choice(list(cluster.worker_nodes)), allow_graceful=False)
             cluster.add_node(num_cpus=2)
             return True, driver
-        workers = [p for p in psutil.process_iter(["cmdline", "ppid"]) if _is_worker(p, actor=kind == "actor")]
+        ours = psutil.Process().children(recursive=True)  # of the nodes that this process started
+        workers = [process for process in ours if _is_worker(process, actor=kind == "actor")]
         if not workers:
             return False, driver
         try:
@@ -142,7 +143,10 @@ class Fire:
 
 def _is_worker(process: psutil.Process, actor: bool) -> bool:
     """Whether a process is an actor, or a task, at the audit's work."""
-    title = " ".join(process.info["cmdline"] or [])
+    try:
+        title = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
     return title.startswith("ray::") and ("MapWorker" in title) == actor and ("Map" in title or "map" in title.lower())
 
 
