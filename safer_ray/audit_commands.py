@@ -27,7 +27,7 @@ def audit(
     detector: Annotated[
         str | None, typer.Option(help="safer, reward_margin or combined; default: the best that the bundle has.")
     ] = None,
-    max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 200_000,
+    max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 20_000,
     fragment_rows: Annotated[int, typer.Option(help="Rows that are committed together.")] = 1000,
     shards: Annotated[int, typer.Option(help="Parts that the reward model is cut into, by layers.")] = 1,
     runner: RunnerName = "local",

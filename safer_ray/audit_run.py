@@ -39,7 +39,7 @@ class Audit(NamedTuple):
     auditor: Artifact
     source: SourceConfig
     scores: ScoresConfig
-    max_chars: int = 200_000
+    max_chars: int = 20_000
     fragment_rows: int = 1000
     shards: int = 1
 

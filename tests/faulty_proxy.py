@@ -48,7 +48,6 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
-            wbufsize = -1
 
             def handle_one_request(self) -> None:
                 with contextlib.suppress(ConnectionError):

@@ -10,7 +10,7 @@ import textwrap
 import pyarrow as pa
 import pytest
 
-from safer_ray import schema
+from safer_ray import files, schema
 from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
@@ -180,7 +180,6 @@ def test_trouble_that_no_row_is_to_blame_for_ends_the_stage_at_once(fragments, t
 
 
 def test_a_disk_that_fills_at_commit_leaves_the_fragment_undone(fragments, tmp_path, monkeypatch):
-
     out = tmp_path / "out"
     replace = os.replace
 
@@ -242,11 +241,11 @@ def test_progress_is_told_by_stage_and_counts_what_was_done_before(fragments, tm
     seen = []
     runner = LocalRunner(lambda *given: seen.append(given))
     runner.map(job(), fragments, tmp_path / "out")
-    assert seen == [("codes", 1, 3), ("codes", 2, 3), ("codes", 3, 3)]
+    assert seen == [("codes", 1, 3, 10), ("codes", 2, 3, 10), ("codes", 3, 3, 10)]
     (tmp_path / "out/done/00000001.json").unlink()
     seen.clear()
     runner.map(job(), fragments, tmp_path / "out")
-    assert seen == [("codes", 3, 3)]
+    assert seen == [("codes", 3, 3, 10)]
     runner.map(job(), fragments, tmp_path / "out")
     assert len(seen) == 1
 
@@ -458,7 +457,7 @@ def test_trainings_run_one_after_another_in_this_process_and_are_timed(tmp_path)
     found = runner.train(train_jobs(tmp_path, calls, ["a", "b"]))
     assert [(metrics["name"], metrics["workers"]) for metrics in found] == [("a", 1), ("b", 1)]
     assert all(metrics["train_seconds"] >= 0 for metrics in found)
-    assert seen == [("reward", step, 3) for step in (1, 2, 3)] * 2
+    assert seen == [("reward", step, 3, 0) for step in (1, 2, 3)] * 2
     assert (tmp_path / "b/weights").read_text() == "b"
 
 
