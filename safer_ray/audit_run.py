@@ -6,7 +6,6 @@ the same command goes on where it was interrupted, and a corpus that has grown i
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +29,6 @@ LISTED = "flagged.jsonl"
 SUMMARY = "summary.json"
 PAGE = "report.html"
 OWN = (ASKED, PLAN, MANIFEST, LISTED, SUMMARY, PAGE, SCORES, FLAGGED, "quarantine", "done", *SCRATCH)
-log = logging.getLogger(__name__)
 
 
 class Audit(NamedTuple):

@@ -29,12 +29,15 @@ def repeated(seconds: float, work: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def side_by_side(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
-    """As `map`, with so many calls at once; no more than twice as many are ahead of the one that is taken."""
+def side_by_side(
+    function: Callable[[Item], Made], items: Iterable[Item], threads: int, begin: Callable[[], None] | None = None
+) -> Iterator[Made]:
+    """As `map`, with so many calls at once; no more than twice as many are ahead of the one that is taken. Where there
+    are several threads, each does `begin` first."""
     if threads == 1:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
         ahead: deque[Future[Made]] = deque()
         try:
             for item in items:

@@ -1,15 +1,15 @@
 """Micro-batches: cut by a token budget, run side by side on a CPU's cores, halved where the memory does not suffice."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
 
+from safer_ray.background import side_by_side
 from safer_ray.errors import UserError
 from safer_ray.packing import Packed
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -35,22 +35,6 @@ def cut(rows: Sequence[Packed], numbers: Sequence[int], budget: int) -> list[lis
     ]
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
-    """`work` of every item, in order, in so many threads, in which torch uses one core; one item has all the cores.
-
-    Products of a micro-batch's size keep one core busier than several.
-    """
-    if threads < 2 or len(items) < 2:
-        yield from map(work, items)
-        return
-    cores = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(work, items)
-    finally:
-        torch.set_num_threads(cores)  # each thread has its own number, but new threads take the last one set
-
-
 def passes(
     run: Callable[[list[int]], Result],
     rows: Sequence[Packed],
@@ -61,6 +45,8 @@ def passes(
 ) -> Iterator[tuple[list[int], Result]]:
     """Micro-batches of rows and what `run` makes of them; one that does not fit the memory is cut to half the budget,
     once.
+
+    Several run in so many threads, in which torch uses one core: products of their size keep one busier than several.
 
     Raises:
         UserError: a row that does not fit; its name and length are told, and `beside` what, with the remedy.
@@ -80,8 +66,12 @@ def passes(
             parts.append((part, found))
         return parts
 
-    for parts in side_by_side(halved, cut(rows, range(len(rows)), budget), threads):
-        yield from parts
+    chunks, cores = cut(rows, range(len(rows)), budget), torch.get_num_threads()
+    try:
+        for parts in side_by_side(halved, chunks, min(threads, max(1, len(chunks))), partial(torch.set_num_threads, 1)):
+            yield from parts
+    finally:
+        torch.set_num_threads(cores)  # each thread has its own number, but new threads take the last one set
 
 
 def _unless_too_large(run: Callable[[list[int]], Result], chunk: list[int]) -> Result | None:

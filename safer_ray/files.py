@@ -78,6 +78,19 @@ def parquet_rows(path: Path) -> int:
         return int(pq.read_metadata(stream).num_rows)
 
 
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Where the body writes what then becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with explain_disk_errors(path.parent):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write beside, then rename: `path` is whole or absent."""
     if isinstance(path, Remote):
@@ -85,14 +98,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, sink, compression="zstd")
         path.write([sink.getvalue()])
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with explain_disk_errors(path.parent):
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _beside(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def write_text(text: str, path: Path) -> None:
@@ -100,14 +107,8 @@ def write_text(text: str, path: Path) -> None:
     if isinstance(path, Remote):
         path.write([text.encode()])
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with explain_disk_errors(path.parent):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -120,10 +121,8 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             stream.seek(0)
             path.write(iter(lambda: stream.read(BLOCK), b""))
         return
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as stream:
+    with _beside(path) as temporary, temporary.open("wb") as stream:
         yield stream
-    beside.replace(path)
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -19,7 +19,7 @@ from safer_ray.artifacts import MANIFEST, SCRATCH
 from safer_ray.audit_parts import FLAGGED, SCORES
 from safer_ray.audit_run import ASKED, LISTED
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.lock import _is_held, locked
+from safer_ray.lock import is_held, locked
 
 LOCK = "run.lock"
 NAME = re.compile(r"[a-z][a-z_]*-[0-9a-f]{12}")  # STAGE-HASH
@@ -98,7 +98,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _stages_at_work(folder: Path) -> bool:
-    return any(_is_held(lock / LOCK) for lock in _stage_locks(folder))
+    return any(is_held(lock / LOCK) for lock in _stage_locks(folder))
 
 
 # What was left
@@ -117,9 +117,9 @@ def leftovers_of(folder: Path) -> Iterator[Leftover]:
         if _is_partial(path):
             yield _measured(path, "unfinished artifact")
     for path in _stage_locks(folder):
-        if not _is_held(path / LOCK):
+        if not is_held(path / LOCK):
             yield _measured(path, "lock of a dead process")
-    if _is_lock(folder / LOCK) and not _is_held(folder / LOCK):
+    if _is_lock(folder / LOCK) and not is_held(folder / LOCK):
         yield _measured(folder / LOCK, "lock of a dead process")
     audit = _is_audit(folder)
     for name in SCRATCH if audit else ():
@@ -146,7 +146,7 @@ def find_runs(root: Path) -> Iterator[Run]:
         if not audit and _is_artifact(folder):
             names.clear()
         elif audit or _is_run(folder):
-            held = _is_held(folder / LOCK) or _stages_at_work(folder)
+            held = is_held(folder / LOCK) or _stages_at_work(folder)
             if held or audit:
                 names.clear()
             yield Run(folder, held, [] if held else list(leftovers_of(folder)))

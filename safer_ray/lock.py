@@ -39,7 +39,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) and {"host", "pid", "started"} <= set(owner) else None
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
     """Whether a living process holds the lock; another host is believed until its heartbeat is old."""
     owner = _read(path)
     if owner is None:
@@ -79,7 +79,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _refuse_if_held(path: Path) -> None:
-    if _is_held(path):
+    if is_held(path):
         _refuse(path)
 
 

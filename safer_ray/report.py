@@ -3,15 +3,15 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from safer_ray import plots
+from safer_ray.pages import page
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,7 @@ ROLE_LABEL = re.compile(r"^\s*(?:human|user|assistant|system)\s*:\s*", re.IGNORE
 
 def render_report(data: ReportData) -> str:
     """The page as HTML: no outside requests, all text escaped, harmful text blurred until clicked."""
-    environment = Environment(
-        loader=PackageLoader("safer_ray"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "number": plots.number,
         "count": _count,
         "metric": _metric,
@@ -186,7 +179,7 @@ def render_report(data: ReportData) -> str:
     }
     features = sorted(data.features, key=lambda card: (-abs(card.salience), card.feature))
     reward_loss, reward_accuracy = plots.reward_curves(data.reward_history)
-    return environment.get_template("report.html").render(
+    return page("report.html", filters).render(
         data=data,
         summary=summary(data),
         tiles=key_figures(data),

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from safer_ray.pages import page
 
 WIDTH, HEIGHT = 640, 120
 COLUMNS = 40  # of the histogram
@@ -13,20 +14,13 @@ KINDS = 12  # of a facet that are shown, those of most pairs
 
 def render(summary: dict[str, Any], worst: Sequence[dict[str, Any]]) -> str:
     """The page of a `summary.json`, with the texts of its most suspicious pairs folded away."""
-    environment = Environment(
-        loader=PackageLoader("safer_ray"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"percent": _percent, "count": "{:,}".format, "number": _number}
     facets = {
         facet: sorted(kinds.items(), key=lambda item: -item[1]["pairs"])[:KINDS]
         for facet, kinds in summary["groups"].items()
         if facet in ("source", "length") or len(kinds) > 1
     }
-    return environment.get_template("audit.html").render(
+    filters = {"percent": _percent, "count": "{:,}".format, "number": _number}
+    return page("audit.html", filters).render(
         summary=summary, worst=worst, words=in_words(summary), facets=facets, histogram=_histogram(summary["suspicion"])
     )
 

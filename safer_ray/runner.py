@@ -60,7 +60,8 @@ class MapJob:
     makes them ready (tokenised) without the model, on a cluster in processes apart; `schema` is that of the rows
     written, `folder` where they go below the artifact's directory. A job that `loads_model` gets actors that live as
     long as the stage, others run as tasks. One of several `shards` is made in as many parts, `make(part=…)`, and rows
-    go from each to the next, `piece_tokens` at a time on a cluster.
+    go from each to the next, `piece_tokens` at a time on a cluster. A job that writes more than a part of each fragment
+    has `write(rows, directory, name)`, which gives facts for the fragment's `done` entry.
     """
 
     stage: str

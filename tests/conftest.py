@@ -10,6 +10,7 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import hashlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from safer_ray import schema
+from safer_ray import cli, schema
 from safer_ray.artifacts import part_name
 from safer_ray.checkpoints import (
     load_reward_model,
@@ -27,6 +28,7 @@ from safer_ray.checkpoints import (
     resolve_base,
     save_reward_model,
 )
+from safer_ray.commands import console, state
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.files import write_parquet
 from safer_ray.reward import RewardModel
@@ -205,6 +207,23 @@ def sae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saes") / "tiny"
     save_sae(random_sae(TINY.hidden, 64, 4), directory, model="tiny", layer=2)
     return directory
+
+
+@pytest.fixture
+def safer(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+    monkeypatch.setattr(console, "_width", 400)
+    monkeypatch.setitem(state, "verbose", False)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["safer-ray", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from safer_ray.audit_review import agreed, load_reviews, precision_at, review
 from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
 from safer_ray.auditor import AUDITOR_FORMAT
-from safer_ray.commands import console, state
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
@@ -131,23 +130,6 @@ def corpus(tmp_path):
 @pytest.fixture
 def audit(corpus, tmp_path):
     return make_audit(tmp_path / "audit", corpus, suspicions(N))
-
-
-@pytest.fixture
-def safer(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(console, "_width", 400)
-    monkeypatch.setitem(state, "verbose", False)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["safer-ray", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tiny_run import POISONED, every, finished, tiny_config, write_config
 
 from safer_ray import cli, files
 from safer_ray.artifacts import open_artifact, read_parts
-from safer_ray.commands import console, ray_config, state
+from safer_ray.commands import console, ray_config
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
 
@@ -55,23 +55,6 @@ def tiny(tmp_path_factory):
 def at(tiny):
     """Directories of the finished run by stage."""
     return {name: artifact.path for name, artifact in tiny.artifacts.items()}
-
-
-@pytest.fixture
-def safer(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(console, "_width", 400)
-    monkeypatch.setitem(state, "verbose", False)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["safer-ray", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 def events(err):
