@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from safer_ray import schema
 from safer_ray.artifacts import (
@@ -33,10 +32,10 @@ from safer_ray.audit_review import BAD, FINE, REVIEWS, decided, load_reviews
 from safer_ray.audit_run import ASKED, digest_of
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config import SourceConfig
-from safer_ray.curation import RED_TEAM_MARK, share_count
+from safer_ray.curation import RED_TEAM_MARK, is_marked, share_count
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_json, read_parquet, stamp, write_parquet, write_text
-from safer_ray.rows import explained, grows, kind_of, source_of
+from safer_ray.rows import grows
 from safer_ray.runner import MapJob, Runner
 from safer_ray.sources import NormalisePairs, read_raw
 
@@ -108,17 +107,6 @@ def _begins_alike(file: Path, size: int, last: Fragment) -> bool:
     with file.open("rb") as stream:
         stream.seek(max(0, last.size - 1))
         return size == last.size or stream.read(1) == b"\n"  # else the last line has grown
-
-
-def is_marked(fragments: Sequence[Fragment]) -> bool:
-    """Whether a source file says that its pairs were poisoned as a red-team exercise."""
-    for path in {at(fragment.path) for fragment in fragments}:
-        if kind_of(path)[0] == "parquet":
-            with explained(path):
-                metadata = pq.read_schema(source_of(path)).metadata or {}
-            if any(name.encode() in metadata for name in RED_TEAM_MARK):
-                return True
-    return False
 
 
 class ReadDecided:
@@ -196,7 +184,8 @@ def trl_line(pair: dict[str, Any]) -> dict[str, Any]:
 def write_part(rows: pa.Table, directory: Path, name: str, mark: dict[str, str] | None) -> dict[str, Any]:
     """A fragment's kept pairs and its decisions; what its `done` entry says of them."""
     kept = rows.filter(pc.equal(rows["decision"], KEEP)).select(schema.PAIRS.names)
-    lines = [json.dumps(trl_line(row), ensure_ascii=False) for row in kept.to_pylist()]
+    told = {"red_team": True} if mark else {}
+    lines = [json.dumps(trl_line(row) | told, ensure_ascii=False) for row in kept.to_pylist()]
     write_parquet(kept.replace_schema_metadata(mark), directory / PAIRS / name)
     write_text("".join(f"{line}\n" for line in lines), (directory / TRL / name).with_suffix(".jsonl"))
     write_parquet(rows.select(DECIDED.names).replace_schema_metadata(mark), directory / DECISIONS / name)
@@ -218,7 +207,7 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
     def build(out: Path) -> Result:
         fragments = read_plan(audit.path / PLAN)
         check_sources(fragments)
-        red_team = audit.red_team or is_marked(fragments)
+        red_team = audit.red_team or is_marked({at(fragment.path) for fragment in fragments})
         job = MapJob(
             "export",
             ReadDecided(audit, asked["source"], asked["max_chars"], what_to_drop(audit, percent)),

@@ -16,6 +16,7 @@ from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, 
 from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
 from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit
 from safer_ray.background import side_by_side
+from safer_ray.curation import is_marked
 from safer_ray.evaluation import wilson
 from safer_ray.files import names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
 from safer_ray.runner import Counts
@@ -53,6 +54,7 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
     figures = added(_figures(out, fragments))
     _list_flagged(out, fragments)
     summary = summarise(audit, figures, counts, duplicate_ids(out, fragments))
+    summary["red_team"] = is_marked(out / SCORES / part_name(fragment.number) for fragment in fragments)
     write_text(report_audit.render(summary, worst_pairs(out, fragments, figures)), out / PAGE)
     write_json(summary, out / SUMMARY)
     manifest = {
@@ -63,7 +65,7 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
         "packages": versions(),
         "rows": summary["rows"],
         "metrics": {name: summary[name] for name in ("flagged", "duplicates", "against_label")},
-        "red_team": audit.auditor.red_team,
+        "red_team": summary["red_team"],
         "wall_seconds": round(seconds, 3),
     }
     write_json(manifest, out / MANIFEST)
@@ -123,7 +125,6 @@ def summarise(audit: Audit, figures: Figures, counts: Counts, duplicates: int) -
     features = sorted(figures.features.items(), key=lambda item: (item[1][1], item[0]))[:20]
     return {
         "auditor": audit.auditor.name,
-        "red_team": audit.auditor.red_team,
         "pairs": audit.source.path,
         "detector": audit.scores.detector,
         "flag_quantile": audit.scores.flag_quantile,

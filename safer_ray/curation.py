@@ -1,20 +1,37 @@
 """Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy values pairs; low: suspicious."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from safer_ray.background import side_by_side
 from safer_ray.config import Action, StrategyName
 from safer_ray.errors import UserError
+from safer_ray.files import threads_for
+from safer_ray.rows import explained, kind_of, source_of
 from safer_ray.schema import DECISIONS, rows_of
 
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
+
+
+def is_marked(files: Iterable[Path]) -> bool:
+    """Whether one of them says that its pairs were poisoned as a red-team exercise; Parquet alone can."""
+    parquet = [path for path in files if kind_of(path)[0] == "parquet"]
+    return bool(parquet) and any(side_by_side(_says_poisoned, parquet, threads_for(parquet[0])))
+
+
+def _says_poisoned(path: Path) -> bool:
+    with explained(path):
+        metadata = pq.read_schema(source_of(path)).metadata or {}
+    return any(name.encode() in metadata for name in RED_TEAM_MARK)
 
 
 class StrategyInput(NamedTuple):

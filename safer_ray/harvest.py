@@ -1,6 +1,7 @@
 """The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
+from safer_ray.curation import RED_TEAM_MARK, is_marked
 from safer_ray.evaluation import section_accuracy
-from safer_ray.files import read_parquet, write_parquet
+from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
@@ -63,14 +65,17 @@ class Harvest(StageContext):
         inputs = {f"source{i}": source_identity(s, corpus) for i, s in enumerate(config.sources)}
 
         def build(out: Path) -> Result:
+            plan = plan_sources(sources, rows=self.fragment_rows)
+            red_team = is_marked(dict.fromkeys(at(fragment.path) for fragment in plan))
             job = MapJob(
                 "pairs",
                 lambda fragment: read_raw(fragment, sources[fragment.source]),
                 lambda: NormalisePairs(sources, config.max_chars),
                 schema.PAIRS,
+                metadata=RED_TEAM_MARK if red_team else None,
             )
-            counts = self.map(job, plan_sources(sources, rows=self.fragment_rows), out, refused_share=1)
-            return close_pairs(out, counts["read"], config)
+            counts = self.map(job, plan, out, refused_share=1)
+            return replace(close_pairs(out, counts["read"], config), red_team=red_team)
 
         return self.place.make(recipe("pairs", shown, **inputs), build)
 

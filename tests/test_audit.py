@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +64,10 @@ def run(audit: Audit, out: Path) -> dict:
     out.mkdir(exist_ok=True)
     counts = audit_corpus(audit, out, LocalRunner())
     return close_audit(audit, out, counts, 1.0)
+
+
+def is_marked_in(path: Path) -> bool:
+    return b"safer_ray.red_team" in (pq.read_schema(path).metadata or {})
 
 
 def scores_in(out: Path) -> pa.Table:
@@ -355,3 +360,23 @@ def test_sigterm_leaves_what_the_same_command_takes_up(bundle, lines, tmp_path):
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert {entry: entry.stat().st_mtime_ns for entry in done} == done
     assert len(scores_in(out)) == 20 * len(lines)
+
+
+def test_an_audit_of_poisoned_pairs_is_marked_in_manifest_files_and_rows(bundle, made, tmp_path):
+    poisoned = made.curated["flip_safer_5"].path / "pairs"
+    summary = run(audit_of(bundle, poisoned / "part-*.parquet"), tmp_path / "out")
+    assert summary["red_team"]
+    assert read_json(tmp_path / "out/manifest.json")["red_team"]
+    assert all(is_marked_in(path) for path in (tmp_path / "out/scores").iterdir())
+    assert all(json.loads(extra)["red_team"] for extra in scores_in(tmp_path / "out")["extra"].to_pylist())
+
+
+def test_an_audit_that_goes_on_once_its_poisoned_source_is_gone_stays_marked(bundle, made, corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(made.curated["flip_safer_5"].path / "pairs", folder)
+    run(audit_of(bundle, folder), tmp_path / "out")
+    for path in folder.iterdir():
+        path.unlink()
+    shutil.copy(corpus, folder)
+    assert run(audit_of(bundle, folder), tmp_path / "out")["red_team"]
+    assert [is_marked_in(path) for path in sorted((tmp_path / "out/scores").iterdir())][-1] is False

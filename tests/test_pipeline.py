@@ -14,7 +14,7 @@ from safer_ray import schema
 from safer_ray.artifacts import Place, check_whole, open_artifact, part_files, read_parts
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
-from safer_ray.config import ScoresConfig
+from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
 from safer_ray.pipeline import STAGES, Stages, run
@@ -523,3 +523,15 @@ def test_the_report_stands_alone_and_names_the_most_suspicious_pair(tiny):
     assert worst in page
     assert "A tiny run" in page
     assert all(variant in page for variant in VARIANTS)
+
+
+def test_pairs_read_from_poisoned_files_are_marked_again(tiny, tmp_path):
+    source = SourceConfig(path=str(tiny.curated["flip_safer_5"].path / "pairs" / "part-*.parquet"))
+    made = stages_in(tmp_path).pairs(PairsConfig(sources=(source,)))
+    assert made.red_team
+    assert all(RED_TEAM_MARK.items() <= _metadata(path).items() for path in part_files(made.path))
+    assert all(json.loads(extra)["red_team"] for extra in read_parts(made.path)["extra"].to_pylist())
+
+
+def _metadata(path):
+    return {key.decode(): value.decode() for key, value in (pq.read_schema(path).metadata or {}).items()}

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  # sets what Ray and torch read from the environment
+import noting
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -69,15 +70,19 @@ class Fire:
     killed: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)  # there was nothing to kill
 
+    def notes(self, out: Path) -> Path:
+        return self.folder / f"notes-{out.name}"
+
     def command(self, out: Path, runner: str) -> list[str]:
         words = ["audit", "--auditor", self.bundle, "--pairs", self.corpus, "--out", out, "--runner", runner]
         words += ["--fragment-rows", FRAGMENT, "--detector", "safer", "--flag-quantile", "0.2"]
         words += ["--actors", f"1:{ACTORS}"] if runner == "ray" else []
-        return [sys.executable, "-c", "from safer_ray.cli import main; main()", *map(str, words)]
+        program = [noting.__file__] if runner == "ray" else ["-c", "from safer_ray.cli import main; main()"]
+        return [sys.executable, *map(str, [*program, *words])]
 
     def start(self, out: Path, address: str) -> subprocess.Popen[bytes]:
         said = (self.folder / "driver.log").open("ab")
-        env = os.environ | {"RAY_ADDRESS": address}
+        env = os.environ | {"RAY_ADDRESS": address, noting.NOTES: str(self.notes(out))}
         return subprocess.Popen(self.command(out, "ray"), env=env, stdout=said, stderr=said)
 
     def audit(self, out: Path, cluster: Cluster, kills: int) -> None:
@@ -194,6 +199,7 @@ def under_fire(folder: Path, kills: int, seed: int, rows: int) -> dict[str, Any]
             out = folder / f"audit-{audits}"
             fire.audit(out, cluster, left)
             totals.update(compared(out, folder / "undisturbed"))
+            totals["begun_again"] += noting.begun_again(fire.notes(out))
             totals["restarts"] += sum(read_json(path)["restarts"] for path in (out / "done").iterdir())
             totals["quarantined_by_kills"] += sum(
                 "failed twice" in row["reason"] for row in quarantine_rows(out).to_pylist()
@@ -209,6 +215,7 @@ def under_fire(folder: Path, kills: int, seed: int, rows: int) -> dict[str, Any]
         "fragments": fragments,
         "actors": ACTORS,
         **totals,
+        "begun_again_at_most": kills * ACTORS,
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -223,4 +230,5 @@ if __name__ == "__main__":
     given.folder.mkdir(parents=True, exist_ok=True)
     found = under_fire(given.folder.resolve(), given.kills, given.seed, given.rows)
     print(json.dumps(found, indent=1))
-    sys.exit(any(found[name] for name in ("lost", "duplicated", "different")))
+    wrong = any(found[name] for name in ("lost", "duplicated", "different"))
+    sys.exit(wrong or found["begun_again"] > found["begun_again_at_most"])
