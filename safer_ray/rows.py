@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.remote import BUFFER, Remote
+from safer_ray.resting import At, resting
 from safer_ray.schema import RAW_LIMIT
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
@@ -82,30 +83,39 @@ def _skip_lines(stream: io.BufferedReader, count: int) -> None:
             return
 
 
-def _json_lines(path: Path, start: int, offset: int) -> Iterator[RawRow]:
-    with _open(path) as stream:
-        if offset:
-            stream.seek(offset)
-        else:
-            _skip_lines(stream, start)
-        position = start
-        while line := stream.readline(MAX_ROW + 1):
-            if position == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_ROW and not line.endswith(b"\n"):
-                length, line = len(line), line[:RAW_LIMIT]
-                while length <= MAX_SKIPPED and (rest := stream.readline(2**20)):
-                    length += len(rest)
-                    if rest.endswith(b"\n"):
-                        break
-                told = f"too long: {length} bytes, limit {MAX_ROW}"
-                if length > MAX_SKIPPED:  # what a small file may unpack to
-                    yield position, line.decode(errors="replace"), f"{told}; the rest of {path.name} is left unread"
-                    return
-                yield position, line.decode(errors="replace"), told
-            elif line.strip():
-                yield position, *_checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
-            position += 1
+def _json_lines(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRow]:
+    if is_lines(path):
+        with _open(path) as stream:
+            if offset:
+                stream.seek(offset)
+            else:
+                _skip_lines(stream, start)
+            yield from _lines(At(stream, start), path.name, stop)
+        return
+    with resting(path, start, stop, _open) as at:
+        _skip_lines(at.reader, start - at.position)
+        at.position = start
+        yield from _lines(at, path.name, stop)
+
+
+def _lines(at: At[io.BufferedReader], name: str, stop: int) -> Iterator[RawRow]:
+    while at.position < stop and (line := at.reader.readline(MAX_ROW + 1)):
+        if at.position == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > MAX_ROW and not line.endswith(b"\n"):
+            length, line = len(line), line[:RAW_LIMIT]
+            while length <= MAX_SKIPPED and (rest := at.reader.readline(2**20)):
+                length += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            told = f"too long: {length} bytes, limit {MAX_ROW}"
+            if length > MAX_SKIPPED:  # what a small file may unpack to
+                yield at.position, line.decode(errors="replace"), f"{told}; the rest of {name} is left unread"
+                return
+            yield at.position, line.decode(errors="replace"), told
+        elif line.strip():
+            yield at.position, *_checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
+        at.position += 1
 
 
 def _checked(text: str) -> tuple[str, str | None]:
@@ -119,8 +129,10 @@ def _checked(text: str) -> tuple[str, str | None]:
 
 
 def _is_array(path: Path) -> bool:
+    if kind_of(path)[0] != "json":
+        return False
     with _open(path) as stream:
-        return kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        return stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _json_array(path: Path) -> Iterator[RawRow]:
@@ -145,26 +157,34 @@ def _json_array(path: Path) -> Iterator[RawRow]:
             at, position, chunk = end, position + 1, 2**20
 
 
-def _csv_rows(path: Path, start: int) -> Iterator[RawRow]:
-    csv.field_size_limit(MAX_ROW)
-    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text)
-        header = next(reader, [])
-        position = 0
-        while True:
+class _Csv:
+    """The rows of a CSV file behind its header."""
+
+    def __init__(self, path: Path) -> None:
+        csv.field_size_limit(MAX_ROW)
+        self.text = io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="")
+        self.rows = csv.reader(self.text)
+        self.header = next(self.rows, [])
+        self.close = self.text.close
+
+
+def _csv_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
+    with resting(path, start, stop, _Csv) as at:
+        header = at.reader.header
+        while at.position < stop:
             try:
-                cells = next(reader)
+                cells = next(at.reader.rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield position, "", f"not CSV: {error}"
+                yield at.position, "", f"not CSV: {error}"
                 cells = []
-            if cells and position >= start:
+            if cells and at.position >= start:
                 raw, refused = _checked(schema.to_json(dict(zip(header, cells, strict=False))))
                 if len(cells) > len(header) and refused is None:
                     refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
-                yield position, raw, refused
-            position += 1
+                yield at.position, raw, refused
+            at.position += 1
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int, start: int, stop: int) -> Iterator[RawRow]:
@@ -233,9 +253,9 @@ def read_rows(path: Path, start: int, stop: int, offset: int = 0) -> Iterator[Ra
         elif kind == "arrow":
             rows = _arrow(path, start, stop)
         elif kind == "csv":
-            rows = _csv_rows(path, start)
+            rows = _csv_rows(path, start, stop)
         else:
-            rows = _json_array(path) if _is_array(path) else _json_lines(path, start, offset)
+            rows = _json_array(path) if _is_array(path) else _json_lines(path, start, stop, offset)
         for row in rows:
             if row[0] >= stop:
                 return

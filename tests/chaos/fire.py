@@ -68,7 +68,6 @@ class Fire:
     random: random.Random
     kinds: list[str] = field(default_factory=list)  # what is to be killed next, last first
     killed: Counter[str] = field(default_factory=Counter)
-    missed: Counter[str] = field(default_factory=Counter)  # there was nothing to kill
 
     def notes(self, out: Path) -> Path:
         return self.folder / f"notes-{out.name}"
@@ -109,8 +108,11 @@ class Fire:
                 elif time.monotonic() - at > pause:
                     kind = self.next_kind()
                     hit, driver = self.kill(kind, driver, cluster, out)
-                    (self.killed if hit else self.missed)[kind] += 1
-                    kills -= hit
+                    if not hit:
+                        self.kinds.append(kind)  # there is nothing of this kind at the moment
+                        continue
+                    self.killed[kind] += 1
+                    kills -= 1
                     at, pause = time.monotonic(), self.random.uniform(*PAUSE)
         finally:
             if driver.poll() is None:

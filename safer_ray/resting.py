@@ -1,0 +1,55 @@
+"""Readers of files that can be entered at their beginning alone, kept where a range of rows ended.
+
+Fragments of a file are mostly read in their order: the next one goes on where the last one in this process stopped,
+so that a compressed file is unpacked once a process, and not once a fragment.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from safer_ray.files import stamp
+
+KEPT = 4  # readers, of as many files
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Reader = TypeVar("Reader", bound=Closable)
+
+
+@dataclass
+class At(Generic[Reader]):
+    """A reader and the row it stands before; whoever reads on moves `position`."""
+
+    reader: Reader
+    position: int
+
+
+_kept: dict[tuple[str, int, str], At[Closable]] = {}
+
+
+@contextlib.contextmanager
+def resting(path: Path, start: int, stop: int, begin: Callable[[Path], Reader]) -> Iterator[At[Reader]]:
+    """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed."""
+    key = (str(path), *stamp(path))
+    found = _kept.pop(key, None)
+    if found is not None and found.position > start:
+        found.reader.close()
+        found = None
+    at: At[Reader] = At(begin(path), 0) if found is None else found  # type: ignore[assignment]  # `begin` is a path's
+    try:
+        yield at
+    except BaseException:
+        at.reader.close()
+        raise
+    if at.position != stop:
+        at.reader.close()
+        return
+    _kept[key] = at  # type: ignore[assignment]
+    while len(_kept) > KEPT:
+        _kept.pop(next(iter(_kept))).reader.close()
