@@ -27,7 +27,7 @@ def lock_of(config):
 
 
 def start(config):
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here: weights are compared bitwise
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, since weights are compared bitwise
     return subprocess.Popen(
         [*COMMAND, str(config)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
