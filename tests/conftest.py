@@ -47,7 +47,6 @@ SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "t
 
 LONGEST = (
     "test_ray_faults",
-    "test_chaos",
     "test_ray_train",
     "test_serve",
     "test_ray_data",
@@ -72,7 +71,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of processes that share the files, each takes the longest that is left, so that all end at about the same time."""
+    """Of processes that share the files, each takes the longest that is left, so that all end at about one time."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
