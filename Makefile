@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo serve test test-all check bench chaos sweep-smoke clean setup setup-dev
 
@@ -28,17 +29,17 @@ serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000
 	export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_DEFAULT_HTTP_HOST=127.0.0.1; \
 	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}"
 
-test: setup-dev  ## all tests, in two processes, of which one has all that start a Ray
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: setup-dev  ## all tests, in two processes, each with whole files: what a file sets up is set up once
+	$(PYTEST)
 
 test-all: setup-dev  ## and those that take long
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 check: setup-dev  ## format, lint, types, import boundaries
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_boundaries.py
+	$(BIN)/python -m pytest --noconftest tests/test_boundaries.py
 
 chaos: setup-dev  ## audits on several nodes while twenty processes are killed; prints what became of the rows
 	$(BIN)/python tests/chaos/fire.py build/chaos

@@ -6,7 +6,9 @@ mkdir -p "$(dirname "$venv")"
 exec 9> "$venv.lock"
 flock 9  # tests run in several processes
 if [ -e "$venv/ready" ]; then exit 0; fi
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --quiet --no-deps --requirement scripts/s3_server.txt
-"$venv/bin/python" -c 'import moto.server'
+python=${PYTHON:-python3}
+[ -x "$venv/bin/python" ] || "$python" -m venv --without-pip "$venv"
+"$python" -m pip --python "$venv/bin/python" --disable-pip-version-check \
+    install --quiet --quiet --no-compile --no-deps --requirement scripts/s3_server.txt
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c 'import moto.server, moto.s3.models, moto.s3.urls'  # compiles what it needs
 touch "$venv/ready"

@@ -45,7 +45,21 @@ SHARED = Path(__file__).parents[2] / "shared"
 TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
 SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
 
-WITH_RAY = ("test_ray_jobs", "test_ray_session", "test_submit", "test_serve", "test_cluster", "test_chaos")
+LONGEST = (
+    "test_ray_faults",
+    "test_ray_train",
+    "test_serve",
+    "test_ray_data",
+    "test_ray_session",
+    "test_submit",
+    "test_kill",
+    "test_ray_jobs",
+    "test_shards",
+    "test_object_store",
+    "test_audit",
+    "test_crossfit",
+    "test_cli",
+)
 
 torch.set_num_threads(2)
 quiet_transformers()
@@ -57,10 +71,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of processes that share the tests, one runs all that start a Ray, so that these do not starve each other."""
-    for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()) or item.path.stem in WITH_RAY:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Of processes that share the files, each takes the longest that is left, so that all end at about one time."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def shared(name: str) -> Path:

@@ -344,8 +344,8 @@ def test_a_flagged_line_holds_what_a_person_needs():
 @pytest.mark.slow
 def test_sigterm_leaves_what_the_same_command_takes_up(bundle, lines, tmp_path):
     path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
-    path.write_text("".join(lines * 20))
-    words = ["audit", "--auditor", bundle.path, "--pairs", path, "--out", out, "--fragment-rows", "50"]
+    path.write_text("".join(lines * 6))
+    words = ["audit", "--auditor", bundle.path, "--pairs", path, "--out", out, "--fragment-rows", "20"]
     command = [sys.executable, "-c", "from safer_ray.cli import main; main()", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_until(lambda: list((out / "done").glob("*.json")), 120, process)
@@ -359,7 +359,7 @@ def test_sigterm_leaves_what_the_same_command_takes_up(bundle, lines, tmp_path):
     assert 0 < len(done) < planned
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert {entry: entry.stat().st_mtime_ns for entry in done} == done
-    assert len(scores_in(out)) == 20 * len(lines)
+    assert len(scores_in(out)) == 6 * len(lines)
 
 
 def test_an_audit_of_poisoned_pairs_is_marked_in_manifest_files_and_rows(bundle, made, tmp_path):

@@ -1,6 +1,7 @@
 """What modules may import and how large they may be."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,14 @@ def module(request):
     return request.param
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @pytest.fixture
 def tree(module):
-    return ast.parse(module.read_text(encoding="utf-8"))
+    return parsed(module)
 
 
 def test_ray_and_deepspeed_stay_in_distributed(module, tree):

@@ -137,7 +137,9 @@ def test_more_folds_than_prompts_are_refused(config, pairs, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_curates_by_out_of_fold_scores_and_its_report_says_so(tmp_path):
-    config = tiny_config(tmp_path, "cross_fit={folds: 2}", "curate={drop: {strategy: safer, action: drop, percent: 5}}")
+    curate = "curate={drop: {strategy: safer, action: drop, percent: 5}}"
+    small = ("corpus.train_per_section=80", "corpus.heldout_per_section=20", "sae.steps=30")
+    config = tiny_config(tmp_path, "cross_fit={folds: 2}", curate, *small)
     done = run(config, LocalRunner())
     scores = done.artifacts["scores"]
     assert scores.metrics["kind"] == "out of fold"

@@ -1,6 +1,7 @@
 """Killed anywhere and started again, a run ends as one that nobody disturbed."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_run import tables, write_config
+import torch
+from tiny_run import finished, tables, write_config
 
 from safer_ray.artifacts import check_whole, open_artifact
 
@@ -25,7 +27,10 @@ def lock_of(config):
 
 
 def start(config):
-    return subprocess.Popen([*COMMAND, str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, since weights are compared bitwise
+    return subprocess.Popen(
+        [*COMMAND, str(config)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_work(process, config):
@@ -36,13 +41,10 @@ def wait_for_work(process, config):
 
 
 def finish(config):
-    """Run to the end; the seconds that the work took."""
+    """Run to the end."""
     process = start(config)
-    wait_for_work(process, config)
-    began = time.monotonic()
     _, err = process.communicate()
     assert process.returncode == 0, err
-    return time.monotonic() - began
 
 
 def kill_after(config, seconds):
@@ -65,8 +67,9 @@ def artifacts_in(config):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The config of a run that was left alone, and the seconds its work took."""
-    config = write_config(tmp_path_factory.mktemp("undisturbed"))
-    return config, finish(config)
+    made = finished(tmp_path_factory.getbasetemp())
+    summary = json.loads((made.directory / "summary.json").read_text())
+    return made.directory.parents[1] / "tiny.yaml", sum(summary["seconds"].values())
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from safer_ray.runner import LocalRunner, MapJob, count, quarantine_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
-ONE, THREE = RayConfig(max_actors=1), RayConfig(min_actors=3, max_actors=3)
+ONE, TWO = RayConfig(max_actors=1), RayConfig(min_actors=2, max_actors=2)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_pa
 
 def test_a_row_that_fails_is_quarantined_as_in_one_process(fragments, tmp_path):
     found = []
-    for runner, name in ((LocalRunner(), "local"), (RayRunner(), "ray")):
+    for runner, name in ((LocalRunner(), "local"), (RayRunner(ONE), "ray")):
         runner.map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / name)
         found.append((doubles(tmp_path / name), quarantine_rows(tmp_path / name).to_pylist(), count(tmp_path / name)))
     assert found[0] == found[1]
@@ -102,12 +102,12 @@ def test_an_error_that_is_explained_comes_back_as_it_was(fragments, tmp_path, ki
         "codes", read_fragment, lambda: Explains(kind("pair 'p3' is NaN; retrain")), WRITTEN, loads_model=True
     )
     with pytest.raises(SaferError, match=r"^pair 'p3' is NaN; retrain$") as caught:
-        RayRunner().map(made, fragments, tmp_path / "out")
+        RayRunner(ONE).map(made, fragments, tmp_path / "out")
     assert type(caught.value) is kind
 
 
 def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs_dir):
-    stages = Stages(Place(tmp_path), RayRunner())
+    stages = Stages(Place(tmp_path), RayRunner(ONE))
     missing = open_artifact(pairs_dir).__class__(tmp_path / "gone", "reward-gone")
     made = MapJob(
         "evaluate",
@@ -121,7 +121,7 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
 
 
 def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):
-    config = RayConfig(task_cpus=0.5)
+    config = RayConfig(task_cpus=0.5, max_actors=1)
     assert config.task_cpus == config.actor_cpus  # operators of equal shares are fused, if nothing is done about it
     said = dataset(mortal(tmp_path), fragments[:2], tmp_path / "out", config).materialize().stats()
     assert "Map(run)->Map(Map)" not in said
@@ -146,7 +146,7 @@ def harvest(runner, folder: Path, pairs_dir, reward_dir, sae_dir):
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(ONE, id="one actor", marks=pytest.mark.long), pytest.param(THREE, id="three actors")]
+    "config", [pytest.param(ONE, id="one actor", marks=pytest.mark.long), pytest.param(TWO, id="two actors")]
 )
 def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
     local, config, tmp_path, pairs_dir, reward_dir, sae_dir
@@ -162,7 +162,7 @@ def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_pa
     import httpx
     import ray
 
-    RayRunner().map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / "out")
+    RayRunner(ONE).map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / "out")
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = ("ray_safer_ray_pairs", "ray_safer_ray_quarantined", "ray_safer_ray_seconds")

@@ -1,6 +1,7 @@
 """The smoke recipe as a job on a cluster of its own, by Ray's command and by ours."""
 
 import os
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,9 @@ def test_a_job_that_fails_ends_with_its_code_and_one_clear_line(cluster):  # noq
 
 
 @pytest.mark.parametrize("job", ["pipeline", "audit", "train_reward", "train_sae", "sweep"])
-def test_every_job_tells_its_options(job):
-    done = command("python", "-m", f"jobs.{job}", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--runner" in done.stdout
+def test_every_job_tells_its_options(job, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [job, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
+    assert not ended.value.code
+    assert "--runner" in capsys.readouterr().out

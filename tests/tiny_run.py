@@ -1,6 +1,8 @@
 """A whole run on a tiny synthetic corpus, made once a session and shared by the end-to-end tests."""
 
+import fcntl
 import functools
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,8 +55,17 @@ def tiny_config(folder: Path, *assignments: str) -> RunConfig:
 
 @functools.cache
 def finished(session: Path) -> Run:
-    """The finished run of this test session."""
+    """The finished run of this test session; of processes that share the tests, one makes it and each has a copy."""
+    if session.name.startswith("popen-"):  # the folder of one such process
+        with (session.parent / "tiny.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            copied(run(tiny_config(session.parent / "tiny"), LocalRunner()), session)
     return run(tiny_config(session / "tiny"), LocalRunner())
+
+
+def copied(made: Run, folder: Path) -> None:
+    """Put a finished run where `finished(folder)` finds it."""
+    shutil.copytree(made.directory.parent, folder / "tiny/runs")
 
 
 def audited(config: ScoresConfig, pairs: str | Path, bundle: Artifact, out: Path) -> pa.Table:

@@ -6,12 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import copied, finished
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_an_audit_that_loses_processes_ends_as_one_that_nobody_disturbed(tmp_path):
-    command = [sys.executable, Path(__file__).with_name("fire.py"), tmp_path, "--kills", "3", "--rows", "1500"]
+@pytest.fixture
+def folder(tmp_path, tmp_path_factory):
+    """Where the bundle is made already."""
+    copied(finished(tmp_path_factory.getbasetemp()), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.long
+def test_an_audit_that_loses_processes_ends_as_one_that_nobody_disturbed(folder):
+    command = [sys.executable, Path(__file__).with_name("fire.py"), folder, "--kills", "3", "--rows", "1500"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout[done.stdout.index("{") :])
@@ -20,8 +29,8 @@ def test_an_audit_that_loses_processes_ends_as_one_that_nobody_disturbed(tmp_pat
     assert found["restarts"] <= 3 * found["actors"]  # of those at work when they were killed
 
 
-def test_rows_that_nobody_should_send_are_all_in_the_quarantine(tmp_path):
-    command = [sys.executable, Path(__file__).with_name("hostile.py"), tmp_path, "--rows", "2000"]
+def test_rows_that_nobody_should_send_are_all_in_the_quarantine(folder):
+    command = [sys.executable, Path(__file__).with_name("hostile.py"), folder, "--rows", "2000"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout[done.stdout.index("{") :])
