@@ -46,12 +46,14 @@ def respond(template: str, status: int = 200, headers: Mapping[str, str] | None 
 def error_page(status: int, detail: str, retry_after_s: float | None = None) -> HTMLResponse:
     """An error as people read it."""
     headers = {} if retry_after_s is None else {"Retry-After": f"{max(1, round(retry_after_s))}"}
-    return respond("error.html", status, headers, here="", title=HTTPStatus(status).phrase, detail=detail)
+    return respond(
+        "error.html", status, headers, here="", signed_in=False, title=HTTPStatus(status).phrase, detail=detail
+    )
 
 
 def sign_in_page(failed: bool = False, next_path: str = "/") -> HTMLResponse:
     """The form that asks for a key: POST /sign-in with `key` and `next`."""
-    return respond("sign_in.html", 401 if failed else 200, here="", failed=failed, next_path=next_path)
+    return respond("sign_in.html", 401 if failed else 200, here="", signed_in=False, failed=failed, next_path=next_path)
 
 
 def _shown(value: object) -> object:

@@ -12,7 +12,6 @@ from serve.marking import Marked, Piece, marked, messages_of
 from serve.uploads import Line
 from serve.verdict import DETECTORS, Verdict, detector_value, ordinal, verdict_of
 
-LISTED = 20  # features of a pair
 KEPT = 5  # features of each row of a scored file
 EXCERPT = 90  # characters of a prompt in the table
 
@@ -30,7 +29,6 @@ class Shown(NamedTuple):
     marked: Marked
     sentences: list[Sentence]  # that count, most suspicious first
     features: list[Contribution]  # strongest first
-    unlisted: int
     reach: float  # of the bars
     score_figure: Markup
     detector_figure: Markup | None  # None where the score itself flags
@@ -58,8 +56,7 @@ def show(pair: Pair, result: ScoredPair, info: AuditorInfo) -> Shown:
         verdict_of(result, info),
         said,
         _sentences(said),
-        strongest[:LISTED],
-        max(0, len(strongest) - LISTED),
+        strongest,
         abs(strongest[0].contribution) if strongest else 1.0,
         *_figures(result, info),
     )

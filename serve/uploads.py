@@ -10,6 +10,7 @@ from safer_ray.formats import Refused, read_pair, row_format
 from serve.api import MAX_ID_CHARS, Message, Pair
 
 MAX_ROWS = 1000
+MAX_VALUES = 50_000  # lists and objects of a row
 FORMATS = "wanted prompt, chosen and rejected, or another preference format"
 
 
@@ -65,6 +66,9 @@ def parse_row(text: str | bytes) -> dict[str, Any]:
     Raises:
         Refused: it is something else.
     """
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise Refused(f"more than {MAX_VALUES:,} lists and objects")
     try:
         row = json.loads(text, parse_constant=_no_number)
     except RecursionError:

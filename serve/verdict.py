@@ -42,7 +42,7 @@ def ordinal(percentile: float) -> str:
 def detector_value(result: ScoredPair, info: AuditorInfo) -> float:
     """What the auditor's detector says of a pair, low is suspicious.
 
-    Of a detector whose values a result does not carry, the value at which the reference histogram has as many pairs above.
+    A result does not carry the values of `combined`: then it is where the reference has as many pairs above.
     """
     if info.detector == "safer":
         return result.score

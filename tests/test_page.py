@@ -209,13 +209,14 @@ def test_each_line_gets_a_pair_or_a_reason():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 40_000, "nested too deeply"),
+        ("[" * 100_000, "more than 50,000 lists and objects"),
         ('{"a": NaN}', "not JSON: NaN is no JSON number"),
         (b"\xff{}", "not UTF-8|not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
         ("7", "not a JSON object"),
     ],
-    ids=["nesting", "nan", "bytes", "digits", "number"],
+    ids=["nesting", "values", "nan", "bytes", "digits", "number"],
 )
 def test_what_is_no_row_is_refused(text, reason):
     with pytest.raises(Refused, match=reason):
@@ -303,4 +304,4 @@ def test_a_result_is_shown_with_all_that_decided():
     assert [feature.feature for feature in shown.features] == [7, 9]
     assert shown.detector_figure is not None
     assert show(pair, result(), auditor("safer")).detector_figure is None
-    assert respond("error.html", title="x", detail="y", here="").status_code == 200
+    assert respond("error.html", title="x", detail="y", here="", signed_in=False).status_code == 200
