@@ -16,6 +16,7 @@ from safer_ray.errors import UserError
 PREFIX = "safer_"
 KEY_LINE = re.compile(r"([A-Za-z0-9][\w.@-]{0,63}):sha256:([0-9a-f]{64})")
 KEYS_VARIABLE = "SAFER_RAY_KEYS"  # lines of a keys file, or such separated by commas
+SECRET_VARIABLE = "SAFER_RAY_SESSION_SECRET"  # signs sessions in several processes alike; by default each has its own
 COOKIE = "safer_ray_session"
 SESSION_S = 12 * 3600
 NONCE_BYTES = 16
@@ -72,10 +73,11 @@ class Keys:
     A file that becomes unreadable or wrong opens nothing until it is mended.
     """
 
-    def __init__(self, file: Path | None = None, listed: tuple[Key, ...] = (), secret: bytes | None = None) -> None:
+    def __init__(self, file: Path | None = None, listed: tuple[Key, ...] = ()) -> None:
         self.file = file
-        self.secret = secret or secrets.token_bytes(32)
+        self.secret = os.environ.get(SECRET_VARIABLE, "").encode() or secrets.token_bytes(32)
         self._stamp: tuple[int, int] | None = None
+        self.listed = listed
         self._keys = listed
         if file is not None:
             self._keys = _read_file(file)

@@ -1,5 +1,8 @@
 """Headers that every answer carries, and the end of every error."""
 
+import time
+from collections.abc import Callable
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,23 +23,27 @@ ALWAYS = {
 }
 
 
+OnAnswer = Callable[[str, int, float], None]  # route, status, seconds
+
+
 class Headers:
     """ASGI middleware, the outermost: security headers on every answer; nothing but what is static may be kept by a
     cache; an error that nobody caught becomes a problem without a trace."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer | None = None) -> None:
         self.app = app
+        self.on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
+        began, status = time.perf_counter(), 0
 
         async def with_headers(message: Message) -> None:
-            nonlocal begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                begun = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in ALWAYS.items():
                     headers[name] = value
@@ -48,5 +55,9 @@ class Headers:
             await self.app(scope, receive, with_headers)
         except Exception as error:  # noqa: BLE001  # whatever fails, no trace leaves this process
             problem = internal_error(error)
-            if not begun:
+            if not status:
                 await respond_with(problem)(scope, receive, with_headers)
+        finally:
+            if self.on_answer is not None:
+                route = getattr(scope.get("route"), "path", "other")  # never what somebody thought of
+                self.on_answer(route, status, time.perf_counter() - began)

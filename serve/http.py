@@ -13,8 +13,8 @@ from fastapi.staticfiles import StaticFiles
 from serve.access import Access, sign_in_routes
 from serve.api import AuditorInfo, FeatureDetail, Features, Health, ScoreRequest, ScoreResponse
 from serve.auth import Keys
-from serve.headers import Headers
-from serve.limits import LimitBodies, Limits, check_sizes, read_json
+from serve.headers import Headers, OnAnswer
+from serve.limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
 from serve.problem_pages import ProblemPages
 from serve.problems import Problem, ProblemDetails, documented, handle_problems, too_late, unavailable
 from serve.render import STATIC
@@ -30,7 +30,9 @@ SECURED: dict[str, Any] = {"security": [{"bearer": []}, {}]}  # by a key, where 
 class LimitedRequest(Request):
     """A request whose JSON is counted before it is parsed and before anything is made of it."""
 
-    limits: Limits
+    def __init__(self, request: Request, limits: Limits) -> None:
+        super().__init__(request.scope, request.receive)
+        self.limits = limits
 
     async def json(self) -> Any:
         tree = read_json(await self.body(), self.limits)
@@ -38,20 +40,15 @@ class LimitedRequest(Request):
         return tree
 
 
-def limited_route(limits: Limits) -> type[APIRoute]:
+def limited_route(limits: LimitsOf) -> type[APIRoute]:
     """Routes that read JSON within limits."""
-
-    class Limited(LimitedRequest):
-        pass
-
-    Limited.limits = limits
 
     class LimitedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
             async def limited(request: Request) -> Response:
-                return await handle(Limited(request.scope, request.receive))
+                return await handle(LimitedRequest(request, limits()))
 
             return limited
 
@@ -59,14 +56,20 @@ def limited_route(limits: Limits) -> type[APIRoute]:
 
 
 def create_api(
-    service: Service, limits: Limits | None = None, keys: Keys | None = None, hosts: Sequence[str] = ()
+    service: Service,
+    limits: Limits | LimitsOf | None = None,
+    keys: Keys | None = None,
+    hosts: Sequence[str] = (),
+    on_answer: OnAnswer | None = None,
 ) -> FastAPI:
-    """The application. `hosts` are the names that it answers to; none: to all."""
-    limits, keys = limits or Limits(), keys or Keys()
+    """The application. `hosts` are the names that it answers to; none: to all. `on_answer` is told of every answer."""
+    fixed = limits if isinstance(limits, Limits) else Limits()
+    current = limits if callable(limits) else lambda: fixed
+    keys = keys or Keys()
     api = FastAPI(title="safer_ray", version=API_VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None)
     api.openapi_url = None
     handle_problems(api)
-    api.include_router(scoring_routes(service, limits))
+    api.include_router(scoring_routes(service, current))
     api.include_router(telling_routes(service))
     api.include_router(health_routes(service))
     api.include_router(sign_in_routes(keys))
@@ -78,14 +81,14 @@ def create_api(
     async def openapi() -> JSONResponse:
         return JSONResponse(api.openapi())
 
-    api.add_middleware(LimitBodies, limits=limits)
+    api.add_middleware(LimitBodies, limits=current)
     api.add_middleware(Access, keys=keys, hosts=tuple(hosts))
     api.add_middleware(ProblemPages)
-    api.add_middleware(Headers)
+    api.add_middleware(Headers, on_answer=on_answer)
     return api
 
 
-def scoring_routes(service: Service, limits: Limits) -> APIRouter:
+def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
     router = APIRouter(route_class=limited_route(limits))
 
     @router.post(
@@ -97,12 +100,13 @@ def scoring_routes(service: Service, limits: Limits) -> APIRouter:
     )
     async def score(request: ScoreRequest) -> Response:
         """How suspicious each pair is; errors stay with the pair that has them."""
+        seconds = limits().answer_s
         try:
-            async with asyncio.timeout(limits.answer_s):
+            async with asyncio.timeout(seconds):
                 results = await service.score(request.pairs, request.explain)
         except TimeoutError:
-            raise too_late(limits.answer_s) from None
-        answer = ScoreResponse(auditor=(await service.info()).name, results=results)
+            raise too_late(seconds) from None
+        answer = ScoreResponse(auditor=results.auditor, results=results)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     return router

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -32,6 +33,9 @@ class Limits(Frozen):
     answer_s: Annotated[float, Field(gt=0)] = 60.0  # and an answer
 
 
+LimitsOf = Callable[[], Limits]  # those of now
+
+
 class TooLarge(Problem):
     """A body over its limit."""
 
@@ -43,7 +47,7 @@ class LimitBodies:
     """ASGI middleware: a body is read whole before the application runs, refused by what it declares or by what has
     come, and given up when it comes too slowly."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: LimitsOf) -> None:
         self.app = app
         self.limits = limits
 
@@ -51,16 +55,17 @@ class LimitBodies:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
-        limit = self.limits.upload_bytes if scope["path"] == "/upload" else self.limits.body_bytes
+        limits = self.limits()
+        limit = limits.upload_bytes if scope["path"] == "/upload" else limits.body_bytes
         try:
             _check_declared(scope, limit)
-            async with asyncio.timeout(self.limits.receive_s):
+            async with asyncio.timeout(limits.receive_s):
                 body = await _read(receive, limit)
         except Problem as problem:
             await respond_with(problem)(scope, receive, send)
             return
         except TimeoutError:
-            slow = Problem(408, f"the body did not come within {self.limits.receive_s:g} s; send it again")
+            slow = Problem(408, f"the body did not come within {limits.receive_s:g} s; send it again")
             await respond_with(slow)(scope, receive, send)
             return
         if body is None:

@@ -1,17 +1,14 @@
 """Pairs as sent to rows that a model reads, and outcomes back to what is answered, with places in the texts as sent."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
+from safer_ray.explain import Explanation
 from safer_ray.formats import Pair as ReadPair
 from safer_ray.formats import Refused, read_pair
 from safer_ray.places import Pieces, pieces_of, sent_span
 from serve.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
 from serve.limits import Limits
-
-if TYPE_CHECKING:  # it imports torch
-    from safer_ray.explain import Explanation
-    from serve.scoring import Outcome
 
 TEXTS = ("prompt", "chosen", "rejected")
 
@@ -23,6 +20,22 @@ class Row(NamedTuple):
     chosen: list[dict[str, str]]
     rejected: list[dict[str, str]]
     explain: bool
+
+
+class Outcome(NamedTuple):
+    """What became of a row: figures and, where it was asked for, an explanation; or why there is none."""
+
+    figures: dict[str, Any] | None  # of ScoredPair
+    explanation: Explanation | None = None
+    error: str | None = None
+
+
+class Scored(NamedTuple):
+    """The outcomes of a request's rows, by which bundle, and the names of the features that they tell of."""
+
+    auditor: str
+    outcomes: list[Outcome]
+    names: Mapping[int, str]
 
 
 class Read(NamedTuple):
@@ -66,7 +79,7 @@ def _unreadable(name: str, text: str | list[dict[str, str]], limits: Limits) -> 
     return None
 
 
-def answer(read: Read, outcome: "Outcome", names: Mapping[int, str]) -> ScoredPair | FailedPair:
+def answer(read: Read, outcome: Outcome, names: Mapping[int, str]) -> ScoredPair | FailedPair:
     """What is answered of a pair; `names` are those of the features."""
     if outcome.figures is None:
         return FailedPair(id=read.id, error=Reason(code="unscorable", detail=outcome.error or "no score"))
@@ -79,7 +92,7 @@ def answer(read: Read, outcome: "Outcome", names: Mapping[int, str]) -> ScoredPa
     return ScoredPair(id=read.id, **outcome.figures, features=features, spans=_spans(read, outcome.explanation))
 
 
-def _spans(read: Read, explanation: "Explanation") -> list[Span]:
+def _spans(read: Read, explanation: Explanation) -> list[Span]:
     """Sentences in the texts as sent; those of a prompt that was not sent as such are left out."""
     pieces: dict[str, Pieces] = pieces_of(read.sent, read.pair)
     spans = []

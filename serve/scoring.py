@@ -5,7 +5,6 @@ Texts are never logged, and no error that a pair causes leaves its own outcome.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -14,23 +13,15 @@ from safer_ray.artifacts import Artifact
 from safer_ray.audit import AuditPairs
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import SaferError
-from safer_ray.explain import Explanation, explain
+from safer_ray.explain import explain
 from safer_ray.files import read_parquet
 from safer_ray.reward import Forward
 from safer_ray.scoring import suspicion
 from safer_ray.text import PairTokens
 from serve.problems import log_without_texts
-from serve.reading import Row
+from serve.reading import Outcome, Row
 
 FIGURES = ("score", "suspicion", "flag", "decision", "reward_chosen", "reward_rejected", "reward_margin")
-
-
-class Outcome(NamedTuple):
-    """What became of a row: figures and, where it was asked for, an explanation; or why there is none."""
-
-    figures: dict[str, Any] | None  # FIGURES, `percentile` and `truncated`
-    explanation: Explanation | None = None
-    error: str | None = None
 
 
 Score = Callable[[Sequence[Row]], list[Outcome]]

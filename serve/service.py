@@ -1,21 +1,27 @@
 """What routes and page ask: a Protocol that Ray Serve's ingress implements, and `LocalService`, which needs no Ray."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from safer_ray.config import DetectorOf, ScoresConfig
 from serve.about import details_of, info_of, open_auditor, scores_config, summary_of
 from serve.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
 from serve.limits import Limits
-from serve.reading import Read, Row, answer, read_pairs
-
-if TYPE_CHECKING:  # it imports torch
-    from serve.scoring import Outcome
+from serve.reading import Read, Row, Scored, answer, read_pairs
 
 Result = ScoredPair | FailedPair
+
+
+class Results(list[Result]):
+    """One result a pair, in the order sent, and the auditor that scored them; while a service goes over to another
+    bundle, it may not be the one that it tells of."""
+
+    def __init__(self, results: Iterable[Result], auditor: str) -> None:
+        super().__init__(results)
+        self.auditor = auditor
 
 
 class Service(Protocol):
@@ -25,7 +31,7 @@ class Service(Protocol):
         Problem: 429, 503 or 504 by `score`, where the whole request gets no answer.
     """
 
-    async def score(self, pairs: Sequence[Pair], explain: bool) -> list[Result]: ...
+    async def score(self, pairs: Sequence[Pair], explain: bool) -> Results: ...
 
     async def info(self) -> AuditorInfo: ...
 
@@ -71,10 +77,12 @@ class Told:
     def read(self, pairs: Sequence[Pair]) -> list[Read | FailedPair]:
         return read_pairs(pairs, self.limits)
 
-    def answers(self, read: Sequence[Read | FailedPair], outcomes: Sequence["Outcome"]) -> list[Result]:
-        """In the order sent; `outcomes` are those of the pairs that could be read."""
-        scored = iter(outcomes)
-        return [pair if isinstance(pair, FailedPair) else answer(pair, next(scored), self.names) for pair in read]
+
+def answers(read: Sequence[Read | FailedPair], scored: Scored) -> Results:
+    """In the order sent; what is scored are the pairs that could be read."""
+    outcomes = iter(scored.outcomes)
+    found = (pair if isinstance(pair, FailedPair) else answer(pair, next(outcomes), scored.names) for pair in read)
+    return Results(found, scored.auditor)
 
 
 def rows_of(read: Sequence[Read | FailedPair], explain: bool) -> list[Row]:
@@ -108,11 +116,11 @@ class LocalService(Told):
         super().configure(config)
         self.scorer.configure(config)
 
-    async def score(self, pairs: Sequence[Pair], explain: bool) -> list[Result]:
+    async def score(self, pairs: Sequence[Pair], explain: bool) -> Results:
         read = self.read(pairs)
         loop, rows = asyncio.get_running_loop(), rows_of(read, explain)
         outcomes = await loop.run_in_executor(self.thread, self.score_rows, self.scorer.outcomes, rows)
-        return self.answers(read, outcomes)
+        return answers(read, Scored(self.bundle.name, outcomes, self.names))
 
     async def ready(self) -> bool:
         return True
