@@ -79,6 +79,8 @@ def _environment() -> Environment:
         "number": plots.number,
         "bar": lambda value, reach=1.0: Markup(plots.salience_bar(value / reach if reach else 0.0)),
         "parted": parted,
+        "trim_start": str.lstrip,
+        "trim_end": str.rstrip,
         "strength": lambda value, strongest: Markup(figures.strength_bar(value, strongest)),
     }
     environment.filters |= filters
