@@ -68,7 +68,8 @@ class Access:
 def host_of(header: str) -> str:
     """The name in a Host header, without its port."""
     name, _, port = header.rpartition(":")
-    return (name if port.isdigit() and name else header).lower()
+    whole = name.endswith("]") or (name and ":" not in name)
+    return (name if whole and port.isdigit() else header).lower()
 
 
 def sign_in_routes(keys: Keys) -> APIRouter:

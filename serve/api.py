@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, StrictStr, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictInt, StrictStr, Tag
 
 MAX_ID_CHARS = 200
 BIGGEST_ID = 2**63 - 1
@@ -46,8 +46,15 @@ Text = Annotated[
         _kind, custom_error_type="type", custom_error_message="wanted text or a list of {role, content} messages"
     ),
 ]
+
+
+def _whole(value: object) -> object:
+    """7.0 is the number 7, as JSON has it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 TextId = Annotated[StrictStr, Field(max_length=MAX_ID_CHARS)]
-NumberId = Annotated[StrictInt, Field(ge=-BIGGEST_ID, le=BIGGEST_ID)]
+NumberId = Annotated[StrictInt, Field(ge=-BIGGEST_ID, le=BIGGEST_ID), BeforeValidator(_whole)]
 
 
 class Pair(Sent):

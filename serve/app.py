@@ -4,7 +4,6 @@
 batch function that `safer-ray audit` maps over fragments, so HTTP scores equal batch scores. Texts are never logged.
 """
 
-import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,10 +12,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from safer_ray.errors import UserError
-from serve.about import open_auditor, scores_config
+from safer_ray.keys import Key
+from serve.about import info_of, open_auditor, scores_config
 from serve.access import LOOPBACK
 from serve.arguments import ServiceConfig, Thresholds, read_args
-from serve.auth import Key, Keys, find_keys
+from serve.auth import Keys, find_keys
 from serve.http import create_api
 from serve.limits import Limits
 from serve.measures import count_answer
@@ -26,8 +26,6 @@ from serve.scorer import Scorer
 SPARE = 16  # requests beyond its room that a scorer takes, to refuse them itself, or to say that it is alive
 OVERLOAD = BackpressureConfig(status_code=429, retry_after_s=1)
 DRAIN_S = 60.0  # that a replica which is to go has for what it has begun
-
-logger = logging.getLogger("ray.serve")
 
 
 @serve.ingress()
@@ -78,7 +76,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = read_args(args)
     bundle = open_auditor(config.auditor)
-    scores_config(bundle, config.detector, config.flag_quantile, config.reasons)
+    info_of(bundle, scores_config(bundle, config.detector, config.flag_quantile, config.reasons))  # or it says why not
     keys = find_keys(config.keys)
     lasting, thresholds = config.lasting(), config.thresholds()
     scorer = serve.deployment(

@@ -16,7 +16,7 @@ from serve.auth import Keys
 from serve.headers import Headers, OnAnswer
 from serve.limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
 from serve.problem_pages import ProblemPages
-from serve.problems import Problem, ProblemDetails, documented, handle_problems, too_late, unavailable
+from serve.problems import Problem, ProblemDetails, documented, handle_problems, overloaded, too_late, unavailable
 from serve.render import STATIC
 from serve.service import Service
 from serve.web import pages
@@ -40,14 +40,16 @@ class LimitedRequest(Request):
         return tree
 
 
-def limited_route(limits: LimitsOf) -> type[APIRoute]:
-    """Routes that read JSON within limits."""
+def limited_route(service: Service, limits: LimitsOf) -> type[APIRoute]:
+    """Routes that read JSON within limits, and nothing where there is no room for more."""
 
     class LimitedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
             async def limited(request: Request) -> Response:
+                if service.full():
+                    raise overloaded()
                 return await handle(LimitedRequest(request, limits()))
 
             return limited
@@ -89,7 +91,7 @@ def create_api(
 
 
 def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
-    router = APIRouter(route_class=limited_route(limits))
+    router = APIRouter(route_class=limited_route(service, limits))
 
     @router.post(
         "/v1/score",

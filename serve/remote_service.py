@@ -37,8 +37,11 @@ class RemoteService(Told):
         chosen = thresholds.detector, thresholds.flag_quantile, thresholds.reasons
         self.configure(scores_config(self.bundle, *chosen))
 
+    def full(self) -> bool:
+        return self.under_way >= self.room
+
     async def score(self, pairs: Sequence[Pair], explain: bool) -> Results:
-        if self.under_way >= self.room:
+        if self.full():
             raise overloaded()
         self.under_way += 1
         try:

@@ -39,6 +39,10 @@ class Service(Protocol):
 
     async def feature(self, feature_id: int) -> FeatureDetail | None: ...
 
+    def full(self) -> bool:
+        """Whether there is no room for another request."""
+        ...
+
     async def health(self) -> bool:
         """Whether this process answers."""
         ...
@@ -70,6 +74,9 @@ class Told:
 
     async def feature(self, feature_id: int) -> FeatureDetail | None:
         return self.details.get(feature_id)
+
+    def full(self) -> bool:
+        return False
 
     async def health(self) -> bool:
         return True
