@@ -43,6 +43,11 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def storable(text: str) -> str:
+    """A text as it is, but for what UTF-8 cannot say."""
+    return text.translate(_SURROGATES)
+
+
 def parted(text: str) -> tuple[str, str, str]:
     """A text as the space before it, what it says, and the space after it."""
     said = text.strip()

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import yaml
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from safer_ray import plots
 from serve import figures, verdict
-from serve.marking import parted, visible
+from serve.marking import parted, storable, visible
 
 WEB = Path(__file__).parent / "web"
 STATIC = WEB / "static"  # mounted at /static
@@ -78,6 +78,7 @@ def _environment() -> Environment:
         "ordinal": verdict.ordinal,
         "number": plots.number,
         "bar": lambda value, reach=1.0: Markup(plots.salience_bar(value / reach if reach else 0.0)),
+        "as_typed": lambda text: escape(storable(text)),  # in a field, where nothing stands around it
         "parted": parted,
         "trim_start": str.lstrip,
         "trim_end": str.rstrip,

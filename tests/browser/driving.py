@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +119,8 @@ class Browser:
     def screenshot(self, name: str) -> None:
         """The whole page as a file of `build/screenshots`."""
         size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        width = self.driver.execute_script("return window.innerWidth")  # the picture has no scroll bar
+        clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         (SCREENSHOTS / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
@@ -134,9 +136,9 @@ class Browser:
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
-        """Errors and violations of the page's policy; answers of 4xx to forms are none."""
-        entries = self.driver.get_log("browser")
-        return [entry["message"] for entry in entries if "responded with a status of 4" not in entry["message"]]
+        """Errors and violations of the page's policy; that a form was answered by 4xx or 503 is none."""
+        entries = [entry for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        return [e["message"] for e in entries if not re.search(r"responded with a status of (4|503)", e["message"])]
 
 
 @contextlib.contextmanager

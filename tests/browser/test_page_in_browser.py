@@ -122,7 +122,7 @@ def test_what_cannot_be_scored_is_told_at_its_field(browser: Browser):
     assert browser.one("#chosen").get_property("value") == same
     browser.fill(rejected="x" * 20_001)
     browser.one("#pair button.primary").click()
-    browser.until(lambda: "20,001 characters" in browser.text("#rejected-error"))
+    browser.until(lambda: "20,010 characters" in browser.text("#rejected-error"))
 
 
 # Features
@@ -247,9 +247,7 @@ def test_a_hostile_pair_renders_inert(browser: Browser):
     for name, where in said.items():
         wanted = HOSTILE[name].replace("\u202e", "[U+202E]").replace("\x07", "\u2407")
         assert re.sub(r"\s+", " ", shown(browser, f"{where} .text")) == re.sub(r"\s+", " ", wanted.strip())
-        assert browser.one(f"#{name}").get_property("value") == HOSTILE[name].replace("\u202e", "[U+202E]").replace(
-            "\x07", "\u2407"
-        )
+        assert browser.one(f"#{name}").get_property("value") == HOSTILE[name]
     assert not browser.all(
         "main script:not([type='application/json']), main img, main style, main b, main [onload], main [onerror]"
     )

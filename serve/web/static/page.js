@@ -98,7 +98,7 @@
     document.title = page.title;
     document.getElementById("main").replaceWith(page.getElementById("main"));
     start(document.getElementById("main"));
-    const target = document.querySelector("[aria-invalid=true], .notice[role=alert], #verdict, h1");
+    const target = ["[aria-invalid=true]", ".notice[role=alert]", "#verdict", "h1"].map((s) => document.querySelector(s)).find(Boolean);
     target.setAttribute("tabindex", target.getAttribute("tabindex") || (target.matches("textarea") ? "0" : "-1"));
     window.scrollTo(0, 0);
     target.focus();
