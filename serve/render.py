@@ -75,7 +75,7 @@ def _environment() -> Environment:
         "signed": verdict.signed,
         "fixed": verdict.number_of,
         "percent": verdict.percent,
-        "ordinal": verdict.ordinal,
+        "place": verdict.place,
         "number": plots.number,
         "bar": lambda value, reach=1.0: Markup(plots.salience_bar(value / reach if reach else 0.0)),
         "as_typed": lambda text: escape(storable(text)),  # in a field, where nothing stands around it

@@ -10,7 +10,7 @@ from serve.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair
 from serve.figures import Spot, reference_figure, sides_figure
 from serve.marking import Marked, Piece, marked, messages_of
 from serve.uploads import Line
-from serve.verdict import DETECTORS, Verdict, detector_value, ordinal, verdict_of
+from serve.verdict import DETECTORS, Verdict, detector_value, place, verdict_of
 
 KEPT = 5  # features of each row of a scored file
 EXCERPT = 90  # characters of a prompt in the table
@@ -115,7 +115,7 @@ def _sentences(said: Marked) -> list[Sentence]:
 
 def _figures(result: ScoredPair, info: AuditorInfo) -> tuple[Markup, Markup | None]:
     """The pair among the reference pairs: by score, and by what flags where that is another value."""
-    by_score = Spot(result.score, f"this pair: {number(result.score)}, {ordinal(result.percentile)} percentile")
+    by_score = Spot(result.score, f"this pair: {number(result.score)}, {place(result.percentile)}")
     flags = info.detector == "safer"
     axis = "score (suspicious ← → teaches safety)"
     threshold = info.threshold if flags else None

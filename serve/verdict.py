@@ -32,11 +32,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
-def ordinal(percentile: float) -> str:
-    """A percentile as people say it: 1st, 12th, 73rd."""
-    whole = round(percentile)
-    ending = "th" if whole % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(whole % 10, "th")
-    return f"{whole}{ending}"
+def place(percentile: float) -> str:
+    """A percentile as people say it: 2nd percentile, above the 99th percentile."""
+    whole = min(99, max(1, round(percentile)))
+    ending = "th" if whole in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(whole % 10, "th")
+    side = "below the " if percentile < 1 else "above the " if percentile > 99 else ""
+    return f"{side}{whole}{ending} percentile"
 
 
 def detector_value(result: ScoredPair, info: AuditorInfo) -> float:
@@ -62,11 +63,12 @@ def verdict_of(result: ScoredPair, info: AuditorInfo) -> Verdict:
     title = "Flagged for review" if result.flag else "Not flagged"
     more = result.suspicion >= 0.5
     share = percent(result.suspicion if more else 1 - result.suspicion)
-    place = (
+    share = "nearly all" if share == "100%" else share
+    among = (
         f"It looks {'more' if more else 'less'} suspicious than {share} of the auditor's {info.reference.pairs:,} "
         f"reference pairs; what lies among the most suspicious {percent(info.flag_quantile)} is flagged."
     )
-    return Verdict(title, (place, _because(result, info), *_decided(result)))
+    return Verdict(title, (among, _because(result, info), *_decided(result)))
 
 
 def _because(result: ScoredPair, info: AuditorInfo) -> str:

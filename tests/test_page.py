@@ -27,7 +27,7 @@ from serve.marking import STEPS, marked, step_of, visible
 from serve.render import error_page, examples, respond, sign_in_page
 from serve.results import by_suspicion, scored_row, show, without_score
 from serve.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines
-from serve.verdict import detector_value, number_of, ordinal, percent, signed, verdict_of
+from serve.verdict import detector_value, number_of, percent, place, signed, verdict_of
 
 CHOSEN = "Sure, here is how. First, gather the tools."
 REJECTED = "I won't help with that."
@@ -172,9 +172,17 @@ def test_numbers_read_well():
     assert [signed(x) for x in (0.5, -0.5, 0.001, -0.001)] == ["+0.50", f"{MINUS}0.50", "0.00", "0.00"]
     assert number_of(-1.25, 1) == f"{MINUS}1.2"
     assert [percent(x) for x in (0.05, 0.973, 1.0)] == ["5%", "97.3%", "100%"]
-    assert [ordinal(x) for x in (0, 1, 2, 3, 11, 12, 21, 99.6)] == [
-        "0th", "1st", "2nd", "3rd", "11th", "12th", "21st", "100th",
-    ]  # fmt: skip
+    assert [place(x) for x in (0.4, 1, 2, 3, 11, 12, 21, 99.6)] == [
+        "below the 1st percentile",
+        "1st percentile",
+        "2nd percentile",
+        "3rd percentile",
+        "11th percentile",
+        "12th percentile",
+        "21st percentile",
+        "above the 99th percentile",
+    ]
+    assert "than nearly all of the auditor's" in verdict_of(result(suspicion=0.9999), auditor()).sentences[0]
 
 
 # Uploads
