@@ -1,6 +1,7 @@
 """The service that `bench.serve` measures: `python -m bench.serve_up PORT ARGUMENTS`; says `ready`, ends on SIGTERM."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ def main() -> None:
     from serve.app import build
 
     ended = threading.Event()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     serve.run(build(json.loads(sys.argv[2])), name="scoring", route_prefix="/")
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

@@ -6,9 +6,11 @@ batch function that `safer-ray audit` maps over fragments, so HTTP scores equal 
 
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from safer_ray.errors import UserError
@@ -51,12 +53,10 @@ class Ingress:
 
 
 def http_host() -> str:
-    """The address that Serve's proxies listen on."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    return str(client.http_config.host)
+    """The address that Serve's proxies listen on, or will."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    host = client.http_config.host if client is not None else HTTPOptions().host
+    return host or LOOPBACK[0]  # none: Serve has no proxies
 
 
 def check_binding(host: str, keys: bool, insecure: bool) -> None:
@@ -72,12 +72,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application for `serve run serve.app:build auditor=DIR [KEY=VALUE …]`; keys as in ServiceConfig.
 
     Raises:
-        UserError: an unknown or missing key, a value that cannot be, no readable bundle or keys.
+        UserError: an unknown or missing key, a value that cannot be, no readable bundle or keys, a door left open.
     """
     config = read_args(args)
     bundle = open_auditor(config.auditor)
     info_of(bundle, scores_config(bundle, config.detector, config.flag_quantile, config.reasons))  # or it says why not
     keys = find_keys(config.keys)
+    check_binding(http_host(), bool(keys), config.insecure)
     lasting, thresholds = config.lasting(), config.thresholds()
     scorer = serve.deployment(
         name="Scorer",

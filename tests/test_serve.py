@@ -248,7 +248,7 @@ def test_http_scores_equal_those_of_an_audit_in_any_batch(http, bundle, corpus, 
         for name in ("score", "reward_chosen", "reward_rejected", "reward_margin"):
             assert result[name] == close(wanted[name]), name
         if abs(result["suspicion"] - wanted["suspicion"]) > 1e-5:  # a rank: it moves by one where values all but tie
-            assert result["suspicion"] == pytest.approx(wanted["suspicion"], abs=1 / references)
+            assert result["suspicion"] == pytest.approx(wanted["suspicion"], abs=1 / references + 1e-9)
         else:
             assert (result["flag"], result["decision"]) == (wanted["flag"], wanted["decision"])
 

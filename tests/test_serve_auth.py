@@ -51,7 +51,7 @@ def test_a_file_without_keys_and_a_name_twice_are_refused(tmp_path):
     line = new_key("a")[1]
     with pytest.raises(UserError, match="two keys are named 'a'"):
         parse_keys(f"{line}\n{line}", "keys")
-    with pytest.raises(UserError, match="keys file .* cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"keys file .* cannot be read: No such file"):
         Keys(tmp_path / "absent")
 
 
