@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictInt, StrictStr, Tag
 
 MAX_ID_CHARS = 200
-BIGGEST_ID = 2**63 - 1
+BIGGEST_ID = 2**53 - 1  # beyond it not every JSON reader keeps a number exactly
 
 Side = Literal["chosen", "rejected"]
 Part = Literal["prompt", "response"]
