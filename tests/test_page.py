@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -313,3 +314,66 @@ def test_a_result_is_shown_with_all_that_decided():
     assert shown.detector_figure is not None
     assert show(pair, result(), auditor("safer")).detector_figure is None
     assert respond("error.html", title="x", detail="y", here="", signed_in=False).status_code == 200
+
+
+# Hostile texts
+
+
+class Tags(HTMLParser):
+    """The tags of a page with the names of their attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *(name for name, _ in attributes)))
+
+
+def page_of(prompt, chosen, rejected, name):
+    """The page with a pair's result, with one sentence a text, and one feature."""
+    said = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = pair_of(
+        {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in said.items()}, "p"
+    )
+    spans = [span(0, len(chosen), -0.4), span(0, len(rejected), 0.4, side="rejected")]
+    features = [Contribution(feature=7, name=name, sign=-1, contribution=-0.4)]
+    answer = respond(
+        "home.html",
+        here="/",
+        signed_in=False,
+        info=auditor(name=name),
+        form=said | {"row": name},
+        errors={"row": name},
+        notice=None,
+        shown=show(pair, result(features=features, spans=spans), auditor()),
+        examples=examples(),
+        chosen_example=name,
+        detectors={"reward_margin": "margin"},
+        max_rows=10,
+    )
+    return answer.body.decode()
+
+
+HARMLESS = Tags(page_of("p.", "c.", "r.", "n.")).found
+HOSTILE = st.sampled_from(
+    ["<script>", "</textarea>", '"', "'", ">", "<!--", "]]>", "&lt;", "{{", "\x00", "\u202e", "\ud800"]
+)
+TEXT = st.lists(HOSTILE | st.text(max_size=5), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+@given(TEXT, TEXT, TEXT, TEXT)
+def test_no_text_of_a_pair_becomes_markup(prompt, chosen, rejected, name):
+    assert Tags(page_of(prompt, f"a {chosen}", f"b {rejected}", name)).found == HARMLESS
+
+
+@given(st.lists(TEXT, min_size=1, max_size=3))
+def test_no_row_of_a_file_becomes_markup(texts):
+    rows = [{"id": text, "safer_ray": {"line": 1}, text: text} for text in texts]
+    values = {"here": "/", "signed_in": False, "scored": [], "flagged": 0, "errors": [], "download_name": texts[0]}
+    page = respond("upload.html", filename=texts[0], rows=rows, **values).body.decode()
+    plain = respond("upload.html", filename="a", rows=[{}], **values | {"download_name": "a"}).body.decode()
+    assert Tags(page).found == Tags(plain).found
+    block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(block) == rows
