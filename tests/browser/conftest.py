@@ -1,15 +1,18 @@
 """A browser without a window, and the page on a real server of this process with the auditor of the tiny run."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from driving import ROOT, WIDE, Browser, listening, started
+from driving import ROOT, ROWS, WIDE, Browser, listening, started, texts_of
 from tiny_run import finished
 
 from serve.http import create_api
+from serve.render import examples
 from serve.service import LocalService
 
 INSTALLED = ROOT / "build/browser"
@@ -77,3 +80,20 @@ def browser(chromium: Browser, site: str) -> Iterator[Browser]:
     outside = [u for u in chromium.requests() if not u.startswith((chromium.base, "about:", "data:", "blob:" + site))]
     assert outside == []
     assert chromium.complaints() == []
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> Path:
+    """Good rows, and three that cannot be scored."""
+    rows = [
+        json.dumps({"id": f"row-{i}", "note": i} | texts_of(examples()[i % 4]) | {"prompt": f"Number {i}?"})
+        for i in range(ROWS)
+    ]
+    rows[4], rows[9], rows[12] = (
+        "{broken",
+        '{"prompt": "a", "chosen": "b"}',
+        '{"prompt":"a","chosen":"b","rejected":"b"}',
+    )
+    path = tmp_path / "my pairs.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path

@@ -32,6 +32,23 @@ FLAGS = (
     "--disable-dev-shm-usage",
 )
 WIDE, NARROW = (1180, 860), (360, 740)
+ROWS = 40  # of the file that is uploaded
+
+
+def texts_of(example) -> dict[str, str]:
+    return {name: getattr(example, name) for name in ("prompt", "chosen", "rejected")}
+
+
+def shown(browser: "Browser", selector: str) -> str:
+    """A text as the page shows it, without the amounts beside its sentences."""
+    script = """const copy = document.querySelector(arguments[0]).cloneNode(true);
+        copy.querySelectorAll(".amount").forEach((amount) => amount.remove()); return copy.textContent;"""
+    return browser.driver.execute_script(script, selector).strip()
+
+
+def blurred(browser: "Browser") -> set[bool]:
+    script = """return [...document.querySelectorAll(".secret")].map((e) => getComputedStyle(e).filter !== "none");"""
+    return set(browser.driver.execute_script(script))
 
 
 @contextlib.contextmanager

@@ -95,8 +95,10 @@
 
   const swapIn = (text) => {
     const page = new DOMParser().parseFromString(text, "text/html");
+    const main = page.getElementById("main");
+    if (!main) throw new Error("no page");
     document.title = page.title;
-    document.getElementById("main").replaceWith(page.getElementById("main"));
+    document.getElementById("main").replaceWith(main);
     start(document.getElementById("main"));
     const target = ["[aria-invalid=true]", ".notice[role=alert]", "#verdict", "h1"].map((s) => document.querySelector(s)).find(Boolean);
     target.setAttribute("tabindex", target.getAttribute("tabindex") || (target.matches("textarea") ? "0" : "-1"));
