@@ -157,7 +157,7 @@ def overhead(served: Served, engine: BareEngine, pairs: Sequence[Pair]) -> dict[
     each = engine.each_ms(pairs)
     found = served.load(chunks(pairs, 1), 0.0, concurrency=1, keep=True)
     again = engine.each_ms(pairs)
-    alone = [min(times) for times in zip(each, again, strict=True)]
+    alone = [sum(times) / 2 for times in zip(each, again, strict=True)]
     over = [ms - bare for ms, bare in zip(found["each_ms"], alone, strict=True)]
     results = [body["results"][0] for body in found["bodies"]]
     names = ("score", "suspicion", "reward_margin")

@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 
@@ -68,8 +67,14 @@ def create_api(
     fixed = limits if isinstance(limits, Limits) else Limits()
     current = limits if callable(limits) else lambda: fixed
     keys = keys or Keys()
-    api = FastAPI(title="safer_ray", version=API_VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None)
-    api.openapi_url = None
+    api = FastAPI(
+        title="safer_ray",
+        version=API_VERSION,
+        description=DESCRIPTION,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
     handle_problems(api)
     api.include_router(scoring_routes(service, current))
     api.include_router(telling_routes(service))
@@ -78,11 +83,6 @@ def create_api(
     api.include_router(pages(service))
     api.mount("/static", StaticFiles(directory=STATIC), name="static")
     api.openapi = lambda: document_of(api)  # type: ignore[method-assign]
-
-    @api.get("/v1/openapi.json", include_in_schema=False)
-    async def openapi() -> JSONResponse:
-        return JSONResponse(api.openapi())
-
     api.add_middleware(LimitBodies, limits=current)
     api.add_middleware(Access, keys=keys, hosts=tuple(hosts))
     api.add_middleware(ProblemPages)
