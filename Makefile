@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve test test-all check bench chaos sweep-smoke clean setup setup-dev
+.PHONY: demo serve fuzz test test-all check bench chaos sweep-smoke clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -23,11 +23,14 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt scripts/setup.sh
 demo: setup  ## the whole loop on a synthetic corpus with planted errors; RUNNER=local for one process
 	$(BIN)/safer-ray run configs/demo.yaml --runner $(RUNNER)
 
-serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000
+serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000; ARGS="keys=FILE"
 	@manifest=$$(ls -t runs/demo/auditor-*/manifest.json 2>/dev/null | head -n 1); \
 	if [ -z "$$manifest" ]; then echo "no bundle in runs/demo; run make demo first" >&2; exit 2; fi; \
 	export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_DEFAULT_HTTP_HOST=127.0.0.1; \
-	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}"
+	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}" $(ARGS)
+
+fuzz: setup-dev  ## 50,000 hostile requests to the service, in process; prints what they were answered
+	$(BIN)/python -m bench.fuzz_serve
 
 test: setup-dev  ## all tests, in two processes, each with whole files: what a file sets up is set up once
 	$(PYTEST)

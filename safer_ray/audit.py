@@ -44,15 +44,27 @@ class AuditPairs(EncodePairs):
 
     def __init__(self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE) -> None:
         super().__init__(auditor.path / "reward", auditor.path / "sae", part)
-        self.score = scorer(auditor, config)
-        layers = auditor.metrics.get("vector_layers", []) if config.detector == "combined" else []
-        if layers and part.of > 1:
+        self.auditor = auditor
+        self.vectors: MeanVectors | None = None
+        self.configure(config)
+
+    def configure(self, config: ScoresConfig) -> None:
+        """Score and suspect by another config from now on; the model stays.
+
+        Raises:
+            UserError: the bundle holds no such detector, or the model is in parts and the detector needs it whole.
+        """
+        score = scorer(self.auditor, config)
+        layers = self.auditor.metrics.get("vector_layers", []) if config.detector == "combined" else []
+        if layers and self.part.of > 1:
             raise UserError(
                 "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"
             )
-        self.vectors = MeanVectors(auditor.path / "reward", layers) if layers else None
+        self.vectors = (self.vectors or MeanVectors(self.auditor.path / "reward", layers)) if layers else None
+        self.score = score
 
-    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+    def coded(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        """Codes, and what else scores are made of."""
         codes = super().finish(pairs, tokens, found)
         for name in ("row_key", "extra"):
             codes = codes.append_column(name, pairs[name])
@@ -60,7 +72,10 @@ class AuditPairs(EncodePairs):
             means = self.vectors(pairs)
             for name in ("response", "prompt"):
                 codes = codes.append_column(name, means[name])
-        return self.score(codes)
+        return codes
+
+    def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
+        return self.score(self.coded(pairs, tokens, found))
 
 
 class AuditRows(AuditPairs):

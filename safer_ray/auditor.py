@@ -54,30 +54,47 @@ def scorer(auditor: Artifact, config: ScoresConfig) -> ScoreCodes:
         UserError: the bundle holds no such detector.
     """
     features = read_features(auditor.path / "features.json")
-    value, reference = _suspect_by(auditor, config.detector)
-    return ScoreCodes(features, reference, config.flag_quantile, config.reasons, value)
+    reference = reference_values(auditor, config.detector)
+    return ScoreCodes(features, reference, config.flag_quantile, config.reasons, _value(auditor, config.detector))
 
 
-def _suspect_by(auditor: Artifact, detector: DetectorOf) -> tuple[Value | None, np.ndarray]:
-    """What a pair is valued by, and the values of the reference pairs."""
+def reference_values(auditor: Artifact, detector: DetectorOf) -> np.ndarray:
+    """What a detector says of the reference pairs, float64 [n]; low: suspicious.
+
+    Raises:
+        UserError: the bundle holds no such detector.
+    """
     if detector == "combined":
-        folder = auditor.path / DETECTOR
-        if not folder.is_dir():
-            raise UserError(
-                f"{auditor.path} has no combined detector; build the bundle by a run with `cross_fit` and "
-                "`scores.detector: combined`, or pass --detector reward_margin"
-            )
-        model = load_combined(folder)
-
-        def combined(codes: pa.Table, scores: np.ndarray) -> np.ndarray:
-            contrast = contrasts(codes, len(model.effect.weights))
-            vectors = (matrix_of(codes[name]) for name in ("response", "prompt"))
-            return model(Readings(margins(codes), scores, contrast, *vectors))
-
-        return combined, read_parquet(folder / VALUES)["combined"].to_numpy()
+        return read_parquet(_fitted(auditor) / VALUES)["combined"].to_numpy()
     reference = read_parquet(auditor.path / "reference.parquet")
     if detector == "safer":
-        return None, reference["score"].to_numpy()
+        return reference["score"].to_numpy()
     if reference["reward_margin"].null_count:
         raise UserError(f"{auditor.path} knows no rewards of its reference pairs; pass --detector safer")
-    return lambda codes, _: margins(codes), reference["reward_margin"].to_numpy()
+    return reference["reward_margin"].to_numpy()
+
+
+def _fitted(auditor: Artifact) -> Path:
+    folder = auditor.path / DETECTOR
+    if not folder.is_dir():
+        raise UserError(
+            f"{auditor.path} has no combined detector; build the bundle by a run with `cross_fit` and "
+            "`scores.detector: combined`, or pass --detector reward_margin"
+        )
+    return folder
+
+
+def _value(auditor: Artifact, detector: DetectorOf) -> Value | None:
+    """What a pair is valued by; None: its score."""
+    if detector == "safer":
+        return None
+    if detector == "reward_margin":
+        return lambda codes, _: margins(codes)
+    model = load_combined(_fitted(auditor))
+
+    def combined(codes: pa.Table, scores: np.ndarray) -> np.ndarray:
+        contrast = contrasts(codes, len(model.effect.weights))
+        vectors = (matrix_of(codes[name]) for name in ("response", "prompt"))
+        return model(Readings(margins(codes), scores, contrast, *vectors))
+
+    return combined

@@ -277,6 +277,15 @@ def inspect(
             console.print(f"{name:<9} {text[:300]}{'…' if len(text) > 300 else ''}", markup=False)
 
 
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is, say a team's or a platform's name.")]) -> None:
+    """Make a key of the scoring service: its token, shown this once, and the line for the keys file."""
+    from safer_ray.keys import new_key
+
+    token, line = new_key(name)
+    typer.echo(f"token  {token}\nline   {line}")
+
+
 app.add_typer(stage_commands.app)
 app.add_typer(audit_commands.app)
 app.add_typer(audit_tools_commands.app)

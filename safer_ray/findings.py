@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safer_ray.artifacts import (
     read_parts,
 )
 from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, read_features, scorer
+from safer_ray.cards import FILE as CARDS_FILE
+from safer_ray.cards import Known, make_cards
 from safer_ray.codes import latent_count
 from safer_ray.config import (
     ContextsConfig,
@@ -150,9 +153,18 @@ class Findings(StageContext):
         return self.place.make(recipe("select", config, **inputs), build)
 
     def auditor(
-        self, reward: Artifact, sae: Artifact, selected: Artifact, codes: Artifact, detector: Artifact | None = None
+        self,
+        reward: Artifact,
+        sae: Artifact,
+        selected: Artifact,
+        codes: Artifact,
+        detector: Artifact | None = None,
+        known: Mapping[str, Artifact] | None = None,
     ) -> Artifact:
-        """The deployable bundle: `reward/ sae/ features.json reference.parquet`, and `detector/` if one was fitted."""
+        """The deployable bundle: `reward/ sae/ features.json reference.parquet`, `detector/` if one was fitted, and
+        `features.parquet`, which shows people its features, where `salience` is `known`, and better where `verdicts`
+        and `contexts` are."""
+        known = known or {}
 
         def build(out: Path) -> Result:
             features = read_features(selected.path / "features.json")
@@ -169,11 +181,15 @@ class Findings(StageContext):
                 "reward_margin": pa.array(np.sort(np.concatenate([margins(part) for part in parts])), from_pandas=True),
             }
             write_parquet(pa.table(reference), out / "reference.parquet")
+            if known:
+                found = Known(**{name: read_parts(artifact.path) for name, artifact in known.items()})
+                write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
             rows = {"reference": sum(map(len, parts))}
             return Result(rows, facts, licence_of(codes), red_team=poisoned(reward, sae, codes))
 
         inputs = {"reward": reward.name, "sae": sae.name, "features": selected.name, "codes": codes.name}
         inputs |= {"detector": detector.name} if detector else {}
+        inputs |= {name: artifact.name for name, artifact in known.items()}
         return self.place.make(recipe("auditor", {"format": AUDITOR_FORMAT}, **inputs), build)
 
     def scores(self, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:

@@ -33,7 +33,7 @@ MARGINS = ("label_margin", "margin", "preference_strength")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
 _SIDES = frozenset({"chosen", "rejected"})
 # Up to the last turn marker, else to the last space.
 _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|Response):\s|.*\s", re.DOTALL)
@@ -131,12 +131,12 @@ def _messages(value: list[Any], name: str) -> Messages:
 
 def is_transcript(text: str) -> bool:
     """Whether a text is a dialogue: it opens with a turn, or asks for the next one at its end."""
-    return bool(_TURN.match(text)) or ("\n\nHuman:" in text and text.rstrip().endswith("\n\nAssistant:"))
+    return bool(TURN.match(text)) or ("\n\nHuman:" in text and text.rstrip().endswith("\n\nAssistant:"))
 
 
 def _turns(text: str) -> Messages:
     """All turns of a transcript, empty ones too; text before the first is a system message."""
-    marks = list(_TURN.finditer(text))
+    marks = list(TURN.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     lead = text[: marks[0].start()].strip()
     turns = [{"role": "system", "content": lead}] if lead else []

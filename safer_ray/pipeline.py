@@ -160,7 +160,8 @@ def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -
     detector = None
     if fitted and config.scores.detector == "combined":
         detector = done("detector", stages.detector(config, pairs, fitted))
-    auditor = done("auditor", stages.auditor(reward, sae, selected, codes, detector))
+    known = {name: made[name] for name in ("salience", "verdicts", "contexts")}
+    auditor = done("auditor", stages.auditor(reward, sae, selected, codes, detector, known))
     if fitted and detector:
         done("scores", stages.suspected(config.scores, fitted.scores, detector))
     else:

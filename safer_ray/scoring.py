@@ -49,7 +49,7 @@ def parse_features(tree: object, mode: Mode | None = None) -> Features:
     return Features(tree["safe"], tree["unsafe"], chosen_mode)
 
 
-class _Contributions(NamedTuple):
+class Contributions(NamedTuple):
     """Signed activations of selected features, already divided by their side's number of entries."""
 
     row: np.ndarray
@@ -59,20 +59,21 @@ class _Contributions(NamedTuple):
     end: np.ndarray
 
 
-def _contributions(codes: pa.Table, features: Features) -> _Contributions:
+def contributions(codes: pa.Table, features: Features) -> Contributions:
+    """What every selected activation that the mode counts adds to the score of its pair."""
     sides = [flatten(codes, side, features.mode) for side in ("chosen", "rejected")]
     latents = 1 + max([*features.safe, *features.unsafe, *(int(s.feature.max(initial=0)) for s in sides)])
     signs = features.signs(latents)
     parts = [_side_contributions(s, signs, number) for number, s in enumerate(sides)]
-    return _Contributions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Contributions(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _side_contributions(side: SideCodes, signs: np.ndarray, number: int) -> _Contributions:
+def _side_contributions(side: SideCodes, signs: np.ndarray, number: int) -> Contributions:
     selected = np.flatnonzero(signs[side.feature])
     entry = side.entry[selected]
     row, feature = side.entry_row[entry], side.feature[selected]
     value = signs[feature] * side.value[selected] / side.ends_per_row[row]
-    return _Contributions(
+    return Contributions(
         row, feature, -value if number else value, np.full(len(row), number), side.end[entry].astype(np.int64)
     )
 
@@ -81,18 +82,18 @@ def pair_scores(codes: pa.Table, features: Features) -> np.ndarray:
     """S of each pair, float64 [n]: the mean over the chosen side's entries of (sum over F+ - sum over F-), minus the
     same on the rejected side. High: the pair teaches safety; low: suspicious. A side without entries counts 0.
     """
-    parts = _contributions(codes, features)
+    parts = contributions(codes, features)
     return np.bincount(parts.row, weights=parts.value, minlength=len(codes))
 
 
 def pair_reasons(codes: pa.Table, features: Features, limit: int) -> list[list[dict[str, object]]]:
     """Per pair the `limit` features of largest |contribution| to its score, with the sentence where each fires most."""
     reasons: list[list[dict[str, object]]] = [[] for _ in range(len(codes))]
-    parts = _contributions(codes, features)
+    parts = contributions(codes, features)
     if limit == 0 or len(parts.row) == 0:
         return reasons
     order = np.lexsort((-np.abs(parts.value), parts.feature, parts.row))
-    parts = _Contributions(*(column[order] for column in parts))
+    parts = Contributions(*(column[order] for column in parts))
     first = np.flatnonzero(np.r_[True, (np.diff(parts.row) != 0) | (np.diff(parts.feature) != 0)])
     total = np.add.reduceat(parts.value, first)
     row, feature = parts.row[first], parts.feature[first]

@@ -34,7 +34,7 @@ VERSIONS = {
     "contexts": 1,
     "verdicts": 1,
     "select": 1,
-    "auditor": 2,
+    "auditor": 3,
     "scores": 2,
     "curate": 1,
     "sweep": 1,

@@ -200,13 +200,22 @@ def auditor(
     codes: ExistingPath,
     out: Out,
     detector: Annotated[Path | None, typer.Option(help="The directory of stage detector, where there is one.")] = None,
+    salience: Annotated[
+        Path | None, typer.Option(help="Of stage salience: the bundle then shows its features.")
+    ] = None,
+    verdicts: Annotated[Path | None, typer.Option(help="Of stage verdicts, to show ratings and reasons.")] = None,
+    contexts: Annotated[Path | None, typer.Option(help="Of stage contexts, to show where features fire.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 10: the deployable bundle."""
+    if salience is None and (verdicts or contexts):
+        raise UserError("auditor: --verdicts and --contexts need --salience, which the features' cards begin with")
+    given = {"salience": salience, "verdicts": verdicts, "contexts": contexts}
+    known = {name: open_input(path, name) for name, path in given.items() if path}
     model, coder, selected, reference = (open_input(path) for path in (reward, sae, features, codes))
     fitted = open_input(detector, "detector") if detector else None
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.auditor(model, coder, selected, reference, fitted))
+        show_artifact(stages.auditor(model, coder, selected, reference, fitted, known))
 
 
 @app.command()

@@ -1,0 +1,136 @@
+"""What the page shows of a scored pair and of a scored file."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from safer_ray.plots import number
+from serve.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
+from serve.figures import Spot, reference_figure, sides_figure
+from serve.marking import Marked, Piece, marked, messages_of
+from serve.uploads import Line
+from serve.verdict import DETECTORS, Verdict, detector_value, place, verdict_of
+
+KEPT = 5  # features of each row of a scored file
+EXCERPT = 90  # characters of a prompt in the table
+
+
+class Sentence(NamedTuple):
+    where: str
+    piece: Piece
+
+
+class Shown(NamedTuple):
+    """A scored pair as the page shows it."""
+
+    result: ScoredPair
+    verdict: Verdict
+    marked: Marked
+    sentences: list[Sentence]  # that count, most suspicious first
+    features: list[Contribution]  # strongest first
+    reach: float  # of the bars
+    score_figure: Markup
+    detector_figure: Markup | None  # None where the score itself flags
+
+
+class Scored(NamedTuple):
+    """A row of the table."""
+
+    line: int
+    result: ScoredPair
+    excerpt: str
+
+
+class Unscored(NamedTuple):
+    line: int
+    detail: str
+
+
+def show(pair: Pair, result: ScoredPair, info: AuditorInfo) -> Shown:
+    """A scored pair with its marked texts, its features and its place among the reference pairs."""
+    said = marked(pair.prompt, pair.chosen, pair.rejected, result)
+    strongest = sorted(result.features or (), key=lambda feature: (-abs(feature.contribution), feature.feature))
+    return Shown(
+        result,
+        verdict_of(result, info),
+        said,
+        _sentences(said),
+        strongest,
+        abs(strongest[0].contribution) if strongest else 1.0,
+        *_figures(result, info),
+    )
+
+
+def by_suspicion(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPair | None]) -> list[Scored]:
+    """The rows that have a score, most suspicious first; of equals, the lower score."""
+    rows = [
+        Scored(line.number, result, _excerpt(line.pair))
+        for line, result in zip(lines, results, strict=True)
+        if isinstance(result, ScoredPair) and line.pair is not None
+    ]
+    return sorted(rows, key=lambda row: (-row.result.suspicion, row.result.score, row.line))
+
+
+def without_score(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPair | None]) -> list[Unscored]:
+    """The rows that have none, in the order of the file."""
+    return [
+        Unscored(line.number, result.error.detail if isinstance(result, FailedPair) else line.error or "")
+        for line, result in zip(lines, results, strict=True)
+        if not isinstance(result, ScoredPair)
+    ]
+
+
+def scored_row(line: Line, result: ScoredPair | FailedPair | None, auditor: str) -> dict[str, Any]:
+    """A row as it came, with what the auditor says of it below `safer_ray`."""
+    said: dict[str, Any] = {"auditor": auditor, "line": line.number}
+    if isinstance(result, ScoredPair):
+        kept = sorted(result.features or (), key=lambda feature: -abs(feature.contribution))[:KEPT]
+        said |= result.model_dump(exclude={"features", "spans"})
+        said["features"] = [feature.model_dump() for feature in kept]
+    elif result is None:
+        said["error"] = {"code": "refused", "detail": line.error}
+    else:
+        said["error"] = result.error.model_dump()
+    return {**(line.row or {}), "safer_ray": said}
+
+
+def feature_figure(feature: FeatureDetail) -> Markup | None:
+    """How strongly a feature fires on either side; None where the bundle does not know."""
+    if feature.histogram is None:
+        return None
+    return Markup(sides_figure("plot-sides", f"Strength of feature {feature.id}", feature.histogram))
+
+
+def _sentences(said: Marked) -> list[Sentence]:
+    found = [
+        Sentence(where, piece)
+        for where, turns in zip(("Prompt", "Chosen", "Rejected"), said, strict=True)
+        for turn in turns
+        for piece in turn.pieces
+        if piece.contribution
+    ]
+    return sorted(found, key=lambda sentence: sentence.piece.contribution)
+
+
+def _figures(result: ScoredPair, info: AuditorInfo) -> tuple[Markup, Markup | None]:
+    """The pair among the reference pairs: by score, and by what flags where that is another value."""
+    by_score = Spot(result.score, f"this pair: {number(result.score)}, {place(result.percentile)}")
+    flags = info.detector == "safer"
+    axis = "score (suspicious ← → teaches safety)"
+    threshold = info.threshold if flags else None
+    score = reference_figure("plot-score", "SAFER scores", info.reference.score, by_score, threshold, axis)
+    if flags:
+        return Markup(score), None
+    value, name = detector_value(result, info), DETECTORS[info.detector]
+    spot = Spot(value, f"this pair: {number(value)}")
+    histogram = info.reference.value
+    axis = f"{name} (suspicious ← → agrees with the label)"
+    return Markup(score), Markup(reference_figure("plot-value", name, histogram, spot, info.threshold, axis))
+
+
+def _excerpt(pair: Pair) -> str:
+    """The end of a prompt: its last message in one line."""
+    said = messages_of(pair.prompt, "user")
+    text = " ".join(said[-1].content.split()) if said else ""
+    return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"

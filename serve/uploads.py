@@ -1,0 +1,110 @@
+"""An uploaded file of pairs: JSON lines in any preference format that the library reads, an error a line at most."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from safer_ray.formats import Refused, read_pair, row_format
+from serve.api import MAX_ID_CHARS, Message, Pair
+
+MAX_ROWS = 1000
+MAX_VALUES = 50_000  # lists and objects of a row
+FORMATS = "wanted prompt, chosen and rejected, or another preference format"
+
+
+class Line(NamedTuple):
+    """A line of the file: its row and its pair, or why there is none."""
+
+    number: int  # from 1, as editors count
+    row: dict[str, Any] | None
+    pair: Pair | None
+    error: str | None
+
+
+class TooManyRows(Exception):  # noqa: N818  # a verdict on a file, no error
+    """A file of more rows than one upload may hold."""
+
+
+def read_lines(content: bytes) -> list[Line]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        TooManyRows: more than MAX_ROWS.
+    """
+    lines: list[Line] = []
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if raw.strip():
+            if len(lines) == MAX_ROWS:
+                raise TooManyRows(f"more than {MAX_ROWS:,} rows; split the file, or use safer-ray audit")
+            lines.append(_line(number, raw))
+    return lines
+
+
+def pair_of(row: dict[str, Any], default_id: str) -> Pair:
+    """A row of any preference format as a pair of messages.
+
+    Raises:
+        Refused: it is no usable pair; the text says why.
+    """
+    format = row_format(row)
+    if format is None and not {"prompt", "chosen", "rejected"} & row.keys():
+        raise Refused(f"{FORMATS}; got the keys {', '.join(sorted(row)[:8]) or '(none)'}")
+    read = read_pair(row, format or "canonical")
+    said = {"prompt": read.prompt, "chosen": read.chosen, "rejected": read.rejected}
+    texts: dict[str, Any] = {name: [Message(**message) for message in turns] for name, turns in said.items()}
+    try:
+        return Pair(id=_id(row, default_id), **texts)
+    except ValidationError as error:
+        raise Refused(error.errors()[0]["msg"]) from None
+
+
+def parse_row(text: str | bytes) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        Refused: it is something else.
+    """
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise Refused(f"more than {MAX_VALUES:,} lists and objects")
+    try:
+        row = json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise Refused("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise Refused("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise Refused(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except ValueError as error:
+        raise Refused(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise Refused("not a JSON object")
+    return row
+
+
+def scored_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Rows as JSON lines, in ASCII so that whatever came in goes out."""
+    return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+
+
+def _line(number: int, raw: bytes) -> Line:
+    row = None
+    try:
+        row = parse_row(raw)
+        return Line(number, row, pair_of(row, f"line {number}"), None)
+    except Refused as reason:
+        return Line(number, row, None, str(reason))
+
+
+def _id(row: dict[str, Any], default: str) -> str:
+    found = next((row[name] for name in ("id", "pair_id") if isinstance(row.get(name), str | int)), default)
+    text = str(found)
+    if len(text) > MAX_ID_CHARS:
+        raise Refused(f"id of {len(text):,} characters, at most {MAX_ID_CHARS} are allowed")
+    return text
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,25 @@
+"""What the tests of the service share: the tiny run's bundle, requests, and pairs that break things."""
+
+from pathlib import Path
+
+from tiny_run import finished
+
+from safer_ray.artifacts import Artifact, read_parts
+
+SECRET = "the moon is a lantern"
+PAIR = {"prompt": "How are you today?", "chosen": "Very well, thank you.", "rejected": "Go away, will you."}
+TEXTS = ("prompt", "chosen", "rejected")
+
+
+def bundle_of(session: Path) -> Artifact:
+    """The auditor of the finished tiny run."""
+    return finished(session).artifacts["auditor"]
+
+
+def corpus_of(session: Path, rows: int = 60) -> list[dict[str, object]]:
+    """Pairs of the tiny run's corpus."""
+    return read_parts(finished(session).artifacts["noise"].path / "pairs").slice(0, rows).to_pylist()
+
+
+def body(rows: list[dict[str, object]], **more: object) -> dict[str, object]:
+    return {"pairs": [{"id": row["pair_id"]} | {name: row[name] for name in TEXTS} for row in rows], **more}

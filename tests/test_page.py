@@ -1,0 +1,379 @@
+"""What the page is made of: texts cut and marked, verdicts in words, uploads read line by line, figures."""
+
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safer_ray.formats import Refused
+from safer_ray.plots import MINUS
+from serve.api import (
+    AuditorInfo,
+    Contribution,
+    FailedPair,
+    Histogram,
+    Message,
+    Reason,
+    Reference,
+    ScoredPair,
+    SideHistograms,
+    Span,
+)
+from serve.figures import Spot, reference_figure, sides_figure
+from serve.marking import STEPS, marked, step_of, visible
+from serve.render import error_page, examples, respond, sign_in_page
+from serve.results import by_suspicion, scored_row, show, without_score
+from serve.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines
+from serve.verdict import detector_value, number_of, percent, place, signed, verdict_of
+
+CHOSEN = "Sure, here is how. First, gather the tools."
+REJECTED = "I won't help with that."
+PROMPT = "How do I do it?"
+HISTOGRAM = Histogram(edges=[-1.0, 0.0, 1.0, 2.0], counts=[10, 60, 30])
+
+
+def span(start, end, contribution, side="chosen", part="response", message=0, features=(7,)):
+    return Span(
+        side=side,
+        part=part,
+        message=message,
+        start=start,
+        end=end,
+        contribution=contribution,
+        features=list(features),
+    )
+
+
+def result(**more):
+    values = {
+        "id": "a",
+        "score": -0.5,
+        "percentile": 3.0,
+        "suspicion": 0.97,
+        "flag": True,
+        "decision": "review",
+        "reward_chosen": -1.0,
+        "reward_rejected": 0.5,
+        "reward_margin": -1.5,
+        "truncated": False,
+        "features": [
+            Contribution(feature=7, name="tools", sign=-1, contribution=-0.4),
+            Contribution(feature=9, name="no", sign=1, contribution=0.1),
+        ],
+        "spans": [span(0, 18, -0.1), span(18, 43, -0.4)],
+    }
+    return ScoredPair(**values | more)
+
+
+def auditor(detector="reward_margin", **more):
+    values = {
+        "name": "auditor-1",
+        "format": 3,
+        "model": "tiny",
+        "layer": 1,
+        "latents": 64,
+        "mode": "response",
+        "detector": detector,
+        "flag_quantile": 0.05,
+        "threshold": -0.5,
+        "safe": 1,
+        "unsafe": 1,
+        "reference": Reference(pairs=100, score=HISTOGRAM, value=HISTOGRAM),
+        "red_team": False,
+        "created": "2026-11-28",
+        "licences": ["synthetic"],
+    }
+    return AuditorInfo(**values | more)
+
+
+def texts(turns):
+    return ["".join(piece.text for piece in turn.pieces) for turn in turns]
+
+
+# Texts
+
+
+def test_a_text_is_cut_at_its_sentences_and_nothing_is_lost():
+    said = marked(PROMPT, CHOSEN, REJECTED, result())
+    assert texts(said.chosen) == [CHOSEN]
+    assert [(p.text, p.step) for p in said.chosen[0].pieces] == [
+        ("Sure, here is how.", -2),
+        (" ", 0),
+        ("First, gather the tools.", -STEPS),
+    ]
+    assert [p.text for p in said.rejected[0].pieces] == [REJECTED]
+
+
+def test_spans_name_messages_and_sides():
+    turns = [Message(role="user", content="Hi."), Message(role="assistant", content="Hello. You?")]
+    spans = [span(0, 6, 0.3, part="prompt", message=1), span(0, 6, -0.1, side="rejected", part="prompt", message=1)]
+    said = marked(turns, CHOSEN, REJECTED, result(spans=[*spans, span(0, 23, 0.2, side="rejected")]))
+    assert [turn.role for turn in said.prompt] == ["user", "assistant"]
+    assert said.prompt[1].pieces[0].contribution == pytest.approx(0.2)
+    assert said.prompt[1].pieces[0].step == said.rejected[0].pieces[0].step > 0
+
+
+@given(
+    st.text(max_size=40),
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.floats(-2, 2)), max_size=6),
+)
+def test_whatever_spans_come_the_text_stays_whole(text, cuts):
+    spans = [span(start, end, amount) for start, end, amount in cuts]
+    assert "".join(texts(marked("q", text, "r", result(spans=spans)).chosen)) == text
+
+
+def test_shades_are_signed_and_the_strongest_is_darkest():
+    assert [step_of(x, 1.0) for x in (-1.0, -0.5, -0.01, 0.0, 0.2, 0.3, 0.8, 1.0)] == [-4, -3, 0, 0, 1, 2, 4, 4]
+    assert step_of(0.0, 0.0) == 0
+
+
+def test_control_characters_show_and_other_writing_is_kept():
+    assert visible("a\u202eb\u2066c\x00\x07\ud800") == "a[U+202E]b[U+2066]c\u2400\u2407\ufffd"
+    kept = "שלום \u200f مرحبا\n\tπ 👩\u200d🔬"
+    assert visible(kept) == kept
+
+
+# Words
+
+
+def test_a_verdict_says_whether_and_why():
+    flagged = verdict_of(result(), auditor())
+    assert flagged.title == "Flagged for review"
+    assert flagged.sentences == (
+        "It looks more suspicious than 97% of the auditor's 100 reference pairs; what lies among the most suspicious "
+        "5% is flagged.",
+        f"The flag goes by the reward margin: {MINUS}1.5, below the threshold {MINUS}0.5.",
+        "The reward model prefers the rejected response, against the label.",
+        f"Of the features, 7 pulls most towards suspicion, by {MINUS}0.40.",
+    )
+    calm = verdict_of(result(flag=False, suspicion=0.1, reward_margin=2.0, score=0.3), auditor("safer"))
+    assert calm.title == "Not flagged"
+    assert "less suspicious than 90%" in calm.sentences[0]
+    assert calm.sentences[1:] == (
+        f"The flag goes by the SAFER score: 0.3, not below the threshold {MINUS}0.5.",
+        "Of the features, 9 pulls most towards safety, by +0.10.",
+    )
+
+
+def test_a_pair_on_which_no_feature_fires_is_told_so():
+    said = verdict_of(result(features=[]), auditor())
+    assert said.sentences[-1] == "No selected feature fires on it, so the score says little."
+
+
+@pytest.mark.parametrize(("suspicion", "value"), [(1.0, -1.0), (0.95, -0.5), (0.6, 0.5), (0.0, 2.0)])
+def test_a_value_that_is_not_answered_is_read_off_the_reference(suspicion, value):
+    assert detector_value(result(suspicion=suspicion), auditor("combined")) == pytest.approx(value)
+
+
+def test_numbers_read_well():
+    assert [signed(x) for x in (0.5, -0.5, 0.001, -0.001)] == ["+0.50", f"{MINUS}0.50", "0.00", "0.00"]
+    assert number_of(-1.25, 1) == f"{MINUS}1.2"
+    assert [percent(x) for x in (0.05, 0.973, 1.0)] == ["5%", "97.3%", "100%"]
+    assert [place(x) for x in (0.4, 1, 2, 3, 11, 12, 21, 99.6)] == [
+        "below the 1st percentile",
+        "1st percentile",
+        "2nd percentile",
+        "3rd percentile",
+        "11th percentile",
+        "12th percentile",
+        "21st percentile",
+        "above the 99th percentile",
+    ]
+    assert "than nearly all of the auditor's" in verdict_of(result(suspicion=0.9999), auditor()).sentences[0]
+
+
+# Uploads
+
+
+def test_each_line_gets_a_pair_or_a_reason():
+    rows = [
+        {"id": "a", "prompt": "p", "chosen": "c", "rejected": "r", "note": "mine"},
+        {"prompt": "p", "chosen": "c"},
+        {"pair_id": 7, "chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"},
+        {"prompt": "p", "chosen": "same", "rejected": "same"},
+        {"text": "x"},
+        {"id": "x" * 201, "prompt": "p", "chosen": "c", "rejected": "r"},
+    ]
+    content = "\n".join([*map(json.dumps, rows[:3]), "", "{broken", *map(json.dumps, rows[3:]), "[1]"]).encode()
+    lines = read_lines(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert [line.number for line in lines] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert [line.pair and line.pair.id for line in lines] == ["a", None, "7", None, None, None, None, None]
+    assert [line.error for line in lines] == [
+        None,
+        "missing column: rejected",
+        None,
+        "not JSON: Expecting property name enclosed in double quotes at character 2",
+        "equal responses",
+        "wanted prompt, chosen and rejected, or another preference format; got the keys text",
+        "id of 201 characters, at most 200 are allowed",
+        "not a JSON object",
+    ]
+    assert lines[2].pair.prompt == [Message(role="user", content="p")]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 40_000, "nested too deeply"),
+        ("[" * 100_000, "more than 50,000 lists and objects"),
+        ('{"a": NaN}', "not JSON: NaN is no JSON number"),
+        (b"\xff{}", "not UTF-8|not JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "not JSON"),
+        ("7", "not a JSON object"),
+    ],
+    ids=["nesting", "values", "nan", "bytes", "digits", "number"],
+)
+def test_what_is_no_row_is_refused(text, reason):
+    with pytest.raises(Refused, match=reason):
+        parse_row(text)
+
+
+def test_a_file_of_too_many_rows_is_refused_by_name():
+    row = b'{"prompt":"p","chosen":"c","rejected":"r"}\n'
+    assert len(read_lines(row * MAX_ROWS)) == MAX_ROWS
+    with pytest.raises(TooManyRows, match="more than 1,000 rows; split the file"):
+        read_lines(row * (MAX_ROWS + 1))
+
+
+def test_a_scored_file_keeps_its_rows_and_their_order():
+    lines = read_lines(b'{"id":"a","prompt":"p","chosen":"c","rejected":"r","note":1}\n{"b":1}\nx')
+    failed = FailedPair(id="b", error=Reason(code="refused", detail="too long"))
+    first, second, third = [
+        scored_row(line, scored, "auditor-1") for line, scored in zip(lines, [result(), failed, None], strict=True)
+    ]
+    assert first["note"] == 1
+    assert (first["safer_ray"]["suspicion"], first["safer_ray"]["features"][0]["feature"]) == (0.97, 7)
+    assert second == {"b": 1, "safer_ray": {"auditor": "auditor-1", "line": 2, "error": failed.error.model_dump()}}
+    assert third["safer_ray"]["error"]["detail"].startswith("not JSON")
+    assert [row.line for row in without_score(lines, [result(), failed, None])] == [2, 3]
+
+
+def test_the_most_suspicious_rows_come_first():
+    row = b'{"prompt":"p","chosen":"c","rejected":"r"}\n'
+    results = [result(suspicion=s, score=x) for s, x in ((0.2, 1.0), (0.9, 0.0), (0.9, -1.0))]
+    assert [row.line for row in by_suspicion(read_lines(row * 3), results)] == [3, 2, 1]
+
+
+# Figures and templates
+
+
+def svg(text):
+    """An SVG as a tree, with nothing that the page's policy forbids."""
+    assert not re.search(r"\bstyle=|<script|\bon\w+=", text)
+    return ElementTree.fromstring(text)
+
+
+@pytest.mark.parametrize("value", [-30.0, -1.0, 0.4, 2.0, 55.5])
+def test_a_pair_is_marked_within_the_figure_wherever_it_lies(value):
+    tree = svg(reference_figure("k", "Scores", HISTOGRAM, Spot(value, "this <pair>"), -0.5, "score"))
+    width = float(tree.get("viewBox").split()[2])
+    [line] = [node for node in tree.iter("line") if node.get("class") == "spot"]
+    assert 0 <= float(line.get("x1")) <= width
+    assert f"this <pair>. Pairs below {MINUS}0.5 are flagged." in tree.find("desc").text
+
+
+def test_a_histogram_of_one_value_is_drawn():
+    svg(reference_figure("k", "Scores", Histogram(edges=[1.0, 1.0], counts=[5]), Spot(1.0, "x"), None, "score"))
+
+
+def test_the_sides_of_a_feature_point_apart():
+    tree = svg(sides_figure("k", "Strength", SideHistograms(edges=[0.0, 1.0, 2.0], chosen=[4, 0], rejected=[1, 2])))
+    bars = {name: [n for n in tree.iter("rect") if n.get("class") == f"bar {name}"] for name in ("chosen", "rejected")}
+    assert [len(found) for found in bars.values()] == [1, 2]
+    assert float(bars["chosen"][0].get("y")) < float(bars["rejected"][0].get("y"))
+
+
+def test_examples_are_pairs_that_can_be_scored():
+    assert len({example.name for example in examples()}) == len(examples()) >= 4
+    for example in examples():
+        pair = pair_of({name: getattr(example, name) for name in ("prompt", "chosen", "rejected")}, "pair")
+        assert pair.chosen[-1].role == "assistant"
+    assert len(pair_of(examples()[-1]._asdict() | {"name": ""}, "pair").prompt) == 3
+
+
+def test_errors_and_the_sign_in_are_pages():
+    busy = error_page(429, "Too many <at once>.", 2.4)
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "2")
+    assert "Too many &lt;at once&gt;." in busy.body.decode()
+    for page in (sign_in_page(), sign_in_page(failed=True, next_path='/"><script>')):
+        text = page.body.decode()
+        assert page.headers["cache-control"] == "no-store"
+        assert '<label for="key">' in text
+        assert 'value="/"' in text or 'value="/&#34;&gt;&lt;script&gt;"' in text
+
+
+def test_a_result_is_shown_with_all_that_decided():
+    pair = pair_of({"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED}, "pair")
+    shown = show(pair, result(), auditor())
+    assert [sentence.piece.contribution for sentence in shown.sentences] == [-0.4, -0.1]
+    assert [feature.feature for feature in shown.features] == [7, 9]
+    assert shown.detector_figure is not None
+    assert show(pair, result(), auditor("safer")).detector_figure is None
+    assert respond("error.html", title="x", detail="y", here="", signed_in=False).status_code == 200
+
+
+# Hostile texts
+
+
+class Tags(HTMLParser):
+    """The tags of a page with the names of their attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *(name for name, _ in attributes)))
+
+
+def page_of(prompt, chosen, rejected, name):
+    """The page with a pair's result, with one sentence a text, and one feature."""
+    said = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = pair_of(
+        {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in said.items()}, "p"
+    )
+    spans = [span(0, len(chosen), -0.4), span(0, len(rejected), 0.4, side="rejected")]
+    features = [Contribution(feature=7, name=name, sign=-1, contribution=-0.4)]
+    answer = respond(
+        "home.html",
+        here="/",
+        signed_in=False,
+        info=auditor(name=name),
+        form=said | {"row": name},
+        errors={"row": name},
+        notice=None,
+        shown=show(pair, result(features=features, spans=spans), auditor()),
+        examples=examples(),
+        chosen_example=name,
+        detectors={"reward_margin": "margin"},
+        max_rows=10,
+    )
+    return answer.body.decode()
+
+
+HARMLESS = Tags(page_of("p.", "c.", "r.", "n.")).found
+HOSTILE = st.sampled_from(
+    ["<script>", "</textarea>", '"', "'", ">", "<!--", "]]>", "&lt;", "{{", "\x00", "\u202e", "\ud800"]
+)
+TEXT = st.lists(HOSTILE | st.text(max_size=5), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+@given(TEXT, TEXT, TEXT, TEXT)
+def test_no_text_of_a_pair_becomes_markup(prompt, chosen, rejected, name):
+    assert Tags(page_of(prompt, f"a {chosen}", f"b {rejected}", name)).found == HARMLESS
+
+
+@given(st.lists(TEXT, min_size=1, max_size=3))
+def test_no_row_of_a_file_becomes_markup(texts):
+    rows = [{"id": text, "safer_ray": {"line": 1}, text: text} for text in texts]
+    values = {"here": "/", "signed_in": False, "scored": [], "flagged": 0, "errors": [], "download_name": texts[0]}
+    page = respond("upload.html", filename=texts[0], rows=rows, **values).body.decode()
+    plain = respond("upload.html", filename="a", rows=[{}], **values | {"download_name": "a"}).body.decode()
+    assert Tags(page).found == Tags(plain).found
+    block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(block) == rows
