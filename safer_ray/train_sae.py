@@ -15,6 +15,7 @@ from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet
 from safer_ray.sae import TopKSae, save_sae
+from safer_ray.sae_loss import remove_parallel_gradient, sae_step
 from safer_ray.train_reward import validation_split
 from safer_ray.training import (
     EngineOptions,
@@ -22,8 +23,6 @@ from safer_ray.training import (
     Workers,
     my_share,
     permutation,
-    remove_parallel_gradient,
-    sae_step,
     warmup_decay,
 )
 
@@ -156,10 +155,8 @@ def _fit(sae: TopKSae, x: np.ndarray, config: SaeConfig, workers: Workers) -> Sa
         result = sae_step(sae, _tensor(x[mine]), idle >= config.dead_after, config.aux_coefficient)
         share = len(mine) / len(rows)
         engine.backward(result.loss * share)
-        fired = torch.zeros(sae.latents)
-        fired[result.features[result.values > 0]] = 1
         losses = torch.stack([result.loss.detach(), result.nmse, result.aux]) * share
-        sums = workers.sum(torch.cat([losses, fired]))
+        sums = workers.sum(torch.cat([losses, result.fired.float()]))
         loss, nmse, aux = (float(value) for value in sums[:3])
         if not math.isfinite(loss):
             raise SaferError(f"sae: the loss is {loss} at step {progress.step}; lower sae.learning_rate")

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
-from safer_ray.sae import SparseCodes, TopKSae, decode_sparse
 from safer_ray.text import PairTokens
 
 CHECKPOINT_SECONDS = 60.0
@@ -31,16 +30,6 @@ class RewardStep(NamedTuple):
 
     loss: Float[Tensor, ""]
     margin: Float[Tensor, " n"]
-
-
-class SaeStep(NamedTuple):
-    """The loss terms and which latents fired."""
-
-    loss: Float[Tensor, ""]
-    nmse: Float[Tensor, ""]
-    aux: Float[Tensor, ""]
-    features: Int[Tensor, "n k"]
-    values: Float[Tensor, "n k"]
 
 
 def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -66,33 +55,6 @@ def reward_step(
         logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
     margin = logits[: len(batch)] - logits[len(batch) :]
     return RewardStep(bradley_terry(margin), margin.detach())
-
-
-def sae_step(sae: TopKSae, x: Float[Tensor, "n d"], dead: Tensor, aux_coefficient: float) -> SaeStep:
-    """Normalised reconstruction loss, plus the auxiliary loss of dead latents (Gao et al. 2024, arXiv 2406.04093, A.2).
-
-    `dead` marks latents [latents] that have not fired for long; they reconstruct the detached residual, without a bias.
-    """
-    pre = sae.pre_activations(x)
-    codes = sae.sparsify(pre)
-    residual = x - sae.decode(codes)
-    nmse = (residual.square().sum(-1) / x.square().sum(-1)).mean()
-    aux = x.new_zeros(())
-    n_dead = int(dead.sum())
-    if aux_coefficient > 0 and n_dead > 0:
-        target = residual.detach()
-        values, features = pre.masked_fill(~dead, -torch.inf).topk(min(n_dead, max(1, sae.d // 2)), dim=-1)
-        guess = decode_sparse(SparseCodes(features, values.relu()), sae.W_dec)
-        aux = ((guess - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
-    return SaeStep(nmse + aux_coefficient * aux, nmse.detach(), aux.detach(), codes.features, codes.values.detach())
-
-
-def remove_parallel_gradient(sae: TopKSae) -> None:
-    """Keep decoder directions on the unit sphere to first order: drop the gradient's radial component."""
-    gradient = sae.W_dec.grad
-    if gradient is not None:
-        with torch.no_grad():
-            gradient -= (gradient * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:

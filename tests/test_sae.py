@@ -8,7 +8,8 @@ from conftest import random_sae
 
 from safer_ray.errors import UserError
 from safer_ray.sae import SparseCodes, TopKSae, decode_sparse, load_sae, sae_layer, save_sae, standardise
-from safer_ray.training import EngineOptions, TorchEngine, remove_parallel_gradient, sae_step
+from safer_ray.sae_loss import remove_parallel_gradient, sae_step
+from safer_ray.training import EngineOptions, TorchEngine
 
 
 @pytest.fixture
