@@ -185,6 +185,43 @@ def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_that_was_
     assert_equal_weights(tmp_path / "quiet", tmp_path / "killed")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with a megabyte of room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_training_in_one_line_and_the_last_checkpoint_stays(
+    train, vectors_dir, small_disk, tmp_path, monkeypatch
+):
+    wanted, _ = train("undisturbed")
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 10)
+    filler = small_disk / "filler"
+
+    def fill(done, total):
+        if done == 25:
+            room = os.statvfs(small_disk)
+            filler.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - 8192)))
+
+    with pytest.raises(SaferError, match=r"^cannot write .*free some space"):
+        train_sae(vectors_dir, tmp_path / "out", CONFIG, OneProcess(small_disk, fill), model="tiny", layer=2)
+    assert [path.name for path in small_disk.glob("step-*")] == ["step-00000020"]
+    filler.unlink()
+    steps = []
+    again = OneProcess(small_disk, lambda done, total: steps.append(done))
+    train_sae(vectors_dir, tmp_path / "out", CONFIG, again, model="tiny", layer=2)
+    assert steps[0] == 21
+    assert_equal_weights(wanted, tmp_path / "out")
+
+
 def test_accumulated_micro_batches_train_as_whole_batches_do(train):
     whole, _ = train("whole", CONFIG.model_copy(update={"steps": 10}))
     pieces, _ = train("pieces", CONFIG.model_copy(update={"steps": 10, "micro_batch_size": 13}))
