@@ -28,7 +28,7 @@ VERSIONS = {
     "detection": 3,
     "reward": 2,
     "activations": 1,
-    "sae": 1,
+    "sae": 2,
     "codes": 1,
     "salience": 1,
     "contexts": 1,

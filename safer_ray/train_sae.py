@@ -14,7 +14,8 @@ from safer_ray.artifacts import part_files
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet
-from safer_ray.sae import TopKSae, save_sae
+from safer_ray.sae import TopKSae, new_sae
+from safer_ray.sae_formats import save_sae
 from safer_ray.sae_loss import remove_parallel_gradient, sae_step
 from safer_ray.train_reward import validation_split
 from safer_ray.training import (
@@ -120,7 +121,7 @@ def train_sae(
     if workers.size > config.batch_size:
         raise UserError(f"sae: a batch of {config.batch_size} cannot be shared by {workers.size} workers; enlarge it")
     vectors = read_vectors(activations, config)
-    sae = TopKSae(vectors.train.shape[1], config.latents, config.k)
+    sae = new_sae(vectors.train.shape[1], config)
     sample = permutation(len(vectors.train), config.seed, 2**31 - 1)[:8192]
     sae.initialise(_tensor(vectors.train[sample]), config.seed)
     progress = _fit(sae, vectors.train, config, workers)

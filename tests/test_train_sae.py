@@ -13,7 +13,8 @@ from safer_ray.artifacts import part_name
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
-from safer_ray.sae import load_sae, sae_layer, standardise
+from safer_ray.sae import standardise
+from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.train_sae import read_vectors, sae_quality, train_sae
 from safer_ray.training import OneProcess
 
