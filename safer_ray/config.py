@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from safer_ray.sae_variants import SaeVariant, TopKVariant
 from safer_ray.where import parse_where
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -184,6 +185,7 @@ class WarmStartConfig(Frozen):
 
 
 class SaeConfig(Frozen):
+    variant: SaeVariant = TopKVariant()
     latents: Annotated[int, Field(gt=0)] = 1024
     k: Annotated[int, Field(gt=0)] = 16
     steps: Annotated[int, Field(gt=0)] = 1000
@@ -243,8 +245,7 @@ class SelectConfig(Frozen):
 
 
 class ScoresConfig(Frozen):
-    """`detector` is what a pair is suspected by: its SAFER score, its reward margin, or both and more, weighed by a
-    model that `cross_fit` fits (`safer_ray.combined`)."""
+    """`detector`: the SAFER score, the reward margin, or both and more, weighed as `cross_fit` finds (`combined`)."""
 
     detector: DetectorOf = "safer"
     flag_quantile: Share = 0.05

@@ -35,7 +35,7 @@ from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.runner import BatchFn, MapJob, TrainJob
-from safer_ray.sae import load_sae
+from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
 from safer_ray.tokens import TokenisePairs

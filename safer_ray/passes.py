@@ -16,7 +16,8 @@ from safer_ray.engine import Engine, codes_table, places_of
 from safer_ray.errors import UserError
 from safer_ray.reward import Forward, RewardModel
 from safer_ray.runner import WHOLE, Part
-from safer_ray.sae import Standardised, load_sae, sae_layer
+from safer_ray.sae import Standardised
+from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.schema import SIDES
 from safer_ray.text import PairTokens
 from safer_ray.tokens import TEXTS, read_tokens

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from safer_ray.batches import micro_batches
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
-from safer_ray.sae import EPSILON, TopKSae, standardise
+from safer_ray.sae import TopKSae, standardise
 from safer_ray.text import PairTokens, both_sides
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of vectors that a latent fires on
@@ -140,9 +140,9 @@ def spliced(
 def _reconstructed(sae: TopKSae, raw: Float[Tensor, "m d"], at: np.ndarray) -> Float[Tensor, "m d"]:
     states, places = raw.clone(), torch.from_numpy(np.asarray(at, dtype=np.int64))
     if len(places):
-        made = standardise(raw[places])
+        made = standardise(raw[places], sae.epsilon)
         x = sae.decode(sae.encode(made.x.to(sae.W_dec.device))).cpu()
-        states[places] = x * (made.std[:, None] + EPSILON) + made.mean[:, None]
+        states[places] = x * (made.std[:, None] + sae.epsilon) + made.mean[:, None]
     return states
 
 

@@ -11,15 +11,18 @@ from safer_ray.artifacts import read_parts
 from safer_ray.checkpoints import load_reward_model, quiet_transformers
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.sae import TopKSae, load_sae, save_sae
+from safer_ray.model_card import write_model_card
+from safer_ray.sae import TopKSae, new_sae
 from safer_ray.sae_data import Order, Vectors, held_out_vectors, open_vectors, sample
 from safer_ray.sae_fit import fit
+from safer_ray.sae_formats import load_sae, save_sae
 from safer_ray.sae_log import write_lines
 from safer_ray.sae_quality import decoder_clusters, density_histogram, sae_quality, spliced
 from safer_ray.train_reward import validation_split
 from safer_ray.training import Workers, permutation
 
 SAMPLE = 8192  # vectors that an SAE starts from
+TOLD = ("train_vectors", "held_out_vectors", "outliers", "steps")  # on the model card, beside the quality
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def train_sae(
         save_sae(sae, out, model=model, layer=layer)
         quality = held_out_quality(load_sae(out).to(workers.device), vectors, config, layer, judged)
         write_lines([*progress.history, quality], out)
+        write_model_card(out, quality | {name: found[name] for name in TOLD})
         found = quality | found
     workers.sum(torch.zeros(1))  # the others wait here, since the first may still fail
     return found
@@ -109,18 +113,20 @@ def first_sae(vectors: Vectors, config: SaeConfig, start: Path | None) -> TopKSa
     Raises:
         UserError: that one has another shape.
     """
+    sae = new_sae(vectors.width, config)
     if start is None:
-        sae = TopKSae(vectors.width, config.latents, config.k)
         drawn = sample(vectors, config.seed, SAMPLE)
         sae.initialise(torch.from_numpy(drawn).float(), config.seed)
         return sae
-    sae = load_sae(start)
-    if (sae.d, sae.latents, sae.k) != (vectors.width, config.latents, config.k):
+    found = load_sae(start)
+    if (type(found), found.d, found.latents, found.k) != (type(sae), sae.d, sae.latents, sae.k):
         raise UserError(
-            f"sae: the SAE in {start} is of {sae.latents} latents, k {sae.k}, on {sae.d} dimensions; wanted "
-            f"{config.latents}, {config.k} and {vectors.width}: set sae.latents and sae.k to what it has"
+            f"sae: the SAE in {start} is a {type(found).__name__} of {found.latents} latents, k {found.k}, on "
+            f"{found.d} dimensions; wanted a {type(sae).__name__} of {sae.latents}, {sae.k} and {sae.d}: set sae.variant, "
+            "sae.latents and sae.k to what it has"
         )
-    return sae.train().requires_grad_(True)
+    sae.load_state_dict(found.state_dict())
+    return sae
 
 
 @torch.no_grad()
@@ -129,4 +135,5 @@ def _agree(sae: TopKSae, workers: Workers) -> None:
     if workers.size > 1:
         for value in sae.state_dict().values():
             if value.is_floating_point():
-                value.copy_(workers.sum(value if workers.rank == 0 else torch.zeros_like(value)))
+                mine = value.contiguous() if workers.rank == 0 else torch.zeros(value.shape, device=value.device)
+                value.copy_(workers.sum(mine))

@@ -192,7 +192,7 @@ class TorchEngine:
         if self.workers is not None and self.workers.size > 1:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self.workers.sum(parameter.grad)
+                    _sum_in_place(parameter.grad, self.workers)
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
@@ -213,6 +213,12 @@ class TorchEngine:
         check_shapes(self.module, state["module"], directory.parent)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_in_place(gradient: Tensor, workers: Workers) -> None:
+    """The sum over workers, laid out in memory as it was: what travels is contiguous, which a transpose may be."""
+    there = gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
+    there.copy_(workers.sum(there.contiguous()))
 
 
 def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:

@@ -21,7 +21,7 @@ from safer_ray.commands import console, ray_config
 from safer_ray.files import write_parquet
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
-from safer_ray.sae import sae_layer
+from safer_ray.sae_formats import sae_layer
 
 COMMANDS = (
     "run",

@@ -18,8 +18,9 @@ from safer_ray.artifacts import part_name
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
-from safer_ray.sae import load_sae, sae_layer, save_sae, standardise
+from safer_ray.sae import standardise
 from safer_ray.sae_data import held_out_vectors, open_vectors
+from safer_ray.sae_formats import load_sae, sae_layer, save_sae
 from safer_ray.sae_quality import sae_quality
 from safer_ray.train_sae import train_sae
 from safer_ray.training import OneProcess
@@ -247,7 +248,7 @@ def test_the_second_stage_goes_on_from_the_first(train):
 def test_a_start_of_another_shape_is_refused_with_both(train, tmp_path):
     save_sae(random_sae(WIDTH, 32, 4), tmp_path / "start", model="tiny", layer=2)
     with pytest.raises(
-        UserError, match=r"is of 32 latents, k 4, on 24 dimensions; wanted 64, 4 and 24: set sae.latents"
+        UserError, match=r"a TopKSae of 32 latents, k 4, on 24 dimensions; wanted a TopKSae of 64, 4 and 24: set"
     ):
         train("run", start=tmp_path / "start")
 
