@@ -24,7 +24,7 @@ from safer_ray.runner import TrainJob
 from safer_ray.sae import standardise
 from safer_ray.train_sae import train_sae
 
-WIDTH, LATENTS, K, BATCH = 512, 8192, 32, 4096
+WIDTH, LATENTS, K, BATCH = 512, 8192, 32, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few
 PART = 16_384
 
@@ -69,7 +69,7 @@ def measure(vectors: Path, out: Path, config: SaeConfig, workers: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=98_304)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

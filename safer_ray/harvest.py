@@ -18,7 +18,6 @@ from safer_ray.config import (
     PairsConfig,
     RewardConfig,
     SaeConfig,
-    WarmStartConfig,
 )
 from safer_ray.corpus import write_corpus
 from safer_ray.evaluation import section_accuracy
@@ -35,6 +34,7 @@ from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.runner import BatchFn, MapJob, TrainJob
+from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe

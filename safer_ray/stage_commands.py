@@ -68,7 +68,7 @@ def activations(
     fresh: Fresh = False,
 ) -> None:
     """Stage 3: harvest layer vectors of pairs or of general text."""
-    from safer_ray.config import WarmStartConfig
+    from safer_ray.sae_config import WarmStartConfig
 
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")

@@ -122,8 +122,8 @@ def first_sae(vectors: Vectors, config: SaeConfig, start: Path | None) -> TopKSa
     if (type(found), found.d, found.latents, found.k) != (type(sae), sae.d, sae.latents, sae.k):
         raise UserError(
             f"sae: the SAE in {start} is a {type(found).__name__} of {found.latents} latents, k {found.k}, on "
-            f"{found.d} dimensions; wanted a {type(sae).__name__} of {sae.latents}, {sae.k} and {sae.d}: set sae.variant, "
-            "sae.latents and sae.k to what it has"
+            f"{found.d} dimensions; wanted a {type(sae).__name__} of {sae.latents}, {sae.k} and {sae.d}: set "
+            "sae.variant, sae.latents and sae.k to what it has"
         )
     sae.load_state_dict(found.state_dict())
     return sae
