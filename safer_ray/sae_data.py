@@ -6,8 +6,9 @@ its number, so a position is an epoch and a batch, and nothing of the buffer has
 of every window, and takes of every batch the rows that lie there.
 """
 
+import contextlib
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -250,10 +251,11 @@ class Order:
         """Where a batch begins and ends in its epoch."""
         return number * self.rows // self.per_epoch, (number + 1) * self.rows // self.per_epoch
 
-    def batches(self, step: int = 0) -> Generator[Batch]:
-        """All batches from a step on, without end; what is to come is read meanwhile."""
+    @contextlib.contextmanager
+    def batches(self, step: int = 0) -> Iterator[Iterator[Batch]]:
+        """Inside, all batches from a step on, without end; what is to come is read meanwhile."""
         with ahead(self._batches(step), AHEAD) as made:
-            yield from made
+            yield made
 
     def _batches(self, step: int) -> Iterator[Batch]:
         with ahead(self._loaded(step), 1) as loaded:

@@ -1,6 +1,5 @@
 """The loop that trains an SAE: data parallel, in micro-batches, resumed to the bit at the same number of workers."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -116,9 +115,9 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
     training = _Training(sae, order, config, workers)
     progress = training.progress
     log = SaeLog(out, config.tensorboard, progress.step) if workers.rank == 0 else None
-    held = _held_sample(order, config.seed) if log else None
-    clock = Clock()
-    with contextlib.closing(order.batches(progress.step)) as batches:
+    with order.batches(progress.step) as batches:
+        held = _held_sample(order, config.seed) if log else None
+        clock = Clock()
         while progress.step < config.steps:
             entry = training.step(clock.take(batches))
             workers.on_step(progress.step, config.steps)

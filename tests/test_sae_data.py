@@ -69,10 +69,15 @@ def vectors(directory):
     return open_vectors(directory, CONFIG)
 
 
+def taken(order, count, step=0):
+    """So many batches from a step on."""
+    with order.batches(step) as batches:
+        return list(islice(batches, count))
+
+
 def epoch_of(order, epoch=0):
     """The rows of each batch of an epoch, as this worker sees them."""
-    begin = epoch * order.per_epoch
-    return [number_of(batch.x) for batch in islice(order.batches(begin), order.per_epoch)]
+    return [number_of(batch.x) for batch in taken(order, order.per_epoch, epoch * order.per_epoch)]
 
 
 @settings(max_examples=12)
@@ -100,15 +105,15 @@ def test_batches_of_an_epoch_differ_by_a_row_at_most_and_say_how_many_they_are(v
     sizes = [len(batch) for batch in epoch_of(order)]
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= 64
-    said = [batch.rows for batch in islice(Order(vectors, 64, 0, 1, 3).batches(), order.per_epoch)]
+    said = [batch.rows for batch in taken(Order(vectors, 64, 0, 1, 3), order.per_epoch)]
     assert said == sizes
 
 
 def test_any_step_is_reached_as_if_all_before_it_had_been_taken(vectors):
     order = Order(vectors, 64, 3, 1, 2)
-    all_of_them = [batch.x for batch in islice(order.batches(), 3 * order.per_epoch)]
+    all_of_them = [batch.x for batch in taken(order, 3 * order.per_epoch)]
     for step in (1, 5, order.per_epoch - 1, order.per_epoch, 2 * order.per_epoch + 3):
-        there = next(order.batches(step))
+        (there,) = taken(order, 1, step)
         assert np.array_equal(there.x, all_of_them[step])
 
 
@@ -134,7 +139,7 @@ def test_a_batch_larger_than_a_window_is_whole(vectors):
 
 
 def test_a_worker_whose_share_of_a_batch_is_empty_gets_an_empty_one(vectors):
-    batches = list(islice(Order(vectors, 2, 0, 0, 2).batches(), 200))
+    batches = taken(Order(vectors, 2, 0, 0, 2), 200)
     assert min(len(batch.x) for batch in batches) == 0
     assert all(batch.x.shape[1] == WIDTH for batch in batches)
 
