@@ -104,6 +104,13 @@ def dot_products(
     if table.device.type == "cpu":
         places = _csr(entries, values=table.new_zeros(len(entries.features)))
         return torch.sparse.sampled_addmm(places, table, weight.T, beta=0.0).values()
+    return gathered_products(entries, table, weight, budget)
+
+
+def gathered_products(
+    entries: Entries, table: Float[Tensor, "n d"], weight: Float[Tensor, "latents d"], budget: int
+) -> Float[Tensor, " entries"]:
+    """The same on any device, by gathering the rows of both."""
     found = table.new_empty(len(entries.features))
     for part in row_slices(len(found), 2 * table.shape[1] * table.element_size(), budget):
         found[part] = (table[entries.rows[part]] * weight[entries.features[part]]).sum(-1)
