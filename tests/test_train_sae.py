@@ -22,6 +22,7 @@ from safer_ray.sae import standardise
 from safer_ray.sae_data import held_out_vectors, open_vectors
 from safer_ray.sae_formats import load_sae, sae_layer, save_sae
 from safer_ray.sae_quality import sae_quality
+from safer_ray.sae_variants import BatchTopKVariant, TopKVariant
 from safer_ray.train_sae import train_sae
 from safer_ray.training import OneProcess
 
@@ -121,14 +122,17 @@ def without_times(metrics):
     return {name: value for name, value in metrics.items() if name not in ("read_share", "fit_seconds")}
 
 
-@pytest.mark.parametrize("step", [3, 25, 77])
-def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step):
-    wanted, metrics = train("undisturbed")
+@pytest.mark.parametrize(
+    ("step", "variant"), [(3, TopKVariant()), (25, BatchTopKVariant()), (77, TopKVariant())], ids=str
+)
+def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step, variant):
+    config = CONFIG.model_copy(update={"variant": variant})
+    wanted, metrics = train("undisturbed", config)
     monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 10)
     with pytest.raises(KeyboardInterrupt):
-        train("killed", on_step=die_at(step))
+        train("killed", config, on_step=die_at(step))
     steps = []
-    out, again = train("killed", on_step=lambda done, total: steps.append(done))
+    out, again = train("killed", config, on_step=lambda done, total: steps.append(done))
     assert steps[0] == (step - 1) // 10 * 10 + 1
     assert steps[-1] == 120
     assert_equal_weights(wanted, out)
