@@ -2,7 +2,8 @@
 
 One training of the same batches on one worker of a Ray Train group and on two, one thread each, in turns. A step's time
 includes the wait for its vectors; the rate is that of the median step over all rounds, since a machine does other work,
-too. Starting Ray, the split and the held-out figures stay out.
+too. Starting Ray, the split and the held-out figures stay out. `workers_2_cpu` compares the time that a process computed
+in a step, exchange of gradients and reading included, which other work on the machine moves less.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from safer_ray.training import Workers
 WIDTH, LATENTS, K, BATCH = 512, 8192, 32, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few
 PART = 16_384
+TIMES = ("seconds", "cpu_seconds")  # of each step
 
 
 def write_vectors(directory: Path, count: int) -> None:
@@ -68,20 +70,22 @@ def measure(vectors: Path, out: Path, config: SaeConfig, workers: int) -> dict[s
     arguments = {"activations": vectors, "config": config, "model": "none", "layer": 1}
     runner = RayRunner(RayConfig(train_workers=workers, worker_threads=1))
     (found,) = runner.train([TrainJob("sae", timed, arguments, out)])
-    return {name: found[name] for name in ("workers", "seconds", "read_share", "nmse")}
+    return {name: found[name] for name in ("workers", *TIMES, "read_share", "nmse")}
 
 
 def timed(out: Path, workers: Workers, **arguments: Any) -> dict[str, Any]:
-    """`train_sae`, which also tells how long each step took."""
-    ends: list[float] = []
+    """`train_sae`, which also tells how long each step took, and how long the first worker's process computed in it."""
+    ends: list[tuple[float, float]] = []
     on_step = workers.on_step
 
     def note(done: int, total: int) -> None:
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
         on_step(done, total)
 
     workers.on_step = note  # type: ignore[method-assign]
-    return train_sae(out=out, workers=workers, **arguments) | {"seconds": np.diff(ends).tolist()}
+    return train_sae(out=out, workers=workers, **arguments) | dict(
+        zip(TIMES, np.diff(np.array(ends), axis=0).T.tolist(), strict=True)
+    )
 
 
 def main() -> None:
@@ -102,12 +106,16 @@ def main() -> None:
             row = measure(folder / "vectors", folder / f"sae-{number}-{workers}", config, workers)
             row["vectors_per_s"] = config.batch_size / median(row["seconds"])
             rows.append(row)
-            told = {name: value for name, value in row.items() if name != "seconds"}
+            told = {name: value for name, value in row.items() if name not in TIMES}
             print(", ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
-    step = [median(t for row in rows if row["workers"] == workers for t in row["seconds"]) for workers in (1, 2)]
+    step, busy = (
+        [median(t for row in rows if row["workers"] == workers for t in row[name]) for workers in (1, 2)]
+        for name in TIMES
+    )
     figures = {
         "read_share": max(row["read_share"] for row in rows),
         "workers_2": step[0] / step[1],
+        "workers_2_cpu": busy[0] / busy[1],
         "vectors_per_s_1": config.batch_size / step[0],
         "vectors_per_s_2": config.batch_size / step[1],
     }

@@ -21,6 +21,7 @@ DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of vectors that a l
 ALIKE = 0.9  # cosine from which two decoder directions are one cluster
 COMPARED = 4096  # latents, at most, that are compared with all others
 ROWS = 4096  # of a pass
+PAIRS = 64  # whose states are in memory at once
 
 
 class Quality(NamedTuple):
@@ -120,6 +121,21 @@ def spliced(
 
     Vectors go through the SAE standardised, and come back with the mean and the std that they had.
     """
+    chunks = (pairs[start : start + PAIRS] for start in range(0, len(pairs), PAIRS))
+    rewards = [_before_and_after(reward, layer, sae, chunk, all_tokens) for chunk in chunks]
+    before, after = (torch.cat(own).double() for own in zip(*rewards, strict=True))
+    margins = [(own[0::2] - own[1::2]).numpy() for own in (before, after)]
+    error = float((after - before).square().mean())
+    right = [float((margin > 0).mean()) for margin in margins]
+    flips = float((np.sign(margins[0]) != np.sign(margins[1])).mean())
+    variance = max(float(before.var(unbiased=False)), 1e-12)
+    return Spliced(len(pairs), error, error / variance, right[0], right[1] - right[0], flips)
+
+
+def _before_and_after(
+    reward: RewardModel, layer: int, sae: TopKSae, pairs: Sequence[PairTokens], all_tokens: bool
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Rewards of all sides, as the model gives them and behind reconstructions."""
     sides = both_sides(pairs)
     ids = [side.ids for side in sides]
     everywhere = [np.arange(len(own)) for own in ids]
@@ -128,13 +144,7 @@ def spliced(
     assert found.rewards is not None
     at = everywhere if all_tokens else [side.token for side in sides]
     states = [_reconstructed(sae, *given) for given in zip(found.hidden, at, strict=True)]
-    before, after = found.rewards.double(), _rewards_behind(reward, layer, ids, states).double()
-    margins = [(rewards[0::2] - rewards[1::2]).numpy() for rewards in (before, after)]
-    error = float((after - before).square().mean())
-    right = [float((margin > 0).mean()) for margin in margins]
-    flips = float((np.sign(margins[0]) != np.sign(margins[1])).mean())
-    variance = max(float(before.var(unbiased=False)), 1e-12)
-    return Spliced(len(pairs), error, error / variance, right[0], right[1] - right[0], flips)
+    return found.rewards, _rewards_behind(reward, layer, ids, states)
 
 
 def _reconstructed(sae: TopKSae, raw: Float[Tensor, "m d"], at: np.ndarray) -> Float[Tensor, "m d"]:

@@ -6,6 +6,7 @@ import torch
 from conftest import make_pairs, random_sae
 from test_train_sae import WIDTH, dictionary_vectors
 
+from safer_ray import sae_quality as sae_quality_module
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.sae import SparseCodes, TopKSae, standardise
 from safer_ray.sae_quality import decoder_clusters, density_histogram, sae_quality, spliced
@@ -78,6 +79,13 @@ class Blind(Perfect):
 @pytest.fixture
 def tokens(reward):
     return reward.pairs(make_pairs(24).to_pylist())
+
+
+def test_pairs_are_read_in_pieces_as_if_at_once(reward, tokens, monkeypatch):
+    sae = random_sae(reward.hidden_size, 64, 4)
+    whole = spliced(reward, LAYER, sae, tokens)
+    monkeypatch.setattr(sae_quality_module, "PAIRS", 5)
+    assert spliced(reward, LAYER, sae, tokens) == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
