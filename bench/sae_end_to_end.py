@@ -2,7 +2,7 @@
 
 One training of the same batches on one worker of a Ray Train group and on two, one thread each, in turns. A step's time
 includes the wait for its vectors; the rate is that of the median step over all rounds, since a machine does other work,
-too. Starting Ray, the split and the held-out figures stay out. `workers_2_cpu` compares the time that a process computed
+too. Starting Ray, the split and the held-out figures stay out. `workers_2_cpu` compares the time that a process worked
 in a step, exchange of gradients and reading included, which other work on the machine moves less.
 """
 

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
-from safer_ray.artifacts import read_parts
+from safer_ray.artifacts import part_files
 from safer_ray.checkpoints import load_reward_model, quiet_transformers
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
+from safer_ray.files import read_parquet
 from safer_ray.model_card import write_model_card
 from safer_ray.sae import TopKSae, new_sae
 from safer_ray.sae_data import Order, Vectors, held_out_vectors, open_vectors, sample
@@ -18,11 +20,12 @@ from safer_ray.sae_fit import fit
 from safer_ray.sae_formats import load_sae, save_sae
 from safer_ray.sae_log import write_lines
 from safer_ray.sae_quality import decoder_clusters, density_histogram, sae_quality, spliced
+from safer_ray.tokens import TEXTS
 from safer_ray.train_reward import validation_split
 from safer_ray.training import Workers, permutation
 
 SAMPLE = 8192  # vectors that an SAE starts from
-TOLD = ("train_vectors", "held_out_vectors", "outliers", "steps")  # on the model card, beside the quality
+TOLD = ("train_vectors", "outliers", "steps")  # on the model card, beside the quality
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ def train_sae(
     progress, clock = fit(sae, order, config, workers, out)
     found = {
         "train_vectors": order.rows,
-        "held_out_vectors": int(vectors.held.sum()),
         "outliers": vectors.outliers,
         "steps": progress.step,
         "workers": workers.size,
@@ -85,8 +87,13 @@ def held_out_quality(
 ) -> dict[str, Any]:
     """All that is measured of a finished SAE."""
     found = sae_quality(sae, held_out_vectors(vectors, config.seed))
-    measured = {**found.figures(), "density": density_histogram(found), "clusters": decoder_clusters(sae)._asdict()}
-    pairs = _held_out_pairs(judged.pairs, config) if judged is not None else []
+    measured = {
+        **found.figures(),
+        "held_out_vectors": found.vectors,
+        "density": density_histogram(found),
+        "clusters": decoder_clusters(sae)._asdict(),
+    }
+    pairs = held_out_pairs(judged.pairs, config) if judged is not None else []
     if judged is None or not pairs:
         return measured
     quiet_transformers()
@@ -99,12 +106,18 @@ def held_out_quality(
     return measured
 
 
-def _held_out_pairs(directory: Path, config: SaeConfig) -> list[dict[str, Any]]:
+def held_out_pairs(directory: Path, config: SaeConfig) -> list[dict[str, Any]]:
     """At most `spliced_pairs` of the pairs whose vectors were held out."""
-    pairs = read_parts(directory, ["pair_id", "prompt", "chosen", "rejected", "group"])
-    held = pairs.filter(pa.array(validation_split(pairs["group"].to_pylist(), config.validation_percent, config.seed)))
-    drawn = permutation(len(held), config.seed, 0)[: config.spliced_pairs]
-    return list(held.take(pa.array(sorted(drawn), pa.int64())).to_pylist())
+    files = part_files(directory)
+    groups = [read_parquet(path, ["group"])["group"].to_pylist() for path in files]
+    held = [np.flatnonzero(validation_split(own, config.validation_percent, config.seed)) for own in groups]
+    part = np.repeat(np.arange(len(files)), [len(rows) for rows in held])
+    drawn = np.sort(permutation(len(part), config.seed, 0)[: config.spliced_pairs])
+    pairs: list[dict[str, Any]] = []
+    for number in np.unique(part[drawn]):
+        rows = np.concatenate(held)[drawn[part[drawn] == number]]
+        pairs += read_parquet(files[number], ["pair_id", *TEXTS]).take(pa.array(rows)).to_pylist()
+    return pairs
 
 
 def first_sae(vectors: Vectors, config: SaeConfig, start: Path | None) -> TopKSae:

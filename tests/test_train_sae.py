@@ -23,7 +23,8 @@ from safer_ray.sae_data import held_out_vectors, open_vectors
 from safer_ray.sae_formats import load_sae, sae_layer, save_sae
 from safer_ray.sae_quality import sae_quality
 from safer_ray.sae_variants import BatchTopKVariant, TopKVariant
-from safer_ray.train_sae import train_sae
+from safer_ray.train_reward import validation_split
+from safer_ray.train_sae import held_out_pairs, train_sae
 from safer_ray.training import OneProcess
 
 WIDTH = 24
@@ -327,3 +328,14 @@ def test_a_loss_that_is_no_number_ends_training_with_the_remedy(train, monkeypat
     monkeypatch.setattr(sae_fit, "sae_step", overflows)
     with pytest.raises(SaferError, match=r"sae: the loss is nan at step 0; lower sae.learning_rate"):
         train("nan")
+
+
+def test_the_pairs_that_reconstructions_are_tried_on_are_held_out_ones(pairs, pairs_dir):
+    config = CONFIG.model_copy(update={"validation_percent": 50})
+    held = validation_split(pairs["group"].to_pylist(), 50, 0)
+    wanted = [row["pair_id"] for row, out in zip(pairs.to_pylist(), held, strict=True) if out]
+    assert [pair["pair_id"] for pair in held_out_pairs(pairs_dir, config)] == wanted
+    some = held_out_pairs(pairs_dir, config.model_copy(update={"spliced_pairs": 5}))
+    assert len(some) == 5
+    assert {pair["pair_id"] for pair in some} < set(wanted)
+    assert set(some[0]) == {"pair_id", "prompt", "chosen", "rejected"}
