@@ -203,7 +203,7 @@ class Work:
         self.way.after()
 
 
-def measure(size: Size, device: str, rounds: int, names: list[str]) -> dict[str, Any]:
+def measure(size: Size, device: str, rounds: int, names: list[str], kinds: list[str]) -> dict[str, Any]:
     """Seconds of every round and peak MB, by way and work."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size.batch, size.d, generator=generator).to(device)
@@ -214,12 +214,13 @@ def measure(size: Size, device: str, rounds: int, names: list[str]) -> dict[str,
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     memory: dict[str, dict[str, float]] = {name: {} for name in names}
     for name, work in works.items():
-        for kind in KINDS:
+        for kind in kinds:
             work.clear()
             memory[name][kind] = peak_mb(getattr(work, kind), device)
+            print(f"{name} {kind}: {memory[name][kind]:.0f} MB at most", flush=True)
         work.clear()
     for _ in range(rounds):
-        for kind in KINDS:
+        for kind in kinds:
             for name, work in works.items():
                 synchronise()
                 began = time.perf_counter()
@@ -232,7 +233,7 @@ def measure(size: Size, device: str, rounds: int, names: list[str]) -> dict[str,
 
 def ratio(found: dict[str, Any], other: str, work: str = "passes") -> float | None:
     """How many times as long `other` takes as ours: the median over rounds."""
-    if other not in found["seconds"]:
+    if work not in found["seconds"].get(other, {}):
         return None
     pairs = zip(found["seconds"][other][work], found["seconds"]["ours"][work], strict=True)
     return float(np.median([theirs / mine for theirs, mine in pairs]))
@@ -272,24 +273,25 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--quality-steps", type=int, default=600, help="of the training on real activations; 0: none")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    warnings.filterwarnings("ignore", message="Sparse CSR")
+    warnings.filterwarnings("ignore", message="Sparse")
     names = [name for name in WAYS if name in {*given.ways, "ours"}]
-    rows = [measure(Size(given.batch, given.d, given.latents, given.k), "cpu", given.rounds, names)]
+    rows = [measure(Size(given.batch, given.d, given.latents, given.k), "cpu", given.rounds, names, given.kinds)]
     show(rows[0])
     figures: dict[str, float | None] = dict.fromkeys(GOALS)
     for other in ("dense", "saelens", "sparsify"):
         figures[f"step_vs_{other}"] = ratio(rows[0], other)
         figures[f"full_step_vs_{other}"] = ratio(rows[0], other, "step")
     figures["step_aux_vs_dense"] = ratio(rows[0], "dense", "passes_aux")
-    if "dense" in names:
+    if "dense" in names and "passes" in given.kinds:
         peaks = rows[0]["peak_mb"]
         figures["memory_vs_dense"] = peaks["ours"]["passes"] / peaks["dense"]["passes"]
     if torch.cuda.is_available():
         for size in GPU_SIZES:
-            rows.append(measure(Size(*size), "cuda", given.rounds, names))
+            rows.append(measure(Size(*size), "cuda", given.rounds, names, given.kinds))
             show(rows[-1])
         figures["gpu_step_vs_dense"] = ratio(rows[1], "dense")
         figures["gpu_step_vs_sparsify"] = ratio(rows[1], "sparsify")

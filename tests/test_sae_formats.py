@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from conftest import random_sae
+from typer.testing import CliRunner
 
+from safer_ray import cli
 from safer_ray.errors import UserError
 from safer_ray.model_card import write_model_card
 from safer_ray.sae import BatchTopKSae, SignedTopKSae, standardise
@@ -163,6 +165,20 @@ def test_a_published_sae_keeps_its_signs_on_the_way_through_our_layout(raw, tmp_
     x = standardise(raw, loaded.epsilon).x
     assert torch.equal(loaded.encode(x).values, sae.encode(x).values)
     assert "SAELens cuts negative activations off" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_a_published_checkpoint_is_imported_by_a_command(raw, tmp_path):
+    path, _ = published(tmp_path)
+    line = ["import-sae", "--checkpoint", str(path), "--out", str(tmp_path / "sae"), "--layer", "12", "--k", "8"]
+    done = CliRunner().invoke(cli.app, line)
+    assert done.exit_code == 0, done.output
+    assert "64 latents of 32 dimensions, k 8, layer 12" in " ".join(done.output.split())
+    assert sae_layer(tmp_path / "sae") == 12
+    x = standardise(raw, 1e-6).x
+    assert torch.equal(load_sae(tmp_path / "sae").encode(x).values, read_published(path, 8).encode(x).values)
+    again = CliRunner().invoke(cli.app, line)
+    assert isinstance(again.exception, UserError)
+    assert "is not empty; choose another --out" in str(again.exception)
 
 
 @pytest.mark.parametrize("change", [{"pre_bias": None}, {"latent_bias": torch.zeros(3)}, {"encoder.weight": 5}])
