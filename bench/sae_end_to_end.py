@@ -31,7 +31,7 @@ from safer_ray.sae import standardise
 from safer_ray.train_sae import train_sae
 from safer_ray.training import Workers
 
-WIDTH, LATENTS, K, BATCH = 512, 8192, 32, 8192
+WIDTH, LATENTS, K, BATCH, MICRO = 512, 8192, 32, 16_384, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few
 PART = 16_384
 TIMES = ("seconds", "cpu_seconds")  # of each step
@@ -91,13 +91,20 @@ def timed(out: Path, workers: Workers, **arguments: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=98_304)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name; workers are what is measured
-    config = SaeConfig(latents=LATENTS, k=K, steps=given.steps, batch_size=given.batch, dead_after=10**9)
+    config = SaeConfig(
+        latents=LATENTS,
+        k=K,
+        steps=given.steps,
+        batch_size=given.batch,
+        micro_batch_size=MICRO,
+        dead_after=10**9,
+    )
     rows = []
     with tempfile.TemporaryDirectory() as name, ray_session(RayConfig()):
         folder = Path(name)
