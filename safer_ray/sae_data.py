@@ -100,9 +100,13 @@ class Vectors:
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]).reshape(
-        -1, width
-    )
+    """Raises UserError: the vectors are not all of one width."""
+    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
+    if len(flat) != len(column) * width:
+        raise UserError(
+            f"activations: {len(column)} vectors hold {len(flat)} numbers, wanted {width} each; mend the file"
+        )
+    return flat.reshape(-1, width)
 
 
 def _standardised(x: np.ndarray) -> np.ndarray:

@@ -224,6 +224,12 @@ def test_a_file_of_raw_vectors_from_outside_is_standardised_as_it_is_read(tmp_pa
     np.testing.assert_allclose(x, wanted.numpy(), atol=2e-3)
 
 
+def test_vectors_of_several_widths_are_refused(tmp_path):
+    write_parquet(pa.table({"x": [[1.0, 2.0, 3.0, 4.0]] * 200 + [[1.0, 2.0]]}), tmp_path / "mine.parquet")
+    with pytest.raises(UserError, match=r"wanted 4 each; mend the file"):
+        open_vectors(tmp_path / "mine.parquet", CONFIG)
+
+
 def test_what_is_made_ahead_comes_in_order_and_errors_come_where_they_are():
     def items():
         yield from range(5)
