@@ -80,7 +80,8 @@ class Screened:
 
 
 def products(weight: Float[Tensor, "latents d"], bias: Float[Tensor, " latents"], k: int) -> Products:
-    tiles = weight.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have no such function
+    tiles = weight.device.type == "cpu" and known.get("amx_bf16", False)
     if tiles and weight.dtype == torch.float32 and len(weight) >= max(SCREENED, 4 * groups_for(k)):
         return Screened(weight, bias)
     return InFull(weight, bias)
