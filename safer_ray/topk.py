@@ -7,7 +7,7 @@ rounded, so what lies further below the floor cannot be among the largest. Only 
 The result is that of a product in float32.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ class Screened:
 
 
 def products(weight: Float[Tensor, "latents d"], bias: Float[Tensor, " latents"], k: int) -> Products:
-    tiles = weight.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older versions
+    tiles = weight.device.type == "cpu" and known.get("amx_bf16", False)
     if tiles and weight.dtype == torch.float32 and len(weight) >= max(SCREENED, 4 * groups_for(k)):
         return Screened(weight, bias)
     return InFull(weight, bias)

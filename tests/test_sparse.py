@@ -19,7 +19,7 @@ from safer_ray.sparse import (
 from safer_ray.topk import InFull, Screened, above, largest, largest_of_batch, products
 
 WIDTH, LATENTS, ROWS = 32, 2048, 50
-TILES = torch.cpu.get_capabilities().get("amx_bf16", False)
+TILES = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def numbers(*shape, seed=0):
@@ -288,3 +288,15 @@ def test_no_matrix_of_vectors_by_latents_outlives_its_chunk(x):
 def test_the_relative_error_has_exact_gradients():
     guess, target = (numbers(5, 7, seed=seed).double().requires_grad_() for seed in (1, 2))
     assert torch.autograd.gradcheck(RelativeError.apply, (guess, target))
+
+
+@pytest.mark.parametrize("kind", [TopKSae, BatchTopKSae])
+def test_a_step_under_autocast_gives_gradients_of_the_weights_own_type(x, kind):
+    sae = filled(kind(WIDTH, LATENTS, 6))
+    dead = torch.arange(LATENTS) < 20
+    exact = sae_step(sae, x, dead, 1 / 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = sae_step(sae, x, dead, 1 / 32)
+    step.loss.backward()
+    torch.testing.assert_close(step.loss, exact.loss, rtol=0.01, atol=0.01)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in sae.parameters())
