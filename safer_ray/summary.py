@@ -198,10 +198,12 @@ def _sae_figures(metrics: dict[str, Any]) -> dict[str, float]:
 def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
     config = view.config
     base = config.reward.base
+    kind = {"topk": "TopK", "batch_topk": "BatchTopK"}[config.sae.variant.kind]
+    first = f", first trained on {config.sae.warm_start.text}" if config.sae.warm_start else ""
     return (
         ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),
         ("Layer read", str(config.activations.layer)),
-        ("Autoencoder", f"TopK, {config.sae.latents:,} latents, k {config.sae.k}"),
+        ("Autoencoder", f"{kind}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
         ("Scores are", _kind(view)),
     )
