@@ -38,7 +38,7 @@ from safer_ray.engine import Engine
 from safer_ray.files import read_json
 from safer_ray.pipeline import Stages
 from safer_ray.runner import BatchFn, LocalRunner, MapJob
-from safer_ray.sae import save_sae
+from safer_ray.sae_formats import save_sae
 from safer_ray.salience import candidates
 from safer_ray.scoring import pair_scores
 from safer_ray.sources import NormalisePairs

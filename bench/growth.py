@@ -21,7 +21,8 @@ from safer_ray.config import PairsConfig, RewardConfig, SourceConfig, TinyLlamaC
 from safer_ray.corpus import write_corpus
 from safer_ray.pipeline import Stages
 from safer_ray.runner import LocalRunner
-from safer_ray.sae import TopKSae, save_sae
+from safer_ray.sae import TopKSae
+from safer_ray.sae_formats import save_sae
 from safer_ray.train_reward import pair_texts
 
 MODEL = TinyLlamaConfig(hidden=32, layers=2, heads=2, intermediate=64, vocabulary=2000, positions=256)

@@ -22,7 +22,8 @@ from safer_ray.distributed.session import ray_session
 from safer_ray.harvest import Harvest
 from safer_ray.passes import EncodePairs
 from safer_ray.runner import LocalRunner, MapJob, Runner, TrainJob
-from safer_ray.sae import TopKSae, save_sae
+from safer_ray.sae import TopKSae
+from safer_ray.sae_formats import save_sae
 from safer_ray.schema import CODES
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import pair_texts

@@ -17,7 +17,7 @@ from safer_ray.errors import SaferError, UserError
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
 
-from safer_ray import audit_commands, audit_tools_commands, stage_commands
+from safer_ray import audit_commands, audit_tools_commands, sae_commands, stage_commands
 from safer_ray.commands import (
     Assignments,
     Fresh,
@@ -289,6 +289,7 @@ def key(name: Annotated[str, typer.Argument(help="Whose key it is, say a team's 
 app.add_typer(stage_commands.app)
 app.add_typer(audit_commands.app)
 app.add_typer(audit_tools_commands.app)
+app.add_typer(sae_commands.app)
 
 
 @app.command()

@@ -12,7 +12,9 @@ from safer_ray import schema
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.errors import UserError
 from safer_ray.reward import Forward, RewardModel
-from safer_ray.sae import SparseCodes, Standardised, TopKSae, load_sae, sae_layer, standardise
+from safer_ray.sae import EPSILON, Standardised, TopKSae, standardise
+from safer_ray.sae_formats import load_sae, sae_layer
+from safer_ray.sparse import SparseCodes
 from safer_ray.text import PairTokens, both_sides
 
 
@@ -74,7 +76,8 @@ class Engine:
                     f"pair {tokens[i // 2].pair_id!r}: layer {self.layer} of {self.reward.name} gives NaN or infinite "
                     "values; retrain with a lower learning rate, or load the model in float32"
                 )
-        vectors = [standardise(raw) for raw in found.hidden]
+        epsilon = EPSILON if self.sae is None else self.sae.epsilon
+        vectors = [standardise(raw, epsilon) for raw in found.hidden]
         rewards = found.rewards.numpy() if found.rewards is not None else None
         return Encoded(tokens, rewards, vectors, self.codes_of(vectors) if self.sae is not None else None)
 

@@ -1,23 +1,22 @@
-"""TopK sparse autoencoder in SAELens' layout (DESIGN 2.5).
+"""Sparse autoencoders: TopK (DESIGN 2.5), BatchTopK, and the published signed TopK.
 
 z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec, on x standardised over the hidden dimension.
 """
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.files import write_json
+from safer_ray.config import SaeConfig
+from safer_ray.errors import UserError
+from safer_ray.sae_variants import BatchTopKVariant
+from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes
+from safer_ray.topk import Found, above, largest, largest_of_batch, padded
 
-WEIGHTS = "sae_weights.safetensors"
 EPSILON = 1e-5  # as SAELens' layer_norm has it
+PUBLISHED_EPSILON = 1e-6  # as the published SAFER code has it
 
 
 class Standardised(NamedTuple):
@@ -25,13 +24,6 @@ class Standardised(NamedTuple):
     norm: Float[Tensor, " n"]  # of the raw vector
     mean: Float[Tensor, " n"]
     std: Float[Tensor, " n"]
-
-
-class SparseCodes(NamedTuple):
-    """The k largest latents of each vector; values are >= 0."""
-
-    features: Int[Tensor, "n k"]
-    values: Float[Tensor, "n k"]
 
 
 def standardise(raw: Float[Tensor, "n d"], epsilon: float = EPSILON) -> Standardised:
@@ -44,14 +36,16 @@ def standardise(raw: Float[Tensor, "n d"], epsilon: float = EPSILON) -> Standard
 
 
 class TopKSae(nn.Module):
-    """`d` inputs, `latents` features of which the `k` largest stay."""
+    """`d` inputs, `latents` features of which the `k` largest stay, if they are positive."""
+
+    epsilon = EPSILON
 
     def __init__(self, d: int, latents: int, k: int) -> None:
         super().__init__()
         if not 0 < k <= latents:
             raise UserError(f"k {k} must lie in 1..{latents} latents; lower k or widen the SAE")
         self.k = k
-        self.W_enc = nn.Parameter(torch.zeros(d, latents))
+        self.W_enc = nn.Parameter(torch.zeros(latents, d).T)  # a latent's weights lie side by side
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(torch.zeros(latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
@@ -67,26 +61,36 @@ class TopKSae(nn.Module):
     def pre_activations(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n latents"]:
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
-    def sparsify(self, pre: Float[Tensor, "n latents"]) -> SparseCodes:
-        values, features = pre.topk(self.k, dim=-1)
-        return SparseCodes(features, values.relu())
+    def active(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> Found:
+        """What fires of standardised vectors while training, with gradients."""
+        with torch.no_grad():
+            codes = largest(x - self.b_dec, self.W_enc.T, self.b_enc, self.k, budget)
+        return self._with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))
+
+    def _cut(self, values: Tensor) -> Tensor:
+        return values.relu()
+
+    def _with_gradient(self, x: Tensor, entries: Entries, values: Tensor) -> Found:
+        return Found(entries, Encode.apply(x, self.b_dec, self.W_enc, self.b_enc, values, entries))
 
     def encode(self, x: Float[Tensor, "n d"]) -> SparseCodes:
         """Codes of standardised vectors."""
-        return self.sparsify(self.pre_activations(x))
+        entries, values = self.active(x)
+        return SparseCodes(entries.features.view(-1, self.k), values.view(-1, self.k))
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "n d"]:
-        return decode_sparse(codes, self.W_dec) + self.b_dec
+        entries = Entries.of(codes.features, self.latents)
+        return Decode.apply(codes.values.reshape(-1), self.W_dec, entries, MEMORY_BUDGET) + self.b_dec
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d"], seed: int) -> None:
-        """Unit-norm random decoder, encoder its transpose, decoder bias the median of a sample."""
+        """Unit-norm random decoder, encoder its transpose, decoder bias the geometric median of a sample."""
         generator = torch.Generator().manual_seed(seed)
         decoder = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(decoder / decoder.norm(dim=-1, keepdim=True))
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
-        self.b_dec.copy_(sample.median(dim=0).values)
+        self.b_dec.copy_(geometric_median(sample))
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -94,73 +98,68 @@ class TopKSae(nn.Module):
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
-def decode_sparse(codes: SparseCodes, weight: Float[Tensor, "latents d"]) -> Float[Tensor, "n d"]:
-    """Sum of the active features' directions, by gathering k rows; no bias."""
-    return nn.functional.embedding_bag(codes.features, weight, per_sample_weights=codes.values, mode="sum")
+class SignedTopKSae(TopKSae):
+    """As the published SAFER code has it: negative activations among the k largest stay."""
+
+    epsilon = PUBLISHED_EPSILON
+
+    def _cut(self, values: Tensor) -> Tensor:
+        return values
 
 
-def save_sae(sae: TopKSae, directory: Path, *, model: str, layer: int) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().contiguous().cpu() for name, value in sae.state_dict().items()}
-    with explain_disk_errors(directory):
-        save_file(weights, directory / WEIGHTS)
-    config = {
-        "architecture": "topk",
-        "d_in": sae.d,
-        "d_sae": sae.latents,
-        "k": sae.k,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "layer_norm",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-        "metadata": {"model_name": model, "hook_name": f"model.layers.{layer - 1}", "safer_ray_layer": layer},
-    }
-    write_json(config, directory / "cfg.json")
+class BatchTopKSae(TopKSae):
+    """The k n largest activations of a batch of n (Bussmann et al. 2024, arXiv 2412.06410).
 
-
-def load_sae(directory: Path) -> TopKSae:
-    """The SAE in a SAELens directory, ready to encode.
-
-    Raises:
-        UserError: files missing, corrupt, of another architecture or normalisation.
+    Read vector by vector, what exceeds a threshold is active: the running mean of the smallest activation that made it
+    into a batch in training.
     """
-    config = _read_config(directory)
-    if config.get("architecture") != "topk" or config.get("normalize_activations") != "layer_norm":
-        raise UserError(
-            f"{directory}: architecture {config.get('architecture')!r} with normalize_activations "
-            f"{config.get('normalize_activations')!r} is not supported; wanted 'topk' with 'layer_norm'"
-        )
-    k = config.get("k")
-    if not isinstance(k, int):
-        raise UserError(f"corrupt SAE in {directory}: cfg.json has k {k!r}, wanted a whole number")
-    try:
-        weights = load_file(directory / WEIGHTS)
-        latents, d = weights["W_dec"].shape
-        sae = TopKSae(d, latents, k)
-        sae.load_state_dict(weights)
-    except FileNotFoundError:
-        raise UserError(f"no SAE in {directory}: {WEIGHTS} is missing") from None
-    except (ValueError, KeyError, RuntimeError, SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"corrupt SAE in {directory}: {reason}; train or copy it again") from None
-    return sae.eval().requires_grad_(False)
+
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, d: int, latents: int, k: int, rate: float = 0.01) -> None:
+        super().__init__(d, latents, k)
+        self.rate = rate
+        self.register_buffer("threshold", torch.zeros(latents))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def active(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> Found:
+        """What fires of a batch while training, with gradients; in training mode the threshold learns from it."""
+        with torch.no_grad():
+            found = largest_of_batch(x - self.b_dec, self.W_enc.T, self.b_enc, self.k * len(x), budget)
+            if self.training and len(found.values):
+                self.batches += 1
+                self.threshold.lerp_(
+                    found.values.min().expand_as(self.threshold), max(self.rate, 1 / int(self.batches))
+                )
+        return self._with_gradient(x, *found)
+
+    def encode(self, x: Float[Tensor, "n d"]) -> SparseCodes:
+        """Codes of standardised vectors, as many places as the fullest needs."""
+        with torch.no_grad():
+            found = above(x - self.b_dec, self.W_enc.T, self.b_enc, self.threshold)
+        return padded(self._with_gradient(x, *found), 0.0, 1)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((directory / "cfg.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"no SAE in {directory}: cfg.json is missing") from None
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"corrupt SAE in {directory}: cfg.json: {error}; train or copy it again") from None
+def new_sae(d: int, config: SaeConfig) -> TopKSae:
+    """An SAE of the configured variant, all weights zero."""
+    if isinstance(config.variant, BatchTopKVariant):
+        return BatchTopKSae(d, config.latents, config.k, config.variant.threshold_rate)
+    return TopKSae(d, config.latents, config.k)
 
 
-def sae_layer(directory: Path) -> int:
-    """The 1-based layer that the SAE in `directory` was trained on."""
-    metadata = _read_config(directory).get("metadata") or {}
-    if "safer_ray_layer" not in metadata:
-        raise UserError(f"{directory}/cfg.json does not say its layer; add metadata.safer_ray_layer (1-based)")
-    return int(metadata["safer_ray_layer"])
+def geometric_median(sample: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
+    """The point of least summed distance to all vectors (Weiszfeld's iteration, from the mean), in float32.
+
+    Ends when a round moves it by less than `tolerance` of the mean distance.
+    """
+    point = sample.mean(0)
+    for _ in range(rounds):
+        distance = torch.cdist(sample, point[None])[:, 0].clamp_min(1e-12)
+        weight = 1 / distance
+        moved = (weight @ sample) / weight.sum()
+        step = (moved - point).norm()
+        point = moved
+        if step < tolerance * distance.mean():
+            break
+    return point

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
-from safer_ray.sae import SparseCodes, TopKSae, decode_sparse
 from safer_ray.text import PairTokens
 
 CHECKPOINT_SECONDS = 60.0
@@ -31,16 +30,6 @@ class RewardStep(NamedTuple):
 
     loss: Float[Tensor, ""]
     margin: Float[Tensor, " n"]
-
-
-class SaeStep(NamedTuple):
-    """The loss terms and which latents fired."""
-
-    loss: Float[Tensor, ""]
-    nmse: Float[Tensor, ""]
-    aux: Float[Tensor, ""]
-    features: Int[Tensor, "n k"]
-    values: Float[Tensor, "n k"]
 
 
 def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -66,33 +55,6 @@ def reward_step(
         logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
     margin = logits[: len(batch)] - logits[len(batch) :]
     return RewardStep(bradley_terry(margin), margin.detach())
-
-
-def sae_step(sae: TopKSae, x: Float[Tensor, "n d"], dead: Tensor, aux_coefficient: float) -> SaeStep:
-    """Normalised reconstruction loss, plus the auxiliary loss of dead latents (Gao et al. 2024, arXiv 2406.04093, A.2).
-
-    `dead` marks latents [latents] that have not fired for long; they reconstruct the detached residual, without a bias.
-    """
-    pre = sae.pre_activations(x)
-    codes = sae.sparsify(pre)
-    residual = x - sae.decode(codes)
-    nmse = (residual.square().sum(-1) / x.square().sum(-1)).mean()
-    aux = x.new_zeros(())
-    n_dead = int(dead.sum())
-    if aux_coefficient > 0 and n_dead > 0:
-        target = residual.detach()
-        values, features = pre.masked_fill(~dead, -torch.inf).topk(min(n_dead, max(1, sae.d // 2)), dim=-1)
-        guess = decode_sparse(SparseCodes(features, values.relu()), sae.W_dec)
-        aux = ((guess - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
-    return SaeStep(nmse + aux_coefficient * aux, nmse.detach(), aux.detach(), codes.features, codes.values.detach())
-
-
-def remove_parallel_gradient(sae: TopKSae) -> None:
-    """Keep decoder directions on the unit sphere to first order: drop the gradient's radial component."""
-    gradient = sae.W_dec.grad
-    if gradient is not None:
-        with torch.no_grad():
-            gradient -= (gradient * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
@@ -139,6 +101,7 @@ class EngineOptions:
     micro_batches: int = 1  # a step
     micro_batch_size: int = 1
     bfloat16: bool = False
+    fused: bool = False  # one kernel applies the gradients; it rounds in another way
 
 
 class TrainEngine(Protocol):
@@ -173,6 +136,7 @@ class Workers(Protocol):
 
     rank: int
     size: int
+    device: torch.device  # that this process computes on
 
     def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine: ...
 
@@ -212,7 +176,8 @@ class TorchEngine:
         self.workers = workers
         self.autocast = options.bfloat16
         groups = decay_groups(module, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
+        fused = options.fused
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=fused, foreach=not fused)
 
     @property
     def model(self) -> nn.Module:
@@ -227,7 +192,7 @@ class TorchEngine:
         if self.workers is not None and self.workers.size > 1:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self.workers.sum(parameter.grad)
+                    _sum_in_place(parameter.grad, self.workers)
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
@@ -243,9 +208,28 @@ class TorchEngine:
             )
 
     def load(self, directory: Path) -> None:
+        """Raises UserError: the checkpoint is of a module of another shape."""
         state = torch.load(directory / TORCH, weights_only=True, map_location="cpu")
+        check_shapes(self.module, state["module"], directory.parent)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_in_place(gradient: Tensor, workers: Workers) -> None:
+    """The sum over workers, laid out in memory as it was: what travels is contiguous, which a transpose may be."""
+    there = gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
+    there.copy_(workers.sum(there.contiguous()))
+
+
+def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
+    """Raises UserError unless a checkpoint's tensors are those of the module, by name and shape."""
+    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (module.state_dict(), found))
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise UserError(
+                f"the unfinished training in {state} has {name} of shape {there.get(name)}, this run "
+                f"{wanted.get(name)}; go on with the config that it began with, or delete {state} to train anew"
+            )
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
@@ -333,6 +317,7 @@ class OneProcess:
     size = 1
 
     def __init__(self, state: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoints = Checkpoints(state, 0, {"workers": 1, "engine": "torch"})
         self.on_step = on_step
 

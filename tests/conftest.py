@@ -32,7 +32,8 @@ from safer_ray.commands import console, state
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.files import write_parquet
 from safer_ray.reward import RewardModel
-from safer_ray.sae import TopKSae, save_sae
+from safer_ray.sae import TopKSae
+from safer_ray.sae_formats import save_sae
 from safer_ray.train_reward import pair_texts
 
 # A shared machine may stall for a second; a property is not a timing test.

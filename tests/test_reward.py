@@ -22,7 +22,8 @@ from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
 from safer_ray.packing import pack
 from safer_ray.reward import RewardModel
-from safer_ray.sae import load_sae, standardise
+from safer_ray.sae import BatchTopKSae, standardise
+from safer_ray.sae_formats import load_sae
 from safer_ray.tiny_llama import train_tokenizer
 
 
@@ -259,6 +260,21 @@ def test_codes_do_not_depend_on_the_batch(reward, sae_dir, pairs):
         assert np.concatenate(alone["rejected_values"]) == pytest.approx(
             np.concatenate(wanted["rejected_values"]), rel=1e-4, abs=1e-5
         )
+
+
+def test_the_engine_gives_as_many_codes_as_a_batch_topk_sae_has_active(reward, pairs):
+    from conftest import random_sae
+
+    sae = BatchTopKSae(32, 64, 4)
+    sae.load_state_dict(
+        random_sae(32, 64, 4).state_dict() | {"threshold": torch.full((64,), 1.5), "batches": sae.batches}
+    )
+    encoded = Engine(reward, 2, sae).encode(pairs.slice(0, 6).to_pylist())
+    rows = codes_table(encoded).to_pylist()
+    found = [len(features) for row in rows for features in row["chosen_features"]]
+    wanted = [int((sae.pre_activations(v.x) > 1.5).sum()) for v in encoded.vectors[::2]]
+    assert sum(found) == sum(wanted)
+    assert len(set(found)) > 1
 
 
 def test_an_sae_of_another_width_is_refused(reward):

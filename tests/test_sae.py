@@ -1,14 +1,15 @@
 """The sparse autoencoder: its layout, its gradients and its dead latents."""
 
-import json
-
 import pytest
 import torch
 from conftest import random_sae
 
+from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.sae import SparseCodes, TopKSae, decode_sparse, load_sae, sae_layer, save_sae, standardise
-from safer_ray.training import EngineOptions, TorchEngine, remove_parallel_gradient, sae_step
+from safer_ray.sae import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
+from safer_ray.sae_loss import remove_parallel_gradient, sae_step
+from safer_ray.sparse import SparseCodes
+from safer_ray.training import EngineOptions, TorchEngine
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def sae():
 
 
 def dense(codes, latents):
-    return torch.zeros(len(codes.features), latents).scatter_(1, codes.features, codes.values)
+    return torch.zeros(len(codes.features), latents).scatter_add(1, codes.features, codes.values)
 
 
 def test_standardised_vectors_use_the_unbiased_std(raw):
@@ -39,7 +40,7 @@ def test_codes_are_the_k_largest_latents_and_never_negative(sae, raw):
     codes = sae.encode(x)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     assert codes.features.shape == (20, 4)
-    torch.testing.assert_close(codes.values, pre.topk(4).values.relu())
+    torch.testing.assert_close(codes.values.sort().values, pre.topk(4).values.relu().sort().values)
     assert torch.equal(codes.features.sort().values, pre.topk(4).indices.sort().values)
 
 
@@ -61,34 +62,6 @@ def test_gradients_of_sparse_decoding_equal_dense_autograd(sae, raw):
     for one, two in zip(*gradients, strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-
-
-def test_a_saved_sae_loads_with_the_same_codes(sae, raw, tmp_path):
-    save_sae(sae, tmp_path, model="some model", layer=7)
-    loaded = load_sae(tmp_path)
-    x = standardise(raw).x
-    assert loaded.k == 4
-    assert sae_layer(tmp_path) == 7
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), sae.state_dict().values(), strict=True))
-    assert torch.equal(loaded.encode(x).values, sae.encode(x).values)
-    assert not any(p.requires_grad for p in loaded.parameters())
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_saelens_opens_the_directory_with_the_same_codes_and_reconstruction(sae, raw, tmp_path):
-    pytest.importorskip("sae_lens")
-    from sae_lens import SAE
-
-    save_sae(sae, tmp_path, model="some model", layer=2)
-    theirs = SAE.load_from_disk(str(tmp_path), device="cpu")
-    found = standardise(raw)
-    ours = sae.encode(found.x)
-    with torch.inference_mode():
-        codes = theirs.encode(raw)  # it applies layer_norm itself
-        decoded = theirs.decode(codes)
-    torch.testing.assert_close(codes, dense(ours, 64).detach(), rtol=0, atol=1e-5)
-    expected = sae.decode(ours) * (found.std + 1e-5)[:, None] + found.mean[:, None]
-    torch.testing.assert_close(decoded, expected.detach(), rtol=1e-5, atol=1e-4)
 
 
 def test_the_decoder_stays_of_unit_norm_and_its_gradient_tangential(sae, raw):
@@ -152,75 +125,91 @@ def test_the_auxiliary_reconstruction_has_no_bias(sae, raw):
     torch.testing.assert_close(bias, through_encoder, rtol=1e-4, atol=1e-5)
 
 
-def test_sparse_decoding_of_no_activation_is_zero(sae):
-    nothing = SparseCodes(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4))
-    assert (decode_sparse(nothing, sae.W_dec) == 0).all()
-
-
 @pytest.mark.parametrize("k", [0, 9])
 def test_k_must_fit_the_latents(k):
     with pytest.raises(UserError, match=rf"k {k} must lie in 1\.\.8 latents"):
         TopKSae(4, 8, k)
 
 
-def change_config(directory, **more):
-    path = directory / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+def test_the_pre_bias_starts_at_the_geometric_median():
+    sample = torch.randn(200, 8, generator=torch.Generator().manual_seed(3))
+    sample[:20] += 100  # outliers that drag a mean along
+    found = geometric_median(sample)
+    distance = (sample - found).norm(dim=1, keepdim=True)
+    assert ((sample - found) / distance).sum(0).norm() < 0.01 * len(sample)  # the summed distance is flat there
+    assert found.norm() < 1 < sample.mean(0).norm()
+    sae = TopKSae(8, 16, 2)
+    sae.initialise(sample, 0)
+    assert torch.equal(sae.b_dec, found)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
 
 
-def test_another_architecture_is_refused(sae, tmp_path):
-    save_sae(sae, tmp_path, model="m", layer=1)
-    change_config(tmp_path, architecture="jumprelu")
-    with pytest.raises(UserError, match=r"architecture 'jumprelu'.*wanted 'topk'"):
-        load_sae(tmp_path)
+def test_a_sample_of_one_vector_is_its_own_median():
+    torch.testing.assert_close(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
 
-def test_another_normalisation_is_refused(sae, tmp_path):
-    save_sae(sae, tmp_path, model="m", layer=1)
-    change_config(tmp_path, normalize_activations="none")
-    with pytest.raises(UserError, match="normalize_activations 'none' is not supported"):
-        load_sae(tmp_path)
+def test_a_step_says_which_latents_fired(sae, raw):
+    x = standardise(raw).x
+    step = sae_step(sae, x, torch.zeros(64, dtype=torch.bool), 0.0)
+    codes = sae.encode(x)
+    assert torch.equal(step.fired, torch.isin(torch.arange(64), codes.features[codes.values > 0]))
+    assert 0 < step.fired.sum() < 64
 
 
-@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
-def test_missing_and_corrupt_files_are_named(sae, tmp_path, name):
-    save_sae(sae, tmp_path, model="m", layer=1)
-    (tmp_path / name).write_bytes(b"{ no")
-    with pytest.raises(UserError, match=r"corrupt SAE in .*copy it again"):
-        load_sae(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=f"no SAE in .*: {name} is missing"):
-        load_sae(tmp_path)
+def batch_sae():
+    sae = BatchTopKSae(32, 64, 4)
+    sae.load_state_dict(random_sae(32, 64, 4).state_dict() | {"threshold": sae.threshold, "batches": sae.batches})
+    return sae
 
 
-@pytest.mark.parametrize("more", [{"k": None}, {"k": "many"}, {"k": 65}])
-def test_a_config_that_does_not_fit_the_weights_is_refused(sae, tmp_path, more):
-    save_sae(sae, tmp_path, model="m", layer=1)
-    change_config(tmp_path, **more)
-    with pytest.raises(UserError, match=r"k|corrupt"):
-        load_sae(tmp_path)
+def test_a_batch_shares_its_active_latents_between_vectors(raw):
+    sae = batch_sae()
+    x = standardise(raw).x
+    entries, values = sae.active(x)
+    wanted = sae.pre_activations(x).flatten().topk(4 * 20).values
+    torch.testing.assert_close(values.sort().values, wanted.sort().values)
+    assert entries.start.diff().float().mean() == 4
+    assert entries.start.diff().unique().numel() > 1
 
 
-def test_weights_of_the_wrong_shape_are_refused(sae, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    save_sae(sae, tmp_path, model="m", layer=1)
-    weights = load_file(tmp_path / "sae_weights.safetensors")
-    save_file({**weights, "b_enc": torch.zeros(3)}, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(UserError, match="corrupt SAE"):
-        load_sae(tmp_path)
-    save_file({"b_enc": torch.zeros(3)}, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(UserError, match="corrupt SAE"):
-        load_sae(tmp_path)
+def test_the_threshold_learns_the_smallest_activation_of_batches(raw):
+    sae = batch_sae()
+    x = standardise(raw).x
+    least = [float(sae.active(part).values.min().detach()) for part in (x[:10], x[10:])]
+    torch.testing.assert_close(sae.threshold, torch.full((64,), sum(least) / 2))
+    sae.eval().active(x)
+    assert int(sae.batches) == 2
 
 
-def test_an_sae_that_does_not_say_its_layer_is_refused(sae, tmp_path):
-    save_sae(sae, tmp_path, model="m", layer=1)
-    change_config(tmp_path, metadata={})
-    with pytest.raises(UserError, match=r"does not say its layer; add metadata.safer_ray_layer"):
-        sae_layer(tmp_path)
+def test_vectors_alone_are_read_by_the_threshold(raw):
+    sae = batch_sae()
+    x = standardise(raw).x
+    for _ in range(3):
+        sae.active(x)
+    codes = sae.encode(x)
+    pre = sae.pre_activations(x)
+    torch.testing.assert_close(dense(codes, 64), pre.where(pre > sae.threshold, 0))
+    alone = torch.cat([dense(sae.encode(row[None]), 64) for row in x])
+    torch.testing.assert_close(alone, dense(codes, 64), rtol=1e-4, atol=1e-5)
+    assert (codes.values > 0).sum(1).unique().numel() > 1
+    torch.testing.assert_close(sae.decode(codes), dense(codes, 64) @ sae.W_dec + sae.b_dec)
 
 
-def test_a_folder_without_sae_has_no_layer(tmp_path):
-    with pytest.raises(UserError, match="no SAE in"):
-        sae_layer(tmp_path)
+def test_a_vector_below_every_threshold_is_its_bias_alone(raw):
+    sae = batch_sae()
+    sae.threshold += 1000
+    codes = sae.encode(standardise(raw).x)
+    assert codes.values.shape == (20, 1)
+    torch.testing.assert_close(sae.decode(codes), sae.b_dec.expand(20, 32))
+
+
+def test_a_config_names_the_variant():
+    plain = SaeConfig(latents=64, k=4)
+    assert type(new_sae(32, plain)) is TopKSae
+    batch = SaeConfig.model_validate({"latents": 64, "k": 4, "variant": {"kind": "batch_topk", "threshold_rate": 0.1}})
+    made = new_sae(32, batch)
+    assert isinstance(made, BatchTopKSae)
+    assert (made.d, made.latents, made.k, made.rate) == (32, 64, 4, 0.1)
+    with pytest.raises(ValueError, match="variant"):
+        SaeConfig.model_validate({"variant": {"kind": "gated"}})

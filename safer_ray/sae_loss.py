@@ -1,0 +1,95 @@
+"""The training loss of an autoencoder: normalised reconstruction, and the auxiliary loss of dead latents.
+
+Exact gradients without a dense [n, latents] matrix: see `safer_ray.sparse`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from safer_ray.sae import TopKSae
+from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries
+from safer_ray.topk import largest
+
+DENSE_SHARE = 1 / 10  # of dead latents that are active: above it, dense products of them alone are faster
+
+
+class SaeStep(NamedTuple):
+    """The loss terms and which latents fired."""
+
+    loss: Float[Tensor, ""]
+    nmse: Float[Tensor, ""]
+    aux: Float[Tensor, ""]
+    fired: Bool[Tensor, " latents"]
+
+
+class RelativeError(torch.autograd.Function):
+    """Mean over vectors of ||guess - target||^2 / ||target||^2."""
+
+    @staticmethod
+    def forward(ctx: Any, guess: Tensor, target: Tensor) -> Tensor:
+        error = guess - target
+        weight = 1 / target.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        ctx.save_for_backward(error, weight, target)
+        return (error.square().sum(-1, keepdim=True) * weight).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        error, weight, target = ctx.saved_tensors
+        scale = weight * (2 * gradients[0] / len(target))
+        of_guess = error * scale
+        if not ctx.needs_input_grad[1]:
+            return of_guess, None
+        return of_guess, -of_guess - target * (scale * weight * error.square().sum(-1, keepdim=True))
+
+
+def sae_step(
+    sae: TopKSae,
+    x: Float[Tensor, "n d"],
+    dead: Bool[Tensor, " latents"],
+    aux_coefficient: float,
+    budget: int = MEMORY_BUDGET,
+) -> SaeStep:
+    """Normalised reconstruction loss, plus the auxiliary loss of dead latents (Gao et al. 2024, arXiv 2406.04093, A.2).
+
+    `dead` marks latents that have not fired for long; they reconstruct the detached residual, without a bias. Temporary
+    memory that grows with vectors x latents stays under `budget` bytes.
+    """
+    codes = sae.active(x, budget)
+    reconstruction = Decode.apply(codes.values, sae.W_dec, codes.entries, budget) + sae.b_dec
+    nmse = RelativeError.apply(reconstruction, x)
+    aux = x.new_zeros(())
+    if aux_coefficient > 0 and bool(dead.any()):
+        aux = auxiliary_loss(sae, x, (x - reconstruction).detach(), dead, budget)
+    fired = torch.zeros_like(dead).index_fill_(0, codes.entries.features[codes.values > 0], True)
+    return SaeStep(nmse + aux_coefficient * aux, nmse.detach(), aux.detach(), fired)
+
+
+def auxiliary_loss(
+    sae: TopKSae, x: Float[Tensor, "n d"], residual: Float[Tensor, "n d"], dead: Bool[Tensor, " latents"], budget: int
+) -> Float[Tensor, ""]:
+    """How well the d / 2 largest dead latents of each vector give its residual; 0 is perfect."""
+    chosen = dead.nonzero()[:, 0]
+    W_enc, b_enc, W_dec = sae.W_enc.T[chosen], sae.b_enc[chosen], sae.W_dec[chosen]
+    k = min(len(chosen), max(1, sae.d // 2))
+    if k >= DENSE_SHARE * len(chosen):
+        pre = torch.addmm(b_enc, x - sae.b_dec, W_enc.T)
+        if k < len(chosen):
+            least = pre.detach().topk(k, dim=-1).values[:, -1:]
+            pre = pre.masked_fill(pre < least, 0)
+        return RelativeError.apply(pre.relu() @ W_dec, residual)
+    with torch.no_grad():
+        found = largest(x - sae.b_dec, W_enc, b_enc, k, budget)
+    entries = Entries.of(found.features, len(chosen))
+    values = Encode.apply(x, sae.b_dec, W_enc.T, b_enc, found.values.relu().view(-1), entries)
+    return RelativeError.apply(Decode.apply(values, W_dec, entries, budget), residual)
+
+
+def remove_parallel_gradient(sae: TopKSae) -> None:
+    """Keep decoder directions on the unit sphere to first order: drop the gradient's radial component."""
+    gradient = sae.W_dec.grad
+    if gradient is not None:
+        with torch.no_grad():
+            gradient.addcmul_((gradient * sae.W_dec).sum(-1, keepdim=True), sae.W_dec, value=-1)
