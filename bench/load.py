@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 HEAD = "POST /v1/score HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 GIVE_UP_S = 60.0
+LAST_CHUNK = b"0\r\n\r\n"  # of an answer that does not tell its length
 
 
 class Answer(NamedTuple):
@@ -38,8 +39,8 @@ class Connection:
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").lower().split("\r\n")
-            length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length:"))
-            body = await reader.readexactly(length)
+            length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), None)
+            body = await (reader.readuntil(LAST_CHUNK) if length is None else reader.readexactly(length))
         except BaseException:
             self.close()
             raise

@@ -9,8 +9,10 @@ import threading
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")  # as `make serve` has it
+os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")
 os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
-os.environ.setdefault("RAY_worker_niceness", "0")  # loops and engine give way to nobody either
+os.environ.setdefault("RAY_worker_niceness", "0")  # its name; loops and engine give way to nobody either
 
 
 def main() -> None:

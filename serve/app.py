@@ -25,7 +25,7 @@ from serve.measures import count_answer
 from serve.remote_service import RemoteService
 from serve.scorer import Scorer
 
-SPARE = 16  # requests beyond its room that a scorer takes, to refuse them itself, or to say that it is alive
+SPARE = 16  # requests beyond its room that a replica takes, to refuse them itself, or to say that it is alive
 OVERLOAD = BackpressureConfig(status_code=429, retry_after_s=1)
 DRAIN_S = 60.0  # that a replica which is to go has for what it has begun
 
@@ -94,8 +94,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=config.ingresses,
-        max_ongoing_requests=4 * config.room + SPARE,
-        max_queued_requests=4 * config.room + SPARE,
+        max_ongoing_requests=config.room + SPARE,
+        max_queued_requests=config.room + SPARE,
         backpressure_config=OVERLOAD,
         user_config=thresholds,
         max_surge_percent=100,

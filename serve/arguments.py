@@ -36,7 +36,7 @@ class ServiceConfig(Thresholds):
     scorer_cpus: Annotated[float, Field(gt=0)] = 1.0
     scorer_gpus: Annotated[float, Field(ge=0)] = 0.0
     threads: Count | None = None  # of torch in a scorer; None: its share of the cores
-    batch_tokens: Count = 8192  # about so many are scored in one call
+    batch_tokens: Count = 32_768  # about so many are scored in one call
     waiting: Count = 72  # requests that a scorer takes, the batch at work included; more are answered 429
 
     @model_validator(mode="after")

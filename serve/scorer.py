@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from serve.reading import Outcome, Row, Scored
 CHARS_PER_TOKEN = 4  # about; only batches are cut by it
 MARKUP_TOKENS = 16  # of a pair
 STUCK_S = 300.0  # a batch that takes longer never ends
+NICE = 5  # those who read, answer and refuse come first
+SWITCH_S = 0.001  # the event loop and the model take turns; by default, after five times as long
 ALL_TOKENS = 10**9  # more than the gate lets through at once
 
 
@@ -60,6 +63,8 @@ class Scorer:
         from serve.scoring import ScorePairs, score_requests
 
         quiet_transformers()
+        os.nice(NICE)
+        sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(config.torch_threads)
         self.room = config.waiting
         self.bundle = open_auditor(config.auditor)

@@ -82,3 +82,19 @@ def test_a_bundle_without_cards_still_names_its_features(tmp_path, tmp_path_fact
     assert cards["rating"].null_count == len(cards)
     assert not pa.compute.any(pa.compute.equal(cards["name"], "")).as_py()
     assert open_artifact(auditor.path, "auditor").name == auditor.name
+
+
+def test_a_bundle_made_by_hand_shows_its_features_where_their_salience_is_given(safer, tmp_path, tmp_path_factory):
+    made = finished(tmp_path_factory.getbasetemp()).artifacts
+    stages = {"reward": "reward", "sae": "sae", "features": "select", "codes": "codes", "salience": "salience"}
+    options = [word for option, stage in stages.items() for word in (f"--{option}", made[stage].path)]
+    code, _, err = safer("auditor", *options, "--contexts", made["contexts"].path, "--out", tmp_path / "bundle")
+    assert code == 0, err
+    whole, cards = (read_cards(path) for path in (made["auditor"].path, tmp_path / "bundle"))
+    assert cards.drop_columns(["rating", "reason"]).equals(whole.drop_columns(["rating", "reason"]))
+    assert cards["rating"].null_count == len(cards)
+    without = [
+        word for option in ("reward", "sae", "features", "codes") for word in (f"--{option}", made[stages[option]].path)
+    ]
+    code, _, err = safer("auditor", *without, "--contexts", made["contexts"].path, "--out", tmp_path / "other")
+    assert (code, "--verdicts and --contexts need --salience" in err) == (2, True)

@@ -139,3 +139,13 @@ def test_a_path_to_go_to_is_always_of_this_service(path):
     assert safe.startswith("/")
     assert not safe.startswith(("//", "/\\"))
     assert "\n" not in safe
+
+
+def test_the_command_shows_a_token_once_and_the_line_that_opens_to_it(safer, tmp_path):
+    code, out, _ = safer("key", "team-a")
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0
+    (tmp_path / "keys").write_text(shown["line"], encoding="utf-8")
+    assert Keys(tmp_path / "keys").name_of(shown["token"]) == "team-a"
+    code, _, err = safer("key", "team a")
+    assert (code, "key name 'team a': wanted 1 to 64 letters" in err) == (2, True)

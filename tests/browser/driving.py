@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service as Driver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys as Keyboard
@@ -88,10 +89,14 @@ class Browser:
         return self.until(lambda: self.all(selector), selector)[0]
 
     def until(self, found: Callable[[], Any], what: str = "") -> Any:
-        return WebDriverWait(self.driver, 20, 0.05).until(lambda _: found(), what)
+        waiting = WebDriverWait(self.driver, 20, 0.05, [StaleElementReferenceException])  # a page that comes meanwhile
+        return waiting.until(lambda _: found(), what)
 
     def text(self, selector: str) -> str:
-        return self.one(selector).get_property("textContent").strip()
+        """What the first one says, read at once, so that a page that comes or goes meanwhile does no harm."""
+        script = "const found = document.querySelector(arguments[0]); return found && [found.textContent.trim()];"
+        [text] = self.until(lambda: self.driver.execute_script(script, selector), selector)
+        return text
 
     def fill(self, **texts: str) -> None:
         """Sets fields at once; characters that no keyboard has among them."""
