@@ -86,8 +86,8 @@ class TopKSae(nn.Module):
     def initialise(self, sample: Float[Tensor, "n d"], seed: int) -> None:
         """Unit-norm random decoder, encoder its transpose but for one factor, decoder bias a sample's geometric median.
 
-        Directions that are not orthogonal add up to too much: the factor makes the first reconstruction of the sample as
-        close as one can.
+        Directions that are not orthogonal add up to too much: the factor makes the first reconstruction of the sample
+        as close as one can.
         """
         generator = torch.Generator().manual_seed(seed)
         decoder = torch.randn(self.W_dec.shape, generator=generator)
