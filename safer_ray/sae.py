@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae_variants import BatchTopKVariant
-from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes
+from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
 from safer_ray.topk import Found, above, largest, largest_of_batch, padded
 
 EPSILON = 1e-5  # as SAELens' layer_norm has it
@@ -84,13 +84,21 @@ class TopKSae(nn.Module):
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d"], seed: int) -> None:
-        """Unit-norm random decoder, encoder its transpose, decoder bias the geometric median of a sample."""
+        """Unit-norm random decoder, encoder its transpose but for one factor, decoder bias a sample's geometric median.
+
+        Directions that are not orthogonal add up to too much: the factor makes the first reconstruction of the sample
+        as close as one can.
+        """
         generator = torch.Generator().manual_seed(seed)
         decoder = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(decoder / decoder.norm(dim=-1, keepdim=True))
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
         self.b_dec.copy_(geometric_median(sample))
+        centred = sample - self.b_dec
+        codes = largest(centred, self.W_enc.T, self.b_enc, self.k)
+        guess = gathered_sum(Entries.of(codes.features, self.latents), codes.values.relu().view(-1), self.W_dec)
+        self.W_enc.mul_((guess * centred).sum() / guess.square().sum().clamp_min(1e-12))
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

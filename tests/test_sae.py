@@ -141,8 +141,28 @@ def test_the_pre_bias_starts_at_the_geometric_median():
     sae = TopKSae(8, 16, 2)
     sae.initialise(sample, 0)
     assert torch.equal(sae.b_dec, found)
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
+
+
+def test_the_encoder_starts_as_the_decoder_scaled_to_reconstruct_best():
+    sample = torch.randn(200, 8, generator=torch.Generator().manual_seed(3))
+    sae = TopKSae(8, 64, 6)
+    sae.initialise(sample, 0)
+    factor = sae.W_enc[0, 0] / sae.W_dec[0, 0]
+    torch.testing.assert_close(sae.W_enc, sae.W_dec.T * factor)
+    assert 0.1 < factor < 0.9
+    errors = []
+    for change in (0.95, 1.0, 1.05):
+        with torch.no_grad():
+            sae.W_enc.copy_(sae.W_dec.T * factor * change)
+            errors.append(float((sae.decode(sae.encode(sample)) - sample).square().sum()))
+    assert errors[1] == min(errors)
+
+
+def test_a_sample_that_is_its_own_median_leaves_an_encoder_without_nan():
+    sae = TopKSae(8, 16, 2)
+    sae.initialise(torch.ones(5, 8), 0)
+    assert sae.W_enc.isfinite().all()
 
 
 def test_a_sample_of_one_vector_is_its_own_median():
@@ -185,8 +205,8 @@ def test_the_threshold_learns_the_smallest_activation_of_batches(raw):
 def test_vectors_alone_are_read_by_the_threshold(raw):
     sae = batch_sae()
     x = standardise(raw).x
-    for _ in range(3):
-        sae.active(x)
+    sae.active(x)
+    sae.threshold -= 1e-3  # so that nothing lies right on it
     codes = sae.encode(x)
     pre = sae.pre_activations(x)
     torch.testing.assert_close(dense(codes, 64), pre.where(pre > sae.threshold, 0))
