@@ -35,6 +35,7 @@ from safer_ray.audit_summary import close_audit
 from safer_ray.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.engine import Engine
+from safer_ray.files import read_json
 from safer_ray.pipeline import Stages
 from safer_ray.runner import BatchFn, LocalRunner, MapJob
 from safer_ray.sae import save_sae
@@ -182,16 +183,15 @@ def one_audit(folder: Path, bundle: Path, corpus: Path, actors: int, trivial: bo
     kind = Plumbing if trivial else WatchedAudit
     audit = kind(open_artifact(bundle, "auditor"), source, ScoresConfig(detector="safer"), fragment_rows=rows)
     config = RayConfig(min_actors=actors, max_actors=actors)
-    committed: list[tuple[float, int]] = []
     out = folder / "out"
     out.mkdir(parents=True)
     with ray_session(config):
-        runner = RayRunner(config, lambda stage, done, total, n: committed.append((time.perf_counter(), n)))
         began = time.perf_counter()
-        counts = audit_corpus(audit, out, runner)
+        counts = audit_corpus(audit, out, RayRunner(config))
         mapped = time.perf_counter() - began
         close_audit(audit, out, counts, mapped)
         seconds = time.perf_counter() - began
+    committed = sorted((path.stat().st_mtime, read_json(path)["read"]) for path in (out / "done").iterdir())
     warm = len(committed) // 10  # actors have started by then
     steady = sum(n for _, n in committed[warm + 1 :]) / (committed[-1][0] - committed[warm][0])
     fragments = len(read_plan(out / "plan.parquet"))
