@@ -49,6 +49,7 @@ SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "t
 LONGEST = (
     "test_ray_faults",
     "test_ray_train",
+    "test_chaos",
     "test_serve",
     "test_ray_data",
     "test_ray_session",
