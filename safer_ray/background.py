@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,6 +26,54 @@ def repeated(seconds: float, work: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def ahead(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
+    """Inside, `items` are made in a thread, up to `count` of them before they are taken; what making one raises is
+    raised where it is taken."""
+    made: deque[Item | BaseException | None] = deque()  # None: there are no more
+    room, there, stop = threading.Semaphore(count), threading.Semaphore(0), threading.Event()
+
+    def tell(item: Item | BaseException | None) -> None:
+        made.append(item)
+        there.release()
+
+    def make() -> None:
+        iterator = iter(items)
+        try:
+            while True:
+                room.acquire()
+                if stop.is_set():
+                    return
+                tell(next(iterator))
+        except StopIteration:
+            tell(None)
+        except BaseException as error:  # noqa: BLE001  # raised again where it is taken
+            tell(error)
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
+
+    def taken() -> Iterator[Item]:
+        while True:
+            there.acquire()
+            item = made.popleft()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            room.release()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stop.set()
+        room.release()
         thread.join()
 
 

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from safer_ray.sae_variants import SaeVariant, TopKVariant
+from safer_ray.config_values import Frozen, Percent, Share
+from safer_ray.sae_config import SaeConfig
 from safer_ray.where import parse_where
 
-Percent = Annotated[float, Field(ge=0, le=100)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
 StrategyName = Literal["safer", "reward_margin", "random", "length", "suspicion"]
@@ -31,12 +30,6 @@ Format = Literal[
     "rewardbench2",
     "rm_bench",
 ]
-
-
-class Frozen(BaseModel):
-    """Immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SourceConfig(Frozen):
@@ -169,28 +162,6 @@ class ActivationsConfig(Frozen):
     tokens: Literal["ends", "all"] = "ends"
 
 
-class SaeConfig(Frozen):
-    variant: SaeVariant = TopKVariant()
-    latents: Annotated[int, Field(gt=0)] = 1024
-    k: Annotated[int, Field(gt=0)] = 16
-    steps: Annotated[int, Field(gt=0)] = 1000
-    batch_size: Annotated[int, Field(gt=0)] = 1024
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: 2e-4 / sqrt(latents / 2^14)
-    warmup: Share = 0.05
-    decay: Share = 0.2
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after: Annotated[int, Field(gt=0)] = 50_000  # vectors without firing
-    validation_percent: Annotated[float, Field(gt=0, le=50)] = 5
-    norm_limit: Annotated[float, Field(gt=1)] = 10  # times the median raw norm; outliers are left out
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _k(self) -> Self:
-        if self.k > self.latents:
-            raise ValueError(f"k {self.k} is larger than the {self.latents} latents; lower k or widen the SAE")
-        return self
-
-
 class SalienceConfig(Frozen):
     mode: Mode = "response"
 
@@ -284,7 +255,7 @@ class SweepConfig(Frozen):
     """
 
     grids: tuple[SweepGrid, ...] = Field(min_length=1)
-    groups: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = Field({})
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
 
 
@@ -369,7 +340,7 @@ class RunConfig(Frozen):
     cross_fit: CrossFitConfig | None = None
     lab: LabConfig | None = None
     sweep: SweepConfig | None = None
-    curate: dict[str, CurateConfig] = {}
+    curate: dict[str, CurateConfig] = Field({})
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()

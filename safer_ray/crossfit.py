@@ -97,7 +97,8 @@ class CrossFit(Harvest, Findings):
         return OutOfFold(folds, self._together(pairs, folds, shared), shared)
 
     def _sae(self, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
-        return self.sae(config.sae, self.activations(config.activations, train, reward), config.activations.layer)
+        activations = self.activations(config.activations, train, reward)
+        return self.sae_in_stages(config.sae, activations, config.activations.layer, train, reward)
 
     def _fold(
         self,

@@ -22,16 +22,25 @@ from safer_ray.config import (
 from safer_ray.corpus import write_corpus
 from safer_ray.evaluation import section_accuracy
 from safer_ray.files import read_parquet, write_parquet
-from safer_ray.inputs import base_identity, close_pairs, resolve_source, source_identity, with_absolute_base
+from safer_ray.inputs import (
+    base_identity,
+    close_pairs,
+    file_identity,
+    resolve_source,
+    source_identity,
+    with_absolute_base,
+)
 from safer_ray.noise import plant
-from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
+from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
+from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.runner import BatchFn, MapJob, TrainJob
+from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
-from safer_ray.train_sae import train_sae
+from safer_ray.train_sae import Judged, train_sae
 from safer_ray.where import where_mask
 
 
@@ -130,11 +139,21 @@ class Harvest(StageContext):
         reward: Artifact,
         out: Path,
         blocks: int | None = None,
+        group_rows: int | None = None,
     ) -> dict[str, int]:
         """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`); row counts."""
         prepare = partial(TokenisePairs, reward.path)
         shards = min(self.shards, blocks or self.shards)
-        job = MapJob(stage, read_fragment, make, written, prepare=prepare, loads_model=True, shards=shards)
+        job = MapJob(
+            stage,
+            read_fragment,
+            make,
+            written,
+            prepare=prepare,
+            loads_model=True,
+            shards=shards,
+            group_rows=group_rows,
+        )
         return self.map(job, part_fragments(pairs_of(pairs)), out)
 
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
@@ -147,25 +166,80 @@ class Harvest(StageContext):
                 reward,
                 out,
                 blocks=config.layer,
+                group_rows=schema.GROUP_ROWS,
             )
             return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
 
         return self.place.make(recipe("activations", config, pairs=pairs.name, reward=reward.name), build)
 
-    def sae(self, config: SaeConfig, activations: Artifact, layer: int) -> Artifact:
+    def text_activations(self, config: WarmStartConfig, layer: int, reward: Artifact) -> Artifact:
+        """Vectors of all tokens of general text."""
+        text = Path(config.text).absolute()
+
         def build(out: Path) -> Result:
+            job = MapJob(
+                "activations",
+                read_texts,
+                partial(EncodeTexts, reward.path, layer),
+                schema.activations(hidden_size(reward.path)),
+                prepare=partial(TokeniseTexts, reward.path),
+                loads_model=True,
+                shards=min(self.shards, layer),
+                group_rows=schema.GROUP_ROWS,
+            )
+            counts = self.map(job, text_fragments(text, self.fragment_rows, config.limit), out)
+            return Result(counts, {"layer": layer}, red_team=poisoned(reward))
+
+        shown = {"layer": layer, "tokens": "text", "limit": config.limit}
+        return self.place.make(recipe("activations", shown, text=file_identity(text), reward=reward.name), build)
+
+    def sae(
+        self,
+        config: SaeConfig,
+        activations: Artifact,
+        layer: int,
+        *,
+        start: Artifact | None = None,
+        pairs: Artifact | None = None,
+        reward: Artifact | None = None,
+    ) -> Artifact:
+        """An SAE trained on activations, from `start` on if it is given; with pairs and the reward model that they were
+        harvested by, it is measured what reconstructions cost the model."""
+        given = {"start": start}
+        if config.spliced_pairs and pairs and reward:
+            given |= {"pairs": pairs, "reward": reward}
+
+        def build(out: Path) -> Result:
+            judged = Judged(pairs_of(pairs), reward.path) if "pairs" in given and pairs and reward else None
             arguments = {
                 "activations": activations.path,
                 "config": config,
                 "model": activations.manifest.get("inputs", {}).get("reward", activations.name),
                 "layer": layer,
+                "start": start.path if start else None,
+                "judged": judged,
             }
             (metrics,) = self.runner.train([TrainJob("sae", train_sae, arguments, out)])
             rows = {"vectors": metrics["train_vectors"]}
-            return Result(rows, metrics, licence_of(activations), config.seed, poisoned(activations))
+            return Result(
+                rows, metrics, licence_of(activations), config.seed, poisoned(activations, *filter(None, [start]))
+            )
 
-        shown = {**config.model_dump(mode="json"), "layer": layer}
-        return self.place.make(recipe("sae", shown, activations=activations.name), build)
+        left_out = {"micro_batch_size", "tensorboard", "warm_start"}
+        shown = {**config.model_dump(mode="json", exclude=left_out), "layer": layer}
+        inputs = {role: artifact.name for role, artifact in given.items() if artifact}
+        return self.place.make(recipe("sae", shown, activations=activations.name, **inputs), build)
+
+    def sae_in_stages(
+        self, config: SaeConfig, activations: Artifact, layer: int, pairs: Artifact, reward: Artifact
+    ) -> Artifact:
+        """An SAE trained on general text first, where the config says so, and then on the activations of pairs."""
+        start = None
+        if config.warm_start is not None:
+            text = self.text_activations(config.warm_start, layer, reward)
+            first = config.warm_start.model_dump(exclude={"text", "limit"})
+            start = self.sae(config.model_copy(update={**first, "warm_start": None, "spliced_pairs": 0}), text, layer)
+        return self.sae(config, activations, layer, start=start, pairs=pairs, reward=reward)
 
     def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
         def build(out: Path) -> Result:

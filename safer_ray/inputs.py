@@ -63,6 +63,17 @@ def source_identity(source: SourceConfig, corpus: Artifact | None) -> str:
     return schema.to_json([[file.name, _hashed(str(file))] for file in files])
 
 
+def file_identity(path: Path) -> str:
+    """A file by its content.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; check the path")
+    return f"{path.name}:{_hashed(str(path))}"
+
+
 def base_identity(base: str) -> str:
     return base if base.startswith("hub:") else _hashed(resolve_base(base)[0])
 

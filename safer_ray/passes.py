@@ -19,7 +19,7 @@ from safer_ray.runner import WHOLE, Part
 from safer_ray.sae import Standardised
 from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.schema import SIDES
-from safer_ray.text import PairTokens, Side
+from safer_ray.text import PairTokens
 from safer_ray.tokens import TEXTS, read_tokens
 
 # What a part of a model hands on of every pair, beside its tokens
@@ -111,6 +111,8 @@ def _handed_on(pairs: pa.Table) -> Forward | None:
 class EncodeActivations(ReadsPairs):
     """Batch function: pairs -> standardised layer vectors, one row a token."""
 
+    sides: tuple[str, str] = SIDES  # what the column `side` says
+
     def __init__(self, reward: Path, layer: int, tokens: str, part: Part = WHOLE) -> None:
         self.layers = (layer,)
         self.all_tokens = tokens == "all"
@@ -124,25 +126,40 @@ class EncodeActivations(ReadsPairs):
         assert self.engine is not None
         vectors = self.engine.encoded(tokens, found).vectors
         tables = [schema.activations(self.reward.hidden_size).empty_table()]
-        for i, pair in enumerate(tokens):
+        groups = pairs["group"].to_pylist() if "group" in pairs.column_names else [None] * len(pairs)
+        for i, (pair, group) in enumerate(zip(tokens, groups, strict=True)):
             for j, side in enumerate((pair.chosen, pair.rejected)):
-                tables.append(self._rows(pair.pair_id, SIDES[j], side, vectors[2 * i + j]))
+                token = np.arange(len(side.ids), dtype=np.int32) if self.all_tokens else side.token
+                end = np.full(len(token), -1, dtype=np.int32) if self.all_tokens else side.end
+                tables.append(vector_rows(vectors[2 * i + j], pair.pair_id, group, self.sides[j], token, end))
         return pa.concat_tables(tables)
 
-    def _rows(self, pair_id: str, name: str, side: Side, vectors: Standardised) -> pa.Table:
-        token = np.arange(len(side.ids), dtype=np.int32) if self.all_tokens else side.token
-        end = np.full(len(token), -1, dtype=np.int32) if self.all_tokens else side.end
-        columns = {
-            "pair_id": [pair_id] * len(token),
-            "side": [name] * len(token),
-            "token": token,
-            "end": end,
-            "norm": vectors.norm.numpy(),
-            "mean": vectors.mean.numpy(),
-            "std": vectors.std.numpy(),
-            "x": _lists(_half(vectors.x)),
-        }
-        return pa.table(columns, schema=schema.activations(self.reward.hidden_size))
+
+class EncodeTexts(EncodeActivations):
+    """Batch function: texts, tokenised two by two -> standardised layer vectors of all their tokens."""
+
+    sides = ("text", "text")
+
+    def __init__(self, reward: Path, layer: int, part: Part = WHOLE) -> None:
+        super().__init__(reward, layer, "all", part)
+
+
+def vector_rows(
+    vectors: Standardised, pair_id: str, group: str | None, side: str, token: np.ndarray, end: np.ndarray
+) -> pa.Table:
+    """The vectors of tokens in the activations schema; `end` is -1 where a token ends no sentence."""
+    columns = {
+        "pair_id": [pair_id] * len(token),
+        "group": pa.array([group] * len(token), pa.string()),
+        "side": [side] * len(token),
+        "token": token,
+        "end": end,
+        "norm": vectors.norm.numpy(),
+        "mean": vectors.mean.numpy(),
+        "std": vectors.std.numpy(),
+        "x": _lists(_half(vectors.x)),
+    }
+    return pa.table(columns, schema=schema.activations(vectors.x.shape[1]))
 
 
 def _half(x: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from safer_ray.checkpoints import layer_count
 from safer_ray.config import RunConfig
 from safer_ray.curation import CLEAN
 from safer_ray.errors import UserError
-from safer_ray.inputs import lasting
+from safer_ray.inputs import file_identity, lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
 from safer_ray.runner import Runner
@@ -62,12 +62,14 @@ def preflight(config: RunConfig) -> None:
     """What can be known to fail, before anything is computed.
 
     Raises:
-        UserError: a missing source or probe, or a layer past the model.
+        UserError: a missing source, text or probe, or a layer past the model.
     """
     sources = (*config.pairs.sources, *config.evaluation.sources)
     local = [s for s in sources if not s.path.startswith(("corpus:", "hub:"))]
     for source in local:
         source_files(source)
+    if config.sae.warm_start is not None:
+        file_identity(Path(config.sae.warm_start.text).absolute())
     if not config.judge.exchanges.startswith("corpus:"):
         load_probe(config.judge.exchanges)
     if isinstance(config.reward.base, str):
@@ -143,7 +145,7 @@ def _train(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) 
     reward = done("reward", stages.reward(config.reward, pairs))
     run.models[CLEAN] = reward
     activations = done("activations", stages.activations(config.activations, pairs, reward))
-    sae = done("sae", stages.sae(config.sae, activations, config.activations.layer))
+    sae = done("sae", stages.sae_in_stages(config.sae, activations, config.activations.layer, pairs, reward))
     done("codes", stages.codes(pairs, reward, sae))
 
 

@@ -118,12 +118,32 @@ def reward_curves(history: Sequence[Mapping[str, float]]) -> tuple[str, str]:
     )
 
 
-def sae_curves(history: Sequence[Mapping[str, float]]) -> str:
-    """Normalised reconstruction error and auxiliary loss of the SAE over its steps."""
-    lines = [Line("normalised MSE", _column(history, "nmse"), "s1"), Line("auxiliary", _column(history, "aux"), "s2")]
-    if not any(value for _, value in lines[1].points):
-        lines = lines[:1]
-    return line_plot("plot-sae", "Sparse autoencoder loss", lines)
+def sae_curves(history: Sequence[Mapping[str, float]]) -> tuple[str, str]:
+    """Normalised reconstruction error of the SAE over its steps, and the share of its latents that are dead."""
+    errors = [
+        Line("normalised MSE", _column(history, "nmse"), "s1"),
+        Line("held-out normalised MSE", _column(history, "held_out_nmse"), "s2"),
+    ]
+    dead = [Line("dead latents", _column(history, "dead"), "s1")]
+    return (
+        line_plot("plot-sae", "Sparse autoencoder loss", errors),
+        line_plot("plot-sae-dead", "Dead latents of the sparse autoencoder", dead),
+    )
+
+
+def density_histogram(counts: Sequence[float], edges: Sequence[float]) -> str:
+    """How many latents fire on which share of the vectors, bins by its log10."""
+    key, title = "plot-density", "Firing density of the latents"
+    if not any(counts):
+        return _empty(key, title, NARROW, 212)
+    x, base = Scale(edges[0], edges[-1], 48, NARROW - 16), 172
+    y = Scale(0, max(counts) * 1.06, base, 14)
+    body = [_y_axis(y, x)]
+    for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
+        name = f"{count:,} latents fire on {number(10**left)} to {number(10**right)} of the vectors"
+        body.append(_column_bar(x(left), x(right), y(count), base, "bar s1", name))
+    body.append(_x_axis(x, base, "log10 of the share of vectors"))
+    return _svg(key, title, f"{sum(counts):,} latents that fire.", NARROW, 212, body)
 
 
 def salience_histogram(salience: np.ndarray, selected: Mapping[int, int]) -> str:

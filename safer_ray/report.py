@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -126,6 +126,8 @@ class ReportData:
     tests: tuple[TestView, ...] = ()
     red_team: tuple[str, ...] = ()  # names of the models trained on poisoned pairs
     licences: tuple[str, ...] = field(default_factory=tuple)
+    sae_density: tuple[Sequence[float], Sequence[float]] = ((), ())  # counts of latents, edges of log10 of their share
+    sae_spliced: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # where, to sae_quality.Spliced
 
 
 class Tile(NamedTuple):
@@ -158,7 +160,7 @@ class SectionPlot(NamedTuple):
     plot: Markup
 
 
-PERCENTAGES = {"validation_accuracy", "dead_share"}
+PERCENTAGES = {"validation_accuracy", "dead_share", "clustered_share", "read_share"}
 ROLE_LABEL = re.compile(r"^\s*(?:human|user|assistant|system)\s*:\s*", re.IGNORECASE)
 
 
@@ -179,6 +181,7 @@ def render_report(data: ReportData) -> str:
     }
     features = sorted(data.features, key=lambda card: (-abs(card.salience), card.feature))
     reward_loss, reward_accuracy = plots.reward_curves(data.reward_history)
+    sae_loss, sae_dead = plots.sae_curves(data.sae_history)
     return page("report.html", filters).render(
         data=data,
         summary=summary(data),
@@ -195,7 +198,9 @@ def render_report(data: ReportData) -> str:
         plots={
             "reward_loss": Markup(reward_loss),
             "reward_accuracy": Markup(reward_accuracy),
-            "sae": Markup(plots.sae_curves(data.sae_history)),
+            "sae": Markup(sae_loss),
+            "sae_dead": Markup(sae_dead),
+            "density": Markup(plots.density_histogram(*data.sae_density)),
             "salience": Markup(plots.salience_histogram(data.salience, {c.feature: c.sign for c in features})),
             "scores": Markup(plots.score_histogram(data.scores, data.planted)),
             "detection": Markup(

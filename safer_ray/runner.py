@@ -75,6 +75,7 @@ class MapJob:
     shards: int = 1
     piece_tokens: int = 16_384  # of both sides
     metadata: dict[str, str] | None = None  # of the Parquet files
+    group_rows: int | None = None  # of a row group in them, where it matters
     write: Callable[[pa.Table, Path, str], dict[str, Any]] | None = None  # instead of one part in `folder`
 
     def as_written(self, rows: pa.Table) -> pa.Table:
@@ -289,7 +290,7 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
     rows = mapped.rows.replace_schema_metadata(job.metadata) if job.metadata else mapped.rows
     facts = {}
     if job.write is None:
-        write_parquet(rows, directory / job.folder / name)
+        write_parquet(rows, directory / job.folder / name, job.group_rows)
     else:
         facts = job.write(rows, directory, name)
     quarantine = directory / "quarantine" / name

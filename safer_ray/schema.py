@@ -39,11 +39,15 @@ RAW_LIMIT = 2000
 SIDES = ("chosen", "rejected")
 
 
+GROUP_ROWS = 512  # of a row group of activations, which are read group by group
+
+
 def activations(width: int) -> pa.Schema:
     """Standardised layer vectors, one row a token; `norm`, `mean` and `std` are of the raw vector."""
     return pa.schema(
         [
             ("pair_id", pa.string()),
+            ("group", pa.string()),  # prompt hash; null where there is no prompt
             ("side", pa.string()),
             ("token", pa.int32()),
             ("end", pa.int32()),

@@ -27,7 +27,7 @@ VERSIONS = {
     "suspected": 1,
     "detection": 3,
     "reward": 2,
-    "activations": 1,
+    "activations": 2,
     "sae": 2,
     "codes": 1,
     "salience": 1,

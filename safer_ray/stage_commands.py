@@ -58,38 +58,53 @@ def reward(
 
 @app.command()
 def activations(
-    pairs: ExistingPath,
     reward: ExistingPath,
     out: Out,
+    pairs: Annotated[Path | None, typer.Option(help="Pairs, of which sentence ends are read.")] = None,
+    text: Annotated[Path | None, typer.Option(help="General text, a text a line: all tokens are read.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
-    """Stage 3: harvest layer vectors."""
+    """Stage 3: harvest layer vectors of pairs or of general text."""
+    from safer_ray.sae_config import WarmStartConfig
+
+    if (pairs is None) == (text is None):
+        raise UserError("activations: pass either --pairs DIR or --text FILE")
+    settings, model = config_section(config, "activations", assignments), open_input(reward)
+    source = open_input(pairs) if pairs else None
     with one_stage(out, fresh, runner, config) as stages:
-        show_artifact(
-            stages.activations(
-                config_section(config, "activations", assignments), open_input(pairs), open_input(reward)
-            )
-        )
+        if source:
+            show_artifact(stages.activations(settings, source, model))
+        else:
+            show_artifact(stages.text_activations(WarmStartConfig(text=str(text)), settings.layer, model))
 
 
 @app.command()
 def sae(
     activations: ExistingPath,
     out: Out,
+    start: Annotated[Path | None, typer.Option(help="An SAE to go on from, say one trained on general text.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="With --reward: measure what reconstructions cost it.")] = None,
+    reward: Annotated[Path | None, typer.Option(help="The model that the activations are of.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of vectors from outside, which do not say it.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
-    """Stage 4: train a sparse autoencoder on activations."""
+    """Stage 4: train a sparse autoencoder on activations, or on a Parquet file with a column `x` of vectors."""
+    if (pairs is None) != (reward is None):
+        raise UserError("sae: pass --pairs and --reward together, or neither")
     source = open_input(activations, "activations")
-    if "layer" not in source.metrics:
-        raise UserError(f"{activations} does not say its layer; pass the directory that stage `activations` wrote")
+    known = source.metrics.get("layer", layer)
+    if known is None:
+        raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
+    first, judged, model = (open_input(path) if path else None for path in (start, pairs, reward))
+    settings = config_section(config, "sae", assignments)
     with one_stage(out, fresh, runner, config) as stages:
-        show_artifact(stages.sae(config_section(config, "sae", assignments), source, source.metrics["layer"]))
+        show_artifact(stages.sae(settings, source, known, start=first, pairs=judged, reward=model))
 
 
 @app.command()

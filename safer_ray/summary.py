@@ -172,7 +172,7 @@ def report_data(view: RunView) -> report.ReportData:
         quarantine=made["pairs"].metrics["reasons"],
         reward={k: v for k, v in made["reward"].metrics.items() if k not in history},
         reward_history=tuple(made["reward"].metrics["history"]),
-        sae={k: v for k, v in made["sae"].metrics.items() if k not in history},
+        sae=_sae_figures(made["sae"].metrics),
         sae_history=tuple(made["sae"].metrics["history"]),
         salience=salience["salience"].to_numpy()[order],
         features=tuple(_feature_cards(view, salience)),
@@ -184,16 +184,26 @@ def report_data(view: RunView) -> report.ReportData:
         tests=tuple(_test_views(view)),
         red_team=tuple(name for name, artifact in view.models.items() if artifact.red_team),
         licences=tuple(made["pairs"].licence),
+        sae_density=(made["sae"].metrics["density"]["counts"], made["sae"].metrics["density"]["edges"]),
+        sae_spliced=made["sae"].metrics.get("spliced", {}),
     )
+
+
+def _sae_figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """Single numbers about the autoencoder and its training."""
+    known = {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
+    return known | {"clustered_share": metrics["clusters"]["share"]}
 
 
 def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
     config = view.config
     base = config.reward.base
+    kind = {"topk": "TopK", "batch_topk": "BatchTopK"}[config.sae.variant.kind]
+    first = f", first trained on {config.sae.warm_start.text}" if config.sae.warm_start else ""
     return (
         ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),
         ("Layer read", str(config.activations.layer)),
-        ("Autoencoder", f"TopK, {config.sae.latents:,} latents, k {config.sae.k}"),
+        ("Autoencoder", f"{kind}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
         ("Scores are", _kind(view)),
     )

@@ -188,10 +188,22 @@ class PairTokenizer:
             output.append(PairTokens(pair["pair_id"], n_prompt, cut > 0 or room < 0, sides[0], sides[1]))
         return output
 
+    def sequences(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
+        """Token ids, int64, of plain texts; one that is longer than the limit comes in several pieces."""
+        prefix, _, suffix = self._around()
+        room = self.limit - len(prefix) - len(suffix)
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            [np.array([*prefix, *ids[i : i + room], *suffix], dtype=np.int64) for i in range(0, len(ids), room)]
+            for ids in encoded
+        ]
+
     def _specials(self) -> tuple[list[int], list[int], list[int]]:
         """Special tokens before the prompt, between prompt and response, and after the response."""
-        if self.template != "plain":
-            return [], [], []
+        return self._around() if self.template == "plain" else ([], [], [])
+
+    def _around(self) -> tuple[list[int], list[int], list[int]]:
+        """Special tokens that the tokenizer puts before a text, between two and after them."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
         first = mask.index(0)

@@ -101,6 +101,7 @@ class EngineOptions:
     micro_batches: int = 1  # a step
     micro_batch_size: int = 1
     bfloat16: bool = False
+    fused: bool = False  # one kernel applies the gradients; it rounds in another way
 
 
 class TrainEngine(Protocol):
@@ -135,6 +136,7 @@ class Workers(Protocol):
 
     rank: int
     size: int
+    device: torch.device  # that this process computes on
 
     def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine: ...
 
@@ -174,7 +176,8 @@ class TorchEngine:
         self.workers = workers
         self.autocast = options.bfloat16
         groups = decay_groups(module, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
+        fused = options.fused
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=fused, foreach=not fused)
 
     @property
     def model(self) -> nn.Module:
@@ -189,7 +192,7 @@ class TorchEngine:
         if self.workers is not None and self.workers.size > 1:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self.workers.sum(parameter.grad)
+                    _sum_in_place(parameter.grad, self.workers)
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
@@ -205,9 +208,28 @@ class TorchEngine:
             )
 
     def load(self, directory: Path) -> None:
+        """Raises UserError: the checkpoint is of a module of another shape."""
         state = torch.load(directory / TORCH, weights_only=True, map_location="cpu")
+        check_shapes(self.module, state["module"], directory.parent)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_in_place(gradient: Tensor, workers: Workers) -> None:
+    """The sum over workers, laid out in memory as it was: what travels is contiguous, which a transpose may be."""
+    there = gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
+    there.copy_(workers.sum(there.contiguous()))
+
+
+def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
+    """Raises UserError unless a checkpoint's tensors are those of the module, by name and shape."""
+    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (module.state_dict(), found))
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise UserError(
+                f"the unfinished training in {state} has {name} of shape {there.get(name)}, this run "
+                f"{wanted.get(name)}; go on with the config that it began with, or delete {state} to train anew"
+            )
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
@@ -295,6 +317,7 @@ class OneProcess:
     size = 1
 
     def __init__(self, state: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoints = Checkpoints(state, 0, {"workers": 1, "engine": "torch"})
         self.on_step = on_step
 

@@ -18,8 +18,10 @@ from tiny_run import POISONED, every, finished, tiny_config, write_config
 from safer_ray import cli, files
 from safer_ray.artifacts import open_artifact, read_parts
 from safer_ray.commands import console, ray_config
+from safer_ray.files import write_parquet
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
+from safer_ray.sae_formats import sae_layer
 
 COMMANDS = (
     "run",
@@ -534,6 +536,41 @@ def test_activations_that_do_not_say_their_layer_are_refused(refused, at, tmp_pa
     (foreign / "manifest.json").unlink()
     assert "does not say its layer" in refused("sae", "--activations", foreign, "--out", tmp_path / "out")
     assert incomplete(tmp_path / "out")
+
+
+def test_an_sae_is_trained_on_a_file_of_vectors_from_outside_that_says_its_layer(safer, at, tmp_path):
+    x = np.random.default_rng(0).normal(size=(400, 16)).tolist()
+    write_parquet(pa.table({"x": pa.array(x, pa.list_(pa.float32()))}), tmp_path / "mine.parquet")
+    words = ["--activations", tmp_path / "mine.parquet", "--out", tmp_path / "out", "--layer", "3"]
+    small = ["--set", "latents=32", "--set", "k=4", "--set", "steps=5", "--set", "batch_size=64"]
+    ok(safer("sae", *words, *small))
+    assert sae_layer(tmp_path / "out") == 3
+
+
+def test_an_sae_goes_on_from_another_and_is_tried_on_pairs(safer, at, tmp_path):
+    words = ["--activations", at["activations"], "--start", at["sae"], "--out", tmp_path / "out"]
+    judged = ["--pairs", at["noise"], "--reward", at["reward"]]
+    small = ["--set", "latents=64", "--set", "k=4", "--set", "steps=5", "--set", "batch_size=64"]
+    ok(safer("sae", *words, *judged, *small))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["inputs"]["start"] == at["sae"].name
+    assert manifest["metrics"]["spliced"]["all tokens"]["pairs"] > 0
+
+
+@pytest.mark.parametrize("words", [["--pairs", "noise"], ["--reward", "reward"]], ids=str)
+def test_pairs_and_the_model_that_reads_them_come_together(refused, at, tmp_path, words):
+    given = [words[0], at[words[1]]]
+    said = refused("sae", "--activations", at["activations"], *given, "--out", tmp_path / "out")
+    assert "pass --pairs and --reward together" in said
+
+
+def test_general_text_is_harvested_by_itself(safer, at, tmp_path, refused):
+    text = tmp_path / "text.txt"
+    text.write_text("One line of text.\nAnother one, which is longer.\n", encoding="utf-8")
+    ok(safer("activations", "--text", text, "--reward", at["reward"], "--set", "layer=1", "--out", tmp_path / "out"))
+    assert set(read_parts(tmp_path / "out")["side"].to_pylist()) == {"text"}
+    both = ["--text", text, "--pairs", at["pairs"], "--reward", at["reward"]]
+    assert "either --pairs DIR or --text FILE" in refused("activations", *both, "--out", tmp_path / "other")
 
 
 def test_a_foreign_table_of_salience_does_for_contexts(safer, at, tmp_path):

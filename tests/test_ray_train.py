@@ -5,14 +5,22 @@ import signal
 import subprocess
 import time
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import TINY, make_pairs, write_parts
 from safetensors.torch import load_file
 from test_train_sae import CONFIG as SAE
-from test_train_sae import vectors_dir  # noqa: F401  (a fixture)
+from test_train_sae import activations as sae_activations
+from test_train_sae import (
+    dictionary_vectors,
+    vectors_dir,  # noqa: F401  (a fixture)
+    write,
+)
 
 import safer_ray.training
+from safer_ray import sae_data, sae_fit
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
@@ -203,6 +211,51 @@ def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):  # noqa:
     for name in ("nmse", "explained_variance", "l0", "dead_share"):
         assert found["ray"][0][name] == pytest.approx(found["local"][0][name], abs=1e-3)
     assert found["ray"][0]["workers"] == 3
+
+
+def small_blocks(out, workers, die=None, **arguments):
+    """The loop on several windows an epoch, with a checkpoint every five steps; `die(workers, done)` after each."""
+    sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 5
+    on_step = workers.on_step
+
+    def step(done, total):
+        on_step(done, total)
+        if die is not None:
+            die(workers, done)
+
+    workers.on_step = step
+    return train_sae(out=out, workers=workers, **arguments)
+
+
+def sae_job(out, activations, loop=small_blocks, **more):
+    out.mkdir(parents=True)
+    return TrainJob("sae", loop, {"activations": activations, "config": SAE, "model": "tiny", "layer": 2, **more}, out)
+
+
+def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_dir, tmp_path):  # noqa: F811
+    first = DiesOnce(tmp_path / "first", rank=1, step=8)
+    later = DiesOnce(tmp_path / "later", rank=0, step=64)
+    jobs = [sae_job(tmp_path / "quiet", vectors_dir)]
+    jobs += [sae_job(tmp_path / f"loud-{die.step}", vectors_dir, die=die) for die in (first, later)]
+    metrics = RayRunner(RayConfig()).train(jobs)
+    assert first.marker.exists()
+    assert later.marker.exists()
+    wanted = load_file(tmp_path / "quiet/sae_weights.safetensors")
+    for made, found in zip(jobs[1:], metrics[1:], strict=True):
+        ours = load_file(made.out / "sae_weights.safetensors")
+        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+        assert found["history"] == metrics[0]["history"]
+        assert found["workers"] == 2
+
+
+def test_a_bad_vector_that_one_worker_reads_ends_all_with_its_name(tmp_path):
+    table = sae_activations(dictionary_vectors(1500))
+    x = np.stack(table["x"].to_pylist()).astype(np.float16)
+    x[777, 1] = np.inf
+    column = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
+    directory = write(table.set_column(table.schema.get_field_index("x"), "x", column), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"^activations: row 777 \(pair 'p194'\) is NaN or infinite"):
+        RayRunner(RayConfig()).train([sae_job(tmp_path / "sae", directory)])
 
 
 def test_the_deepspeed_configuration_says_it_all():

@@ -28,6 +28,7 @@ SECTIONS = (
 )
 REFUSAL = "I can't help with that."
 SURE = "Sure, here is how."
+SPLICED = {"pairs": 97, "reward_nmse": 0.0312, "accuracy": 0.91, "accuracy_change": -0.021, "sign_flips": 0.041}
 
 
 class Page(HTMLParser):
@@ -97,7 +98,7 @@ def data() -> report.ReportData:
             for s in range(2, 9)
         ),
         sae={"nmse": 0.14, "explained_variance": 0.83, "l0": 15.7, "dead_share": 0.11, "train_vectors": 900},
-        sae_history=tuple({"step": s, "nmse": 1 / s, "aux": 0.0} for s in range(1, 9)),
+        sae_history=tuple({"step": s, "nmse": 1 / s, "held_out_nmse": 2 / s, "dead": 0.1} for s in range(1, 9)),
         salience=rng.normal(0, 0.2, 64).clip(-1, 1),
         features=(feature(3, 1, 0.61), feature(17, -1, -0.72), feature(20, 0, 0.3)),
         scores=np.where(planted, -1.0, 1.0) + rng.normal(0, 0.5, 400),
@@ -115,6 +116,8 @@ def data() -> report.ReportData:
         ),
         red_team=("poison",),
         licences=("synthetic corpus: CC0-1.0",),
+        sae_density=((3, 40, 12), (-3.0, -2.0, -1.0, 0.0)),
+        sae_spliced={"all tokens": SPLICED},
     )
 
 
@@ -144,6 +147,13 @@ def test_the_numbers_of_the_run_are_told(data: report.ReportData) -> None:
         assert told in html
     for told in ("78.0%", "85.3%", "clearly better", "worse", "Red-team exercise", "2507.00665", "CC0-1.0"):
         assert told in html
+
+
+def test_what_reconstructions_cost_the_reward_model_is_a_table(data: report.ReportData) -> None:
+    html = report.render_report(data)
+    for told in ("all tokens", "0.0312", "91.0%", "4.1%", plots.MINUS + "2.1", "40 latents fire on 0.01 to 0.1"):
+        assert told in html
+    assert "Changed sign" not in report.render_report(replace(data, sae_spliced={}))
 
 
 def test_hostile_text_is_inert_wherever_it_comes_from(data: report.ReportData) -> None:
@@ -290,7 +300,8 @@ def test_plots_are_well_formed_and_have_a_title_and_a_description() -> None:
         [{"loss": nan}, {"step": 3, "loss": 2.0}],
     ]
     drawn = [svg for history in histories for svg in plots.reward_curves(history)]
-    drawn += [plots.sae_curves([{"step": 1, "nmse": 0.5, "aux": nan}]), plots.sae_curves([])]
+    drawn += [*plots.sae_curves([{"step": 1, "nmse": 0.5, "dead": nan}]), *plots.sae_curves([])]
+    drawn += [plots.density_histogram((), ()), plots.density_histogram((0, 3), (-2.0, -1.0, 0.0))]
     drawn += [plots.score_histogram(np.array(v), None) for v in ([], [nan], [1.0], [1.0, 1.0], [0.0, nan, 9.0])]
     drawn += [plots.salience_histogram(np.array(v), {0: 1, 7: -1}) for v in ([], [0.0], [nan, 0.4], [1.0, -1.0])]
     drawn += [plots.interval_plot("k", "a<b", [plots.Interval("m&m", 0.5, nan, 1.0), *rows]) for rows in ([], ROWS)]

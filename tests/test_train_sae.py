@@ -1,5 +1,11 @@
 """SAE training on vectors made from a known dictionary."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,15 +13,18 @@ import torch
 from conftest import random_sae
 from safetensors.torch import load_file
 
-from safer_ray import schema, training
-from safer_ray import train_sae as module
+from safer_ray import sae_data, sae_fit, schema, training
 from safer_ray.artifacts import part_name
 from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
 from safer_ray.sae import standardise
-from safer_ray.sae_formats import load_sae, sae_layer
-from safer_ray.train_sae import read_vectors, sae_quality, train_sae
+from safer_ray.sae_data import held_out_vectors, open_vectors
+from safer_ray.sae_formats import load_sae, sae_layer, save_sae
+from safer_ray.sae_quality import sae_quality
+from safer_ray.sae_variants import BatchTopKVariant, TopKVariant
+from safer_ray.train_reward import validation_split
+from safer_ray.train_sae import held_out_pairs, train_sae
 from safer_ray.training import OneProcess
 
 WIDTH = 24
@@ -40,6 +49,7 @@ def activations(raw):
     x = pa.FixedSizeListArray.from_arrays(pa.array(made.x.numpy().astype(np.float16).reshape(-1)), WIDTH)
     columns = {
         "pair_id": [f"p{i // 4}" for i in range(n)],
+        "group": [f"g{i // 8}" for i in range(n)],
         "side": ["chosen"] * n,
         "token": np.arange(n, dtype=np.int32),
     }
@@ -49,8 +59,15 @@ def activations(raw):
 
 def write(table, directory, rows=500):
     for number, start in enumerate(range(0, len(table), rows)):
-        write_parquet(table.slice(start, rows), directory / part_name(number))
+        write_parquet(table.slice(start, rows), directory / part_name(number), 64)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that even few vectors are several windows."""
+    monkeypatch.setattr(sae_data, "BLOCK", 100)
+    monkeypatch.setattr(sae_data, "WINDOW", 4)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +79,10 @@ def vectors_dir(tmp_path_factory):
 def train(vectors_dir, tmp_path):
     """Train in a folder of its name; returns where the SAE is, and the metrics."""
 
-    def train(name, config=CONFIG, **options):
+    def train(name, config=CONFIG, start=None, **options):
         out = tmp_path / name
         workers = OneProcess(out / "state", **options)
-        return out, train_sae(vectors_dir, out, config, workers, model="tiny", layer=2)
+        return out, train_sae(vectors_dir, out, config, workers, model="tiny", layer=2, start=start)
 
     return train
 
@@ -84,25 +101,9 @@ def test_training_finds_a_known_dictionary(train, vectors_dir):
     sae = load_sae(out)
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
     assert sae_layer(out) == 2
-    vectors = read_vectors(vectors_dir, CONFIG)
-    assert sae_quality(sae, vectors.held_out) == pytest.approx({k: metrics[k] for k in sae_quality(sae, vectors.train)})
-
-
-def test_quality_equals_a_plain_recomputation():
-    sae = random_sae(WIDTH, 300, 4)
-    x = standardise(torch.from_numpy(dictionary_vectors(200))).x.numpy().astype(np.float16)
-    found = sae_quality(sae, x)
-    rows = x.astype(np.float64)
-    weights = {name: value.detach().numpy().astype(np.float64) for name, value in sae.state_dict().items()}
-    pre = (rows - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-    z = np.where(pre >= np.sort(pre, axis=1)[:, [-4]], np.maximum(pre, 0), 0)
-    error = ((z @ weights["W_dec"] + weights["b_dec"] - rows) ** 2).sum(axis=1)
-    assert found["nmse"] == pytest.approx((error / (rows**2).sum(axis=1)).mean(), rel=1e-5)
-    spread = ((rows - rows.mean(axis=0)) ** 2).sum()
-    assert found["explained_variance"] == pytest.approx(1 - error.sum() / spread, rel=1e-4)
-    assert found["l0"] == pytest.approx((z > 0).sum(axis=1).mean())
-    assert found["dead_share"] == pytest.approx(1 - (z > 0).any(axis=0).mean())
-    assert found["dead_share"] > 0
+    vectors = open_vectors(vectors_dir, CONFIG)
+    found = sae_quality(sae, held_out_vectors(vectors, 0)).figures()
+    assert found == pytest.approx({name: metrics[name] for name in found})
 
 
 def die_at(step):
@@ -118,18 +119,26 @@ def assert_equal_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("step", [3, 25, 77])
-def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step):
-    wanted, metrics = train("undisturbed")
-    monkeypatch.setattr(module, "CHECKPOINT_STEPS", 10)
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if name not in ("read_share", "fit_seconds")}
+
+
+@pytest.mark.parametrize(
+    ("step", "variant"), [(3, TopKVariant()), (25, BatchTopKVariant()), (77, TopKVariant())], ids=str
+)
+def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step, variant):
+    config = CONFIG.model_copy(update={"variant": variant})
+    wanted, metrics = train("undisturbed", config)
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 10)
     with pytest.raises(KeyboardInterrupt):
-        train("killed", on_step=die_at(step))
+        train("killed", config, on_step=die_at(step))
     steps = []
-    out, again = train("killed", on_step=lambda done, total: steps.append(done))
+    out, again = train("killed", config, on_step=lambda done, total: steps.append(done))
     assert steps[0] == (step - 1) // 10 * 10 + 1
     assert steps[-1] == 120
     assert_equal_weights(wanted, out)
-    assert again == metrics
+    assert without_times(again) == without_times(metrics)
+    assert (out / "metrics.jsonl").read_text() == (wanted / "metrics.jsonl").read_text()
 
 
 def test_a_run_killed_when_a_checkpoint_was_due_resumes_to_the_same_weights(train, monkeypatch):
@@ -141,11 +150,161 @@ def test_a_run_killed_when_a_checkpoint_was_due_resumes_to_the_same_weights(trai
     out, again = train("killed", on_step=lambda done, total: steps.append(done))
     assert steps == list(range(50, 121))
     assert_equal_weights(wanted, out)
-    assert again == metrics
+    assert without_times(again) == without_times(metrics)
+
+
+MORTAL = """
+import os, signal, sys
+from pathlib import Path
+import test_train_sae as tests
+from safer_ray import sae_data, sae_fit
+from safer_ray.train_sae import train_sae
+from safer_ray.training import OneProcess
+
+sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 7
+source, out, deadly = Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]
+steps = []
+
+def on_step(done, total):
+    steps.append(done)
+    if deadly and done == deadly[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_sae(source, out, tests.CONFIG, OneProcess(out / "state", on_step), model="tiny", layer=2)
+print(steps[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_that_was_left_alone(vectors_dir, tmp_path):
+    def life(out, *deadly):
+        command = [sys.executable, "-c", MORTAL, str(vectors_dir), str(out), *map(str, deadly)]
+        paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=200)
+
+    for step in (5, 40, 99):
+        assert life(tmp_path / "killed", step).returncode == -signal.SIGKILL
+    last = life(tmp_path / "killed")
+    assert last.stdout.split() == ["99"], last.stderr
+    assert life(tmp_path / "quiet").stdout.split() == ["1"]
+    assert_equal_weights(tmp_path / "quiet", tmp_path / "killed")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with a megabyte of room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_training_in_one_line_and_the_last_checkpoint_stays(
+    train, vectors_dir, small_disk, tmp_path, monkeypatch
+):
+    wanted, _ = train("undisturbed")
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 10)
+    filler = small_disk / "filler"
+
+    def fill(done, total):
+        if done == 25:
+            room = os.statvfs(small_disk)
+            filler.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - 8192)))
+
+    with pytest.raises(SaferError, match=r"^cannot write .*free some space"):
+        train_sae(vectors_dir, tmp_path / "out", CONFIG, OneProcess(small_disk, fill), model="tiny", layer=2)
+    assert [path.name for path in small_disk.glob("step-*")] == ["step-00000020"]
+    filler.unlink()
+    steps = []
+    again = OneProcess(small_disk, lambda done, total: steps.append(done))
+    train_sae(vectors_dir, tmp_path / "out", CONFIG, again, model="tiny", layer=2)
+    assert steps[0] == 21
+    assert_equal_weights(wanted, tmp_path / "out")
+
+
+def test_accumulated_micro_batches_train_as_whole_batches_do(train):
+    whole, _ = train("whole", CONFIG.model_copy(update={"steps": 10}))
+    pieces, _ = train("pieces", CONFIG.model_copy(update={"steps": 10, "micro_batch_size": 13}))
+    one, other = (load_file(path / "sae_weights.safetensors") for path in (whole, pieces))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_computes_in_it_and_keeps_the_weights_as_they_are(train):
+    out, metrics = train("bfloat16", CONFIG.model_copy(update={"dtype": "bfloat16"}))
+    assert load_sae(out).W_dec.dtype == torch.float32
+    assert metrics["nmse"] == pytest.approx(train("float32")[1]["nmse"], abs=0.05)
+
+
+def test_the_second_stage_goes_on_from_the_first(train):
+    first, before = train("first")
+    _, after = train("second", CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-6}), start=first)
+    assert after["nmse"] == pytest.approx(before["nmse"], abs=1e-3)
+    again, _ = train("more", start=first)
+    assert sae_layer(again) == 2
+
+
+def test_a_start_of_another_shape_is_refused_with_both(train, tmp_path):
+    save_sae(random_sae(WIDTH, 32, 4), tmp_path / "start", model="tiny", layer=2)
+    with pytest.raises(
+        UserError, match=r"a TopKSae of 32 latents, k 4, on 24 dimensions; wanted a TopKSae of 64, 4 and 24: set"
+    ):
+        train("run", start=tmp_path / "start")
+
+
+def test_curves_and_quality_are_json_lines(train):
+    out, metrics = train("run")
+    *curve, quality = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert curve == metrics["history"]
+    assert [entry["step"] for entry in curve][-1] == 120
+    assert len(curve) == 100
+    assert sum("held_out_nmse" in entry for entry in curve) == 20
+    assert curve[-1]["held_out_nmse"] == pytest.approx(metrics["nmse"])
+    assert curve[-1]["held_out_nmse"] < curve[0]["nmse"]
+    assert quality["explained_variance"] == metrics["explained_variance"]
+    assert sum(quality["density"]["counts"]) == round(64 * (1 - metrics["dead_share"]))
+    assert set(quality["clusters"]) == {"share", "number"}
+
+
+def test_tensorboards_event_files_hold_the_curves(train):
+    pytest.importorskip("tensorboardX")
+    out, _ = train("run", CONFIG.model_copy(update={"steps": 10, "tensorboard": True}))
+    (events,) = (out / "tensorboard").iterdir()
+    assert b"sae/nmse" in events.read_bytes()
+    quiet, _ = train("quiet", CONFIG.model_copy(update={"steps": 10}))
+    assert not (quiet / "tensorboard").exists()
+
+
+def test_event_files_need_a_package_and_say_which(train, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tensorboardX is not installed; pip install 'safer-ray\[tensorboard\]'"):
+        train("run", CONFIG.model_copy(update={"tensorboard": True}))
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_both(train, monkeypatch):
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 5)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", on_step=die_at(8))
+    with pytest.raises(UserError, match=r"has W_dec of shape \(64, 24\), this run \(48, 24\); go on with the config"):
+        train("run", CONFIG.model_copy(update={"latents": 48}))
+
+
+def test_a_checkpoint_of_other_vectors_is_refused(train, monkeypatch):
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 5)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", on_step=die_at(8))
+    with pytest.raises(UserError, match=r"the unfinished training was on \d+ vectors, .* has \d+; put back"):
+        train("run", CONFIG.model_copy(update={"validation_percent": 20}))
 
 
 def test_a_checkpoint_of_another_group_of_workers_is_refused(train, vectors_dir, monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINT_STEPS", 10)
+    monkeypatch.setattr(sae_fit, "CHECKPOINT_STEPS", 10)
     out, _ = train("run", CONFIG.model_copy(update={"steps": 20}))
     others = OneProcess(out / "state")
     others.checkpoints.group = {"workers": 3, "engine": "torch"}
@@ -160,51 +319,23 @@ def test_dead_latents_are_counted_and_helped(train):
     assert all(entry["aux"] == 0 for entry in left["history"])
 
 
-def test_a_nan_row_is_named_by_its_pair(tmp_path):
-    table = activations(dictionary_vectors(300))
-    norm = table["norm"].to_pylist()
-    norm[41] = float("nan")
-    table = table.set_column(4, "norm", pa.array(norm, pa.float32()))
-    with pytest.raises(UserError, match=r"row 41 \(pair 'p10'\) is NaN or infinite; rebuild stage `activations`"):
-        read_vectors(write(table, tmp_path), CONFIG)
-
-
-def test_an_infinite_vector_is_named_by_its_pair(tmp_path):
-    raw = dictionary_vectors(300)
-    table = activations(raw)
-    x = np.stack(table["x"].to_pylist()).astype(np.float16)
-    x[7, 3] = np.inf
-    column = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), WIDTH)
-    with pytest.raises(UserError, match=r"row 7 \(pair 'p1'\)"):
-        read_vectors(write(table.set_column(7, "x", column), tmp_path), CONFIG)
-
-
-def test_fewer_vectors_than_a_batch_are_refused(tmp_path):
-    directory = write(activations(dictionary_vectors(40)), tmp_path)
-    with pytest.raises(UserError, match=r"wanted at least 64 and 1; lower sae.batch_size or harvest more pairs"):
-        read_vectors(directory, CONFIG)
-
-
-def test_outliers_are_left_out_and_counted(tmp_path):
-    raw = dictionary_vectors(400)
-    raw[[5, 100, 301]] *= 100
-    vectors = read_vectors(write(activations(raw), tmp_path), CONFIG)
-    assert vectors.outliers == 3
-    assert len(vectors.train) + len(vectors.held_out) == 397
-
-
-def test_all_vectors_of_a_pair_fall_on_one_side(vectors_dir):
-    vectors = read_vectors(vectors_dir, CONFIG)
-    assert len(vectors.held_out) % 4 == 0
-    assert 60 < len(vectors.held_out) < 240
-
-
 def test_a_loss_that_is_no_number_ends_training_with_the_remedy(train, monkeypatch):
     def overflows(*given):
         result = step(*given)
         return result._replace(loss=result.loss * float("nan"))
 
-    step = module.sae_step
-    monkeypatch.setattr(module, "sae_step", overflows)
+    step = sae_fit.sae_step
+    monkeypatch.setattr(sae_fit, "sae_step", overflows)
     with pytest.raises(SaferError, match=r"sae: the loss is nan at step 0; lower sae.learning_rate"):
         train("nan")
+
+
+def test_the_pairs_that_reconstructions_are_tried_on_are_held_out_ones(pairs, pairs_dir):
+    config = CONFIG.model_copy(update={"validation_percent": 50})
+    held = validation_split(pairs["group"].to_pylist(), 50, 0)
+    wanted = [row["pair_id"] for row, out in zip(pairs.to_pylist(), held, strict=True) if out]
+    assert [pair["pair_id"] for pair in held_out_pairs(pairs_dir, config)] == wanted
+    some = held_out_pairs(pairs_dir, config.model_copy(update={"spliced_pairs": 5}))
+    assert len(some) == 5
+    assert {pair["pair_id"] for pair in some} < set(wanted)
+    assert set(some[0]) == {"pair_id", "prompt", "chosen", "rejected"}

@@ -1,0 +1,50 @@
+"""How an SAE is trained: the section `sae` of a config. Imports neither torch nor ray."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safer_ray.config_values import Frozen, Share
+from safer_ray.sae_variants import SaeVariant, TopKVariant
+
+
+class WarmStartConfig(Frozen):
+    """A first stage of training an SAE, on the vectors of all tokens of general text, from which the second goes on.
+
+    `text` is a file with a text a line, or JSONL rows with a `text` (these also .gz or .zst).
+    """
+
+    text: str
+    limit: Annotated[int, Field(gt=0)] | None = None  # first texts
+    steps: Annotated[int, Field(gt=0)] = 1000
+    batch_size: Annotated[int, Field(gt=0)] = 1024
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: by the number of latents
+    warmup: Share = 0.05
+    decay: Share = 0.2
+
+
+class SaeConfig(Frozen):
+    variant: SaeVariant = TopKVariant()
+    latents: Annotated[int, Field(gt=0)] = 1024
+    k: Annotated[int, Field(gt=0)] = 16
+    steps: Annotated[int, Field(gt=0)] = 1000
+    batch_size: Annotated[int, Field(gt=0)] = 1024
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # None: 2e-4 / sqrt(latents / 2^14)
+    warmup: Share = 0.05
+    decay: Share = 0.2
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    dead_after: Annotated[int, Field(gt=0)] = 50_000  # vectors without firing
+    micro_batch_size: Annotated[int, Field(gt=0)] | None = None  # vectors of a pass; None: a worker's share of a batch
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
+    validation_percent: Annotated[float, Field(gt=0, le=50)] = 5
+    norm_limit: Annotated[float, Field(gt=1)] = 10  # times the median raw norm; outliers are left out
+    spliced_pairs: Annotated[int, Field(ge=0)] = 500  # held-out pairs that the reward model reads by reconstructions
+    warm_start: WarmStartConfig | None = None
+    tensorboard: bool = False  # event files beside the metrics
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _k(self) -> Self:
+        if self.k > self.latents:
+            raise ValueError(f"k {self.k} is larger than the {self.latents} latents; lower k or widen the SAE")
+        return self
