@@ -7,6 +7,7 @@ normalised, as each does it), without and with the auxiliary loss on 10% dead la
 (c) EleutherAI sparsify's coder, without Triton;
 (d) ours.
 Then `bench.sae_quality`: the same training by (a) and (d) on real activations. With a GPU, two larger sizes too.
+The peers: `pip install -c constraints.txt ".[bench]"`.
 """
 
 import argparse
