@@ -248,6 +248,7 @@ def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_d
         assert found["workers"] == 2
 
 
+@pytest.mark.long
 def test_a_bad_vector_that_one_worker_reads_ends_all_with_its_name(tmp_path):
     table = sae_activations(dictionary_vectors(1500))
     x = np.stack(table["x"].to_pylist()).astype(np.float16)
