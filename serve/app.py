@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
@@ -26,9 +26,7 @@ from serve.remote_service import RemoteService
 from serve.scorer import Scorer
 
 SPARE = 16  # requests beyond its room that a replica takes, to refuse them itself, or to say that it is alive
-ROUTER = RequestRouterConfig(
-    initial_backoff_s=0.005, backoff_multiplier=1.5, max_backoff_s=0.02
-)  # by default, a second
+ROUTER = {"initial_backoff_s": 0.005, "backoff_multiplier": 1.5, "max_backoff_s": 0.02}  # by default, half a second
 OVERLOAD = BackpressureConfig(status_code=429, retry_after_s=1)
 DRAIN_S = 60.0  # that a replica which is to go has for what it has begun
 
