@@ -26,6 +26,7 @@ from serve.remote_service import RemoteService
 from serve.scorer import Scorer
 
 SPARE = 16  # requests beyond its room that a replica takes, to refuse them itself, or to say that it is alive
+ROUTER = {"initial_backoff_s": 0.005, "backoff_multiplier": 1.5, "max_backoff_s": 0.02}  # by default, half a second
 OVERLOAD = BackpressureConfig(status_code=429, retry_after_s=1)
 DRAIN_S = 60.0  # that a replica which is to go has for what it has begun
 
@@ -85,6 +86,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=config.waiting + SPARE,
         max_queued_requests=config.room,
         backpressure_config=OVERLOAD,
+        request_router_config=ROUTER,
         autoscaling_config=autoscaling(config),
         user_config=thresholds,
         max_surge_percent=100,
@@ -95,7 +97,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=config.ingresses,
         max_ongoing_requests=config.room + SPARE,
-        max_queued_requests=config.room + SPARE,
+        max_queued_requests=4 * SPARE,
+        request_router_config=ROUTER,
         backpressure_config=OVERLOAD,
         user_config=thresholds,
         max_surge_percent=100,
