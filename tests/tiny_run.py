@@ -10,6 +10,7 @@ import pyarrow as pa
 from safer_ray.artifacts import Artifact, read_parts
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.config import RunConfig, ScoresConfig, SourceConfig
+from safer_ray.files import read_parquet
 from safer_ray.pipeline import Run, run
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
@@ -84,6 +85,10 @@ def every(made: Run) -> dict[str, Artifact]:
 
 
 def tables(artifact: Path) -> dict[str, pa.Table]:
-    """The Parquet rows below a directory, by folder; the plan is no part of them."""
-    folders = sorted({p.parent for p in artifact.rglob("*.parquet") if p.name != "plan.parquet"})
-    return {str(folder.relative_to(artifact)): read_parts(folder) for folder in folders}
+    """The Parquet rows below a directory: those of a folder's numbered parts together, others by file; the plan is no
+    part of them."""
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(p for p in artifact.rglob("*.parquet") if p.name != "plan.parquet"):
+        kind = path.parent if path.name.startswith("part-") else path
+        kinds.setdefault(str(kind.relative_to(artifact)), []).append(path)
+    return {kind: pa.concat_tables(map(read_parquet, paths)) for kind, paths in kinds.items()}

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driving import ROOT, ROWS, WIDE, Browser, listening, started, texts_of
 from tiny_run import finished
 
+from browser.driving import ROOT, ROWS, WIDE, Browser, listening, started, texts_of
 from serve.http import create_api
 from serve.render import examples
 from serve.service import LocalService

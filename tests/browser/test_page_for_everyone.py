@@ -5,8 +5,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from driving import NARROW, ROWS, WIDE, Browser, Keyboard, blurred, texts_of
 
+from browser.driving import NARROW, ROWS, WIDE, Browser, Keyboard, blurred, texts_of
 from serve.render import examples
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]  # a fresh machine installs the browser

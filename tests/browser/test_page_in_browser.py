@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from driving import ROWS, Browser, Keyboard, listening, shown, texts_of
 
+from browser.driving import ROWS, Browser, Keyboard, listening, shown, texts_of
 from safer_ray.keys import new_key, parse_keys
 from serve.auth import Keys
 from serve.http import create_api
