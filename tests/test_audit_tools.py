@@ -973,7 +973,7 @@ def bundle(reward_dir, sae_dir, tmp_path):
 def test_an_audit_is_reviewed_exported_and_trained_on(ok, bundle, pairs, tmp_path):
     write_parquet(pairs, tmp_path / "pairs.parquet")
     words = ["--auditor", bundle, "--pairs", tmp_path / "pairs.parquet", "--fragment-rows", "10", "--detector", "safer"]
-    ok("audit", *words, "--flag-quantile", "0.4", "--out", tmp_path / "audit")
+    ok("audit", *words, "--flag-quantile", "0.5", "--out", tmp_path / "audit")
     flagged = [json.loads(line) for line in (tmp_path / "audit/flagged.jsonl").read_text().splitlines()]
     assert 2 < len(flagged) < len(pairs) - 4
     said = [row | {"verdict": "fine" if i == 0 else "bad", "reviewer": "ann"} for i, row in enumerate(flagged)]

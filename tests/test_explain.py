@@ -44,7 +44,7 @@ def said(pair, side, spot):
 
 @given(st.sampled_from(("plain", "chat")), st.lists(st.tuples(ROLES, WORDS), max_size=3), WORDS, WORDS)
 def test_a_place_holds_the_very_sentence_that_an_audit_tells(tokenizers, template, prompt, chosen, rejected):
-    pair = make_pair("a", "", chosen or "x", rejected or "y")
+    pair = make_pair("a", "", chosen if chosen.strip() else "x", rejected if rejected.strip() else "y")
     pair["prompt"] = [{"role": role, "content": content} for role, content in prompt if content.strip()]
     tokenizer = tokenizers[template]
     for side, end, spot in sentences(tokenizer, pair):

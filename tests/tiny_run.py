@@ -89,6 +89,6 @@ def tables(artifact: Path) -> dict[str, pa.Table]:
     part of them."""
     kinds: dict[str, list[Path]] = {}
     for path in sorted(p for p in artifact.rglob("*.parquet") if p.name != "plan.parquet"):
-        kind = path.parent if path.name.startswith("part-") else path
+        kind = path.parent / path.name.split("part-")[0]
         kinds.setdefault(str(kind.relative_to(artifact)), []).append(path)
     return {kind: pa.concat_tables(map(read_parquet, paths)) for kind, paths in kinds.items()}
