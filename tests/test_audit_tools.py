@@ -985,7 +985,7 @@ def test_an_audit_is_reviewed_exported_and_trained_on(ok, bundle, pairs, tmp_pat
     assert len(trl_lines(tmp_path / "clean")) == len(pairs) - len(left)
     ok("audit", *words, "--flag-quantile", "0.2", "--out", tmp_path / "stricter")
     found = difference(open_audit(tmp_path / "audit"), open_audit(tmp_path / "stricter"))
-    assert found.config == {"scores.flag_quantile": (0.4, 0.2)}
+    assert found.config == {"scores.flag_quantile": (0.5, 0.2)}
     assert found.flags.gained == 0
     assert found.spearman["score"] == pytest.approx(1.0)
     assert leftovers(tmp_path) == []
