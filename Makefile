@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo serve fuzz test test-all check bench chaos sweep-smoke clean setup setup-dev
 
@@ -33,7 +33,7 @@ serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000; 
 fuzz: setup-dev  ## 50,000 hostile requests to the service, in process; prints what they were answered
 	$(BIN)/python -m bench.fuzz_serve
 
-test: setup-dev  ## all tests, in three processes (Ray waits a lot), each with whole files: what a file sets up is set up once
+test: setup-dev  ## all tests, in two processes, each with whole files: what a file sets up is set up once
 	$(PYTEST)
 
 test-all: setup-dev  ## and those that take long
