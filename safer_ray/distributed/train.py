@@ -111,8 +111,7 @@ def work(given: dict[str, Any]) -> None:
             metrics = job.loop(out=job.out, workers=worker, **job.arguments)
         except SaferError as error:
             write_json([isinstance(error, UserError), str(error)], state / ERROR)
-            dist.destroy_process_group()  # so that nobody waits for this worker
-            return
+            raise  # Ray Train ends the others, which may wait for this worker; the next group finds it explained
         worker.close()
         if worker.rank == 0:
             metrics["train_seconds"] = round(time.monotonic() - began, 3)
@@ -189,6 +188,8 @@ def _fit(jobs: Sequence[TrainJob], config: RayConfig, state: Path) -> None:
             "work that holds the others, then run the same command again: it goes on from the last checkpoint"
         ) from error
     except TrainingFailedError as error:
+        if any((job.out / "state" / ERROR).exists() for job in jobs):
+            return  # what a loop explained; `train` tells it
         raise SaferError(
             f"{jobs[0].stage}: the worker group failed {config.max_failures + 1} times: …{_end(error)}; "
             "run the same command again: it goes on from the last checkpoint"
