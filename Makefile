@@ -26,9 +26,7 @@ demo: setup  ## the whole loop on a synthetic corpus with planted errors; RUNNER
 serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000; ARGS="keys=FILE"
 	@manifest=$$(ls -t runs/demo/auditor-*/manifest.json 2>/dev/null | head -n 1); \
 	if [ -z "$$manifest" ]; then echo "no bundle in runs/demo; run make demo first" >&2; exit 2; fi; \
-	export RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_DEFAULT_HTTP_HOST=127.0.0.1 RAY_worker_niceness=0; \
-	export RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_ENABLE_DIRECT_INGRESS=0 RAY_SERVE_LOG_TO_STDERR=1; \
-	exec $(BIN)/serve run serve.app:build auditor="$${manifest%/*}" $(ARGS)
+	exec $(BIN)/python -m serve auditor="$${manifest%/*}" $(ARGS)
 
 fuzz: setup-dev  ## 50,000 hostile requests to the service, in process; prints what they were answered
 	$(BIN)/python -m bench.fuzz_serve

@@ -98,11 +98,11 @@ class Served:
 
     def __init__(self, auditor: Path, port: int, arguments: Sequence[str]) -> None:
         self.port = port
-        asked = {"auditor": str(auditor), **dict(argument.split("=", 1) for argument in arguments)}
-        command = [sys.executable, "-m", "bench.serve_up", str(port), json.dumps(asked)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "serve", f"auditor={auditor}", f"port={port}", *arguments]
+        own = os.environ | {"RAY_ADDRESS": "local"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own)
         assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
+        if not self.process.stdout.readline().startswith("ready"):
             raise SystemExit("the service did not start; what it says stands above")
 
     def load(self, requests: Sequence[Sequence[Pair]], seconds: float, **pace: Any) -> dict[str, Any]:
@@ -118,9 +118,9 @@ class Served:
         found: dict[str, float] = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                name = " ".join(process.cmdline()[:1])
-                if name.startswith("ray::"):
-                    kind = name.split("::")[1].split(":")[0].split("(")[0]
+                name = process.name() if process.name() == "haproxy" else " ".join(process.cmdline()[:1])
+                if name == "haproxy" or name.startswith("ray::"):
+                    kind = name.removeprefix("ray::").split(":")[0].split("(")[0]
                     found[kind] = found.get(kind, 0.0) + process.memory_info().rss / 2**20
             except psutil.Error:
                 continue

@@ -1,4 +1,4 @@
-"""The scoring service on Ray Serve: `serve run serve.app:build auditor=DIR` answers HTTP on loopback.
+"""The scoring service on Ray Serve: `python -m serve auditor=DIR` answers HTTP on loopback.
 
 `Ingress` reads and answers requests and holds no model; `Scorer` has it, and scores what waits in one call, by the same
 batch function that `safer-ray audit` maps over fragments, so HTTP scores equal batch scores. Texts are never logged.

@@ -1,4 +1,4 @@
-"""What the service is started with: `serve run serve.app:build KEY=VALUE …`, or `args` in a file for `serve deploy`."""
+"""What the service is started with: `python -m serve KEY=VALUE …`, or `args` in a file for `serve deploy`."""
 
 import os
 from collections.abc import Mapping

@@ -5,12 +5,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a local Ray would write a token into the home directory
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name; workers that give way to other tests come to nothing
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
+import atexit
 import hashlib
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,11 @@ from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae
 from safer_ray.sae_formats import save_sae
 from safer_ray.train_reward import pair_texts
+from serve.front import settings
+
+SOCKETS = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
+atexit.register(shutil.rmtree, SOCKETS, ignore_errors=True)
+os.environ.update(settings(SOCKETS))  # before anything starts a Ray; workers that give way to tests come to nothing
 
 # A shared machine may stall for a second; a property is not a timing test.
 hypothesis.settings.register_profile(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
-from conftest import write_parts
+from conftest import SOCKETS, write_parts
 from hypothesis import given
 from hypothesis import strategies as st
 from served import PAIR, SECRET, body, bundle_of, corpus_of
@@ -28,8 +30,9 @@ from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
+from serve.front import free_ports
 from serve.gate import Gate
-from serve.problems import PROBLEM_JSON
+from serve.problems import PROBLEM_JSON, ProblemDetails
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Using extra keyword arguments on `Field`", DeprecationWarning)  # in Ray Serve
@@ -232,6 +235,67 @@ def expected(bundle, corpus, tmp_path_factory):
     return {row["pair_id"]: row for row in scores.to_pylist()}
 
 
+def of_haproxy():
+    """The process that stands before this service."""
+    return next(p for p in psutil.process_iter(["name", "cmdline"]) if str(SOCKETS) in " ".join(p.info["cmdline"]))
+
+
+@pytest.mark.slow
+def test_haproxy_listens_on_loopback_alone_and_its_socket_is_its_users(http, url):
+    assert http.get("/healthz").status_code == 200
+    listening = [found for found in of_haproxy().net_connections("inet") if found.status == psutil.CONN_LISTEN]
+    assert {found.laddr.ip for found in listening} == {"127.0.0.1"}
+    assert int(url.rsplit(":", 1)[1]) in {found.laddr.port for found in listening}
+    (admin,) = SOCKETS.glob("*/admin.sock")
+    assert admin.stat().st_mode & 0o077 == 0
+
+
+AS_RAY_WRITES = """
+global
+    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    errorfile 502 {folder}/500.http
+    errorfile 503 {folder}/500.http
+    errorfile 504 {folder}/500.http
+frontend prometheus
+    bind :{ports[0]}
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:{ports[1]}
+    default_backend nobody
+backend nobody
+    server none 127.0.0.1:{ports[2]}
+listen stats
+  bind *:{ports[3]}
+  stats enable
+"""
+
+
+def test_haproxy_says_as_a_problem_that_nobody_answers(tmp_path):
+    ports = free_ports(4)
+    (tmp_path / "haproxy.cfg").write_text(AS_RAY_WRITES.format(folder=tmp_path, ports=ports), encoding="utf-8")
+    script = os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    process = subprocess.Popen([script, "-db", "-f", str(tmp_path / "haproxy.cfg")])
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as http:
+            answer = http.get(f"http://127.0.0.1:{ports[1]}/v1/auditor")
+        assert {found.laddr.ip for found in psutil.Process(process.pid).net_connections("inet")} == {"127.0.0.1"}
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert (answer.status_code, answer.headers["content-type"], answer.headers["retry-after"]) == (
+        503,
+        PROBLEM_JSON,
+        "2",
+    )
+    assert ProblemDetails.model_validate(answer.json()).status == 503
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["admin.sock", "haproxy.cfg"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7])
 def test_http_scores_equal_those_of_an_audit_in_any_batch(http, bundle, corpus, expected, size):
@@ -296,7 +360,7 @@ def test_overload_is_answered_429_at_once_and_the_rest_is_scored(http, corpus, e
     for answer, seconds in answers:
         if answer.status_code == 429:
             kind, told = answer.headers["content-type"], answer.text
-            assert kind == PROBLEM_JSON or told.startswith("Request dropped due to backpressure")  # by Serve's proxy
+            assert kind == PROBLEM_JSON or told.startswith("Request dropped due to backpressure")  # by Ray Serve
             assert answer.headers["retry-after"] == "1"
             assert seconds < last
         else:
@@ -430,3 +494,34 @@ def test_thresholds_change_without_a_restart(deployed, url, bundle):
         with pytest.raises(ServiceError, match="413, 2 pairs, at most 1 a request are taken"):
             client.score([PAIR, PAIR])
     assert {name: [actor._actor_id for actor in replicas(name)] for name in ("Scorer", "Ingress")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["here"], "serve: 'here' is no KEY=VALUE; write auditor=DIR"),
+        (["auditor=x", "port=http"], "serve: port 'http' is none; wanted 1 to 65535"),
+        (["auditor=x", "port=70000"], "serve: port '70000' is none"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line(words, message):
+    asked = [sys.executable, "-m", "serve", *words]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=120)
+    assert (found.returncode, found.stderr.startswith(f"error: {message}")) == (2, True)
+
+
+@pytest.mark.long
+def test_the_command_serves_until_it_is_told_to_end(bundle):
+    (port,) = free_ports(1)
+    asked = [sys.executable, "-m", "serve", f"auditor={bundle.path}", f"port={port}"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")}
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True, env=own | {"RAY_ADDRESS": "local"}) as process:
+        try:
+            assert process.stdout.readline().startswith(f"ready: http://127.0.0.1:{port}; logs are in /")
+            with Client(f"http://127.0.0.1:{port}") as client:
+                assert isinstance(client.score([PAIR])[0], Scored)
+                page = client.http.post("/", data=PAIR)
+            assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0

@@ -1,0 +1,35 @@
+#!/bin/sh
+# HAProxy as Ray Serve starts it (RAY_SERVE_HAPROXY_BINARY_PATH), less open than Ray's settings leave it: its statistics are
+# on loopback, its admin socket is its user's, and what it refuses itself it says as problem details (RFC 9457). SAFER_RAY_HAPROXY is the binary.
+set -eu
+settings=
+previous=
+for argument in "$@"; do
+  if [ "$previous" = -f ]; then settings=$argument; fi
+  previous=$argument
+done
+
+# answer STATUS TITLE DETAIL: what HAProxy says in that case, as a line of its settings
+answer() {
+  printf "    http-error status %s content-type application/problem+json string '%s' hdr Retry-After 2 hdr Cache-Control no-store\\n" "$1" \
+    "{\"type\":\"about:blank\",\"title\":\"$2\",\"status\":$1,\"detail\":\"$3\"}"
+}
+
+if [ -n "$settings" ]; then
+  answers=$(mktemp "$settings.XXXXXX")
+  {
+    answer 500 "Internal Server Error" "the proxy failed; try again"
+    answer 502 "Bad Gateway" "the process that was to answer is gone; try again"
+    answer 503 "Service Unavailable" "no process answers here for now; try again"
+    answer 504 "Gateway Timeout" "no answer in time; send fewer pairs or try again"
+  } > "$answers"
+  sed -i \
+    -e '/^frontend prometheus/,/^ *mode/ s/bind :/bind 127.0.0.1:/' \
+    -e '/^listen stats/,$ s/bind \*:/bind 127.0.0.1:/' \
+    -e '/^ *stats socket/ s/mode 666/mode 600/' \
+    -e "/^ *errorfile 502/r $answers" \
+    -e '/^ *errorfile/d' \
+    "$settings"
+  rm "$answers"
+fi
+exec "$SAFER_RAY_HAPROXY" "$@"
