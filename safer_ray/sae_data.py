@@ -32,6 +32,7 @@ from safer_ray.training import permutation
 BLOCK = 4096  # rows that stay together when blocks are drawn
 WINDOW = 16  # blocks that are shuffled among each other
 AHEAD = 2  # batches that are ready before they are asked for
+KEPT = 2**29  # bytes of blocks that stay in memory from their first epoch on
 HELD_OUT = 65_536  # vectors that quality is measured on, at most
 log = logging.getLogger(__name__)
 
@@ -246,6 +247,10 @@ class Order:
     def rows(self) -> int:
         return int(self.counts.sum())
 
+    @cached_property
+    def _kept(self) -> dict[int, np.ndarray]:
+        return {}
+
     @property
     def per_epoch(self) -> int:
         """Batches of an epoch; their sizes differ by one at most, so that none is left over."""
@@ -297,10 +302,19 @@ class Order:
         ends = np.cumsum(counts)
         mine = (ends > low) & (ends - counts < high)
         begins = int((ends - counts)[mine][0]) if mine.any() else low
-        parts = [self.vectors.block(int(number), self.vectors.train) for number in window.blocks[mine]]
+        parts = [self._block(int(number)) for number in window.blocks[mine]]
         x = np.concatenate([np.empty((0, self.vectors.width), np.float16), *parts])[low - begins : high - begins]
         order = np.random.default_rng([self.seed, window.epoch, window.number]).permutation(rows)
         return _Loaded(window, order, low, x)
+
+    def _block(self, number: int) -> np.ndarray:
+        """A block's training vectors: decoding Parquet again costs a tenth of a step."""
+        if number in self._kept:
+            return self._kept[number]
+        x = self.vectors.block(number, self.vectors.train)
+        if sum(kept.nbytes for kept in self._kept.values()) + x.nbytes <= KEPT:
+            self._kept[number] = x
+        return x
 
 
 def sample(vectors: Vectors, seed: int, size: int) -> np.ndarray:

@@ -25,6 +25,7 @@ MAX_GRAD_NORM = 1.0
 CURVE = 100  # points of the training curves
 HELD_CURVE = 20  # points of the held-out curve
 HELD_CURVE_VECTORS = 2048  # that it is measured on
+MORE = 1 / 8  # of a micro-batch, that may be in it beyond its size
 
 
 @dataclass
@@ -67,7 +68,8 @@ class _Training:
         Raises:
             SaferError: the loss is no number.
         """
-        sums = self.workers.sum(self._gradients(batch))
+        sums = self._gradients(batch)
+        self.engine.exchange(sums)
         loss, nmse, aux = (float(value) for value in sums[:3])
         step, config = self.progress.step, self.config
         if not math.isfinite(loss):
@@ -102,7 +104,10 @@ class _Training:
 
 
 def _pieces(x: np.ndarray, size: int) -> Iterator[Tensor]:
-    return (torch.from_numpy(x[start : start + size]) for start in range(0, len(x), max(1, size)))
+    """Equal shares of `size` vectors, or an eighth more: a worker's share of a batch varies, and a piece of a few
+    vectors would cost as much as any where all latents' gradients are written."""
+    count = math.ceil(len(x) / max(1, size) - MORE)
+    return map(torch.from_numpy, np.array_split(x, max(1, count)) if len(x) else [])
 
 
 def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Path) -> tuple[SaeProgress, Clock]:
@@ -121,9 +126,9 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
         while progress.step < config.steps:
             entry = training.step(clock.take(batches))
             workers.on_step(progress.step, config.steps)
-            if log is not None and held is not None and _is_mark(progress.step, config.steps, HELD_CURVE):
+            if log is not None and held is not None and is_mark(progress.step, config.steps, HELD_CURVE):
                 entry["held_out_nmse"] = sae_quality(sae, [held]).nmse
-            if _is_mark(progress.step, config.steps, CURVE):
+            if is_mark(progress.step, config.steps, CURVE):
                 progress.history.append(entry)
                 if log is not None:
                     log.add(entry)
@@ -137,7 +142,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
     return progress, clock
 
 
-def _is_mark(step: int, steps: int, count: int) -> bool:
+def is_mark(step: int, steps: int, count: int) -> bool:
     """Whether a step is the last of one of `count` equal shares of all steps."""
     return step * count // steps > (step - 1) * count // steps
 

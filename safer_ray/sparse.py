@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-MEMORY_BUDGET = 2**26  # bytes of any temporary that grows with rows x latents or entries x width
+MEMORY_BUDGET = 2**25  # bytes of any temporary that grows with rows x latents or entries x width; malloc keeps these
 
 
 class SparseCodes(NamedTuple):

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -144,6 +144,10 @@ class Workers(Protocol):
         """The sum over workers."""
         ...
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """The same in place, for contiguous tensors that are on their way at once."""
+        ...
+
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
         ...
@@ -168,7 +172,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 class TorchEngine:
-    """AdamW on a module that every worker holds whole; gradients are summed over the workers."""
+    """AdamW on a module that every worker holds whole; `exchange` sums the gradients over the workers."""
 
     def __init__(self, module: nn.Module, options: EngineOptions, workers: Workers | None = None) -> None:
         self.module = module
@@ -186,13 +190,15 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def exchange(self, others: Tensor) -> None:
+        """Sum the gradients over the workers, and `others` with them, in place."""
+        if self.workers is not None and self.workers.size > 1:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self.workers.add_up([others, *map(_as_it_lies, gradients)])
+
     def step(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * factor
-        if self.workers is not None and self.workers.size > 1:
-            for parameter in self.module.parameters():
-                if parameter.grad is not None:
-                    _sum_in_place(parameter.grad, self.workers)
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
@@ -215,10 +221,9 @@ class TorchEngine:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _sum_in_place(gradient: Tensor, workers: Workers) -> None:
-    """The sum over workers, laid out in memory as it was: what travels is contiguous, which a transpose may be."""
-    there = gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
-    there.copy_(workers.sum(there.contiguous()))
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """The same memory as a contiguous tensor: what travels must be one, and a transpose may be."""
+    return gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
 
 
 def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
@@ -326,6 +331,9 @@ class OneProcess:
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        pass
 
     def due(self) -> bool:
         return self.checkpoints.due()

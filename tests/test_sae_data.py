@@ -254,3 +254,20 @@ def test_no_more_is_made_than_is_wanted_ahead_and_nothing_after_the_end():
     with ahead(items(), 2) as made:
         assert next(made) == 0
     assert len(made_so_far) <= 4
+
+
+@pytest.mark.parametrize("held", [0, 10**9])
+def test_blocks_that_fit_in_memory_are_decoded_once(vectors, monkeypatch, held):
+    decoded, block = [], sae_data.Vectors.block
+
+    def counted(self, number, mask):
+        decoded.append(number)
+        return block(self, number, mask)
+
+    order = Order(vectors, 64, 0)
+    plain = [epoch_of(order, epoch) for epoch in (0, 1)]
+    monkeypatch.setattr(sae_data, "KEPT", held)
+    monkeypatch.setattr(sae_data.Vectors, "block", counted)
+    kept = Order(vectors, 64, 0)
+    assert [epoch_of(kept, epoch) for epoch in (0, 1)] == plain
+    assert (len(decoded) == len(set(decoded))) == bool(held)

@@ -339,3 +339,10 @@ def test_the_pairs_that_reconstructions_are_tried_on_are_held_out_ones(pairs, pa
     assert len(some) == 5
     assert {pair["pair_id"] for pair in some} < set(wanted)
     assert set(some[0]) == {"pair_id", "prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(0, []), (1, [1]), (64, [64]), (70, [70]), (72, [72]), (73, [37, 36]), (130, [65, 65])]
+)
+def test_a_few_vectors_too_many_make_no_micro_batch_of_their_own(rows, sizes):
+    assert [len(piece) for piece in sae_fit._pieces(np.zeros((rows, 2), np.float16), 64)] == sizes

@@ -64,6 +64,10 @@ class GroupWorker:
         dist.all_reduce(total)
         return total.to(values.device)
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        for under_way in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            under_way.wait()
+
     def due(self) -> bool:
         """The first worker's clock decides for all."""
         return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
