@@ -7,7 +7,6 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # a local Ray would write a token into
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
-import atexit
 import hashlib
 import shutil
 import signal
@@ -40,7 +39,6 @@ from safer_ray.train_reward import pair_texts
 from serve.front import settings
 
 SOCKETS = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
-atexit.register(shutil.rmtree, SOCKETS, ignore_errors=True)
 os.environ.update(settings(SOCKETS))  # before anything starts a Ray; workers that give way to tests come to nothing
 
 # A shared machine may stall for a second; a property is not a timing test.
@@ -77,6 +75,10 @@ quiet_transformers()
 def pytest_configure() -> None:
     """A shell makes what it runs in the background deaf to Ctrl-C; processes that tests start are to hear it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SOCKETS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
