@@ -9,7 +9,6 @@ import argparse
 import gzip
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import psutil
 
 from bench.common import write
 from safer_ray.formats import Refused, read_pair
+from serve.front import free_ports
 from serve.reading import Row
 
 GOALS = {
@@ -118,9 +118,9 @@ class Served:
         found: dict[str, float] = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                name = process.name() if process.name() == "haproxy" else " ".join(process.cmdline()[:1])
-                if name == "haproxy" or name.startswith("ray::"):
-                    kind = name.removeprefix("ray::").split(":")[0].split("(")[0]
+                name = " ".join(process.cmdline()[:1])
+                if name.startswith("ray::") or process.name() == "haproxy":
+                    kind = Path(name).name.removeprefix("ray::").split(":")[0].split("(")[0]
                     found[kind] = found.get(kind, 0.0) + process.memory_info().rss / 2**20
             except psutil.Error:
                 continue
@@ -246,9 +246,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pairs = read_pairs(asked.pairs, asked.count)
     engine = BareEngine(asked.auditor)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     served = Served(asked.auditor.absolute(), port, asked.arguments)
     rows: list[dict[str, Any]] = []
     try:

@@ -1,6 +1,7 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it (RAY_SERVE_HAPROXY_BINARY_PATH), less open than Ray's settings leave it: its statistics are
-# on loopback, its admin socket is its user's, and what it refuses itself it says as problem details (RFC 9457). SAFER_RAY_HAPROXY is the binary.
+# HAProxy (the binary SAFER_RAY_HAPROXY) as Ray Serve starts it by RAY_SERVE_HAPROXY_BINARY_PATH, less open than Ray's
+# settings leave it: its statistics are on loopback, its admin socket is its user's, and its own errors are problem
+# details (RFC 9457).
 set -eu
 settings=
 previous=

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -188,9 +187,7 @@ def deployed(ray_session, bundle):
     """Deploys a bundle with these arguments, as text; a service that is there goes over to them."""
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def deploy(path=bundle.path, **args):
@@ -236,16 +233,17 @@ def expected(bundle, corpus, tmp_path_factory):
 
 
 def of_haproxy():
-    """The process that stands before this service."""
-    return next(p for p in psutil.process_iter(["name", "cmdline"]) if str(SOCKETS) in " ".join(p.info["cmdline"]))
+    """The processes that stand before this service: one, and those that it has taken over from."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(SOCKETS) in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.mark.slow
 def test_haproxy_listens_on_loopback_alone_and_its_socket_is_its_users(http, url):
     assert http.get("/healthz").status_code == 200
-    listening = [found for found in of_haproxy().net_connections("inet") if found.status == psutil.CONN_LISTEN]
-    assert {found.laddr.ip for found in listening} == {"127.0.0.1"}
-    assert int(url.rsplit(":", 1)[1]) in {found.laddr.port for found in listening}
+    found = [found for process in of_haproxy() for found in process.net_connections("inet")]
+    listening = [one for one in found if one.status == psutil.CONN_LISTEN]
+    assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
+    assert int(url.rsplit(":", 1)[1]) in {one.laddr.port for one in listening}
     (admin,) = SOCKETS.glob("*/admin.sock")
     assert admin.stat().st_mode & 0o077 == 0
 
