@@ -1,17 +1,21 @@
 """How fast the trainer is from Parquet on: `python -m bench.sae_end_to_end [--vectors 98304] [--json OUT]`.
 
-One training of the same batches on one worker of a Ray Train group and on two, one thread each, in turns. A step's time
-includes the wait for its vectors; the rate is that of the median step over all rounds. A machine that does other work,
-too, slows two workers more than one: `workers_2_undisturbed` compares the fastest tenth of the steps, and
-`workers_2_cpu` the time that a process worked in a step, exchange of gradients and reading included. Starting Ray, the
-split and the 20 steps behind which held-out figures are measured, by one worker, stay out.
+One training of the same batches on one worker of a Ray Train group and on two, one thread each. Both are under way at
+once and take turns of a few steps, so that a machine that is slower for a minute is slower for both. A step's time
+includes the wait for its vectors; the rate is that of the median step. `workers_2_undisturbed` compares the fastest
+tenth of the steps, and `workers_2_cpu` the time that a process worked in a step, exchange of gradients and reading
+included. What stays out: starting Ray, the split, the first turn and the first step of each, and the 20 steps behind
+which held-out figures are measured, by one worker.
+
+`noise` tells how much the machine's other tenants are in the way: two workers wait for the slower of two cores at every
+step, one averages over its own. It is 1 on a machine of one's own.
 """
 
 import argparse
-import itertools
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -36,6 +40,7 @@ from safer_ray.training import Workers
 WIDTH, LATENTS, K, BATCH, MICRO = 512, 8192, 32, 16_384, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few
 PART = 16_384
+TURN = 5  # steps
 TIMES = ("seconds", "cpu_seconds")  # of each step
 
 
@@ -66,64 +71,120 @@ def write_vectors(directory: Path, count: int) -> None:
         write_parquet(table, directory / part_name(number), schema.GROUP_ROWS)
 
 
-def measure(vectors: Path, out: Path, config: SaeConfig, workers: int) -> dict[str, Any]:
+def noise() -> float:
+    """The slowest over the fastest tenth of equal bfloat16 products out of a core's own cache, nothing else running."""
+    torch.set_num_threads(1)
+    a, b = (torch.randn(256, 256, dtype=torch.bfloat16) for _ in range(2))
+    found = []
+    for _ in range(100):
+        began = time.perf_counter()
+        for _ in range(2000):
+            torch.mm(a, b)
+        found.append(time.perf_counter() - began)
+    cuts = quantiles(found, n=10)
+    return cuts[-1] / cuts[0]
+
+
+class Turns:
+    """One of two trainings that work in turns, seen from one of its processes.
+
+    Turns are counted in a file that the first process of each training adds one to; even ones are the first training's.
+    """
+
+    def __init__(self, file: Path, *, second: bool, leads: bool) -> None:
+        self.file, self.next, self.leads = file, int(second), leads
+
+    def wait(self, turn: int) -> None:
+        while int(self.file.read_text()) < turn:
+            time.sleep(0.02)
+
+    def begin(self) -> None:
+        self.wait(self.next)
+
+    def end(self, *, last: bool) -> None:
+        """Hand over; go on when it is this training's turn again, or, after its last, when the other is done, too."""
+        self.next += 2
+        if self.leads:
+            replacement = self.file.with_suffix(f".{self.next % 2}")
+            replacement.write_text(str(self.next - 1))
+            replacement.replace(self.file)
+        self.wait(self.next - self.next % 2 if last else self.next)
+
+
+def measure(vectors: Path, out: Path, config: SaeConfig, workers: int, turns: Path) -> dict[str, Any]:
     """A training on so many workers: seconds of each step, the share of the wait, and how good the SAE became."""
     out.mkdir()
-    arguments = {"activations": vectors, "config": config, "model": "none", "layer": 1}
-    runner = RayRunner(RayConfig(train_workers=workers, worker_threads=1))
+    arguments = {"activations": vectors, "config": config, "model": "none", "layer": 1, "turns": turns}
+    runner = RayRunner(RayConfig(train_workers=workers, worker_threads=1, worker_cpus=0.5))
     (found,) = runner.train([TrainJob("sae", timed, arguments, out)])
-    return {name: found[name] for name in ("workers", *TIMES, "read_share", "nmse")}
+    waited = found["read_share"] * found["fit_seconds"]  # in which the other training's turns count, too
+    share = {"read_share": waited / (config.steps * median(found["seconds"]))}
+    return {name: found[name] for name in ("workers", *TIMES, "nmse")} | share
 
 
-def timed(out: Path, workers: Workers, **arguments: Any) -> dict[str, Any]:
-    """`train_sae`, which also tells how long each step took, and how long the first worker's process computed in it."""
-    ends: list[tuple[float, float]] = []
+def timed(out: Path, workers: Workers, turns: Path, **arguments: Any) -> dict[str, Any]:
+    """`train_sae` in turns, which also tells how long each step took, and the first worker's process computed in it."""
+    taken: list[tuple[float, ...]] = []
+    turn = Turns(turns, second=workers.size > 1, leads=workers.rank == 0)
     on_step = workers.on_step
+    began: tuple[float, float] | None = None
 
     def note(done: int, total: int) -> None:
-        ends.append((time.perf_counter(), time.process_time()))
+        nonlocal began
+        ended = time.perf_counter(), time.process_time()
+        if began is not None:
+            taken.append(tuple(np.subtract(ended, began)))
         on_step(done, total)
+        over = done % TURN == 0
+        if over:
+            turn.end(last=done == total)
+        usable = done >= TURN and not over and not is_mark(done, total, HELD_CURVE)
+        began = (time.perf_counter(), time.process_time()) if usable else None
 
     workers.on_step = note  # type: ignore[method-assign]
+    turn.begin()
     found = train_sae(out=out, workers=workers, **arguments)
-    plain = [not is_mark(done, len(ends), HELD_CURVE) for done in range(1, len(ends))]
-    return found | dict(zip(TIMES, np.diff(np.array(ends), axis=0)[plain].T.tolist(), strict=True))
+    return found | dict(zip(TIMES, np.array(taken).T.tolist(), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=98_304)
-    parser.add_argument("--steps", type=int, default=44)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.turns * TURN < 2 * HELD_CURVE:
+        parser.error(f"--turns {given.turns}: wanted {2 * HELD_CURVE // TURN} at least, or no step is left to time")
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name; workers are what is measured
     config = SaeConfig(
         latents=LATENTS,
         k=K,
-        steps=given.steps,
+        steps=given.turns * TURN,
         batch_size=given.batch,
         micro_batch_size=MICRO,
         dead_after=10**9,
     )
-    rows = []
-    with tempfile.TemporaryDirectory() as name, ray_session(RayConfig()):
+    with tempfile.TemporaryDirectory() as name, ray_session(RayConfig()), ThreadPoolExecutor() as pool:
         folder = Path(name)
-        write_vectors(folder / "vectors", given.vectors)
-        for number, workers in itertools.product(range(given.rounds), (1, 2)):
-            row = measure(folder / "vectors", folder / f"sae-{number}-{workers}", config, workers)
-            row["vectors_per_s"] = config.batch_size / median(row["seconds"])
-            rows.append(row)
-            told = {name: value for name, value in row.items() if name not in TIMES}
-            print(", ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
-    one, two = ({name: [t for row in rows if row["workers"] == n for t in row[name]] for name in TIMES} for n in (1, 2))
-    step = [median(found["seconds"]) for found in (one, two)]
+        vectors, turns = folder / "vectors", folder / "turns"
+        write_vectors(vectors, given.vectors)
+        noisy = noise()
+        turns.write_text("0")
+        rows = list(pool.map(lambda n: measure(vectors, folder / f"sae-{n}", config, n, turns), (1, 2)))
+    for row in rows:
+        told = {name: median(value) if name in TIMES else value for name, value in row.items()}
+        print(", ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
+    step, best, cpu = zip(
+        *((median(row["seconds"]), quantiles(row["seconds"], n=10)[0], median(row["cpu_seconds"])) for row in rows),
+        strict=True,
+    )
     figures = {
         "read_share": max(row["read_share"] for row in rows),
         "workers_2": step[0] / step[1],
-        "workers_2_undisturbed": quantiles(one["seconds"], n=10)[0] / quantiles(two["seconds"], n=10)[0],
-        "workers_2_cpu": median(one["cpu_seconds"]) / median(two["cpu_seconds"]),
+        "workers_2_undisturbed": best[0] / best[1],
+        "workers_2_cpu": cpu[0] / cpu[1],
+        "noise": noisy,
         "vectors_per_s_1": config.batch_size / step[0],
         "vectors_per_s_2": config.batch_size / step[1],
     }

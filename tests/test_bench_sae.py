@@ -1,10 +1,13 @@
-"""The bench of SAE steps on a tiny size."""
+"""The benches of SAE steps and of trainings that take turns, on a tiny size."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from bench import sae as bench
 from bench import sae_quality
+from bench.sae_end_to_end import Turns
 
 TINY = bench.Size(64, 16, 128, 4)
 
@@ -64,3 +67,26 @@ def test_trainings_that_are_compared_learn(name, monkeypatch):
     first, last = (sae_quality.held_out(sae_quality.train(name, x, steps, 0), x) for steps in (1, 40))
     assert last["nmse"] < 0.7 * first["nmse"]
     assert 0 <= last["dead"] <= 1
+
+
+def test_trainings_take_turns_and_the_first_to_end_waits_for_the_other(tmp_path):
+    file, seen = tmp_path / "turns", []
+    file.write_text("0")
+
+    def work(name: str, leads: bool) -> None:
+        turns = Turns(file, second=name == "two", leads=leads)
+        turns.begin()
+        for number in range(3):
+            seen.append((name, leads, number))
+            turns.end(last=number == 2)
+        seen.append((name, leads, "over"))
+
+    with ThreadPoolExecutor(3) as pool:
+        ways = [("one", True), ("two", True), ("two", False)]
+        for ended in [pool.submit(work, *way) for way in ways]:
+            ended.result(timeout=20)
+    plain = [(name, number) for name, leads, number in seen if leads]
+    assert plain[:5] == [("one", 0), ("two", 0), ("one", 1), ("two", 1), ("one", 2)]
+    assert plain[5] == ("two", 2)
+    assert set(plain[6:]) == {("one", "over"), ("two", "over")}
+    assert [number for _, leads, number in seen if not leads] == [0, 1, 2, "over"]
