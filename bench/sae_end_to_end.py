@@ -7,8 +7,8 @@ tenth of the steps, and `workers_2_cpu` the time that a process worked in a step
 included. What stays out: starting Ray, the split, the first turn and the first step of each, and the 20 steps behind
 which held-out figures are measured, by one worker.
 
-`noise` tells how evenly a core works before the trainings begin, near 1 where nothing else uses it: two workers wait for
-the slower of two cores at every step, one averages over its own.
+`noise` tells how evenly a core works before the trainings begin, near 1 where nothing else uses it: two workers wait
+for the slower of two cores at every step, one averages over its own.
 """
 
 import argparse
