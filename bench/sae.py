@@ -75,7 +75,7 @@ def dense_topk(pre: Tensor, k: int) -> Tensor:
 
 def dense(size: Size, device: str) -> Way:
     sae = DenseSae(size.d, size.latents, size.k).to(device)
-    return Way(sae, sae.loss, lambda: remove_parallel_gradient(sae), sae.normalise_decoder)
+    return Way(sae, sae.loss, lambda: remove_parallel_gradient(sae.W_dec), sae.normalise_decoder)
 
 
 def ours(size: Size, device: str) -> Way:
@@ -85,7 +85,7 @@ def ours(size: Size, device: str) -> Way:
     def loss(x: Tensor, dead: Tensor | None) -> Tensor:
         return sae_step(sae, x, none if dead is None else dead, AUX).loss
 
-    return Way(sae, loss, lambda: remove_parallel_gradient(sae), sae.normalise_decoder)
+    return Way(sae, loss, lambda: remove_parallel_gradient(sae.W_dec), sae.normalise_decoder)
 
 
 def saelens(size: Size, device: str, sparse: bool = False) -> Way:

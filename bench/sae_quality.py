@@ -76,7 +76,7 @@ def train(name: str, x: Tensor, steps: int, seed: int) -> TopKSae:
             engine.backward(found.loss)
             idle += BATCH
             idle[found.fired] = 0
-        remove_parallel_gradient(sae)
+        remove_parallel_gradient(sae.W_dec)
         engine.step(warmup_decay(step, steps, 0.05, 0.2))
         sae.normalise_decoder()
     return sae

@@ -103,7 +103,7 @@ class TopKSae(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Scale each feature's direction back to unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+        normalise_rows(self.W_dec)
 
 
 class SignedTopKSae(TopKSae):
@@ -154,6 +154,11 @@ def new_sae(d: int, config: SaeConfig) -> TopKSae:
     if isinstance(config.variant, BatchTopKVariant):
         return BatchTopKSae(d, config.latents, config.k, config.variant.threshold_rate)
     return TopKSae(d, config.latents, config.k)
+
+
+def normalise_rows(directions: Float[Tensor, "n d"]) -> None:
+    """Scale each to unit norm, in place."""
+    directions.div_(directions.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 def geometric_median(sample: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:

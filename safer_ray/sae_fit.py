@@ -13,10 +13,11 @@ from safer_ray.config import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.sae import TopKSae
 from safer_ray.sae_data import Batch, Order, held_out_vectors
+from safer_ray.sae_engine import SaeEngine
 from safer_ray.sae_log import Clock, SaeLog
-from safer_ray.sae_loss import remove_parallel_gradient, sae_step
+from safer_ray.sae_loss import sae_step
 from safer_ray.sae_quality import sae_quality
-from safer_ray.training import EngineOptions, TorchEngine, Workers, warmup_decay
+from safer_ray.training import EngineOptions, Workers, warmup_decay
 
 CHECKPOINT_STEPS = 250
 REFERENCE_LEARNING_RATE = 2e-4  # at REFERENCE_LATENTS, by the 1/sqrt(latents) rule
@@ -45,8 +46,8 @@ class _Training:
     def __init__(self, sae: TopKSae, order: Order, config: SaeConfig, workers: Workers) -> None:
         self.sae, self.order, self.config, self.workers = sae, order, config, workers
         rate = config.learning_rate or reference_rate(config.latents)
-        options = EngineOptions(rate, max_grad_norm=MAX_GRAD_NORM, bfloat16=config.dtype == "bfloat16", fused=True)
-        self.engine = TorchEngine(sae, options, workers)
+        options = EngineOptions(rate, max_grad_norm=MAX_GRAD_NORM, bfloat16=config.dtype == "bfloat16")
+        self.engine = SaeEngine(sae, options, workers)
         self.progress = SaeProgress()
         self.idle = torch.zeros(sae.latents, dtype=torch.int64, device=workers.device)  # vectors since a latent fired
         checkpoint = workers.load(self.engine)
@@ -68,16 +69,13 @@ class _Training:
         Raises:
             SaferError: the loss is no number.
         """
-        sums = self._gradients(batch)
-        self.engine.exchange(sums)
+        sums = self.engine.collect(self._gradients(batch))
         loss, nmse, aux = (float(value) for value in sums[:3])
         step, config = self.progress.step, self.config
         if not math.isfinite(loss):
             raise SaferError(f"sae: the loss is {loss} at step {step}; lower sae.learning_rate")
-        remove_parallel_gradient(self.sae)
         factor = warmup_decay(step, config.steps, config.warmup, config.decay)
         self.engine.step(factor)
-        self.sae.normalise_decoder()
         self.idle += batch.rows
         self.idle[sums[3:] > 0] = 0
         self.progress.step += 1
@@ -97,9 +95,6 @@ class _Training:
             self.engine.backward(found.loss * share)
             losses += torch.stack([found.loss.detach(), found.nmse, found.aux]) * share
             fired |= found.fired
-        if not len(batch.x):  # all workers add up every gradient
-            for parameter in self.sae.parameters():
-                parameter.grad = torch.zeros_like(parameter)
         return torch.cat([losses, fired.float()])
 
 

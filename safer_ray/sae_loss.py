@@ -87,9 +87,9 @@ def auxiliary_loss(
     return RelativeError.apply(Decode.apply(values, W_dec, entries, budget), residual)
 
 
-def remove_parallel_gradient(sae: TopKSae) -> None:
+@torch.no_grad()
+def remove_parallel_gradient(directions: Float[Tensor, "n d"]) -> None:
     """Keep decoder directions on the unit sphere to first order: drop the gradient's radial component."""
-    gradient = sae.W_dec.grad
+    gradient = directions.grad
     if gradient is not None:
-        with torch.no_grad():
-            gradient.addcmul_((gradient * sae.W_dec).sum(-1, keepdim=True), sae.W_dec, value=-1)
+        gradient.addcmul_((gradient * directions).sum(-1, keepdim=True), directions, value=-1)

@@ -101,10 +101,17 @@ class EngineOptions:
     micro_batches: int = 1  # a step
     micro_batch_size: int = 1
     bfloat16: bool = False
-    fused: bool = False  # one kernel applies the gradients; it rounds in another way
 
 
-class TrainEngine(Protocol):
+class Kept(Protocol):
+    """What a checkpoint is of. Every call is made by all workers."""
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
+class TrainEngine(Kept, Protocol):
     """What applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
 
     autocast: bool  # whether forward passes are to run under torch's autocast to bfloat16
@@ -126,10 +133,6 @@ class TrainEngine(Protocol):
         """Whole tensors by name on the first worker; None on the others."""
         ...
 
-    def save(self, directory: Path) -> None: ...
-
-    def load(self, directory: Path) -> None: ...
-
 
 class Workers(Protocol):
     """The processes that train together, seen from one of them. Every method is called by all, in the same order."""
@@ -144,19 +147,23 @@ class Workers(Protocol):
         """The sum over workers."""
         ...
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """The same in place, for contiguous tensors that are on their way at once."""
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of each contiguous tensor this worker's share of the rows (`share`), summed over workers."""
+        ...
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """The reverse, in place: every worker's share of the rows of contiguous tensors to all others."""
         ...
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
         ...
 
-    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+    def save(self, engine: Kept, state: dict[str, Any]) -> None:
         """Keep a checkpoint of the engine, of every worker's random state and of the loop's `state`."""
         ...
 
-    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+    def load(self, engine: Kept) -> dict[str, Any] | None:
         """Go back to the last checkpoint; the loop's state, None where there is none."""
         ...
 
@@ -172,16 +179,14 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 class TorchEngine:
-    """AdamW on a module that every worker holds whole; `exchange` sums the gradients over the workers."""
+    """AdamW on a module in one process."""
 
-    def __init__(self, module: nn.Module, options: EngineOptions, workers: Workers | None = None) -> None:
+    def __init__(self, module: nn.Module, options: EngineOptions) -> None:
         self.module = module
         self.options = options
-        self.workers = workers
         self.autocast = options.bfloat16
         groups = decay_groups(module, options.weight_decay)
-        fused = options.fused
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=fused, foreach=not fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
 
     @property
     def model(self) -> nn.Module:
@@ -189,12 +194,6 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def exchange(self, others: Tensor) -> None:
-        """Sum the gradients over the workers, and `others` with them, in place."""
-        if self.workers is not None and self.workers.size > 1:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self.workers.add_up([others, *map(_as_it_lies, gradients)])
 
     def step(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -205,13 +204,10 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor] | None:
-        return self.module.state_dict() if self.workers is None or self.workers.rank == 0 else None
+        return self.module.state_dict()
 
     def save(self, directory: Path) -> None:
-        if self.workers is None or self.workers.rank == 0:
-            save_tensors(
-                {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / TORCH
-            )
+        save_tensors({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / TORCH)
 
     def load(self, directory: Path) -> None:
         """Raises UserError: the checkpoint is of a module of another shape."""
@@ -219,11 +215,6 @@ class TorchEngine:
         check_shapes(self.module, state["module"], directory.parent)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _as_it_lies(gradient: Tensor) -> Tensor:
-    """The same memory as a contiguous tensor: what travels must be one, and a transpose may be."""
-    return gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.T
 
 
 def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
@@ -270,7 +261,7 @@ class Checkpoints:
             path.mkdir(parents=True)
         return path
 
-    def write(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+    def write(self, engine: Kept, state: dict[str, Any]) -> None:
         """This worker's part: the engine's, its random state, and the loop's on the first worker."""
         path = self.state / "next"
         engine.save(path)
@@ -295,7 +286,7 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(self.state.glob("step-*"))
 
-    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+    def load(self, engine: Kept) -> dict[str, Any] | None:
         """The last checkpoint into `engine`; the loop's state, None where there is none.
 
         Raises:
@@ -332,19 +323,27 @@ class OneProcess:
     def sum(self, values: Tensor) -> Tensor:
         return values
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
         pass
 
     def due(self) -> bool:
         return self.checkpoints.due()
 
-    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+    def save(self, engine: Kept, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         self.checkpoints.write(engine, state)
         self.checkpoints.close(state["progress"]["step"])
 
-    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+    def load(self, engine: Kept) -> dict[str, Any] | None:
         return self.checkpoints.load(engine)
+
+
+def share(rows: int, rank: int, size: int) -> slice:
+    """Consecutive rows that worker `rank` of `size` looks after."""
+    return slice(rows * rank // size, rows * (rank + 1) // size)
 
 
 def my_share(rows: np.ndarray, workers: Workers) -> np.ndarray:

@@ -246,6 +246,10 @@ def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_d
         assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
         assert found["history"] == metrics[0]["history"]
         assert found["workers"] == 2
+    checkpoint = max((tmp_path / "quiet/state").glob("step-*"))
+    for kept in ("torch.pt", "torch-1.pt"):  # each worker has the moments of half of the latents
+        moments = torch.load(checkpoint / kept, weights_only=True)["optimizer"]["state"][0]["exp_avg"]
+        assert moments.shape == (SAE.latents // 2, wanted["W_dec"].shape[1])
 
 
 @pytest.mark.long

@@ -1,5 +1,7 @@
 """The sparse autoencoder: its layout, its gradients and its dead latents."""
 
+import copy
+
 import pytest
 import torch
 from conftest import random_sae
@@ -7,9 +9,10 @@ from conftest import random_sae
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
+from safer_ray.sae_engine import SaeEngine
 from safer_ray.sae_loss import remove_parallel_gradient, sae_step
 from safer_ray.sparse import SparseCodes
-from safer_ray.training import EngineOptions, TorchEngine
+from safer_ray.training import EngineOptions, OneProcess
 
 
 @pytest.fixture
@@ -64,17 +67,42 @@ def test_gradients_of_sparse_decoding_equal_dense_autograd(sae, raw):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
-def test_the_decoder_stays_of_unit_norm_and_its_gradient_tangential(sae, raw):
-    engine = TorchEngine(sae, EngineOptions(learning_rate=0.05))
+@pytest.fixture
+def engine(sae, tmp_path):
+    return SaeEngine(sae, EngineOptions(learning_rate=0.05, max_grad_norm=0.1), OneProcess(tmp_path))
+
+
+def test_the_decoder_stays_of_unit_norm_and_its_gradient_tangential(sae, engine, raw):
     x = standardise(raw).x
     for _ in range(5):
         engine.backward(sae_step(sae, x, torch.zeros(64, dtype=torch.bool), 0).loss)
-        remove_parallel_gradient(sae)
-        radial = (sae.W_dec.grad * sae.W_dec).sum(-1)
+        engine.collect(torch.zeros(0))
+        remove_parallel_gradient(engine.decoder)
+        radial = (engine.decoder.grad * sae.W_dec).sum(-1)
         torch.testing.assert_close(radial, torch.zeros(64), rtol=0, atol=1e-6)
         engine.step(1.0)
-        sae.normalise_decoder()
         torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["short gradients", "long gradients"])
+def test_an_engines_steps_are_those_of_adamw_under_a_bounded_norm(sae, engine, raw, scale):
+    other = copy.deepcopy(sae)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.05, weight_decay=0.0)
+    x = standardise(raw).x
+    for number in range(5):
+        for one in (sae, other):
+            (scale / 30 * sae_step(one, x, torch.zeros(64, dtype=torch.bool), 0).loss).backward()
+        engine.collect(torch.zeros(0))
+        engine.step(1 / (1 + number))
+        remove_parallel_gradient(other.W_dec)
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        assert (norm > 0.1) == (scale > 1)
+        optimizer.param_groups[0]["lr"] = 0.05 / (1 + number)
+        optimizer.step()
+        optimizer.zero_grad()
+        other.normalise_decoder()
+        for name, wanted in other.state_dict().items():
+            torch.testing.assert_close(sae.state_dict()[name], wanted, rtol=0, atol=1e-5)
 
 
 def test_the_main_loss_is_the_mean_normalised_error(sae, raw):

@@ -31,7 +31,7 @@ from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
 from safer_ray.runner import METRICS, OnProgress, TrainJob, trained_already
-from safer_ray.training import Checkpoints, EngineOptions, TrainEngine
+from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
 
 PROGRESS_SECONDS = 1.0
 START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever
@@ -49,9 +49,10 @@ class GroupWorker:
         self.config = config
         self.state = state
         self.device = torch.device("cuda", context.get_local_rank()) if config.worker_gpus else torch.device("cpu")
-        self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch"})
+        self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch zero 1"})
         self.told = 0.0
         self.open: DeepSpeedEngine | None = None
+        self.received: list[list[Tensor]] = []
 
     def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
         stage = self.config.deepspeed.stage
@@ -64,15 +65,40 @@ class GroupWorker:
         dist.all_reduce(total)
         return total.to(values.device)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        for under_way in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As `Workers` says; of the tensors themselves only this worker's share is of use afterwards."""
+        rows = [[tensor[share(len(tensor), rank, self.size)] for rank in range(self.size)] for tensor in tensors]
+        others = [rank for rank in range(self.size) if rank != self.rank]  # none, where one works alone
+        if not self.received:
+            self.received = [[torch.empty_like(own[self.rank]) for _ in others] for own in rows]
+        calls = []
+        for tag, (own, received) in enumerate(zip(rows, self.received, strict=True)):
+            for rank, there in zip(others, received, strict=True):
+                calls += [
+                    dist.P2POp(dist.isend, own[rank], rank, tag=tag),
+                    dist.P2POp(dist.irecv, there, rank, tag=tag),
+                ]
+        for under_way in dist.batch_isend_irecv(calls) if calls else []:
             under_way.wait()
+        for own, received in zip(rows, self.received, strict=True):
+            for there in received:
+                own[self.rank] += there
+        return [own[self.rank] for own in rows]
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        under_way = [
+            dist.broadcast(tensor[share(len(tensor), rank, self.size)], rank, async_op=True)
+            for tensor in tensors
+            for rank in range(self.size)
+        ]
+        for each in under_way:
+            each.wait()
 
     def due(self) -> bool:
         """The first worker's clock decides for all."""
         return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
 
-    def save(self, engine: TrainEngine, state: dict[str, Any]) -> None:
+    def save(self, engine: Kept, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         dist.barrier()
         self.checkpoints.write(engine, state)
@@ -80,7 +106,7 @@ class GroupWorker:
         self.checkpoints.close(state["progress"]["step"])
         dist.barrier()
 
-    def load(self, engine: TrainEngine) -> dict[str, Any] | None:
+    def load(self, engine: Kept) -> dict[str, Any] | None:
         return self.checkpoints.load(engine)
 
     def on_step(self, done: int, total: int) -> None:
