@@ -7,8 +7,9 @@ tenth of the steps, and `workers_2_cpu` the time that a process worked in a step
 included. What stays out: starting Ray, the split, the first turn and the first step of each, and the 20 steps behind
 which held-out figures are measured, by one worker.
 
-`noise` tells how evenly a core works before the trainings begin, near 1 where nothing else uses it: two workers wait
-for the slower of two cores at every step, one averages over its own.
+`workers_2_bound` is what two workers would reach if exchanging and applying gradients took no time: the gradients of
+a batch need those of the slower half. `noise` tells how evenly a core works before the trainings begin, near 1 where
+nothing else uses it.
 """
 
 import argparse
@@ -41,7 +42,8 @@ WIDTH, LATENTS, K, BATCH, MICRO = 512, 8192, 32, 16_384, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few
 PART = 16_384
 TURN = 5  # steps
-TIMES = ("seconds", "cpu_seconds")  # of each step
+PATIENCE = 300  # seconds
+TIMES = ("seconds", "cpu_seconds", "slowest_seconds")  # of each step; the last of the slowest worker's gradients alone
 
 
 def write_vectors(directory: Path, count: int) -> None:
@@ -95,7 +97,10 @@ class Turns:
         self.file, self.next, self.leads = file, int(second), leads
 
     def wait(self, turn: int) -> None:
+        until = time.monotonic() + PATIENCE
         while int(self.file.read_text()) < turn:
+            if time.monotonic() > until:
+                raise TimeoutError(f"the other training has not ended its turn in {PATIENCE} s; it may have failed")
             time.sleep(0.02)
 
     def begin(self) -> None:
@@ -126,25 +131,37 @@ def timed(out: Path, workers: Workers, turns: Path, **arguments: Any) -> dict[st
     """`train_sae` in turns, which also tells how long each step took, and the first worker's process computed in it."""
     taken: list[tuple[float, ...]] = []
     turn = Turns(turns, second=workers.size > 1, leads=workers.rank == 0)
-    on_step = workers.on_step
+    on_step, add = workers.on_step, workers.sum
     began: tuple[float, float] | None = None
+    ready = 0.0  # when this worker had its gradients and first asked for the others'
+
+    def noted_sum(values: torch.Tensor) -> torch.Tensor:
+        nonlocal ready
+        if values.numel() > 1:  # not the question whether a checkpoint is due
+            ready = ready or time.perf_counter()
+        return add(values)
 
     def note(done: int, total: int) -> None:
-        nonlocal began
+        nonlocal began, ready
         ended = time.perf_counter(), time.process_time()
         if began is not None:
-            taken.append(tuple(np.subtract(ended, began)))
+            taken.append((*np.subtract(ended, began), ready - began[0]))
         on_step(done, total)
         over = done % TURN == 0
         if over:
             turn.end(last=done == total)
         usable = done >= TURN and not over and not is_mark(done, total, HELD_CURVE)
         began = (time.perf_counter(), time.process_time()) if usable else None
+        ready = 0.0
 
-    workers.on_step = note  # type: ignore[method-assign]
+    workers.on_step, workers.sum = note, noted_sum  # type: ignore[method-assign]
     turn.begin()
     found = train_sae(out=out, workers=workers, **arguments)
-    return found | dict(zip(TIMES, np.array(taken).T.tolist(), strict=True))
+    times = torch.tensor(taken, dtype=torch.float64)
+    everyones = torch.zeros(workers.size, len(times), dtype=torch.float64)
+    everyones[workers.rank] = times[:, -1]
+    times[:, -1] = add(everyones).amax(0)
+    return found | dict(zip(TIMES, times.T.tolist(), strict=True))
 
 
 def main() -> None:
@@ -184,6 +201,7 @@ def main() -> None:
         "workers_2": step[0] / step[1],
         "workers_2_undisturbed": best[0] / best[1],
         "workers_2_cpu": cpu[0] / cpu[1],
+        "workers_2_bound": step[0] / median(rows[1]["slowest_seconds"]),
         "noise": noisy,
         "vectors_per_s_1": config.batch_size / step[0],
         "vectors_per_s_2": config.batch_size / step[1],
