@@ -1,11 +1,12 @@
 """How fast the trainer is from Parquet on: `python -m bench.sae_end_to_end [--vectors 98304] [--json OUT]`.
 
-One training of the same batches on one worker of a Ray Train group and on two, one thread each. Both are under way at
-once and take turns of a few steps, so that a machine that is slower for a minute is slower for both. A step's time
-includes the wait for its vectors; the rate is that of the median step. `workers_2_undisturbed` compares the fastest
-tenth of the steps, and `workers_2_cpu` the time that a process worked in a step, exchange of gradients and reading
-included. What stays out: starting Ray, the split, the first turn and the first step of each, and the 20 steps behind
-which held-out figures are measured, by one worker.
+One training of the same batches in one process and on the two workers of a Ray Train group, one thread each. Both are
+under way at once and take turns of a few steps, so that a machine that is slower for a minute is slower for both. One
+worker is no group, whose processes wake a hundred times a second in the other's turns, too. A step's time includes the
+wait for its vectors; the rate is that of the median step. `workers_2_undisturbed` compares the fastest tenth of the
+steps, and `workers_2_cpu` the time that a process worked in a step, exchange of gradients and reading included. What
+stays out: starting Ray, the split, the first turn and the first step of each, and the 20 steps behind which held-out
+figures are measured, by one worker.
 
 `workers_2_bound` is what two workers would reach if exchanging and applying gradients took no time: the gradients of
 a batch need those of the slower half. `noise` tells how evenly a core works before the trainings begin, near 1 where
@@ -32,7 +33,7 @@ from safer_ray.config import RayConfig, SaeConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.files import write_parquet
-from safer_ray.runner import TrainJob
+from safer_ray.runner import LocalRunner, TrainJob
 from safer_ray.sae import standardise
 from safer_ray.sae_fit import HELD_CURVE, is_mark
 from safer_ray.train_sae import train_sae
@@ -116,11 +117,12 @@ class Turns:
         self.wait(self.next - self.next % 2 if last else self.next)
 
 
-def measure(vectors: Path, out: Path, config: SaeConfig, workers: int, turns: Path) -> dict[str, Any]:
-    """A training on so many workers: seconds of each step, the share of the wait, and how good the SAE became."""
+def measure(
+    vectors: Path, out: Path, config: SaeConfig, runner: LocalRunner | RayRunner, turns: Path
+) -> dict[str, Any]:
+    """A training: seconds of each step, the share of the wait, and how good the SAE became."""
     out.mkdir()
     arguments = {"activations": vectors, "config": config, "model": "none", "layer": 1, "turns": turns}
-    runner = RayRunner(RayConfig(train_workers=workers, worker_threads=1, worker_cpus=0.5))
     (found,) = runner.train([TrainJob("sae", timed, arguments, out)])
     waited = found["read_share"] * found["fit_seconds"]  # in which the other training's turns count, too
     share = {"read_share": waited / (config.steps * median(found["seconds"]))}
@@ -188,7 +190,9 @@ def main() -> None:
         write_vectors(vectors, given.vectors)
         noisy = noise()
         turns.write_text("0")
-        rows = list(pool.map(lambda n: measure(vectors, folder / f"sae-{n}", config, n, turns), (1, 2)))
+        runners = LocalRunner(), RayRunner(RayConfig(train_workers=2, worker_threads=1, worker_cpus=0.5))
+        made = folder / "one", folder / "two"
+        rows = list(pool.map(lambda out, runner: measure(vectors, out, config, runner, turns), made, runners))
     for row in rows:
         told = {name: median(value) if name in TIMES else value for name, value in row.items()}
         print(", ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
