@@ -143,7 +143,7 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
     table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
     table.add_column("section")
     for name in summary["sections"]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for section in sections:
         cells = []
         for name, values in summary["sections"].items():

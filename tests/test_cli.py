@@ -1,6 +1,7 @@
 """The command line: a command a stage, and one clear line for whatever is wrong."""
 
 import errno
+import io
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
@@ -730,3 +732,13 @@ def test_duplicate_ids_are_counted_by_an_audit_and_not_refused(safer, at, tmp_pa
     out = ok(safer(*words))
     assert "11 are scored" in out
     assert "1 rows repeat the pair_id of another" in out
+
+
+def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
+    names = ("none", "flip_safer_5", "flip_random_5", "drop_safer_5", "drop_random_5")
+    tested = {f"{name} vs none": {"chat": {"p": 0.00012}} for name in names[1:]}
+    table = cli._accuracy_table({"sections": {name: {"chat": 0.9} for name in names}, "tests": tested}, "none")
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(table)
+    assert "…" not in screen.file.getvalue()
+    assert screen.file.getvalue().count("p 0.00012") == 4
