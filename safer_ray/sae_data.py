@@ -27,7 +27,7 @@ from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import standardise
 from safer_ray.train_reward import validation_split
-from safer_ray.training import permutation
+from safer_ray.training import permutation, share
 
 BLOCK = 4096  # rows that stay together when blocks are drawn
 WINDOW = 16  # blocks that are shuffled among each other
@@ -297,7 +297,8 @@ class Order:
 
     def _load(self, window: _Window) -> _Loaded:
         rows = window.stop - window.start
-        low, high = rows * self.rank // self.size, rows * (self.rank + 1) // self.size
+        own = share(rows, self.rank, self.size)
+        low, high = own.start, own.stop
         counts = self.counts[window.blocks]
         ends = np.cumsum(counts)
         mine = (ends > low) & (ends - counts < high)
