@@ -258,7 +258,7 @@ def ray_session() -> Iterator[None]:
     from safer_ray.distributed.session import quiet
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that workers find what tests hand them
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     del os.environ["PYTHONPATH"]
     quiet(verbose=False)
     yield
