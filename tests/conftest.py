@@ -1,9 +1,12 @@
 import os
+import secrets
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
-os.environ["RAY_AUTH_MODE"] = "disabled"  # a local Ray would write a token into the home directory
+os.environ["RAY_AUTH_MODE"] = "token"  # no Ray of ours lets strangers in, those that tests start least of all
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else one would be written into the home directory
+os.environ.pop("RAY_ADDRESS", None)  # a cluster of somebody's
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
@@ -253,13 +256,12 @@ def safer(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests that need one; eight logical cores, however many the machine has."""
-    import ray
-
+    from safer_ray.distributed.own import own_ray
     from safer_ray.distributed.session import quiet
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that workers find what tests hand them
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    del os.environ["PYTHONPATH"]
-    quiet(verbose=False)
-    yield
-    ray.shutdown()
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), known]))  # for workers
+    with own_ray(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
+        os.environ["PYTHONPATH"] = known or ""
+        quiet(verbose=False)
+        yield

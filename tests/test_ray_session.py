@@ -22,7 +22,7 @@ from safer_ray.errors import UserError
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 OTHER_VERSION, TOKEN = "2.59.0", "0123456789abcdef0123456789abcdef"
-NO_TOKEN_FILE = {"HOME": "/nonexistent", "RAY_AUTH_TOKEN_PATH": ""}
+NO_TOKEN = {"HOME": "/nonexistent", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
 OUTSIDE = ["unshare", "--pid", "--fork", "--mount-proc"]  # a machine of its own, as far as processes go
 HIDING = ["unshare", "--mount"]
 
@@ -199,12 +199,14 @@ def strange():
 
 @pytest.mark.usefixtures("uninitialised")
 def test_a_cluster_that_wants_a_token_says_so(strange):
-    with pytest.raises(UserError, match=rf"^the Ray cluster at {strange} wants a token; set RAY_AUTH_MODE=token, and "):
+    with pytest.raises(
+        UserError, match=rf"^the Ray cluster at {strange} wants its token; set RAY_AUTH_MODE=token, and "
+    ):
         join(strange)
 
 
 def test_a_token_that_is_not_there_is_asked_for(strange, tmp_path):
-    code, err = run_command(tmp_path, RAY_ADDRESS=strange, RAY_AUTH_MODE="token", **NO_TOKEN_FILE)
+    code, err = run_command(tmp_path, RAY_ADDRESS=strange, RAY_AUTH_MODE="token", **NO_TOKEN)
     assert (code, err.count("\n")) == (2, 1)
     assert "RAY_AUTH_MODE=token is set, but there is no token; give the cluster's as RAY_AUTH_TOKEN" in err
 

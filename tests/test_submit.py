@@ -434,7 +434,7 @@ def start_head(directory, gcs_port, dashboard_port):
         "--min-worker-port=0 --max-worker-port=0"
     )
     venv = str(Path(sys.executable).parent)
-    environ = os.environ | {"PATH": f"{venv}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    environ = os.environ | {"PATH": f"{venv}{os.pathsep}{os.environ['PATH']}"}
     environ = {key: value for key, value in environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     with (Path(directory) / "start.log").open("w") as log:
         head = subprocess.Popen(command.split(), env=environ, stdout=log, stderr=log, start_new_session=True)

@@ -5,20 +5,17 @@ import logging
 import math
 import os
 import socket
-import sys
 import time
 import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# Read when ray is imported. A Ray of our own needs no token; a cluster's mode is set by whoever runs it.
+# Read when ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-if not os.environ.get("RAY_ADDRESS"):
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import grpc
 import ray.data  # sets the levels of its loggers as it is imported; `quiet` comes after
@@ -29,6 +26,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config import RayConfig
+from safer_ray.distributed.own import hushed, keep_node_messages_out, own_ray
 from safer_ray.errors import SaferError, UserError
 from safer_ray.remote import Remote
 
@@ -81,23 +79,23 @@ def ray_session(config: RayConfig, shards: int = 1, *, verbose: bool = False) ->
 
     Raises:
         UserError: no cluster there, one of another Ray version, or one too small for what is asked of it.
+        SaferError: a Ray of the run's own does not start.
     """
     if ray.is_initialized():
         check_resources(config, shards)
         yield
         return
     address = address_of(config)
-    with contextlib.nullcontext() if verbose else _hushed():
+    with contextlib.ExitStack() as joined:
         if address is None:
-            _start(config, shards, verbose)
+            joined.enter_context(own_ray(hush=not verbose, **_options(config, shards, verbose)))
         else:
-            _join(address, verbose)
-    try:
+            with contextlib.nullcontext() if verbose else hushed():
+                _join(address, verbose)
+            joined.callback(ray.shutdown)
         quiet(verbose)
         check_resources(config, shards)
         yield
-    finally:
-        ray.shutdown()
 
 
 def quiet(verbose: bool) -> None:
@@ -106,40 +104,23 @@ def quiet(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
     if not verbose:
         warnings.filterwarnings("ignore", module=r"ray\.")
-        # What happens to nodes is printed to our standard output, even without log_to_driver.
-        ray._private.worker.print_to_stdstream = lambda *_, **__: None
+        keep_node_messages_out()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
 
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Ray's C++ part writes to our stderr as it starts, and whenever an actor pool does, unless it is told not to."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-def _start(config: RayConfig, shards: int, verbose: bool) -> None:
+def _options(config: RayConfig, shards: int, verbose: bool) -> dict[str, Any]:
+    """Return what `ray.init` is given for a Ray of the run's own."""
     most = max(math.ceil(n.processes * n.cpus + n.tasks) for n in needs(config, shards))
-    ray.init(
-        address="local",  # never the cluster that somebody else runs on this machine
-        num_cpus=max(most, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_MS},
-        include_dashboard=False,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-    )
+    return {
+        "num_cpus": max(most, os.cpu_count() or 1),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_system_config": {"idle_worker_killing_time_threshold_ms": IDLE_MS},
+        "include_dashboard": False,
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
 
 
 def _join(address: str, verbose: bool) -> None:
@@ -213,8 +194,8 @@ def _reach(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise UserError(
-                    f"the Ray cluster at {address} wants a token; set RAY_AUTH_MODE=token, and the cluster's token as "
-                    "RAY_AUTH_TOKEN or the file that holds it as RAY_AUTH_TOKEN_PATH"
+                    f"the Ray cluster at {address} wants its token; set RAY_AUTH_MODE=token, and the cluster's "
+                    "token as RAY_AUTH_TOKEN or the file that holds it as RAY_AUTH_TOKEN_PATH"
                 ) from None
             raise UserError(
                 f"no Ray cluster at {address}: what listens there does not answer as a head node does "

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
 
 from safer_ray.background import repeated
 from safer_ray.config import RayConfig
+from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
@@ -191,7 +192,7 @@ def _fit(jobs: Sequence[TrainJob], config: RayConfig, state: Path) -> None:
     trainer = _Trainer(
         work,
         train_loop_config={"jobs": list(jobs), "config": config},
-        torch_config=TorchConfig(backend="nccl" if config.worker_gpus else "gloo"),
+        torch_config=GroupConfig(backend="nccl" if config.worker_gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train_workers, use_gpu=bool(config.worker_gpus), resources_per_worker=resources
         ),
