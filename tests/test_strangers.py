@@ -83,7 +83,13 @@ def test_maps_and_trainings_let_no_stranger_in(pairs_dir, tmp_path, home):
 
 def test_an_audit_lets_no_stranger_in(tmp_path, tmp_path_factory, home):
     run = finished(tmp_path_factory.getbasetemp())
-    words = ["audit", "--auditor", run.artifacts["auditor"].path, "--pairs", f"{run.artifacts['pairs'].path}/part-*.parquet"]
+    words = [
+        "audit",
+        "--auditor",
+        run.artifacts["auditor"].path,
+        "--pairs",
+        f"{run.artifacts['pairs'].path}/part-*.parquet",
+    ]
     words += ["--out", tmp_path / "out", "--runner", "ray", "--fragment-rows", "20"]
     command = [sys.executable, "-m", "safer_ray", *map(str, words)]
     with ray_folder() as files:
