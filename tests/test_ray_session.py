@@ -381,3 +381,19 @@ def test_a_cluster_that_was_joined_is_left_running(tmp_path):
     assert told["children"] == []
     assert [node["Alive"] for node in ray.nodes()] == [True]
     assert ray.get(ray.remote(lambda: 42).options(num_cpus=0.1).remote()) == 42
+
+
+def test_a_cluster_without_a_token_is_joined_with_a_warning(tmp_path):
+    with ray_folder() as folder:
+        port = free_port()
+        words = ["--head", "--block", f"--port={port}", f"--ray-client-server-port={free_port()}", "--num-cpus=4"]
+        command = script("ray_start.py", ray.__version__, "start", *words, "--include-dashboard=false", *NODE)
+        environ = environment(folder, RAY_AUTH_MODE="disabled", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")  # on loopback
+        with running(command, environ, folder / "head") as head:
+            wait_until(lambda: "runtime started" in (folder / "head.out").read_text(), 120, head)
+            told, err = drive(tmp_path, folder, RAY_ADDRESS=f"127.0.0.1:{port}", RAY_AUTH_MODE="disabled")
+    assert told["counts"]["written"] == 10
+    (line,) = err.splitlines()
+    assert line.startswith(
+        f"the Ray cluster at 127.0.0.1:{port} asks nobody for a token: whoever reaches its ports runs"
+    )

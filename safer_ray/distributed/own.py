@@ -76,6 +76,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         _read_again()
 
 
+def asks_for_a_token() -> bool:
+    """Return whether the Ray that this process uses, or is about to, asks for a token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return is_token_auth_enabled()
+
+
 def _read_again() -> None:
     """Let Ray read its variables again; it does so once, when it is imported."""
     if "ray" in sys.modules:

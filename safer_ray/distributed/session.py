@@ -26,7 +26,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config import RayConfig
-from safer_ray.distributed.own import hushed, keep_node_messages_out, own_ray
+from safer_ray.distributed.own import asks_for_a_token, hushed, keep_node_messages_out, own_ray
 from safer_ray.errors import SaferError, UserError
 from safer_ray.remote import Remote
 
@@ -35,6 +35,7 @@ IDLE_MS = 300_000  # task processes of a Ray of our own wait so long for the nex
 HEAD_SECONDS = 10.0  # until a head node under load has answered
 NODE_SECONDS = 120.0  # until a node has, or is known to be lost
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own; what streams between operators is a few fragments
+log = logging.getLogger(__name__)
 NOISY = ("ray", "ray.data", "ray.train", "ray.serve", "ray.tune")
 
 
@@ -93,6 +94,12 @@ def ray_session(config: RayConfig, shards: int = 1, *, verbose: bool = False) ->
             with contextlib.nullcontext() if verbose else hushed():
                 _join(address, verbose)
             joined.callback(ray.shutdown)
+            if not asks_for_a_token():
+                log.warning(
+                    "the Ray cluster at %s asks nobody for a token: whoever reaches its ports runs code there; start "
+                    "it with RAY_AUTH_MODE=token (docs/security.md)",
+                    address,
+                )
         quiet(verbose)
         check_resources(config, shards)
         yield
