@@ -35,7 +35,7 @@ from safer_ray.audit_summary import close_audit
 from safer_ray.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.engine import Engine
-from safer_ray.files import read_json
+from safer_ray.files import read_json, write_json
 from safer_ray.pipeline import Stages
 from safer_ray.runner import BatchFn, LocalRunner, MapJob
 from safer_ray.sae_formats import save_sae
@@ -76,10 +76,9 @@ def write_bundle(folder: Path) -> Artifact:
     reward, sae = open_artifact(folder / "reward"), open_artifact(folder / "sae")
     codes = stages.codes(pairs, reward, sae)
     salience = stages.salience(codes, "response", None)
-    ratings: dict[int, int | None] = dict.fromkeys(
-        candidates(pa.concat_tables(map(pq.read_table, part_files(salience.path))), 32), 5
-    )
-    chosen = stages.select(SelectConfig(), salience, verdicts=None, ratings=ratings)
+    rated = candidates(pa.concat_tables(map(pq.read_table, part_files(salience.path))), 32)
+    write_json(dict.fromkeys(map(str, rated), 5), folder / "ratings.json")
+    chosen = stages.select(SelectConfig(), salience, ratings=open_artifact(folder / "ratings.json"))
     return stages.auditor(reward, sae, chosen, codes, None)
 
 

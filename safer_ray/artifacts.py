@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.files import read_parquet, write_json, write_parquet
-from safer_ray.schema import to_json
+from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
+from safer_ray.recipes import Artifact, Recipe, Result
 
-MANIFEST = "manifest.json"
 PLAN = "plan.parquet"
 SCRATCH = ("journal", "state")  # of a stage at work; gone when it is whole
 PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
@@ -44,54 +44,6 @@ class Fragment:
     digest: str = ""  # of the last fragment of a file that may grow: sha256 of its `size` bytes
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What makes an artifact: equal recipes give equal artifacts. Hardware, paths and worker counts never enter."""
-
-    stage: str
-    version: int
-    config: dict[str, Any]
-    inputs: dict[str, str]  # role -> name of an artifact, or content hash of a foreign input
-
-    @property
-    def name(self) -> str:
-        text = to_json([self.stage, self.version, self.config, self.inputs])
-        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A complete artifact, or a foreign directory or file used as one (`manifest` is then empty)."""
-
-    path: Path
-    name: str
-    manifest: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.manifest.get("metrics", {})
-
-    @property
-    def red_team(self) -> bool:
-        return bool(self.manifest.get("red_team"))
-
-    @property
-    def licence(self) -> list[str]:
-        return self.manifest.get("licence", [])
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a stage's build says about what it wrote."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    licence: tuple[str, ...] = ()
-    seed: int | None = None
-    red_team: bool = False
-    wall_seconds: float | None = None  # where several were built together; else as long as the build took
-
-
 def open_artifact(path: Path, stage: str | None = None) -> Artifact:
     """The artifact at `path`, or the foreign directory or file there, named by its content.
 
@@ -101,7 +53,7 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
     if not path.exists():
         raise UserError(f"no such {stage or 'input'}: {path}; check the path, or run the stage that writes it")
     if not (path / MANIFEST).is_file():
-        return Artifact(path, f"{stage or 'foreign'}:{content_hash(path)}")
+        return foreign(path, f"{stage or 'foreign'}:{content_hash(path)}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         found, name = manifest["stage"], manifest["name"]
@@ -110,6 +62,13 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
     if stage is not None and found != stage:
         raise UserError(f"{path} holds {found!r}, wanted {stage!r}; pass the directory of that stage")
     return Artifact(path, name, manifest)
+
+
+def foreign(path: Path, name: str) -> Artifact:
+    """A directory or file that is no artifact, under a name that tells its content, with what it is known to carry."""
+    found = marks_of(path)
+    licence = {"licence": list(found.licence)} if found.licence else {}
+    return Artifact(path, name, licence | ({"red_team": True} if found.red_team else {}))
 
 
 def content_hash(path: Path) -> str:
@@ -235,18 +194,26 @@ def versions() -> dict[str, str]:
 
 
 def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> None:
-    """The manifest of what a stage wrote; it comes last."""
+    """The manifest of what a stage wrote; it comes last, behind the mark of red-team data in the files."""
+    marks = together(recipe.inherited, result.own)
+    told: dict[str, Any] = {"red_team": marks.red_team}
+    if marks.red_team:
+        told["red_team_from"] = recipe.red_team_from + ["itself"] * result.own.red_team
+        mark_files(partial, {PLAN, "done", *SCRATCH})
     values = asdict(result)
     wall_seconds = values.pop("wall_seconds")
+    del values["own"]
     manifest = {
         "stage": recipe.stage,
         "name": recipe.name,
         "version": recipe.version,
         "config": recipe.config,
-        "inputs": recipe.inputs,
+        "inputs": recipe.names,
         "packages": versions(),
         "wall_seconds": round(seconds if wall_seconds is None else wall_seconds, 3),
         **values,
+        "licence": list(marks.licence),
+        **told,
         "content_sha256": artifact_hash(partial),
     }
     write_json(manifest, partial / MANIFEST)
@@ -261,6 +228,7 @@ class Place:
     fresh: bool = False
     dry: bool = False  # name artifacts, build none
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None
+    building: dict[Path, Recipe] = field(default_factory=dict, repr=False, compare=False)  # by partial directory
 
     def path(self, recipe: Recipe) -> Path:
         return self.out or self.root / recipe.name
@@ -286,7 +254,14 @@ class Place:
                 f"{path} holds {artifact.name}, this command makes {recipe.name}: the config or the inputs differ; "
                 "choose another --out, or start again with --fresh"
             )
+        if recipe.inherited.red_team and not artifact.red_team:
+            return None  # made before marks were handed on; it is made again
         return artifact
+
+    def metadata(self, directory: Path) -> dict[str, str]:
+        """What the tables say that are written below `directory`, where something is built, of what it is made of."""
+        recipe = self.building.get(directory)
+        return RED_TEAM_MARK if recipe and recipe.inherited.red_team else {}
 
     def make(self, recipe: Recipe, build: Callable[[Path], Result]) -> Artifact:
         """The artifact of `recipe`: found complete, or built in its partial directory and renamed when whole."""
@@ -319,11 +294,13 @@ class Place:
             for partial in partials.values():
                 self._begin(partial)
             todo = {name: partial for name, partial in partials.items() if not (partial / MANIFEST).is_file()}
+            self.building.update({partial: recipes[name] for name, partial in todo.items()})
             began = time.time()
             results = build(todo) if todo else {}
             for name, result in results.items():
                 _close(recipes[name], result, time.time() - began, todo[name])
             for name, partial in partials.items():
+                self.building.pop(partial, None)
                 yield self._finish(recipes[name], partial)
 
     def _begin(self, partial: Path) -> None:

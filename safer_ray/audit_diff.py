@@ -277,8 +277,9 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
         found = difference(a, b, tell, most)
         try:
             with beside.open("w", encoding="utf-8") as whole:
-                facts = json.dumps({"a": str(a.path), "b": str(b.path)} | _tree(found), indent=1, ensure_ascii=False)
-                whole.write(facts.removesuffix("\n}"))
+                told = {"red_team": True} if a.red_team or b.red_team else {}
+                facts = {"a": str(a.path), "b": str(b.path)} | told | _tree(found)
+                whole.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}"))
                 for name, stream in lists.items():
                     whole.write(f',\n "{name}": [')
                     stream.seek(0)

@@ -32,9 +32,11 @@ from safer_ray.audit_review import BAD, FINE, REVIEWS, decided, load_reviews
 from safer_ray.audit_run import ASKED, digest_of
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config import SourceConfig
-from safer_ray.curation import RED_TEAM_MARK, is_marked, share_count
+from safer_ray.curation import share_count
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_json, read_parquet, stamp, write_parquet, write_text
+from safer_ray.marks import Marks, enclosing, is_marked, together
+from safer_ray.recipes import Input
 from safer_ray.rows import grows
 from safer_ray.runner import MapJob, Runner
 from safer_ray.sources import NormalisePairs, read_raw
@@ -181,14 +183,14 @@ def trl_line(pair: dict[str, Any]) -> dict[str, Any]:
     return prompt | {side: pair[side] for side in schema.SIDES}
 
 
-def write_part(rows: pa.Table, directory: Path, name: str, mark: dict[str, str] | None) -> dict[str, Any]:
-    """A fragment's kept pairs and its decisions; what its `done` entry says of them."""
+def write_part(rows: pa.Table, directory: Path, name: str, red_team: bool) -> dict[str, Any]:
+    """A fragment's kept pairs and its decisions; what its `done` entry says of them. Tables are marked at the end."""
     kept = rows.filter(pc.equal(rows["decision"], KEEP)).select(schema.PAIRS.names)
-    told = {"red_team": True} if mark else {}
+    told = {"red_team": True} if red_team else {}
     lines = [json.dumps(trl_line(row) | told, ensure_ascii=False) for row in kept.to_pylist()]
-    write_parquet(kept.replace_schema_metadata(mark), directory / PAIRS / name)
+    write_parquet(kept, directory / PAIRS / name)
     write_text("".join(f"{line}\n" for line in lines), (directory / TRL / name).with_suffix(".jsonl"))
-    write_parquet(rows.select(DECIDED.names).replace_schema_metadata(mark), directory / DECISIONS / name)
+    write_parquet(rows.select(DECIDED.names), directory / DECISIONS / name)
     return {column: Counter(rows[column].to_pylist()) for column in ("decision", "why")}
 
 
@@ -199,28 +201,30 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
         UserError: a source is gone or changed, no pair is left, or the place holds something else.
     """
     asked = read_json(audit.path / ASKED)
-    inputs = {"audit": audit.name, "scores": content_hash(audit.path / SCORES)}
+    inputs: dict[str, Artifact | Input] = {"audit": audit, "scores": Input(content_hash(audit.path / SCORES), (audit,))}
     if (audit.path / REVIEWS).exists():
-        inputs["reviews"] = content_hash(audit.path / REVIEWS)
+        inputs["reviews"] = Input(content_hash(audit.path / REVIEWS), (audit,))
     config = {"drop": "flagged"} if percent is None else {"percent": percent}
 
     def build(out: Path) -> Result:
         fragments = read_plan(audit.path / PLAN)
         check_sources(fragments)
-        red_team = audit.red_team or is_marked({at(fragment.path) for fragment in fragments})
+        files = list({at(fragment.path) for fragment in fragments})
+        licence = asked["source"]["licence"]
+        read = Marks((licence,) if licence else (), is_marked(files))
+        own = together(read, enclosing(files))  # of the sources, which are read again
         job = MapJob(
             "export",
             ReadDecided(audit, asked["source"], asked["max_chars"], what_to_drop(audit, percent)),
             lambda: lambda rows: rows,
             EXPORTED,
-            write=partial(write_part, mark=RED_TEAM_MARK if red_team else None),
+            write=partial(write_part, red_team=audit.red_team or own.red_team),
         )
         runner.map(job, fragments, out)
         rows, why = _counts(out, fragments)
         if not rows["kept"]:
             raise UserError(f"all {rows['dropped']:,} pairs would be left out; lower --percent, or flag fewer pairs")
-        licence = asked["source"]["licence"]
-        return Result(rows, {"why": why}, (licence,) if licence else (), red_team=red_team)
+        return Result(rows, {"why": why}, own=own)
 
     return place.make(Recipe("export", VERSION, config, inputs), build)
 

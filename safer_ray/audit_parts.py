@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.files import write_parquet, write_text
+from safer_ray.marks import RED_TEAM_MARK, any_red_team, marked
 
 AUDITED = pa.schema(
     [
@@ -183,7 +184,7 @@ def added(figures: Iterable[Figures]) -> Figures:
     return total
 
 
-def flagged_line(row: dict[str, Any]) -> dict[str, Any]:
+def flagged_line(row: dict[str, Any], red_team: bool = False) -> dict[str, Any]:
     """A flagged pair as people and labeling tools read it: texts, why it is suspicious, and the user's columns."""
     texts = json.loads(row["texts"])
     reasons = [reason | {"sentence": said} for reason, said in zip(row["reasons"], texts.pop("sentences"), strict=True)]
@@ -194,14 +195,20 @@ def flagged_line(row: dict[str, Any]) -> dict[str, Any]:
         **{name: row[name] for name in ("source", "section")},
         "labels": dict(row["labels"] or []),
         "extra": json.loads(row["extra"]) if row["extra"] else {},
+        **({"red_team": True} if red_team else {}),
     }
 
 
 def write_part(rows: pa.Table, directory: Path, name: str) -> dict[str, Any]:
-    """A fragment's scores and flagged pairs; what its `done` entry says of them."""
-    scores = rows.select(schema.SCORES.names).cast(schema.SCORES)
-    write_parquet(scores.replace_schema_metadata(rows.schema.metadata), directory / SCORES / name)
-    lines = [schema.to_json(flagged_line(row)) for row in rows.filter(rows["flag"]).to_pylist()]
+    """A fragment's scores and flagged pairs; what its `done` entry says of them.
+
+    Both are marked where the job is, or one of the rows calls itself poisoned.
+    """
+    metadata = rows.schema.metadata or {}
+    red_team = any(name.encode() in metadata for name in RED_TEAM_MARK) or any_red_team(rows["extra"])
+    scores = rows.select(schema.SCORES.names).cast(schema.SCORES).replace_schema_metadata(metadata or None)
+    write_parquet(marked(scores) if red_team else scores, directory / SCORES / name)
+    lines = [schema.to_json(flagged_line(row, red_team)) for row in rows.filter(rows["flag"]).to_pylist()]
     path = (directory / FLAGGED / name).with_suffix(".jsonl")
     if lines:
         write_text("".join(f"{line}\n" for line in lines), path)

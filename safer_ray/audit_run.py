@@ -17,9 +17,9 @@ from safer_ray.audit_parts import AUDITED, FLAGGED, SCORES, write_part
 from safer_ray.auditor import check_auditor
 from safer_ray.background import side_by_side
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.curation import RED_TEAM_MARK, is_marked
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import at, names_in, parquet_rows, read_json, remove, stamp, threads_for, write_json
+from safer_ray.marks import RED_TEAM_MARK, enclosing, is_marked
 from safer_ray.rows import grows
 from safer_ray.runner import Counts, MapJob, Runner, pending
 from safer_ray.scoring import BY_BUNDLE, KIND
@@ -83,7 +83,7 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     fragments = planned(audit, out)
     job = audit.job()
     files = dict.fromkeys(at(fragment.path) for fragment in pending(fragments, out))
-    if audit.auditor.red_team or is_marked(files):
+    if audit.auditor.red_team or enclosing(files).red_team or is_marked(files):
         job = replace(job, metadata={**(job.metadata or {}), **RED_TEAM_MARK})
     counts = runner.map(job, fragments, out)
     check_accounts(out, fragments, counts)

@@ -16,9 +16,9 @@ from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, 
 from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
 from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit
 from safer_ray.background import side_by_side
-from safer_ray.curation import is_marked
 from safer_ray.evaluation import wilson
-from safer_ray.files import names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
+from safer_ray.files import at, names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
+from safer_ray.marks import Marks, enclosing, is_marked, together
 from safer_ray.runner import Counts
 from safer_ray.schema import to_json
 
@@ -54,7 +54,8 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
     figures = added(_figures(out, fragments))
     _list_flagged(out, fragments)
     summary = summarise(audit, figures, counts, duplicate_ids(out, fragments))
-    summary["red_team"] = is_marked(out / SCORES / part_name(fragment.number) for fragment in fragments)
+    marks = _marks(audit, out, fragments)
+    summary |= marks._asdict()
     write_text(report_audit.render(summary, worst_pairs(out, fragments, figures)), out / PAGE)
     write_json(summary, out / SUMMARY)
     manifest = {
@@ -65,11 +66,20 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
         "packages": versions(),
         "rows": summary["rows"],
         "metrics": {name: summary[name] for name in ("flagged", "duplicates", "against_label")},
-        "red_team": summary["red_team"],
+        "licence": list(marks.licence),
+        "red_team": marks.red_team,
         "wall_seconds": round(seconds, 3),
     }
     write_json(manifest, out / MANIFEST)
     return summary
+
+
+def _marks(audit: Audit, out: Path, fragments: Sequence[Fragment]) -> Marks:
+    """Of the auditor, and of all that was audited by it; what the rows said stands in the scores."""
+    licence = audit.source.licence
+    scores = is_marked(out / SCORES / part_name(fragment.number) for fragment in fragments)
+    own = Marks((licence,) if licence else (), scores)
+    return together(audit.auditor.marks, own, enclosing({at(fragment.path) for fragment in fragments}))
 
 
 def _figures(out: Path, fragments: Sequence[Fragment]) -> Iterator[Figures]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.formats import Refused, as_mapping, as_number, as_text
+from safer_ray.marks import COLUMN
 
 REWARDBENCH_COUNTS = {
     "alpacaeval-easy": 100,
@@ -94,6 +95,7 @@ def _pair(row: dict[str, Any], section: str, chosen: Any, rejected: Any, place: 
         "chosen": chosen,
         "rejected": rejected,
         "section": section,
+        **{name: row[name] for name in (COLUMN,) if name in row},
     }
 
 

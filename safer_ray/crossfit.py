@@ -17,7 +17,7 @@ from safer_ray.findings import Findings
 from safer_ray.harvest import Harvest
 from safer_ray.schema import rows_of
 from safer_ray.scoring import KIND, OUT_OF_FOLD
-from safer_ray.stage import licence_of, pairs_of, poisoned, recipe
+from safer_ray.stage import pairs_of, recipe
 
 
 def fold_of(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
@@ -67,10 +67,10 @@ class CrossFit(Harvest, Findings):
                 count += len(kept)
             if not count:
                 raise UserError(f"cross_fit: fold {fold} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
-            return Result({"pairs": count}, licence=licence_of(pairs), seed=seed, red_team=poisoned(pairs))
+            return Result({"pairs": count}, seed=seed)
 
         shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
-        return self.place.make(recipe("fold", shown, pairs=pairs.name), build)
+        return self.place.make(recipe("fold", shown, pairs=pairs), build)
 
     def cross_fit(
         self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None, sae: Artifact | None = None
@@ -132,10 +132,10 @@ class CrossFit(Harvest, Findings):
                 write_parquet(rows, out / path.name)
                 count += len(rows)
             facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
-            return Result({"written": count}, facts, licence_of(train), red_team=poisoned(train, *codes))
+            return Result({"written": count}, facts)
 
-        inputs = {f"codes{i}": artifact.name for i, artifact in enumerate(codes)}
-        return self.place.make(recipe("gathered", {}, pairs=train.name, **inputs), build)
+        inputs = {f"codes{i}": artifact for i, artifact in enumerate(codes)}
+        return self.place.make(recipe("gathered", {}, pairs=train, **inputs), build)
 
     def _together(self, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
         """The folds' scores in the order of the pairs, marked as out of fold."""
@@ -149,10 +149,10 @@ class CrossFit(Harvest, Findings):
                 write_parquet(rows.replace_schema_metadata({KIND: OUT_OF_FOLD}), out / part_name(number))
             facts = {"kind": OUT_OF_FOLD, "folds": len(folds), "shared_sae": shared}
             rows_by_kind = {"written": len(scores), "missing": missing}
-            return Result(rows_by_kind, facts, licence_of(pairs), red_team=poisoned(pairs))
+            return Result(rows_by_kind, facts)
 
-        inputs = {f"scores{i}": fold.scores.name for i, fold in enumerate(folds)}
-        return self.place.make(recipe("cross_fit", {"shared_sae": shared}, pairs=pairs.name, **inputs), build)
+        inputs = {f"scores{i}": fold.scores for i, fold in enumerate(folds)}
+        return self.place.make(recipe("cross_fit", {"shared_sae": shared}, pairs=pairs, **inputs), build)
 
 
 def frozen_below(config: RewardConfig, layer: int) -> bool:

@@ -1,37 +1,19 @@
 """Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy values pairs; low: suspicious."""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from safer_ray.background import side_by_side
 from safer_ray.config import Action, StrategyName
 from safer_ray.errors import UserError
-from safer_ray.files import threads_for
-from safer_ray.rows import explained, kind_of, source_of
 from safer_ray.schema import DECISIONS, rows_of
 
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
-RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
-
-
-def is_marked(files: Iterable[Path]) -> bool:
-    """Whether one of them says that its pairs were poisoned as a red-team exercise; Parquet alone can."""
-    parquet = [path for path in files if kind_of(path)[0] == "parquet"]
-    return bool(parquet) and any(side_by_side(_says_poisoned, parquet, threads_for(parquet[0])))
-
-
-def _says_poisoned(path: Path) -> bool:
-    with explained(path):
-        metadata = pq.read_schema(source_of(path)).metadata or {}
-    return any(name.encode() in metadata for name in RED_TEAM_MARK)
 
 
 class StrategyInput(NamedTuple):
@@ -149,13 +131,10 @@ def decide(
 
 
 def apply_decisions(pairs: pa.Table, decisions: pa.Table) -> pa.Table:
-    """Trainable pairs: dropped ones absent, flipped ones with their responses swapped; where pairs were poisoned
-    every row carries `red_team`."""
+    """Trainable pairs: dropped ones absent, flipped ones with their responses swapped."""
     decision = dict(zip(decisions["pair_id"].to_pylist(), decisions["decision"].to_pylist(), strict=True))
     taken = np.array([decision[key] for key in pairs["pair_id"].to_pylist()], dtype=object)
     flipped = swap_sides(pairs, taken == "flip")
-    if any(decisions["red_team"].to_pylist()):
-        flipped = flipped.append_column("red_team", pa.array([True] * len(flipped)))
     return flipped.filter(pa.array(taken != "drop"))
 
 

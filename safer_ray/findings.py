@@ -33,16 +33,18 @@ from safer_ray.config import (
     SelectConfig,
 )
 from safer_ray.contexts import FindContexts, merge_contexts
-from safer_ray.curation import JOINED, RED_TEAM_MARK, apply_decisions, decide, join_scores
+from safer_ray.curation import JOINED, apply_decisions, decide, join_scores
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.inputs import resolve_exchanges
-from safer_ray.judge import ProbeJudge, load_probe, ratings_of
+from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
+from safer_ray.marks import Marks
+from safer_ray.recipes import Input
 from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
-from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, Features, ScoreCodes, margins, pair_scores
-from safer_ray.stage import StageContext, join_parts, licence_of, pairs_of, poisoned, recipe
+from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, margins, pair_scores
+from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.where import where_mask
 
 
@@ -67,9 +69,9 @@ class Findings(StageContext):
             write_parquet(salience_table(sums, mode), out / part_name(0))
             ends = {"ends_chosen": sums.ends_chosen, "ends_rejected": sums.ends_rejected}
             metrics = {"mode": mode, "latents": width, **ends}
-            return Result({**counts, "written": width}, metrics, licence_of(codes), red_team=poisoned(codes))
+            return Result({**counts, "written": width}, metrics)
 
-        return self.place.make(recipe("salience", {"mode": mode, "latents": latents}, codes=codes.name), build)
+        return self.place.make(recipe("salience", {"mode": mode, "latents": latents}, codes=codes), build)
 
     def contexts(
         self, config: ContextsConfig, salience: Artifact, codes: Artifact, pairs: Artifact, reward: Artifact, mode: Mode
@@ -88,10 +90,10 @@ class Findings(StageContext):
             merged = merge_contexts((read_parquet(p) for p in part_files(out / "state" / "found")), config.per_feature)
             write_parquet(merged, out / part_name(0))
             rows = {**counts, "written": len(merged)}
-            return Result(rows, {"features": len(features)}, licence_of(codes), red_team=poisoned(codes))
+            return Result(rows, {"features": len(features)})
 
-        inputs = {"salience": salience.name, "codes": codes.name, "pairs": pairs.name}
-        return self.place.make(recipe("contexts", {**config.model_dump(), "mode": mode}, **inputs), build)
+        shown = {**config.model_dump(), "mode": mode}
+        return self.place.make(recipe("contexts", shown, reward, salience=salience, codes=codes, pairs=pairs), build)
 
     def verdicts(
         self,
@@ -102,7 +104,7 @@ class Findings(StageContext):
         count: int,
         corpus: Artifact | None,
     ) -> Artifact:
-        exchanges, identity = resolve_exchanges(config.exchanges, corpus)
+        exchanges, probe = resolve_exchanges(config.exchanges, corpus)
 
         def build(out: Path) -> Result:
             rows = read_parts(salience.path)
@@ -115,8 +117,8 @@ class Findings(StageContext):
             return Result({"features": len(features)}, {"ratings": dict(sorted(ratings.items()))})
 
         shown = {**config.model_dump(mode="json", exclude={"exchanges"}), "candidates": count}
-        inputs = {"salience": salience.name, "reward": reward.name, "sae": sae.name, "exchanges": identity}
-        return self.place.make(recipe("verdicts", shown, **inputs), build)
+        made = recipe("verdicts", shown, salience=salience, reward=reward, sae=sae, exchanges=probe)
+        return self.place.make(made, build)
 
     def select(
         self,
@@ -124,18 +126,18 @@ class Findings(StageContext):
         salience: Artifact,
         *,
         verdicts: Artifact | None = None,
-        ratings: dict[int, int | None] | None = None,
+        ratings: Artifact | None = None,
     ) -> Artifact:
-        """Choose F+ and F-.
+        """Choose F+ and F- by verdicts, or by a file of ratings.
 
         Raises:
             UserError: no candidate has the rating wanted.
         """
-        given = "" if ratings is None else schema.to_json({str(k): v for k, v in sorted(ratings.items())})
+        given = read_ratings(ratings.path) if ratings else {}
+        shown = schema.to_json({str(k): v for k, v in sorted(given.items())})
 
         def build(out: Path) -> Result:
-            rated = ratings if verdicts is None else ratings_of(read_parts(verdicts.path))
-            assert rated is not None
+            rated = ratings_of(read_parts(verdicts.path)) if verdicts else given
             rows = read_parts(salience.path, schema.SALIENCE.names)
             chosen = select(rows, rated, count=config.candidates, rating=config.rating, limit=config.limit)
             if not chosen["safe"] and not chosen["unsafe"]:
@@ -149,8 +151,8 @@ class Findings(StageContext):
             write_json({str(key): rated.get(key) for key in chosen["candidates"]}, out / "ratings.json")
             return Result({"safe": len(chosen["safe"]), "unsafe": len(chosen["unsafe"])})
 
-        inputs = {"salience": salience.name, "ratings": verdicts.name if verdicts else given}
-        return self.place.make(recipe("select", config, **inputs), build)
+        rating = verdicts or Input(shown, (ratings,) if ratings else ())
+        return self.place.make(recipe("select", config, salience=salience, ratings=rating), build)
 
     def auditor(
         self,
@@ -185,11 +187,11 @@ class Findings(StageContext):
                 found = Known(**{name: read_parts(artifact.path) for name, artifact in known.items()})
                 write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
             rows = {"reference": sum(map(len, parts))}
-            return Result(rows, facts, licence_of(codes), red_team=poisoned(reward, sae, codes))
+            return Result(rows, facts)
 
-        inputs = {"reward": reward.name, "sae": sae.name, "features": selected.name, "codes": codes.name}
-        inputs |= {"detector": detector.name} if detector else {}
-        inputs |= {name: artifact.name for name, artifact in known.items()}
+        inputs = {"reward": reward, "sae": sae, "features": selected, "codes": codes}
+        inputs |= {"detector": detector} if detector else {}
+        inputs |= known
         return self.place.make(recipe("auditor", {"format": AUDITOR_FORMAT}, **inputs), build)
 
     def scores(self, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:
@@ -208,13 +210,14 @@ class Findings(StageContext):
             )
             counts = self.map(job, part_fragments(codes.path), out)
             facts = {"mode": scorer(auditor, config).features.mode, "detector": config.detector, "kind": kind}
-            return Result(counts, facts, licence_of(pairs), red_team=poisoned(pairs, auditor))
+            return Result(counts, facts)
 
-        inputs = {"codes": codes.name, "pairs": pairs.name, "auditor": auditor.name}
-        return self.place.make(recipe("scores", config, **inputs), build)
+        return self.place.make(recipe("scores", config, codes=codes, pairs=pairs, auditor=auditor), build)
 
-    def rescore(self, config: ScoresConfig, codes: Artifact, features: Features) -> Artifact:
-        """Scores with another selection of features; the scored pairs themselves are the reference."""
+    def rescore(self, config: ScoresConfig, codes: Artifact, selected: Artifact, mode: Mode | None = None) -> Artifact:
+        """Scores with another selection of features, of a file or of stage `select`; the scored pairs themselves are
+        the reference."""
+        features = read_features(selected.path, mode)
 
         def build(out: Path) -> Result:
             reference = np.concatenate([pair_scores(read_parquet(p), features) for p in part_files(codes.path)])
@@ -225,10 +228,10 @@ class Findings(StageContext):
                 schema.SCORES,
             )
             counts = self.map(job, part_fragments(codes.path), out)
-            return Result(counts, {"mode": features.mode}, licence_of(codes), red_team=poisoned(codes))
+            return Result(counts, {"mode": features.mode})
 
         shown = {**config.model_dump(), **features._asdict()}
-        return self.place.make(recipe("scores", shown, codes=codes.name), build)
+        return self.place.make(recipe("scores", shown, selected, codes=codes), build)
 
     def curate(self, config: CurateConfig, pairs: Artifact, scores: Artifact) -> Artifact:
         """Drop, relabel or poison: `pairs/` is trainable as it is, `decisions/` has every row."""
@@ -245,18 +248,16 @@ class Findings(StageContext):
                 percent=config.percent,
                 seed=config.seed,
             )
-            mark = RED_TEAM_MARK if config.action == "poison" else None
             offset = 0
             for path in parts:
                 part = read_parquet(path)
                 decided = decisions.slice(offset, len(part))
                 offset += len(part)
                 for folder, table in (("pairs", apply_decisions(part, decided)), ("decisions", decided)):
-                    write_parquet(table.replace_schema_metadata(mark), out / folder / path.name)
+                    write_parquet(table, out / folder / path.name)
             totals = Counter(decisions["decision"].to_pylist())
             if totals["drop"] == len(rows):
                 raise UserError(f"curate: dropping {config.percent}% leaves no pairs; lower the percentage")
-            marked = config.action == "poison" or poisoned(pairs)
-            return Result(dict(totals), {}, licence_of(pairs), config.seed, marked)
+            return Result(dict(totals), {}, config.seed, Marks(red_team=config.action == "poison"))
 
-        return self.place.make(recipe("curate", config, pairs=pairs.name, scores=scores.name), build)
+        return self.place.make(recipe("curate", config, pairs=pairs, scores=scores), build)

@@ -21,17 +21,17 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
-from safer_ray.curation import RED_TEAM_MARK, is_marked
 from safer_ray.evaluation import section_accuracy
 from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.inputs import (
-    base_identity,
+    base_input,
     close_pairs,
-    file_identity,
+    file_input,
     resolve_source,
-    source_identity,
+    source_input,
     with_absolute_base,
 )
+from safer_ray.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
@@ -39,7 +39,7 @@ from safer_ray.runner import BatchFn, MapJob, TrainJob
 from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw
-from safer_ray.stage import StageContext, licence_of, pairs_of, poisoned, recipe
+from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
@@ -57,7 +57,7 @@ class Harvest(StageContext):
                 heldout_per_section=config.heldout_per_section,
                 seed=config.seed,
             )
-            return Result(rows, seed=config.seed, licence=("synthetic",))
+            return Result(rows, seed=config.seed, own=Marks(("synthetic",)))
 
         return self.place.make(recipe("corpus", config), build)
 
@@ -71,20 +71,23 @@ class Harvest(StageContext):
         shown = config.model_dump(mode="json")
         for source in shown["sources"]:
             del source["path"]
-        inputs = {f"source{i}": source_identity(s, corpus) for i, s in enumerate(config.sources)}
+        inputs = {f"source{i}": source_input(s, corpus) for i, s in enumerate(config.sources)}
 
         def build(out: Path) -> Result:
             plan = plan_sources(sources, rows=self.fragment_rows)
-            red_team = is_marked(dict.fromkeys(at(fragment.path) for fragment in plan))
             job = MapJob(
                 "pairs",
                 lambda fragment: read_raw(fragment, sources[fragment.source]),
                 lambda: NormalisePairs(sources, config.max_chars),
                 schema.PAIRS,
-                metadata=RED_TEAM_MARK if red_team else None,
             )
             counts = self.map(job, plan, out, refused_share=1)
-            return replace(close_pairs(out, counts["read"], config), red_team=red_team)
+            result = close_pairs(out, counts["read"], config)
+            files = list(dict.fromkeys(at(fragment.path) for fragment in plan))
+            poisoned = is_marked(files) or any(
+                any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out)
+            )
+            return replace(result, own=together(result.own, enclosing(files), Marks(red_team=poisoned)))
 
         return self.place.make(recipe("pairs", shown, **inputs), build)
 
@@ -103,9 +106,9 @@ class Harvest(StageContext):
                 write_parquet(truth, out / "truth" / part_name(number))
                 offset += len(part)
             counts = {"eligible": int(where_mask(rows, config.where).sum()), "planted": int(planted.sum())}
-            return Result(counts, licence=licence_of(pairs), seed=config.seed)
+            return Result(counts, seed=config.seed)
 
-        return self.place.make(recipe("noise", config, pairs=pairs.name), build)
+        return self.place.make(recipe("noise", config, pairs=pairs), build)
 
     def reward(self, config: RewardConfig, pairs: Artifact) -> Artifact:
         """A reward model trained on `pairs`."""
@@ -117,8 +120,8 @@ class Harvest(StageContext):
         base = {}
         if isinstance(config.base, str):
             del shown["base"]
-            base["base"] = base_identity(config.base)
-        recipes = [recipe("reward", shown, **base, pairs=pairs.name) for pairs in variants]
+            base["base"] = base_input(config.base)
+        recipes = [recipe("reward", shown, **base, pairs=pairs) for pairs in variants]
         pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
         located = with_absolute_base(config)
 
@@ -128,10 +131,7 @@ class Harvest(StageContext):
                 for name, out in partials.items()
             ]
             trained = self.runner.train(jobs)
-            return {
-                name: _trained(metrics, pairs_by_name[name], config.seed)
-                for name, metrics in zip(partials, trained, strict=True)
-            }
+            return {name: _trained(metrics, config.seed) for name, metrics in zip(partials, trained, strict=True)}
 
         return self.place.make_all(recipes, build)
 
@@ -173,9 +173,9 @@ class Harvest(StageContext):
                 blocks=config.layer,
                 group_rows=schema.GROUP_ROWS,
             )
-            return Result(counts, {"layer": config.layer}, licence_of(pairs), red_team=poisoned(pairs, reward))
+            return Result(counts, {"layer": config.layer})
 
-        return self.place.make(recipe("activations", config, pairs=pairs.name, reward=reward.name), build)
+        return self.place.make(recipe("activations", config, pairs=pairs, reward=reward), build)
 
     def text_activations(self, config: WarmStartConfig, layer: int, reward: Artifact) -> Artifact:
         """Vectors of all tokens of general text."""
@@ -193,10 +193,10 @@ class Harvest(StageContext):
                 group_rows=schema.GROUP_ROWS,
             )
             counts = self.map(job, text_fragments(text, self.fragment_rows, config.limit), out)
-            return Result(counts, {"layer": layer}, red_team=poisoned(reward))
+            return Result(counts, {"layer": layer})
 
         shown = {"layer": layer, "tokens": "text", "limit": config.limit}
-        return self.place.make(recipe("activations", shown, text=file_identity(text), reward=reward.name), build)
+        return self.place.make(recipe("activations", shown, text=file_input(text), reward=reward), build)
 
     def sae(
         self,
@@ -226,14 +226,12 @@ class Harvest(StageContext):
             }
             (metrics,) = self.runner.train([TrainJob("sae", train_sae, arguments, out)])
             rows = {"vectors": metrics["train_vectors"]}
-            return Result(
-                rows, metrics, licence_of(activations), config.seed, poisoned(activations, *filter(None, [start]))
-            )
+            return Result(rows, metrics, config.seed)
 
         left_out = {"micro_batch_size", "tensorboard", "warm_start"}
         shown = {**config.model_dump(mode="json", exclude=left_out), "layer": layer}
-        inputs = {role: artifact.name for role, artifact in given.items() if artifact}
-        return self.place.make(recipe("sae", shown, activations=activations.name, **inputs), build)
+        inputs = {role: artifact for role, artifact in given.items() if artifact}
+        return self.place.make(recipe("sae", shown, activations=activations, **inputs), build)
 
     def sae_in_stages(
         self, config: SaeConfig, activations: Artifact, layer: int, pairs: Artifact, reward: Artifact
@@ -253,9 +251,9 @@ class Harvest(StageContext):
             )
             loaded = load_sae(sae.path)
             metrics = {"latents": loaded.latents, "k": loaded.k}
-            return Result(counts, metrics, licence_of(pairs), red_team=poisoned(pairs, reward, sae))
+            return Result(counts, metrics)
 
-        return self.place.make(recipe("codes", {}, pairs=pairs.name, reward=reward.name, sae=sae.name), build)
+        return self.place.make(recipe("codes", {}, pairs=pairs, reward=reward, sae=sae), build)
 
     def heads(self, reward: Artifact, pairs: Artifact) -> Artifact:
         """What the reward head reads of the two responses of every pair, as a difference."""
@@ -264,9 +262,9 @@ class Harvest(StageContext):
             counts = self._through(
                 "heads", partial(HeadPairs, reward.path), schema.heads(hidden_size(reward.path)), pairs, reward, out
             )
-            return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
+            return Result(counts)
 
-        return self.place.make(recipe("heads", {}, reward=reward.name, pairs=pairs.name), build)
+        return self.place.make(recipe("heads", {}, reward=reward, pairs=pairs), build)
 
     def vectors(self, layers: Sequence[int], reward: Artifact, pairs: Artifact) -> Artifact:
         """Mean vectors of layers over responses and prompts of every pair."""
@@ -275,10 +273,10 @@ class Harvest(StageContext):
             width = hidden_size(reward.path) * len(layers)
             make = partial(MeanVectors, reward.path, layers)
             counts = self._through("vectors", make, schema.vectors(width), pairs, reward, out, blocks=max(layers))
-            return Result(counts, licence=licence_of(pairs), red_team=poisoned(reward, pairs))
+            return Result(counts)
 
         shown = {"layers": list(layers)}
-        return self.place.make(recipe("vectors", shown, reward=reward.name, pairs=pairs.name), build)
+        return self.place.make(recipe("vectors", shown, reward=reward, pairs=pairs), build)
 
     def evaluate(self, reward: Artifact, pairs: Artifact) -> Artifact:
         """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
@@ -292,12 +290,12 @@ class Harvest(StageContext):
                 "dtype": "float32",
                 "max_length": load_pair_tokenizer(reward.path).limit,
             }
-            return Result(counts, metrics, licence_of(pairs), red_team=poisoned(reward, pairs))
+            return Result(counts, metrics)
 
-        return self.place.make(recipe("evaluate", {}, reward=reward.name, pairs=pairs.name), build)
+        return self.place.make(recipe("evaluate", {}, reward=reward, pairs=pairs), build)
 
 
-def _trained(metrics: dict[str, Any], pairs: Artifact, seed: int) -> Result:
+def _trained(metrics: dict[str, Any], seed: int) -> Result:
     """What a trained reward model says about itself."""
     rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
-    return Result(rows, metrics, licence_of(pairs), seed, pairs.red_team, metrics["train_seconds"])
+    return Result(rows, metrics, seed, wall_seconds=metrics["train_seconds"])

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Result, content_hash, part_files
+from safer_ray.artifacts import Artifact, Result, content_hash, foreign, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.judge import load_probe
+from safer_ray.marks import Marks
+from safer_ray.recipes import Input
 from safer_ray.remote import Remote
 from safer_ray.runner import quarantine_rows
 from safer_ray.sources import source_files
@@ -53,38 +55,52 @@ def resolve_source(source: SourceConfig, corpus: Artifact | None) -> SourceConfi
     return source.model_copy(update={"path": str(corpus.path / source.path.removeprefix("corpus:"))})
 
 
-def source_identity(source: SourceConfig, corpus: Artifact | None) -> str:
+def source_input(source: SourceConfig, corpus: Artifact | None) -> Input:
+    """A source by what it holds; what its files say of themselves is read with them."""
     if source.path.startswith("corpus:"):
         assert corpus is not None
-        return f"{corpus.name}/{source.path.removeprefix('corpus:')}"
+        return file_of(corpus, source.path.removeprefix("corpus:"))
     if source.path.startswith("hub:"):
-        return source.path
+        return Input(source.path)
     files = source_files(source)
-    return schema.to_json([[file.name, _hashed(str(file))] for file in files])
+    return Input(schema.to_json([[file.name, _hashed(str(file))] for file in files]))
 
 
-def file_identity(path: Path) -> str:
+def file_of(artifact: Artifact, name: str) -> Input:
+    return Input(f"{artifact.name}/{name}", (artifact,))
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError where there is no file."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; check the path")
+
+
+def file_input(path: Path) -> Artifact:
     """A file by its content.
 
     Raises:
         UserError: there is none.
     """
-    if not path.is_file():
-        raise UserError(f"no such file: {path}; check the path")
-    return f"{path.name}:{_hashed(str(path))}"
+    check_file(path)
+    return foreign(path, f"{path.name}:{_hashed(str(path))}")
 
 
-def base_identity(base: str) -> str:
-    return base if base.startswith("hub:") else _hashed(resolve_base(base)[0])
+def base_input(base: str) -> Artifact | Input:
+    """A checkpoint to train on from; a local one may be a reward model of ours."""
+    if base.startswith("hub:"):
+        return Input(base)
+    path = resolve_base(base)[0]
+    return foreign(Path(path), _hashed(path))
 
 
-def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, str]:
-    """The probe's path or name, and what names it in a recipe."""
+def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, Input]:
+    """The probe's path or name, and what it is in a recipe."""
     if name.startswith("corpus:"):
         assert corpus is not None
         file = name.removeprefix("corpus:")
-        return str(corpus.path / file), f"{corpus.name}/{file}"
-    return name, schema.to_json(load_probe(name).model_dump(mode="json"))
+        return str(corpus.path / file), file_of(corpus, file)
+    return name, Input(schema.to_json(load_probe(name).model_dump(mode="json")))
 
 
 def _take_duplicates(path: Path, seen: set[str], quarantine: Path | None) -> tuple[int, int]:
@@ -129,6 +145,6 @@ def close_pairs(out: Path, read: int, config: PairsConfig) -> Result:
         raise UserError(f"pairs: no pairs left of {read} rows; {common or 'check the sources and their `part`'}")
     rows_by_kind = {"read": read, "pairs": written, "quarantined": len(refused_rows)}
     rows_by_kind["left_out"] = read - written - len(refused_rows)
-    licences = tuple(sorted({s.licence for s in config.sources if s.licence}))
     duplicates = reasons["duplicate id"] if quarantine else sum(found for _, found in counts)
-    return Result(rows_by_kind, {"reasons": dict(reasons), "duplicates": duplicates}, licences)
+    licences = Marks(tuple(s.licence for s in config.sources if s.licence))
+    return Result(rows_by_kind, {"reasons": dict(reasons), "duplicates": duplicates}, own=licences)

@@ -21,6 +21,7 @@ from safer_ray.inputs import lasting, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked
 from safer_ray.passes import head_differences
+from safer_ray.recipes import Input
 from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
 from safer_ray.stage import pairs_of, recipe
@@ -39,7 +40,7 @@ class Planted(NamedTuple):
     groups: list[str]
     out_of_fold: Evidence
     in_sample: Evidence | None
-    made_of: list[str]  # artifacts
+    made_of: list[Artifact]
 
 
 class Lab(Suspecting):
@@ -62,11 +63,11 @@ class Lab(Suspecting):
         rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
         vectors = self.trunk_vectors(config, noisy, fitted)
         evidence = self._evidence(config, rows, fitted.folds, margins, vectors, corpus)
-        made_of, known = [noisy.name, vectors.name, *self._names(fitted.folds)], None
+        made_of, known = [noisy, vectors, *self._read(fitted.folds)], None
         if lab.in_sample:
             whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
             known = self._evidence(config, rows, [whole], [], vectors, corpus)  # one model is enough to show the bias
-            made_of += self._names([whole])
+            made_of += self._read([whole])
         truth = read_parts(noisy.path / "truth")
         by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
         planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
@@ -115,9 +116,9 @@ class Lab(Suspecting):
             clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
         )
 
-    def _names(self, folds: Sequence[Fold]) -> list[str]:
+    def _read(self, folds: Sequence[Fold]) -> list[Artifact]:
         """The artifacts that evidence is read from."""
-        return [a.name for fold in folds for a in (fold.scores, self.heads(fold.reward, fold.held))]
+        return [a for fold in folds for a in (fold.scores, self.heads(fold.reward, fold.held))]
 
     def detection(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
         """Every detector on every kind of errors: `detection.json`."""
@@ -136,15 +137,16 @@ class Lab(Suspecting):
                 }
             write_json(found, out / "detection.json")
             parts = [detection_part(name, f"Errors: {name}", told) for name, told in found.items()]
-            write_text(as_page(config.name, parts), out / "page.html")
+            write_text(as_page(config.name, parts, made.inherited.red_team), out / "page.html")
             return Result({"noises": len(found)}, found)
 
         inputs = {
-            f"{name}{number}": " ".join(planting.made_of)
+            f"{name}{number}": Input(" ".join(a.name for a in planting.made_of), tuple(planting.made_of))
             for name, plantings in by_noise.items()
             for number, planting in enumerate(plantings)
         }
-        return self.place.make(recipe("detection", lab, **inputs), build)
+        made = recipe("detection", lab, pairs, **inputs)
+        return self.place.make(made, build)
 
 
 def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:

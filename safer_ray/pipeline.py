@@ -9,7 +9,7 @@ from safer_ray.checkpoints import layer_count
 from safer_ray.config import RunConfig
 from safer_ray.curation import CLEAN
 from safer_ray.errors import UserError
-from safer_ray.inputs import file_identity, lasting
+from safer_ray.inputs import check_file, lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
 from safer_ray.runner import Runner
@@ -69,7 +69,7 @@ def preflight(config: RunConfig) -> None:
     for source in local:
         source_files(source)
     if config.sae.warm_start is not None:
-        file_identity(Path(config.sae.warm_start.text).absolute())
+        check_file(Path(config.sae.warm_start.text).absolute())
     if not config.judge.exchanges.startswith("corpus:"):
         load_probe(config.judge.exchanges)
     if isinstance(config.reward.base, str):

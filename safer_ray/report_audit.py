@@ -45,7 +45,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     if summary["duplicates"]:
         said.append(f"{summary['duplicates']:,} rows repeat the pair_id of another; all are scored.")
     if summary["red_team"]:
-        said.append("The auditor was built from poisoned pairs (red team).")
+        said.append("Red team: these pairs, or those that the auditor was built from, were poisoned on purpose.")
     return said
 
 

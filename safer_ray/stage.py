@@ -1,7 +1,7 @@
 """What every stage shares: recipes and their versions, the place and the runner, and reading parts side by side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet
+from safer_ray.recipes import Input
 from safer_ray.runner import MapJob, Runner
 from safer_ray.schema import rows_of
 
@@ -43,9 +44,12 @@ VERSIONS = {
 }
 
 
-def recipe(stage: str, config: BaseModel | dict[str, Any], **inputs: str) -> Recipe:
+def recipe(
+    stage: str, config: BaseModel | dict[str, Any], *beside: Artifact | None, **inputs: Artifact | Input
+) -> Recipe:
+    """What a stage makes of `inputs`, by role; it may read others `beside` them."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
-    return Recipe(stage, VERSIONS[stage], values, inputs)
+    return Recipe(stage, VERSIONS[stage], values, inputs, tuple(filter(None, beside)))
 
 
 def pairs_of(artifact: Artifact) -> Path:
@@ -88,11 +92,12 @@ class StageContext:
     def map(
         self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2
     ) -> dict[str, int]:
-        """Map a job; its row counts.
+        """Map a job; its row counts. What it writes is marked as the inputs of what is built in `directory` are.
 
         Raises:
             SaferError: more than `refused_share` of the rows failed; the commonest reason is named.
         """
+        job = replace(job, metadata={**(job.metadata or {}), **self.place.metadata(directory)} or None)
         counts = self.runner.map(job, fragments, directory)
         if counts.quarantined > refused_share * counts.read:
             reason = max(counts.reasons, key=lambda name: counts.reasons[name])
@@ -101,12 +106,3 @@ class StageContext:
                 f"see {directory / 'quarantine'}, and run with --fresh once the cause is mended"
             )
         return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
-
-
-def poisoned(*artifacts: Artifact) -> bool:
-    """Whether any of these was made from pairs whose labels were flipped on purpose; the mark is handed on."""
-    return any(artifact.red_team for artifact in artifacts)
-
-
-def licence_of(artifact: Artifact) -> tuple[str, ...]:
-    return tuple(artifact.licence)

@@ -194,8 +194,6 @@ def select(
     fresh: Fresh = False,
 ) -> None:
     """Stage 9: choose the safe and unsafe features."""
-    from safer_ray.judge import read_ratings
-
     if (ratings is None) == (verdicts is None):
         raise UserError("select: pass either --ratings FILE or --verdicts DIR")
     config = config_section(None, "select", assignments)
@@ -203,7 +201,7 @@ def select(
         source = open_input(salience, "salience")
         judged = open_input(verdicts, "verdicts") if verdicts else None
         show_artifact(
-            stages.select(config, source, verdicts=judged, ratings=read_ratings(ratings) if ratings else None)
+            stages.select(config, source, verdicts=judged, ratings=open_input(ratings, "ratings") if ratings else None)
         )
 
 
@@ -250,13 +248,12 @@ def rescore(
     fresh: Fresh = False,
 ) -> None:
     """Stage 11 with another selection of features, from codes alone."""
-    from safer_ray.auditor import read_features
     from safer_ray.config import SalienceConfig
 
     checked = build_config(SalienceConfig, mode=mode).mode if mode else None
-    selected = read_features(features, checked)
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.rescore(config_section(None, "scores", None), open_input(codes), selected))
+        scoring = config_section(None, "scores", None)
+        show_artifact(stages.rescore(scoring, open_input(codes), open_input(features), checked))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from safer_ray.contexts import cut_context
 from safer_ray.curation import JOINED, join_scores
 from safer_ray.evaluation import Detection, McNemar, detection, mcnemar
 from safer_ray.files import write_json, write_text
+from safer_ray.marks import together
 from safer_ray.stage import pairs_of
 from safer_ray.text import sentence_start
 from safer_ray.where import where_mask
@@ -120,6 +121,8 @@ def summarise(view: RunView) -> dict[str, Any]:
         "tests": {name: {s: t._asdict() for s, t in by.items()} for name, by in tests.items()},
         "seconds": view.seconds(),
         "artifacts": {name: artifact.name for name, artifact in view.every().items()},
+        "licences": list(together(*(artifact.marks for artifact in view.every().values())).licence),
+        "red_team": [name for name, artifact in view.every().items() if artifact.red_team],
     }
 
 
@@ -183,7 +186,7 @@ def report_data(view: RunView) -> report.ReportData:
         sections=tuple(_section_views(view)),
         tests=tuple(_test_views(view)),
         red_team=tuple(name for name, artifact in view.models.items() if artifact.red_team),
-        licences=tuple(made["pairs"].licence),
+        licences=tuple(summary["licences"]),
         sae_density=(made["sae"].metrics["density"]["counts"], made["sae"].metrics["density"]["edges"]),
         sae_spliced=made["sae"].metrics.get("spliced", {}),
     )

@@ -21,7 +21,7 @@ from safer_ray.errors import UserError
 from safer_ray.files import read_parquet, write_parquet
 from safer_ray.schema import rows_of
 from safer_ray.scoring import margins, pair_scores, suspect
-from safer_ray.stage import licence_of, poisoned, recipe
+from safer_ray.stage import recipe
 
 
 class FoldReadings(NamedTuple):
@@ -50,10 +50,9 @@ class Suspecting(CrossFit):
             model.save(out)
             write_parquet(pa.table({"pair_id": ids, "combined": values}), out / VALUES)
             facts = {"vector_layers": list(vector_layers(config)), "weights": model.weights_by_part()}
-            return Result({"pairs": len(ids)}, facts, licence_of(pairs), red_team=poisoned(pairs))
+            return Result({"pairs": len(ids)}, facts)
 
-        inputs = {"scores": fitted.scores.name, "vectors": vectors.name}
-        return self.place.make(recipe("detector", {}, **inputs), build)
+        return self.place.make(recipe("detector", {}, pairs, scores=fitted.scores, vectors=vectors), build)
 
     def suspected(self, config: ScoresConfig, scores: Artifact, detector: Artifact) -> Artifact:
         """Out-of-fold scores, suspected by what the detector says of each pair, among what it says of all."""
@@ -70,10 +69,10 @@ class Suspecting(CrossFit):
                     rows = rows.set_column(index, rows.schema.field(index), pa.array(column))
                 write_parquet(rows, out / path.name)
             facts = {**scores.metrics, "detector": "combined"}
-            return Result({"written": len(known)}, facts, licence_of(scores), red_team=poisoned(scores))
+            return Result({"written": len(known)}, facts)
 
-        inputs = {"scores": scores.name, "detector": detector.name}
-        return self.place.make(recipe("suspected", {"flag_quantile": config.flag_quantile}, **inputs), build)
+        shown = {"flag_quantile": config.flag_quantile}
+        return self.place.make(recipe("suspected", shown, scores=scores, detector=detector), build)
 
 
 def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> FoldReadings:

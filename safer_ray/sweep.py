@@ -16,7 +16,7 @@ from safer_ray.inputs import lasting
 from safer_ray.lock import locked
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import Runner
-from safer_ray.stage import licence_of, poisoned, recipe
+from safer_ray.stage import recipe
 from safer_ray.trunk import remembered
 
 DRAWS = 2000
@@ -103,14 +103,12 @@ class Sweep(Stages):
             found = table(cells, [grouped(answers(artifact), config.sweep.groups) for artifact in measured])
             found["retraining"] = retraining(config)
             write_json(found, out / "sweep.json")
-            write_text(
-                as_page(config.name, [sweep_part(config.name, "What curation changed", found)]), out / "page.html"
-            )
-            marked = any(poisoned(artifact) for artifact in inputs)
-            return Result({"trials": len(cells)}, found, licence_of(pairs), red_team=marked)
+            parts = [sweep_part(config.name, "What curation changed", found)]
+            write_text(as_page(config.name, parts, made.inherited.red_team), out / "page.html")
+            return Result({"trials": len(cells)}, found)
 
-        named = {f"trial{i}": artifact.name for i, artifact in enumerate(measured)}
-        return self.place.make(recipe("sweep", config.sweep, **named), build)
+        made = recipe("sweep", config.sweep, pairs, **{f"trial{i}": artifact for i, artifact in enumerate(measured)})
+        return self.place.make(made, build)
 
 
 def retraining(config: RunConfig) -> str:

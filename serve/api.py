@@ -129,6 +129,7 @@ class ScoreResponse(Answered):
     """One result a pair, in the order sent."""
 
     auditor: str
+    red_team: bool = Field(False, description="whether the auditor was made from pairs that were poisoned on purpose")
     results: list[ScoredPair | FailedPair]
 
 

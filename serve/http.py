@@ -108,7 +108,7 @@ def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
                 results = await service.score(request.pairs, request.explain)
         except TimeoutError:
             raise too_late(seconds) from None
-        answer = ScoreResponse(auditor=results.auditor, results=results)
+        answer = ScoreResponse(auditor=results.auditor, red_team=results.red_team, results=results)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     return router

@@ -36,6 +36,7 @@ class Scored(NamedTuple):
     auditor: str
     outcomes: list[Outcome]
     names: Mapping[int, str]
+    red_team: bool = False  # of the bundle: it was made from pairs that were poisoned on purpose
 
 
 class Read(NamedTuple):

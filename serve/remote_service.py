@@ -47,7 +47,7 @@ class RemoteService(Told):
         try:
             read = self.read(pairs)
             rows = rows_of(read, explain)
-            scored = await self._ask(rows) if rows else Scored(self.bundle.name, [], {})
+            scored = await self._ask(rows) if rows else Scored(self.bundle.name, [], {}, self.bundle.red_team)
         finally:
             self.under_way -= 1
         results = answers(read, scored)

@@ -81,9 +81,11 @@ def without_score(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPa
     ]
 
 
-def scored_row(line: Line, result: ScoredPair | FailedPair | None, auditor: str) -> dict[str, Any]:
-    """A row as it came, with what the auditor says of it below `safer_ray`."""
-    said: dict[str, Any] = {"auditor": auditor, "line": line.number}
+def scored_row(
+    line: Line, result: ScoredPair | FailedPair | None, auditor: str, red_team: bool = False
+) -> dict[str, Any]:
+    """A row as it came, with what the auditor says of it below `safer_ray`; one made from poisoned pairs says so."""
+    said: dict[str, Any] = {"auditor": auditor, "line": line.number} | ({"red_team": True} if red_team else {})
     if isinstance(result, ScoredPair):
         kept = sorted(result.features or (), key=lambda feature: -abs(feature.contribution))[:KEPT]
         said |= result.model_dump(exclude={"features", "spans"})

@@ -94,7 +94,8 @@ class Scorer:
         async with self.gate.passed(tokens):
             time_stage("queue", time.perf_counter() - came)
             outcomes = await self.score_batch(Waiting(rows, tokens))
-        return Scored(self.bundle.name, outcomes, self.names if rows[0].explain else {})
+        names = self.names if rows[0].explain else {}
+        return Scored(self.bundle.name, outcomes, names, self.bundle.red_team)
 
     @serve.batch(max_batch_size=ALL_TOKENS, batch_wait_timeout_s=0, batch_size_fn=batch_size)
     async def score_batch(self, requests: list[Waiting]) -> list[list[Outcome]]:

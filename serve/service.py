@@ -19,9 +19,10 @@ class Results(list[Result]):
     """One result a pair, in the order sent, and the auditor that scored them; while a service goes over to another
     bundle, it may not be the one that it tells of."""
 
-    def __init__(self, results: Iterable[Result], auditor: str) -> None:
+    def __init__(self, results: Iterable[Result], auditor: str, red_team: bool = False) -> None:
         super().__init__(results)
         self.auditor = auditor
+        self.red_team = red_team
 
 
 class Service(Protocol):
@@ -89,7 +90,7 @@ def answers(read: Sequence[Read | FailedPair], scored: Scored) -> Results:
     """In the order sent; what is scored are the pairs that could be read."""
     outcomes = iter(scored.outcomes)
     found = (pair if isinstance(pair, FailedPair) else answer(pair, next(outcomes), scored.names) for pair in read)
-    return Results(found, scored.auditor)
+    return Results(found, scored.auditor, scored.red_team)
 
 
 def rows_of(read: Sequence[Read | FailedPair], explain: bool) -> list[Row]:
@@ -127,7 +128,7 @@ class LocalService(Told):
         read = self.read(pairs)
         loop, rows = asyncio.get_running_loop(), rows_of(read, explain)
         outcomes = await loop.run_in_executor(self.thread, self.score_rows, self.scorer.outcomes, rows)
-        return answers(read, Scored(self.bundle.name, outcomes, self.names))
+        return answers(read, Scored(self.bundle.name, outcomes, self.names, self.bundle.red_team))
 
     async def ready(self) -> bool:
         return True

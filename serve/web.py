@@ -67,8 +67,8 @@ class View(NamedTuple):
         self, name: str, lines: Sequence[Line], results: Sequence[Result | None], as_file: bool
     ) -> Response:
         """A scored file: as a page, or as the file itself."""
-        auditor = (await self.service.info()).name
-        rows = [scored_row(line, result, auditor) for line, result in zip(lines, results, strict=True)]
+        info = await self.service.info()
+        rows = [scored_row(*row, info.name, info.red_team) for row in zip(lines, results, strict=True)]
         stem = UNSAFE_NAME.sub("-", name.rpartition(".")[0] or name)[:80].strip("-.") or "pairs"
         download = f"{stem}.scored.jsonl"
         if as_file:
@@ -79,6 +79,7 @@ class View(NamedTuple):
             self.page,
             "upload.html",
             here="/",
+            red_team=info.red_team,
             filename=name,
             download_name=download,
             scored=scored,

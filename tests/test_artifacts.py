@@ -32,16 +32,18 @@ from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet, write_json, write_parquet, write_text
 from safer_ray.harvest import Harvest
+from safer_ray.marks import Marks
+from safer_ray.recipes import Input
 from safer_ray.runner import LocalRunner
 from safer_ray.stage import recipe
 
-RECIPE = Recipe("salience", 1, {"mode": "paper"}, {"codes": "codes-1"})
+RECIPE = Recipe("salience", 1, {"mode": "paper"}, {"codes": Input("codes-1")})
 ROWS = pa.table({"a": [1, 2, 3]})
 
 
 def build(out):
     write_parquet(ROWS, out / part_name(0))
-    return Result({"written": 3}, {"mode": "paper"}, ("MIT",), 7)
+    return Result({"written": 3}, {"mode": "paper"}, 7, Marks(("MIT",)))
 
 
 # Recipes
@@ -52,7 +54,7 @@ def test_a_recipe_changes_with_everything_that_changes_the_result():
         RECIPE.name,
         replace(RECIPE, version=2).name,
         replace(RECIPE, config={"mode": "response"}).name,
-        replace(RECIPE, inputs={"codes": "codes-2"}).name,
+        replace(RECIPE, inputs={"codes": Input("codes-2")}).name,
         replace(RECIPE, stage="scores").name,
     }
     assert len(names) == 5
@@ -60,9 +62,9 @@ def test_a_recipe_changes_with_everything_that_changes_the_result():
 
 
 def test_a_recipe_does_not_change_with_the_order_of_keys():
-    one = Recipe("s", 1, {"a": 1, "b": 2}, {"x": "1", "y": "2"})
-    assert one.name == Recipe("s", 1, {"b": 2, "a": 1}, {"y": "2", "x": "1"}).name
-    assert recipe("salience", SalienceConfig(mode="paper"), codes="codes-1").name == RECIPE.name
+    one = Recipe("s", 1, {"a": 1, "b": 2}, {"x": Input("1"), "y": Input("2")})
+    assert one.name == Recipe("s", 1, {"b": 2, "a": 1}, {"y": Input("2"), "x": Input("1")}).name
+    assert recipe("salience", SalienceConfig(mode="paper"), codes=Input("codes-1")).name == RECIPE.name
 
 
 def test_pairs_are_named_by_content_not_by_path_or_fragment_size(tmp_path):

@@ -32,12 +32,12 @@ from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
 from safer_ray.auditor import AUDITOR_FORMAT
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
 from safer_ray.files import at, read_json, remove, write_json, write_parquet, write_text
 from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.lock import locked
+from safer_ray.marks import RED_TEAM_MARK
 from safer_ray.runner import LocalRunner, MapJob
 from safer_ray.sources import NormalisePairs, read_raw
 

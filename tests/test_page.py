@@ -371,7 +371,8 @@ def test_no_text_of_a_pair_becomes_markup(prompt, chosen, rejected, name):
 @given(st.lists(TEXT, min_size=1, max_size=3))
 def test_no_row_of_a_file_becomes_markup(texts):
     rows = [{"id": text, "safer_ray": {"line": 1}, text: text} for text in texts]
-    values = {"here": "/", "signed_in": False, "scored": [], "flagged": 0, "errors": [], "download_name": texts[0]}
+    values = {"here": "/", "signed_in": False, "red_team": False, "scored": [], "flagged": 0, "errors": []}
+    values["download_name"] = texts[0]
     page = respond("upload.html", filename=texts[0], rows=rows, **values).body.decode()
     plain = respond("upload.html", filename="a", rows=[{}], **values | {"download_name": "a"}).body.decode()
     assert Tags(page).found == Tags(plain).found

@@ -15,8 +15,8 @@ from safer_ray.artifacts import Place, check_whole, open_artifact, part_files, r
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
-from safer_ray.curation import RED_TEAM_MARK
 from safer_ray.errors import UserError
+from safer_ray.marks import RED_TEAM_MARK
 from safer_ray.pipeline import STAGES, Stages, run
 from safer_ray.runner import LocalRunner, quarantine_rows
 from safer_ray.scoring import pair_scores, suspicion
@@ -103,6 +103,8 @@ def test_the_summary_has_the_agreed_keys(summary):
         "tests",
         "seconds",
         "artifacts",
+        "licences",
+        "red_team",
     }
     assert set(summary["reward"]) == {"accuracy"}
     assert set(summary["sae"]) == {"nmse", "explained_variance", "l0", "dead_share"}
@@ -185,7 +187,7 @@ def test_a_pair_goes_through_every_stage_once(tiny):
 def test_every_manifest_is_complete(tiny):
     for name, artifact in every(tiny).items():
         manifest = json.loads((artifact.path / "manifest.json").read_text(encoding="utf-8"))
-        assert set(manifest) == MANIFEST_KEYS, name
+        assert set(manifest) == MANIFEST_KEYS | ({"red_team_from"} if manifest["red_team"] else set()), name
         assert manifest["name"] == name == artifact.path.name
         assert name.startswith(f"{manifest['stage']}-")
         assert {"safer_ray", "torch", "transformers", "pyarrow"} <= set(manifest["packages"])
@@ -193,8 +195,7 @@ def test_every_manifest_is_complete(tiny):
         assert all(count >= 0 for count in manifest["rows"].values())
         assert manifest["wall_seconds"] >= 0
         assert len(manifest["content_sha256"]) == 64
-        if manifest["stage"] not in ("verdicts", "select"):  # these hold none of the sources' text
-            assert manifest["licence"] == ["synthetic"], name
+        assert manifest["licence"] == ["synthetic"], name
 
 
 def test_inputs_in_manifests_are_names_of_artifacts(tiny):
@@ -503,8 +504,7 @@ def test_a_bundle_of_another_format_is_refused(tiny, tmp_path):
 
 
 def test_rescoring_with_the_runs_own_features_gives_its_scores(tiny, tmp_path):
-    features = read_features(tiny.artifacts["select"].path / "features.json")
-    rescored = stages_in(tmp_path).rescore(ScoresConfig(), tiny.artifacts["codes"], features)
+    rescored = stages_in(tmp_path).rescore(ScoresConfig(), tiny.artifacts["codes"], tiny.artifacts["select"])
     found, wanted = read_parts(rescored.path), read_parts(tiny.artifacts["scores"].path)
     for name in ("pair_id", "score", "suspicion", "flag", "decision", "reward_margin", "reasons"):
         assert found[name].equals(wanted[name]), name

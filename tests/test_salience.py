@@ -163,8 +163,10 @@ def test_nothing_rated_high_enough_is_an_error_with_the_remedy(tmp_path):
     write_parquet(ranked({0: 0.9, 1: -0.8}), tmp_path / "salience" / part_name(0))
     stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
     source = Artifact(tmp_path / "salience", "salience-x")
+    (tmp_path / "ratings.json").write_text('{"0": 4, "1": null}', encoding="utf-8")
+    ratings = Artifact(tmp_path / "ratings.json", "ratings-x")
     with pytest.raises(UserError, match=r"none of the 2 candidates is rated 5 \(highest: 4\); lower judge.thresholds"):
-        stages.select(SelectConfig(), source, ratings={0: 4, 1: None})
+        stages.select(SelectConfig(), source, ratings=ratings)
     assert not (tmp_path / "out").exists()
 
 

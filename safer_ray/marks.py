@@ -1,0 +1,163 @@
+"""What data hands on to all that is made of it: the licences of its sources, and the red-team mark of poisoned labels.
+
+An artifact says both in its manifest. The red-team mark is in its files too, since these are copied without it: in the
+metadata of its tables, in the rows of pairs, scores and decisions, and in the JSON files that models and features are
+opened by.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from safer_ray.background import side_by_side
+from safer_ray.files import read_json, read_parquet, threads_for, write_json, write_parquet
+from safer_ray.remote import Remote
+from safer_ray.rows import explained, kind_of, source_of
+
+MANIFEST = "manifest.json"  # of an artifact; it comes last
+COLUMN = "red_team"  # of rows, and in JSON
+RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}  # in the metadata of Parquet files
+OPENED_BY = {"config.json": (), "cfg.json": ("metadata",), "features.json": ()}  # where the mark goes in each
+KEY = "safer_ray_red_team"  # in them
+
+
+class Marks(NamedTuple):
+    """Licences of the sources, and whether they were poisoned as a red-team exercise."""
+
+    licence: tuple[str, ...] = ()
+    red_team: bool = False
+
+
+NOTHING = Marks()
+
+
+def together(*marks: Marks) -> Marks:
+    """What is made of all of them is under every licence, and marked where any of them is."""
+    return Marks(tuple(sorted({name for m in marks for name in m.licence})), any(m.red_team for m in marks))
+
+
+# Found
+
+
+def says_red_team(row: dict[str, Any]) -> bool:
+    """Whether a row of a source calls itself poisoned; CSV knows no true but the text."""
+    return str(row.get(COLUMN)).lower() == "true"
+
+
+def any_red_team(extra: pa.ChunkedArray) -> bool:
+    """Whether one of these rows does, by what pairs and scores keep of it in `extra`."""
+    maybe = extra.filter(pc.fill_null(pc.match_substring(extra, f'"{COLUMN}":'), False))
+    return any(says_red_team(json.loads(text)) for text in maybe.to_pylist())
+
+
+def is_marked(files: Iterable[Path]) -> bool:
+    """Whether a Parquet file among these says that its rows were poisoned as a red-team exercise. Rows of other files
+    say it themselves, when they are read."""
+    parquet = [path for path in files if kind_of(path)[0] == "parquet"]
+    return bool(parquet) and any(side_by_side(_says_poisoned, parquet, threads_for(parquet[0])))
+
+
+def _says_poisoned(path: Path) -> bool:
+    with explained(path):
+        schema = pq.read_schema(source_of(path))
+        if any(name.encode() in (schema.metadata or {}) for name in RED_TEAM_MARK):
+            return True
+        if COLUMN not in schema.names or not pa.types.is_boolean(schema.field(COLUMN).type):
+            return False
+        return bool(pc.any(pq.read_table(source_of(path), columns=[COLUMN])[COLUMN]).as_py())
+
+
+def marks_of(path: Path) -> Marks:
+    """Of a foreign file or folder: what the artifact says that it is, or lies in, and what its files say."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    found = is_marked(files) or any(_opens_marked(file) for file in files)
+    return together(enclosing([path if path.is_file() else path / MANIFEST]), Marks(red_team=found))
+
+
+def enclosing(paths: Iterable[Path]) -> Marks:
+    """Of the artifacts that files lie in, up to two folders deep."""
+    local = {path.absolute() for path in paths if not isinstance(path, Remote)}
+    folders = {folder for path in local for folder in path.parents[:2]}
+    return together(*(_manifest_marks(folder / MANIFEST) for folder in folders))
+
+
+def _manifest_marks(path: Path) -> Marks:
+    tree = _tree(path)
+    if "stage" not in tree or COLUMN not in tree:  # somebody else's manifest
+        return NOTHING
+    return Marks(tuple(tree.get("licence", ())), bool(tree[COLUMN]))
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is no object."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _opens_marked(file: Path) -> bool:
+    if file.name not in OPENED_BY:
+        return False
+    tree: Any = _tree(file)
+    for key in OPENED_BY[file.name]:
+        tree = tree.get(key)
+    return isinstance(tree, dict) and KEY in tree
+
+
+# Set
+
+
+def marked(table: pa.Table) -> pa.Table:
+    """The table with the mark in its metadata, and in every row of pairs, scores and decisions."""
+    if _is_told_by_row(table.schema):
+        if COLUMN in table.column_names:
+            table = table.drop_columns([COLUMN])
+        table = table.append_column(COLUMN, pa.array([True] * len(table), pa.bool_()))
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **RED_TEAM_MARK})
+
+
+def _is_told_by_row(schema: pa.Schema) -> bool:
+    names = set(schema.names)
+    return "pair_id" in names and (names >= {"chosen", "rejected"} or "decision" in names)
+
+
+def mark_files(directory: Path, leave: Iterable[str] = ()) -> None:
+    """Set the mark in every file below `directory` that can carry it, but in folders called as in `leave` and in whole
+    artifacts of their own."""
+    for file in sorted(directory.iterdir()):
+        if file.name in leave:
+            continue
+        if file.is_dir():
+            if not (file / MANIFEST).is_file():
+                mark_files(file)
+        elif file.suffix == ".parquet":
+            _mark_table(file)
+        elif file.name in OPENED_BY and not _opens_marked(file):
+            _mark_json(file)
+
+
+def _mark_table(path: Path) -> None:
+    with pq.ParquetFile(path) as file:
+        schema, groups = file.schema_arrow, file.metadata.num_row_groups
+        rows = file.metadata.row_group(0).num_rows if groups > 1 else None
+        told = all(name.encode() in (schema.metadata or {}) for name in RED_TEAM_MARK)
+        if told and _is_told_by_row(schema):
+            told = COLUMN in schema.names and pc.all(file.read([COLUMN])[COLUMN], min_count=0).as_py()
+    if not told:
+        write_parquet(marked(read_parquet(path)), path, rows)
+
+
+def _mark_json(path: Path) -> None:
+    whole = read_json(path)
+    tree = whole
+    for key in OPENED_BY[path.name]:
+        tree = tree.setdefault(key, {})
+    tree[KEY] = next(iter(RED_TEAM_MARK.values()))
+    write_json(whole, path)
