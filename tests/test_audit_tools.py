@@ -439,11 +439,11 @@ def test_an_export_that_was_interrupted_goes_on_and_ends_equal(audit, tmp_path, 
     whole = exported(audit, tmp_path / "whole")
     written = []
 
-    def stop(rows, directory, name, mark):
+    def stop(rows, directory, name, red_team):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(name)
-        return original(rows, directory, name, mark)
+        return original(rows, directory, name, red_team)
 
     original = audit_export.write_part
     monkeypatch.setattr(audit_export, "write_part", stop)

@@ -1,6 +1,8 @@
 """Licences and the red-team mark reach all that is made of marked pairs, by whatever way these come in."""
 
 import ast
+import contextlib
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -45,6 +47,7 @@ from safer_ray.runner import LocalRunner
 from safer_ray.stage import VERSIONS, recipe
 from safer_ray.sweep import run_sweep
 
+PARQUET = ("ParquetFile", "read_table", "read_metadata", "read_schema")
 LIBRARY = Path(__file__).parents[1] / "safer_ray"
 POISONED, CLEAN = "CC-BY-NC-4.0", "MIT"  # licences of the two sources
 
@@ -108,14 +111,76 @@ def config(reward_dir, tmp_path_factory):
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def watched(root):
+    """Inside, what each artifact below `root` was made by and which others its build opened, by name."""
+    found, at_work = {}, []
+    build_all, opened, parquet = Place._build, io.open, {name: getattr(pq, name) for name in PARQUET}
+
+    def note(path):
+        with contextlib.suppress(TypeError, ValueError):  # no path, or elsewhere
+            name = Path(path).relative_to(root).parts[0]
+            if at_work and (root / name / "manifest.json").exists():
+                found[at_work[-1]][1].add(name)
+
+    def noting(function):
+        def call(path, *arguments, **options):
+            note(path)
+            return function(path, *arguments, **options)
+
+        return call
+
+    def noting_build(place, recipes, build):
+        def tracked(todo):
+            name = next(iter(todo))
+            found[name] = (list(recipes.values()), set())
+            at_work.append(name)
+            try:
+                return build(todo)
+            finally:
+                at_work.pop()
+
+        return build_all(place, recipes, tracked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "_build", noting_build)
+        patch.setattr(io, "open", noting(opened))
+        patch.setattr("builtins.open", noting(opened))
+        for name, function in parquet.items():
+            patch.setattr(pq, name, noting(function))
+        yield found
+
+
 @pytest.fixture(scope="module")
-def made(config):
-    """Every artifact that the run, its lab and its sweep made, and the run."""
+def reads(config):
+    """The run, its lab and its sweep, and what each build read."""
     pytest.importorskip("cleanlab")
-    whole = run(config, LocalRunner())
-    run_lab(config, LocalRunner())
-    run_sweep(config, LocalRunner())
+    with watched(config.root / config.name) as found:
+        whole = run(config, LocalRunner())
+        run_lab(config, LocalRunner())
+        run_sweep(config, LocalRunner())
+    return whole, found
+
+
+@pytest.fixture(scope="module")
+def made(reads):
+    """The run, and every artifact that it, its lab and its sweep made."""
+    whole, _ = reads
     return whole, [open_artifact(path.parent) for path in sorted(whole.directory.glob("*/manifest.json"))]
+
+
+@pytest.mark.slow
+def test_no_stage_reads_what_its_recipe_does_not_know(reads, made):
+    """Inputs, what these were made of, and so on: all of that hands its marks on."""
+    inputs = {a.name: set(" ".join(a.manifest["inputs"].values()).split()) for a in made[1]}
+    for name, (recipes, opened) in reads[1].items():
+        known, todo = set(), [a.name for r in recipes for artifacts in r._by_role().values() for a in artifacts]
+        while todo:
+            if (one := todo.pop()) not in known:
+                known.add(one)
+                todo += inputs.get(one, set()) & inputs.keys()
+        assert opened <= known, name
+    assert len(set().union(*(opened for _, opened in reads[1].values()))) > 30  # the watch sees something
 
 
 @pytest.mark.slow
