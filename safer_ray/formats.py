@@ -1,5 +1,6 @@
 """Preference formats in the wild: each is a pure function from one row to a pair, or a reason to refuse the row."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -148,13 +149,9 @@ def _turns(text: str) -> Messages:
 
 def _tidy(turns: Messages) -> Messages:
     """Without empty turns, and with neighbours of one role joined, so that roles alternate as chat templates want."""
-    messages: Messages = []
-    for turn in turns:
-        if messages and messages[-1]["role"] == turn["role"] and turn["content"]:
-            messages[-1] = {"role": turn["role"], "content": f"{messages[-1]['content']}\n\n{turn['content']}"}
-        elif turn["content"]:
-            messages.append(turn)
-    return messages
+    said = [turn for turn in turns if turn["content"]]
+    runs = itertools.groupby(said, key=lambda turn: turn["role"])
+    return [{"role": role, "content": "\n\n".join(turn["content"] for turn in run)} for role, run in runs]
 
 
 def parse_prompt(text: str) -> Messages:

@@ -74,14 +74,14 @@ def _files(directory: Path) -> dict[Path, list[str]]:
     return {directory / WEIGHTS: []}
 
 
-_BLOCK = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")  # model.layers.3.…, bert.encoder.layer.3.…
+_BLOCK = re.compile(r"\blayers?\.(\d{1,9}+)(?=\.)")  # model.layers.3.…, bert.encoder.layer.3.…
 
 
 def _renamed(name: str, start: int, stop: int, count: int) -> str | None:
     """What a tensor of the whole model is called in its part; None where it is not in it."""
-    block = _BLOCK.match(name)
+    block = _BLOCK.search(name)
     if block:
-        number = int(block.group(2))
-        return f"{block.group(1)}{number - start}{block.group(3)}" if start <= number < stop else None
+        number = int(block[1])
+        return f"{name[: block.start(1)]}{number - start}{name[block.end(1) :]}" if start <= number < stop else None
     embeds = "embed" in name
     return name if (embeds and start == 0) or (not embeds and stop == count) else None

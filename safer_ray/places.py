@@ -1,5 +1,6 @@
 """Where what a pair says lies in the texts as they were sent: readers cut transcripts into turns and strip them."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-Pieces = list[list[Piece]]  # of each message of a prompt or a response, in order
+Pieces = list[list[Piece]]  # of each message of a prompt or a response, in order, and so are those of a message
 
 
 def pieces_of(sent: Mapping[str, Any], pair: Pair) -> dict[str, Pieces]:
@@ -78,9 +79,10 @@ def _spoken(text: str) -> Iterator[tuple[str, int, int]]:
 def sent_span(pieces: Pieces, message: int, start: int, stop: int) -> tuple[int, int, int] | None:
     """Message, start and stop in the texts as sent of a stretch of one of the pair's messages, as far as it lies in one
     piece; None where that was not sent."""
-    for piece in pieces[message]:
-        length = piece.stop - piece.start
-        if piece.at <= start < piece.at + length:
-            shift = piece.start - piece.at
-            return piece.message, start + shift, min(stop, piece.at + length) + shift
-    return None
+    own = pieces[message]
+    number = bisect_right(own, start, key=lambda piece: piece.at) - 1
+    if number < 0:
+        return None
+    piece = own[number]
+    length, shift = piece.stop - piece.start, piece.start - piece.at
+    return (piece.message, start + shift, min(stop, piece.at + length) + shift) if start < piece.at + length else None

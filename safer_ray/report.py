@@ -2,8 +2,7 @@
 
 import base64
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from markupsafe import Markup
 
 from safer_ray import plots
 from safer_ray.pages import page
+from safer_ray.spaced import find_sentence
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,6 @@ class SectionPlot(NamedTuple):
 
 
 PERCENTAGES = {"validation_accuracy", "dead_share", "clustered_share", "read_share"}
-ROLE_LABEL = re.compile(r"^\s*(?:human|user|assistant|system)\s*:\s*", re.IGNORECASE)
 
 
 def render_report(data: ReportData) -> str:
@@ -257,7 +256,7 @@ def key_figures(data: ReportData) -> list[Tile]:
 def highlight(text: str, reasons: Sequence[ReasonView]) -> list[Segment]:
     """The text cut into segments; a sentence that several reasons name stands once, with all of them."""
     spans: list[tuple[int, int, list[ReasonView]]] = []
-    found = [(span, reason) for reason in reasons if (span := _find(text, reason.sentence))]
+    found = [(span, reason) for reason in reasons if (span := find_sentence(text, reason.sentence))]
     for (start, end), reason in sorted(found, key=lambda item: (item[0][0], -item[0][1], item[1].feature)):
         if spans and start < spans[-1][1]:
             spans[-1][2].append(reason)
@@ -274,7 +273,9 @@ def highlight(text: str, reasons: Sequence[ReasonView]) -> list[Segment]:
 def mark_pair(pair: PairView) -> MarkedPair:
     """Reasons are looked for in the response of their side; those of sentences not there, in the prompt."""
     texts = {"chosen": pair.chosen, "rejected": pair.rejected}
-    own = {side: [r for r in pair.reasons if r.side == side and _find(texts[side], r.sentence)] for side in texts}
+    own = {
+        side: [r for r in pair.reasons if r.side == side and find_sentence(texts[side], r.sentence)] for side in texts
+    }
     rest = [r for r in pair.reasons if not any(r in named for named in own.values())]
     return MarkedPair(
         pair,
@@ -321,27 +322,6 @@ def _base_model(data: ReportData) -> str:
 
 def _selected(data: ReportData) -> tuple[int, int]:
     return sum(card.sign > 0 for card in data.features), sum(card.sign < 0 for card in data.features)
-
-
-def _find(text: str, sentence: str) -> tuple[int, int] | None:
-    """Where a sentence stands in a text, whitespace aside. Sentences cut from the rendered conversation may begin with
-    a role label or the end of the turn before, which the bare text lacks."""
-    for words in _needles(sentence):
-        match = re.search(r"\s+".join(map(re.escape, words)), text)
-        if match:
-            return match.span()
-    return None
-
-
-def _needles(sentence: str) -> Iterator[list[str]]:
-    words = sentence.strip().strip("…").split()
-    if not words:
-        return
-    yield words
-    yield ROLE_LABEL.sub("", sentence).split() or words
-    for start in range(1, len(words) - 1):
-        yield words[start:]
-    yield sentence.strip().splitlines()[-1].split()
 
 
 def _metric(value: float, name: str) -> str:

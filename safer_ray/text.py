@@ -10,9 +10,10 @@ import numpy as np
 from safer_ray.errors import UserError
 
 Message = dict[str, str]
-SENTENCE_END = re.compile(r"[.,?!;\n]+(\s+[.,?!;\n]+)*")
+SENTENCE_END = re.compile(r"[.,?!;\n](?:[.,?!;\s]*[.,?!;\n])?")  # [.,?!;\n]+(\s+[.,?!;\n]+)* without a stack
 BLANK = re.compile("\ue000\\d+\ue001")  # stands for a message's content, to see what is markup
 BETWEEN = "\ue000"  # two texts, no run goes across
+SEARCHED = 2**28  # characters looked through in vain for the contents of one text, a tenth of a second's work
 END_GAP = 5  # tokens before the first end and between two
 PLAIN_TURNS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
 
@@ -59,8 +60,12 @@ class _Tokens(NamedTuple):
 
 
 def _content_spans(text: str, markup: Sequence[str], contents: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Where the contents lie in a text that alternates markup and contents; whitespace around a content is left out."""
-    spans, position = [], 0
+    """Where the contents lie in a text that alternates markup and contents; whitespace around a content is left out.
+
+    Raises:
+        UserError: the template rewrites so many contents of a long conversation that looking for them would not end.
+    """
+    spans, position, searched = [], 0, 0
     for before, content in zip(markup, contents, strict=False):
         if text.startswith(before, position):
             position += len(before)
@@ -69,7 +74,22 @@ def _content_spans(text: str, markup: Sequence[str], contents: Sequence[str]) ->
         if said and start >= 0:
             position = start + len(said)
             spans.append((start, position))
+        elif said:
+            searched += len(text) - position
+            if searched > SEARCHED:
+                raise UserError(
+                    f"the chat template leaves out or rewrites too many of the {len(contents):,} messages of a text of "
+                    f"{len(text):,} characters; set `template: plain`, or cut the conversation"
+                )
     return tuple(spans)
+
+
+def _rendered(text: str, blank: str, messages: Sequence[Message], marked: Sequence[Message]) -> Rendered:
+    """A text with its content spans by the same text with a mark in the place of each content; those whose mark the
+    template left out are not looked for."""
+    shown = set(BLANK.findall(blank))
+    contents = [m["content"] for m, mark in zip(messages, marked, strict=True) if mark["content"] in shown]
+    return Rendered(text, _content_spans(text, BLANK.split(blank), contents))
 
 
 def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
@@ -137,12 +157,9 @@ class PairTokenizer:
         head, whole = self._chat(prompt, response)
         marked = [_blank(m, i) for i, m in enumerate([*prompt, *response])]
         blank_head, blank_whole = self._chat(marked[: len(prompt)], marked[len(prompt) :])
-        contents = [m["content"] for m in (*prompt, *response)]
-        texts = (head, whole[len(head) :])
-        markup = (BLANK.split(blank_head), BLANK.split(blank_whole[len(blank_head) :]))
-        said = (contents[: len(prompt)], contents[len(prompt) :])
-        return Rendered(texts[0], _content_spans(texts[0], markup[0], said[0])), Rendered(
-            texts[1], _content_spans(texts[1], markup[1], said[1])
+        return (
+            _rendered(head, blank_head, prompt, marked[: len(prompt)]),
+            _rendered(whole[len(head) :], blank_whole[len(blank_head) :], response, marked[len(prompt) :]),
         )
 
     def _chat(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:

@@ -10,6 +10,8 @@ import pyarrow as pa
 COLUMNS = ("pair_id", "source", "section", "group")
 _CONDITION = re.compile(r"^\s*([\w.]+)\s*(==|!=)\s*(?:\"([^\"]*)\"|'([^']*)'|(\S+))\s*$")
 
+_AND = re.compile(r"(?<!\s)\s+and\s+")  # from the first of its spaces on, or each of them would be tried in turn
+
 
 class Condition(NamedTuple):
     column: str
@@ -24,7 +26,7 @@ def parse_where(text: str | None) -> tuple[Condition, ...]:
         ValueError: the text does not parse or names an unknown column.
     """
     conditions = []
-    for part in re.split(r"\s+and\s+", text.strip()) if text and text.strip() else []:
+    for part in _AND.split(text.strip()) if text and text.strip() else []:
         match = _CONDITION.match(part)
         if match is None:
             raise ValueError(f"cannot read the condition {part!r}; write it as `section == safety`")

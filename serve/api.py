@@ -11,6 +11,7 @@ Side = Literal["chosen", "rejected"]
 Part = Literal["prompt", "response"]
 Decision = Literal["keep", "review"]
 Sign = Literal[1, -1]
+FIRST_ERROR = Field(fail_fast=True)  # of a list: each error costs as much as many items
 Suspicion = Annotated[float, Field(ge=0, le=1, description="1 is worst")]
 Percentile = Annotated[float, Field(ge=0, le=100, description="of the score among the reference pairs; low is worst")]
 
@@ -41,7 +42,7 @@ def _kind(value: object) -> str | None:
 
 
 Text = Annotated[
-    Annotated[StrictStr, Tag("text")] | Annotated[list[Message], Tag("messages")],
+    Annotated[StrictStr, Tag("text")] | Annotated[list[Message], FIRST_ERROR, Tag("messages")],
     Discriminator(
         _kind, custom_error_type="type", custom_error_message="wanted text or a list of {role, content} messages"
     ),
@@ -67,7 +68,7 @@ class Pair(Sent):
 
 
 class ScoreRequest(Sent):
-    pairs: list[Pair] = Field(min_length=1)
+    pairs: Annotated[list[Pair], FIRST_ERROR] = Field(min_length=1)
     explain: bool = Field(False, description="whether to name contributing features and sentences")
 
 

@@ -11,10 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safer_ray.config import Frozen
 from serve.problems import Problem, respond_with
+from serve.scope import path_of
 
-STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-BRACKETS = re.compile(rb"[\[\]{}]")
-OPENING = b"[{"
+# Up to the next bracket or comma outside strings, or to the end; a string that nothing ends goes on to there. Nothing
+# is given back or looked at twice, since a body of quotes and backslashes would cost its length squared.
+SIGN = re.compile(rb'(?:[^"\[\]{},]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z))*+([\[\]{},]|\Z)', re.DOTALL)
+OPENING = (b"[", b"{")
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -24,13 +26,19 @@ class Limits(Frozen):
 
     body_bytes: Count = 4 * 2**20
     upload_bytes: Count = 16 * 2**20  # of a file that the page takes
+    sign_in_bytes: Count = 4 * 2**10  # of the form that strangers may send
     pairs: Count = 100
     chars: Count = 500_000  # of all texts
     text_chars: Count = 20_000  # of a prompt or response
     depth: Count = 8  # of JSON; a request has 5 levels
     values: Count = 50_000  # lists and objects
+    members: Count = 100_000  # items and keys of these; each that is wrong costs an error of its own
     receive_s: Annotated[float, Field(gt=0)] = 20.0  # a body must have come by then
     answer_s: Annotated[float, Field(gt=0)] = 60.0  # and an answer
+
+    def of_body(self, path: str) -> int:
+        """Bytes that a body sent to this path may have."""
+        return {"/upload": self.upload_bytes, "/sign-in": self.sign_in_bytes}.get(path, self.body_bytes)
 
 
 LimitsOf = Callable[[], Limits]  # those of now
@@ -56,7 +64,7 @@ class LimitBodies:
             await self.app(scope, receive, send)
             return
         limits = self.limits()
-        limit = limits.upload_bytes if scope["path"] == "/upload" else limits.body_bytes
+        limit = limits.of_body(path_of(scope))
         try:
             _check_declared(scope, limit)
             async with asyncio.timeout(limits.receive_s):
@@ -113,15 +121,15 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def read_json(body: bytes, limits: Limits) -> Any:
-    """A body as JSON, its nesting counted before anything is made of it.
-
-    Raises:
-        Problem: nested too deep, too many values, or no JSON; no text of it is told.
-    """
-    depth = count = 0
-    for bracket in BRACKETS.finditer(STRINGS.sub(b"", body)):
-        if bracket[0] in OPENING:
+def check_nesting(body: bytes, limits: Limits) -> None:
+    """Raises Problem where a body that claims to be JSON nests too deep, or holds too many values."""
+    depth = count = members = 0
+    for found in SIGN.finditer(body):
+        if found[1] == b",":
+            members += 1
+            if members >= limits.members:
+                raise Problem(413, f"the JSON has more than {limits.members:,} items and keys; send fewer pairs")
+        elif found[1] in OPENING:
             depth, count = depth + 1, count + 1
             if depth > limits.depth:
                 raise Problem(422, f"the JSON is nested deeper than {limits.depth} levels")
@@ -129,6 +137,17 @@ def read_json(body: bytes, limits: Limits) -> Any:
                 raise Problem(413, f"the JSON has more than {limits.values:,} lists and objects; send fewer pairs")
         else:
             depth -= 1
+            if depth < 0:
+                return  # a bracket too many, or the end: no JSON goes on from here
+
+
+def read_json(body: bytes, limits: Limits) -> Any:
+    """A body as JSON, its nesting counted before anything is made of it.
+
+    Raises:
+        Problem: nested too deep, too many values, or no JSON; no text of it is told.
+    """
+    check_nesting(body, limits)
     try:
         return json.loads(body, parse_constant=_no_constant)
     except UnicodeDecodeError:

@@ -1,0 +1,408 @@
+"""What reads a stranger's text takes time in proportion to its length, whatever the text is."""
+
+import contextlib
+import gc
+import json
+import re
+import signal
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safer_ray import keys, leftovers, parts, rows, spaced, text, where
+from safer_ray.contexts import cut_context
+from safer_ray.errors import UserError
+from safer_ray.formats import Refused, is_transcript, read_pair
+from safer_ray.places import Piece, pieces_of, sent_span
+from safer_ray.rows import read_rows
+from serve import access, auth, limits, uploads, web
+from serve.api import ScoreRequest
+from serve.limits import Limits, check_nesting, read_json
+from serve.marking import parted, visible
+from serve.problems import Problem
+
+SMALL, LARGE = 2**16, 2**20
+RATIO = 40  # linear gives 16, quadratic 256
+MEASURABLE_S = 0.002
+NOTHING_S = 1e-4  # what takes less for LARGE is no danger
+TRIES = 3  # others on the machine change what a cache holds from one moment to the next; a square stays one
+HOPELESS_S = 1.0  # for SMALL; what is linear takes milliseconds
+ROOMY = Limits(body_bytes=2**30, values=2**30, members=2**30)
+
+
+class TooSlow(BaseException):
+    """No Exception, so that what is measured does not catch it."""
+
+
+def processor_seconds(call, at_most):
+    """The least of five, each long enough to be measured; garbage waits meanwhile, as with timeit."""
+    found, times = [], 1
+    signal.signal(signal.SIGPROF, _give_up)
+    while len(found) < 5:
+        gc.disable()
+        signal.setitimer(signal.ITIMER_PROF, at_most * times + 1)
+        try:
+            began = time.process_time()
+            for _ in range(times):
+                call()
+            took = time.process_time() - began
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            gc.enable()
+        if took < MEASURABLE_S and times < 1000:
+            times *= 4
+            found.clear()
+        else:
+            found.append(took / times)
+    return min(found)
+
+
+def _give_up(*_):
+    raise TooSlow
+
+
+def assert_linear(call, unit, head="", tail=""):
+    """`call` on a text of SMALL and of LARGE characters that repeats `unit` between head and tail."""
+
+    def made(size):
+        return head + unit * ((size - len(head) - len(tail)) // len(unit)) + tail
+
+    small, large = made(SMALL), made(LARGE)
+    found = []
+    for _ in range(TRIES):
+        try:
+            quick = processor_seconds(lambda: call(small), HOPELESS_S)
+            slow = processor_seconds(lambda: call(large), RATIO * quick)
+        except TooSlow:
+            found.append("given up")
+            continue
+        if slow < max(RATIO * quick, NOTHING_S):
+            return
+        found.append(f"{quick:.5f} s and {slow:.5f} s")
+    pytest.fail(f"{head[:20]!r} + {unit!r} * n + {tail[:20]!r} takes more than linear time: {', '.join(found)}")
+
+
+def refusing(call, *refusals):
+    """A call whose refusal is an answer like any other."""
+
+    def called(given):
+        with contextlib.suppress(*refusals):
+            call(given)
+
+    return called
+
+
+# Bodies of requests
+
+
+def as_json(given):
+    body = given.encode("utf-8", "surrogatepass")
+    try:
+        return read_json(body, ROOMY)
+    except Problem:
+        return None
+
+
+BODIES = [
+    ("", '"', ""),
+    ("", '\\"', ""),
+    ('"', '\\"', ""),
+    ('"', "\\\\", ""),
+    ('"', "\\\\", "\\"),
+    ('{"pairs": "', "\\u0041", '"}'),
+    ('"', '"\\', ""),
+    ("", '""', ""),
+    ("", '"a', ""),
+    ("", '"\\"', ""),
+    ("", '["', ""),
+    ("", "[]", ""),
+    ("[", '"]",', '""]'),
+    ("[", "[],", "0]"),
+    ("[", "0,", "0]"),
+    ("[", "1e5,", "0]"),
+    ("", "]", ""),
+    ("", "{", ""),
+    ("", ",", ""),
+    ("", " ", ""),
+    ("", "\n", "x"),
+    ("", "a", ""),
+    ('{"x": 0.', "9", "}"),
+    ('{"x": 1', "0", ".0}"),
+]
+
+
+@pytest.mark.parametrize(("head", "unit", "tail"), BODIES)
+def test_bodies_are_counted_and_parsed(head, unit, tail):
+    assert_linear(as_json, unit, head, tail)
+
+
+def test_errors_of_a_body_are_counted_no_further_than_the_first_of_a_list():
+    def check(given):
+        with pytest.raises(ValueError, match="valid dictionary"):
+            ScoreRequest.model_validate({"pairs": [{"prompt": json.loads(given), "chosen": "a", "rejected": "b"}]})
+
+    assert_linear(check, "0,", "[", "0]")
+    with pytest.raises(ValueError, match="1 validation error"):
+        ScoreRequest.model_validate({"pairs": [0] * 100})
+
+
+OLD_STRINGS, OLD_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(rb"[\[\]{}]")
+
+
+@given(st.lists(st.sampled_from([b'"', b"\\", b"[", b"]", b"{", b"}", b",", b"a", b"\n", b"\xff"]), max_size=14))
+def test_what_is_counted_are_the_brackets_outside_strings(pieces):
+    body = b"".join(pieces)
+    bare = OLD_STRINGS.sub(b"", body).partition(b'"')[0]  # behind a string that nothing ends all is its text
+    found = [match[1] for match in limits.SIGN.finditer(body) if match[1] not in (b"", b",")]
+    assert found == OLD_BRACKETS.findall(bare)
+    assert sum(match[1] == b"," for match in limits.SIGN.finditer(body)) == bare.count(b",")
+
+
+@given(st.recursive(st.text('a"\\[]{},', max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=8))
+def test_depth_and_counts_are_those_of_the_tree(tree):
+    def measured(node):
+        inside = [measured(item) for item in node] if isinstance(node, list) else []
+        depth = 1 + max((d for d, _, _ in inside), default=0) if isinstance(node, list) else 0
+        values = sum(v for _, v, _ in inside) + isinstance(node, list)
+        commas = sum(c for _, _, c in inside) + max(0, len(inside) - 1)
+        return depth, values, commas
+
+    depth, values, commas = measured(tree)
+    body = json.dumps(tree).encode()
+    fits = Limits(depth=max(1, depth), values=max(1, values), members=commas + 1)
+    check_nesting(body, fits)
+    for name, found in (("depth", depth), ("values", values), ("members", commas)):
+        if found > 1 or (name == "members" and found):
+            with pytest.raises(Problem):
+                check_nesting(body, fits.model_copy(update={name: found - (name != "members")}))
+
+
+UPLOADS = [
+    ("", "\n"),
+    ("", "\r\n"),
+    ("", " \n"),
+    ('{"a": "', '\\"'),
+    ("", "["),
+    ('{"a": [', "0,"),
+    ("", '"'),
+    ("", "{}\n"),
+]
+
+
+@pytest.mark.parametrize(("head", "unit"), UPLOADS)
+def test_uploads_are_cut_into_lines_and_rows(head, unit):
+    assert_linear(refusing(lambda given: uploads.read_lines(given.encode()), uploads.TooManyRows), unit, head)
+
+
+# Texts of pairs
+
+TURNS = ["\n\nHuman: a", "\n\nHuman:", "\n\nHuman: a\n\nAssistant: b", "Human:", "\n", " ", "\t", "a "]
+
+
+@pytest.mark.parametrize("unit", TURNS)
+@pytest.mark.parametrize("head", ["", "\n\nHuman:"])
+def test_transcripts_are_read_and_their_turns_found(head, unit):
+    def canonical(given):
+        pair = {"prompt": given, "chosen": "a", "rejected": "b"}
+        read = read_pair(pair, "canonical")
+        found = pieces_of(pair, read)["prompt"]
+        assert len(found) == len(read.prompt)
+
+    assert_linear(refusing(canonical, Refused), unit, head)
+    assert_linear(is_transcript, unit, head)
+
+
+@pytest.mark.parametrize("unit", TURNS)
+@pytest.mark.parametrize("format", ["hh_rlhf", "trl_implicit"])
+def test_two_texts_are_parted_where_they_begin_to_differ(format, unit):
+    def read(given):
+        read_pair({"chosen": given + "\n\nAssistant: a", "rejected": given + "\n\nAssistant: b"}, format)
+
+    assert_linear(refusing(read, Refused), unit)
+
+
+def test_a_place_among_many_pieces_is_found():
+    def every_place(given):
+        own = [Piece(i, 0, 2 * i, 2 * i + 1) for i in range(len(given) // 16)]
+        assert all(sent_span([own], 0, piece.at, piece.at + 1) for piece in own)
+
+    assert_linear(every_place, "a")
+
+
+@given(st.lists(st.integers(1, 4), max_size=6), st.integers(0, 30), st.integers(1, 5))
+def test_a_place_among_pieces_is_that_of_the_first_that_holds_it(lengths, start, length):
+    own, at = [], 0
+    for number, each in enumerate(lengths):
+        own.append(Piece(at, number, 10 * number, 10 * number + each))
+        at += each + 2
+    holds = [piece for piece in own if piece.at <= start < piece.at + piece.stop - piece.start]
+    wanted = None
+    if holds:
+        shift = holds[0].start - holds[0].at
+        wanted = holds[0].message, start + shift, min(start + length, holds[0].stop - shift) + shift
+    assert sent_span([own], 0, start, start + length) == wanted
+
+
+SENTENCES = [".", ". ", " ", "\n", " \n", ".\n", "a. ", "a", ".  \n\n", "\u2003", "a \n"]
+
+
+@pytest.mark.parametrize("unit", SENTENCES)
+@pytest.mark.parametrize(("head", "tail"), [(".", "x"), ("x", ".")])
+def test_sentence_ends_are_found(head, unit, tail):
+    def ends(given):
+        text.sentence_ends([text.Rendered(given, ((0, len(given)),))])
+        text.sentence_start(given, len(given))
+        cut_context(given, 0, len(given))
+
+    assert_linear(ends, unit, head, tail)
+
+
+@pytest.mark.parametrize("unit", ["\ue000", "\ue0001", "1", "\ue000\ue001", "\ue0001\ue001"])
+def test_marks_of_contents_are_told_from_markup(unit):
+    assert_linear(text.BLANK.split, unit, "\ue000")
+
+
+@pytest.mark.parametrize("unit", ["a", " a", "a ", "\n"])
+def test_contents_are_found_in_a_rendered_conversation(unit):
+    def spans(given):
+        contents = [given[i : i + 8] for i in range(0, len(given), 8)]
+        text.render_plain([{"role": "user", "content": content} for content in contents], [])
+
+    assert_linear(spans, unit)
+
+
+def test_contents_that_a_template_rewrites_are_not_looked_for_without_end():
+    def spans(given):
+        contents = [f"{number:08}" for number in range(len(given) // 16)]
+        text._content_spans(given, [""] * (len(contents) + 1), contents)
+
+    assert_linear(refusing(spans, UserError), "a")
+    many = [f"{number:08}" for number in range(2**12)]
+    with pytest.raises(UserError, match="leaves out or rewrites too many of the 4,096 messages of a text of 1,048,576"):
+        text._content_spans("a" * 2**20, [""] * len(many), many)
+
+
+@pytest.mark.parametrize("unit", ["a", "a ", "a  ", " ", "ab a ", "Human: ", "a\n"])
+@pytest.mark.parametrize("tail", ["", " b b"])
+def test_sentences_are_found_whatever_the_whitespace(unit, tail):
+    assert_linear(lambda given: spaced.find_sentence(given, "c a a a" + 200 * " a" + " b"), unit, tail=tail)
+    assert_linear(lambda given: spaced.find_sentence("a a a b a a", given), unit, tail=tail)
+
+
+def old_find(whole, sentence):
+    for words in old_needles(sentence):
+        match = re.search(r"\s+".join(map(re.escape, words)), whole)
+        if match:
+            return match.span()
+    return None
+
+
+def old_needles(sentence):
+    words = sentence.strip().strip("…").split()
+    if not words:
+        return
+    yield words
+    yield spaced.ROLE_LABEL.sub("", sentence).split() or words
+    for start in range(1, len(words) - 1):
+        yield words[start:]
+    yield sentence.strip().splitlines()[-1].split()
+
+
+@given(st.text(".,\n a\u2003?", max_size=14))
+def test_sentence_ends_are_the_same_runs_as_before(said):
+    old = re.finditer(r"[.,?!;\n]+(\s+[.,?!;\n]+)*", said)
+    assert [match.span() for match in text.SENTENCE_END.finditer(said)] == [match.span() for match in old]
+
+
+WORDS = st.text("ab \n\t\u2003\x1c\x85…", max_size=12)
+
+
+@given(WORDS, st.one_of(WORDS, st.builds("human: {}".format, WORDS)))
+def test_sentences_are_found_where_they_were_before(whole, sentence):
+    assert spaced.find_sentence(whole, sentence) == old_find(whole, sentence)
+
+
+@pytest.mark.parametrize("unit", [" ", "\x00", "\u202e", "a", " a"])
+def test_texts_are_shown(unit):
+    assert_linear(lambda given: (parted(given), visible(given)), unit)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "unit"),
+    [
+        ("a.json", "[", " "),
+        ("a.json", "[", ","),
+        ("a.json", "[", '{"a": 0, "b": "cccccccccccccccc"},'),
+        ("a.json", '["', '\\"'),
+        ("a.json", "[", "["),
+        ("a.json", "[", "[[],"),
+        ("a.jsonl", "", "\n"),
+        ("a.jsonl", "", '{"a": 0, "b": "cccccccccccccccc"}\n'),
+        ("a.csv", "a,b\n", '"'),
+        ("a.csv", "a,b\n", '"a""'),
+        ("a.csv", "a,b\n", "1,22222222222222222222222222222222222\n"),
+        ("a.csv", "a,b\n", ","),
+        ("a.csv", "a,b\n", "\n"),
+    ],
+)
+def test_rows_of_a_file_are_told_apart(tmp_path, name, head, unit):
+    def read(given):
+        path = tmp_path / str(len(given)) / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text(given, encoding="utf-8")
+        return sum(1 for _ in read_rows(path, 0, 2**40))
+
+    assert_linear(read, unit, head)
+
+
+@pytest.mark.parametrize("unit", ["layer.", "layers.1", "layer.1.", "1", "\n", "layer.1.\n"])
+@pytest.mark.parametrize(("head", "tail"), [("", ""), ("layer.", ""), ("layer.1.", "\n\n")])
+def test_names_of_tensors_are_read(head, unit, tail):
+    assert_linear(lambda given: parts._renamed(given, 1, 2, 3), unit, head, tail)
+
+
+OLD_BLOCK = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
+
+
+@given(st.lists(st.sampled_from(["layer", "layers", ".", "1", "2", "a", "_", "0"]), max_size=10).map("".join))
+def test_blocks_are_told_from_names_as_before(name):
+    found, old = parts._BLOCK.search(name), OLD_BLOCK.match(name)
+    assert (found and (name[: found.start(1)], found[1], name[found.end(1) :])) == (old and old.groups())
+
+
+# Settings, names, headers
+
+
+@pytest.mark.parametrize("unit", [" ", " and", " and ", "a", "=", '"', "section == a and ", "\t"])
+@pytest.mark.parametrize(("head", "tail"), [("a", "b"), ("section == ", " x"), ('section == "', "")])
+def test_conditions_are_parted(head, unit, tail):
+    assert_linear(refusing(where.parse_where, ValueError), unit, head, tail)
+
+
+@given(st.lists(st.sampled_from([" ", "\n", "and", "a", "d", "\u2003"]), max_size=12).map("".join))
+def test_conditions_are_parted_as_before(given_text):
+    assert where._AND.split(given_text.strip()) == re.split(r"\s+and\s+", given_text.strip())
+
+
+@pytest.mark.parametrize("unit", ["a", ".", ":", " ", "=", "a.", "%", "&", "\\", "a=1&", "part-00000000"])
+def test_names_and_headers_are_read(unit):
+    opened = auth.Keys(listed=(keys.Key("a", "0" * 64),))
+    for call in (
+        access.host_of,
+        access.own_path,
+        auth.bearer_of,
+        opened.session_of,
+        lambda given: web.UNSAFE_NAME.sub("-", given),
+        lambda given: web.errors_of(web.BLANK, given),
+        leftovers.NAME.fullmatch,
+        leftovers.TORN.fullmatch,
+        refusing(lambda given: keys.parse_keys(given, "keys"), UserError),
+        rows._JSON_SPACE.match,
+    ):
+        assert_linear(call, unit)
