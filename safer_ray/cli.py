@@ -278,11 +278,18 @@ def inspect(
 
 
 @app.command()
-def key(name: Annotated[str, typer.Argument(help="Whose key it is, say a team's or a platform's name.")]) -> None:
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is, say a team's or a platform's name.")],
+    days: Annotated[float | None, typer.Option(help="It expires after so many days; without this, never.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests a minute that it may send.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Pairs a minute that it may have scored.")] = None,
+) -> None:
     """Make a key of the scoring service: its token, shown this once, and the line for the keys file."""
-    from safer_ray.keys import new_key
+    import time
 
-    token, line = new_key(name)
+    from safer_ray.keys import expiry_in, new_key
+
+    token, line = new_key(name, None if days is None else expiry_in(days, time.time()), requests, pairs)
     typer.echo(f"token  {token}\nline   {line}")
 
 

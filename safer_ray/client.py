@@ -80,7 +80,8 @@ class Patience(NamedTuple):
 
     tries: int = 8
     first_s: float = 0.25  # before the second try; twice as long before each next one, less up to half by chance
-    longest_s: float = 8.0  # also where the service asks for more
+    longest_s: float = 8.0
+    longest_asked_s: float = 60.0  # where the service asks for more: a key's limits are by the minute
 
 
 class Client:
@@ -204,8 +205,8 @@ def pause(patience: Patience, attempt: int, asked: str | None) -> float:
     clients that were refused together do not come back together."""
     wait = min(patience.first_s * 2**attempt, patience.longest_s)
     if (told := seconds_of(asked)) is not None:
-        wait = min(max(wait, told), patience.longest_s)
-        return wait * random.uniform(1.0, 1.5)
+        wait = max(wait, min(told, patience.longest_asked_s))
+        return wait + random.uniform(0.0, min(wait, patience.longest_s) / 2)
     return wait * random.uniform(0.5, 1.0)
 
 

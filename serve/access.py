@@ -1,5 +1,6 @@
 """The door: which hosts and callers are answered, and how people sign in to the page."""
 
+import time
 from typing import Any
 from urllib.parse import parse_qs, quote
 
@@ -8,9 +9,12 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from safer_ray.keys import Key
 from serve.auth import COOKIE, SESSION_S, Keys, bearer_of, is_own
 from serve.problems import Problem, respond_with
+from serve.rates import Caller, Rates
 from serve.render import sign_in_page
+from serve.scope import path_of
 
 OPEN = ("/healthz", "/readyz", "/sign-in")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -24,10 +28,11 @@ class Access:
     it made lead there.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, hosts: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, hosts: tuple[str, ...], rates: Rates) -> None:
         self.app = app
         self.keys = keys
         self.hosts = hosts
+        self.rates = rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,17 +43,17 @@ class Access:
 
     def _refusal(self, asked: HTTPConnection) -> Response | None:
         """What is answered in place of what was asked for; None: nothing stands against it."""
-        path, method = asked.url.path, asked.scope["method"]
+        path, method = path_of(asked.scope), asked.scope["method"]
         if self.hosts and host_of(asked.headers.get("host", "")) not in self.hosts:
             return respond_with(Problem(403, f"this service answers to {', '.join(self.hosts[:2])} only"))
-        if path.startswith("/v1/"):
+        if path == "/v1" or path.startswith("/v1/"):
             return self._without_key(asked)
-        if method not in SAFE_METHODS and not is_own(asked.headers, asked.url.scheme):
+        if method not in SAFE_METHODS and not is_own(asked.headers, asked.scope.get("scheme", "http")):
             return respond_with(Problem(403, "this form was sent by another site"))
         if not self.keys or path in OPEN or path.startswith("/static/"):
             return None
-        if self.keys.session_of(asked.cookies.get(COOKIE, "")):
-            return None
+        if key := self.keys.session_key(asked.cookies.get(COOKIE, "")):
+            return self._admitted(asked, key)
         if method != "GET":
             return respond_with(Problem(401, "the session is over; sign in again"))
         return RedirectResponse(f"/sign-in?next={quote(path)}", 303)
@@ -57,12 +62,23 @@ class Access:
         if not self.keys:
             return None
         token = bearer_of(asked.headers.get("authorization"))
-        if token is not None and (name := self.keys.name_of(token)):
-            asked.scope.setdefault("state", {})["caller"] = name
-            return None
-        detail = "no key" if token is None else "this key is none of the service's"
+        key = None if token is None else self.keys.key_of(token)
+        if key is not None and key.is_open(time.time()):
+            return self._admitted(asked, key)
+        detail = (
+            "no key" if token is None else "this key is none of the service's" if key is None else "this key expired"
+        )
         wanted = {"WWW-Authenticate": "Bearer"}
         return respond_with(Problem(401, f"{detail}; send Authorization: Bearer TOKEN", wanted))
+
+    def _admitted(self, asked: HTTPConnection, key: Key) -> Response | None:
+        """A refusal where the key has asked enough for now; else the request bears who sent it."""
+        try:
+            self.rates.take_request(key)
+        except Problem as problem:
+            return respond_with(problem)
+        asked.scope.setdefault("state", {})["caller"] = Caller(key, self.rates)
+        return None
 
 
 def host_of(header: str) -> str:

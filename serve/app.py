@@ -43,7 +43,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         hosts = () if self.keys or self.config.insecure else LOOPBACK
-        return create_api(self.service, self.limits, self.keys, hosts, count_answer)
+        return create_api(self.service, self.limits, self.keys, hosts, count_answer, self.config.ingresses)
 
     def limits(self) -> Limits:
         return self.service.limits

@@ -13,7 +13,7 @@ from safer_ray.errors import UserError
 from safer_ray.keys import Key, digest_of, parse_keys
 
 KEYS_VARIABLE = "SAFER_RAY_KEYS"  # lines of a keys file, or such separated by commas
-SECRET_VARIABLE = "SAFER_RAY_SESSION_SECRET"  # signs sessions in several processes alike; by default each has its own
+SECRET_VARIABLE = "SAFER_RAY_SESSION_SECRET"  # without it, whoever reads the keys' hashes can sign a session with them
 COOKIE = "safer_ray_session"
 SESSION_S = 12 * 3600
 NONCE_BYTES = 16
@@ -28,7 +28,7 @@ class Keys:
 
     def __init__(self, file: Path | None = None, listed: tuple[Key, ...] = ()) -> None:
         self.file = file
-        self.secret = os.environ.get(SECRET_VARIABLE, "").encode() or secrets.token_bytes(32)
+        self.secret = os.environ.get(SECRET_VARIABLE, "").encode()
         self._stamp: tuple[int, int] | None = None
         self.listed = listed
         self._keys = listed
@@ -52,40 +52,58 @@ class Keys:
                 self._keys = ()
         return self._keys
 
-    def name_of(self, token: str) -> str | None:
-        """Whose token it is, in a time that does not depend on it; None: nobody's."""
-        digest, name = digest_of(token), None
+    def key_of(self, token: str) -> Key | None:
+        """Return the key that a token is of, expired or not, in constant time; None: of none."""
+        digest, found = digest_of(token), None
         for key in self.current():
             if hmac.compare_digest(key.digest, digest):
-                name = key.name
-        return name
+                found = key
+        return found
 
-    # Sessions: what the cookie holds is signed, tells no key, and dies with its key
+    def name_of(self, token: str, now: float | None = None) -> str | None:
+        """Return whose token it is; None: nobody's, or its key has expired."""
+        key = self.key_of(token)
+        return key.name if key is not None and key.is_open(_now(now)) else None
+
+    # Sessions: what the cookie holds is signed, tells no key, and dies with its key. Every process that has the key
+    # signs alike, so that they need not know of each other.
 
     def open_session(self, name: str, now: float | None = None) -> str:
-        """A cookie's value for the holder of this key."""
-        expiry = int((time.time() if now is None else now) + SESSION_S)
+        """Return a cookie's value for the holder of this key."""
+        expiry = int(_now(now) + SESSION_S)
         said = f"{expiry}.{secrets.token_urlsafe(NONCE_BYTES)}.{base64.urlsafe_b64encode(name.encode()).decode()}"
-        return f"{said}.{self._sign(said, name)}"
+        return f"{said}.{self._sign(said, self._named(name))}"
 
-    def session_of(self, value: str, now: float | None = None) -> str | None:
-        """Whose session it is; None: of nobody, expired, or its key is gone."""
+    def session_key(self, value: str, now: float | None = None) -> Key | None:
+        """Return the key that a session was opened with; None: it is nobody's, it is over, or the key is."""
         said, _, signature = value.rpartition(".")
         try:
             expiry, _, encoded = said.split(".")
-            name = base64.urlsafe_b64decode(encoded).decode()
+            key = self._named(base64.urlsafe_b64decode(encoded).decode())
             expires = int(expiry)
         except ValueError:
             return None
-        if not signature.isascii() or not hmac.compare_digest(self._sign(said, name), signature):
+        if not signature.isascii() or not hmac.compare_digest(self._sign(said, key), signature):
             return None
-        return name if (time.time() if now is None else now) < expires else None
+        return key if key is not None and key.is_open(_now(now)) and _now(now) < expires else None
 
-    def _sign(self, said: str, name: str) -> str:
-        digest = next((key.digest for key in self.current() if key.name == name), None)
-        if digest is None:
+    def session_of(self, value: str, now: float | None = None) -> str | None:
+        """Return whose session it is; None: of nobody, over, or its key is gone or expired."""
+        key = self.session_key(value, now)
+        return None if key is None else key.name
+
+    def _named(self, name: str) -> Key | None:
+        return next((key for key in self.current() if key.name == name), None)
+
+    def _sign(self, said: str, key: Key | None) -> str:
+        if key is None:
             return secrets.token_hex(32)  # equals nothing
-        return hmac.new(self.secret, f"{digest}.{said}".encode(), hashlib.sha256).hexdigest()
+        own = hmac.new(b"safer_ray session" + self.secret, key.digest.encode(), hashlib.sha256).digest()
+        return hmac.new(own, said.encode(), hashlib.sha256).hexdigest()
+
+
+def _now(now: float | None) -> float:
+    return time.time() if now is None else now
 
 
 def _read_file(path: Path) -> tuple[Key, ...]:

@@ -7,6 +7,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.problems import internal_error, respond_with
+from serve.scope import path_of
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; form-action 'self'; "
@@ -39,6 +40,7 @@ class Headers:
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
+        kept = "no-cache" if path_of(scope).startswith("/static/") else "no-store"  # before mounts change the scope
 
         async def with_headers(message: Message) -> None:
             nonlocal status
@@ -47,7 +49,6 @@ class Headers:
                 headers = MutableHeaders(scope=message)
                 for name, value in ALWAYS.items():
                     headers[name] = value
-                kept = "no-cache" if scope["path"].startswith("/static/") else "no-store"
                 headers["Cache-Control"] = kept
             await send(message)
 

@@ -16,6 +16,7 @@ from serve.headers import Headers, OnAnswer
 from serve.limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
 from serve.problem_pages import ProblemPages
 from serve.problems import Problem, ProblemDetails, documented, handle_problems, overloaded, too_late, unavailable
+from serve.rates import Rates, counted_pairs
 from serve.render import STATIC
 from serve.service import Service
 from serve.web import pages
@@ -62,8 +63,10 @@ def create_api(
     keys: Keys | None = None,
     hosts: Sequence[str] = (),
     on_answer: OnAnswer | None = None,
+    ingresses: int = 1,
 ) -> FastAPI:
-    """The application. `hosts` are the names that it answers to; none: to all. `on_answer` is told of every answer."""
+    """The application, one of `ingresses` alike. `hosts` are the names that it answers to; none: to all. `on_answer` is
+    told of every answer."""
     fixed = limits if isinstance(limits, Limits) else Limits()
     current = limits if callable(limits) else lambda: fixed
     keys = keys or Keys()
@@ -84,7 +87,7 @@ def create_api(
     api.mount("/static", StaticFiles(directory=STATIC), name="static")
     api.openapi = lambda: document_of(api)  # type: ignore[method-assign]
     api.add_middleware(LimitBodies, limits=current)
-    api.add_middleware(Access, keys=keys, hosts=tuple(hosts))
+    api.add_middleware(Access, keys=keys, hosts=tuple(hosts), rates=Rates(ingresses))
     api.add_middleware(ProblemPages)
     api.add_middleware(Headers, on_answer=on_answer)
     return api
@@ -100,14 +103,15 @@ def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
         tags=["scores"],
         openapi_extra=SECURED,
     )
-    async def score(request: ScoreRequest) -> Response:
+    async def score(request: ScoreRequest, asked: Request) -> Response:
         """How suspicious each pair is; errors stay with the pair that has them."""
         seconds = limits().answer_s
-        try:
-            async with asyncio.timeout(seconds):
-                results = await service.score(request.pairs, request.explain)
-        except TimeoutError:
-            raise too_late(seconds) from None
+        with counted_pairs(asked.scope, len(request.pairs)):
+            try:
+                async with asyncio.timeout(seconds):
+                    results = await service.score(request.pairs, request.explain)
+            except TimeoutError:
+                raise too_late(seconds) from None
         answer = ScoreResponse(auditor=results.auditor, red_team=results.red_team, results=results)
         return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -116,7 +120,7 @@ def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
 
 def telling_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["auditor"])
-    responses = documented(401, 403, 500)
+    responses = documented(401, 403, 429, 500)
 
     @router.get("/auditor", responses=responses, openapi_extra=SECURED)
     async def auditor() -> AuditorInfo:
@@ -128,7 +132,7 @@ def telling_routes(service: Service) -> APIRouter:
         """The features that make up the score."""
         return Features(auditor=(await service.info()).name, features=await service.features())
 
-    @router.get("/features/{feature_id}", responses=documented(401, 403, 404, 422, 500), openapi_extra=SECURED)
+    @router.get("/features/{feature_id}", responses=documented(401, 403, 404, 422, 429, 500), openapi_extra=SECURED)
     async def feature(feature_id: int) -> FeatureDetail:
         """One of them: how it was judged, where and how strongly it fires."""
         found = await service.feature(feature_id)

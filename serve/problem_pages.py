@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.problems import PROBLEM_JSON
 from serve.render import error_page
+from serve.scope import path_of
 
 PROGRAMS = ("/v1/", "/healthz", "/readyz", "/openapi")  # paths that no browser's page is at
 
@@ -18,7 +19,7 @@ class ProblemPages:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(PROGRAMS) or not _wants_page(scope):
+        if scope["type"] != "http" or path_of(scope).startswith(PROGRAMS) or not _wants_page(scope):
             await self.app(scope, receive, send)
             return
         held: list[Message] = []  # the start of a problem, and its body so far

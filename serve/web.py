@@ -14,6 +14,7 @@ from safer_ray.formats import Refused
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.auth import COOKIE
 from serve.problems import Problem
+from serve.rates import RateLimited, counted_pairs, pairs_at_once
 from serve.render import error_page, examples, respond
 from serve.results import by_suspicion, feature_figure, scored_row, show, without_score
 from serve.service import Service
@@ -22,6 +23,7 @@ from serve.verdict import DETECTORS
 
 FIELDS = ("prompt", "chosen", "rejected")
 BLANK = dict.fromkeys((*FIELDS, "row"), "")
+MAX_FIELDS = 8  # of a form; the parser looks at each separator, also where no field stands between two
 CHUNK = 32  # pairs of an upload that go to the service together
 PATIENCE_S = 60.0  # how long an upload waits for a service that is busy
 UNSAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -59,7 +61,8 @@ class View(NamedTuple):
     async def unanswered(self, form: Form, problem: Problem) -> Response:
         """The form as it was, and when to come again."""
         kept = "what you entered is still here" if any(form.values()) else "the file has to be sent anew"
-        title = "The service is busy." if problem.status_code == 429 else "The scorer does not answer."
+        busy = "This key has scored its pairs." if isinstance(problem, RateLimited) else "The service is busy."
+        title = busy if problem.status_code == 429 else "The scorer does not answer."
         notice = Notice(title, f"Try again in {retry_after(problem):.0f} s; {kept}.")
         return await self.home(form, problem.status_code, notice=notice, headers=problem.headers)
 
@@ -135,11 +138,16 @@ def pages(service: Service) -> APIRouter:
 
 async def score_form(view: View) -> Response:
     """The result of the pair that was entered, or the form with what is wrong."""
-    sent = await view.request.form(max_files=0, max_fields=8)
+    if (await view.request.body()).count(b"&") > MAX_FIELDS and not view.request.headers.get(
+        "content-type", ""
+    ).startswith("multipart/"):
+        raise Problem(400, f"a form of more than {MAX_FIELDS} fields; this one has {len(BLANK)}")
+    sent = await view.request.form(max_files=0, max_fields=MAX_FIELDS)
     form = BLANK | {name: str(sent[name]) for name in BLANK if name in sent}
     try:
         pair = pair_of(parse_row(form["row"]) if form["row"].strip() else {name: form[name] for name in FIELDS}, "pair")
-        [result] = await view.service.score([pair], explain=True)
+        with counted_pairs(view.request.scope, 1):
+            [result] = await view.service.score([pair], explain=True)
     except Refused as reason:
         return await view.home(form, 422, errors=errors_of(form, str(reason)))
     except Problem as problem:
@@ -160,7 +168,7 @@ async def score_file(view: View) -> Response:
         lines = await run_in_threadpool(read_lines, content)
         if not lines:
             return await view.home(BLANK, 422, errors={"file": f"{name} is empty."})
-        results = await score_lines(view.service, lines)
+        results = await score_lines(view, lines)
     except TooManyRows as reason:
         return await view.home(BLANK, 413, errors={"file": f"{name} has {reason}."})
     except Problem as problem:
@@ -168,26 +176,28 @@ async def score_file(view: View) -> Response:
     return await view.scored(name, lines, results, as_file)
 
 
-async def score_lines(service: Service, lines: Sequence[Line]) -> list[Result | None]:
+async def score_lines(view: View, lines: Sequence[Line]) -> list[Result | None]:
     """The result of each line, None where it holds no pair; chunk after chunk, so that others get their turn between.
 
     Raises:
         Problem: the service had no answer to a chunk for PATIENCE_S.
     """
     pairs = [line.pair for line in lines if line.pair is not None]
+    size = pairs_at_once(view.request.scope, CHUNK)
     results: list[Result] = []
-    for start in range(0, len(pairs), CHUNK):
-        results += await _patiently(service, pairs[start : start + CHUNK])
+    for start in range(0, len(pairs), size):
+        results += await _patiently(view, pairs[start : start + size])
     scored = iter(results)
     return [None if line.pair is None else next(scored) for line in lines]
 
 
-async def _patiently(service: Service, pairs: Sequence[Pair]) -> list[Result]:
+async def _patiently(view: View, pairs: Sequence[Pair]) -> list[Result]:
     """Scores a chunk, and comes again as the service asks while it is busy."""
     waited = 0.0
     while True:
         try:
-            return list(await service.score(pairs, explain=True))
+            with counted_pairs(view.request.scope, len(pairs)):
+                return list(await view.service.score(pairs, explain=True))
         except Problem as problem:
             waited += (pause := retry_after(problem))
             if waited > PATIENCE_S:

@@ -121,13 +121,22 @@ def test_answers_are_typed_and_what_is_new_in_them_is_left_out():
     assert error == Failed("1", "refused", "equal responses")
 
 
+def test_a_key_that_has_asked_enough_is_waited_for_as_long_as_the_service_says(slept):
+    told = Told(httpx.Response(429, headers={"retry-after": "47"}, json=PROBLEM), GOOD)
+    with told.client() as client:
+        client.score([PAIR])
+    assert 47 <= slept[1] <= 51
+
+
 @given(st.integers(0, 20), st.one_of(st.none(), st.integers(0, 100).map(str)))
 def test_pauses_grow_are_bounded_and_never_shorter_than_was_asked_within_reason(attempt, asked):
     patience = Patience()
     wait = pause(patience, attempt, asked)
-    assert 0 < wait <= 1.5 * patience.longest_s
-    if asked is not None:
-        assert wait >= min(float(asked), patience.longest_s)
+    assert 0 < wait <= patience.longest_asked_s + patience.longest_s / 2
+    if asked is None:
+        assert wait <= patience.longest_s
+    else:
+        assert wait >= min(float(asked), patience.longest_asked_s)
 
 
 def test_a_retry_after_may_be_a_date():

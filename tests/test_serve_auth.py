@@ -1,5 +1,7 @@
 """Keys, sessions, and who is a stranger."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,8 @@ from safer_ray.errors import UserError
 from safer_ray.keys import Key, digest_of, new_key, parse_keys
 from serve.access import host_of, own_path
 from serve.auth import SESSION_S, Keys, bearer_of, find_keys, is_own
+from serve.problems import Problem
+from serve.rates import RateLimited, Rates, Window
 
 
 def write(path, *names):
@@ -76,10 +80,114 @@ def test_a_session_ends_by_time_and_survives_no_change():
     value = keys.open_session("a", now=1000.0)
     assert keys.session_of(value, now=1000.0 + SESSION_S - 1) == "a"
     assert keys.session_of(value, now=1000.0 + SESSION_S) is None
-    other = Keys(listed=keys.listed)
-    assert other.session_of(value, now=1000.0) is None
-    assert keys.session_of(other.open_session("a")) is None
+    assert keys.session_of(Keys(listed=(Key("a", "2" * 64),)).open_session("a", now=1000.0), now=1000.0) is None
     assert keys.open_session("a", now=1000.0) != value
+
+
+def test_every_process_with_the_same_key_accepts_a_session_whatever_other_keys_there_are(tmp_path):
+    write(tmp_path / "keys", "a", "b")
+    one, two = Keys(tmp_path / "keys"), Keys(tmp_path / "keys")
+    session = one.open_session("a")
+    assert two.session_of(session) == "a"
+    line = next(line for line in (tmp_path / "keys").read_text(encoding="utf-8").splitlines() if line.startswith("a:"))
+    assert find_keys(None, {"SAFER_RAY_KEYS": line}).session_of(session) == "a"
+    write(tmp_path / "keys", "a")  # another token of the same name
+    assert two.session_of(session) is None
+
+
+def test_a_secret_beside_the_keys_signs_what_their_hashes_alone_cannot(monkeypatch):
+    listed = (Key("a", "0" * 64),)
+    forged = Keys(listed=listed).open_session("a")  # by whoever reads the keys file
+    monkeypatch.setenv("SAFER_RAY_SESSION_SECRET", "a shared secret")
+    one, two = Keys(listed=listed), Keys(listed=listed)
+    assert one.session_of(forged) is None
+    assert two.session_of(one.open_session("a")) == "a"
+
+
+# Expiry and limits
+
+
+def test_a_key_and_its_sessions_end_when_it_expires():
+    token, line = new_key("a", expires=2000.0)
+    keys = Keys(listed=parse_keys(line, "keys"))
+    session = keys.open_session("a", now=1000.0)
+    assert (keys.name_of(token, now=1999.0), keys.session_of(session, now=1999.0)) == ("a", "a")
+    assert (keys.name_of(token, now=2000.0), keys.session_of(session, now=2000.0)) == (None, None)
+
+
+HEX = "0" * 64
+LATER = "expires=2027-01-31T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("", Key("a", HEX)),
+        (f" {LATER}", Key("a", HEX, 1801353600.0)),
+        (" requests=60 pairs=1000", Key("a", HEX, None, 60, 1000)),
+        (f"  pairs=1\t{LATER}", Key("a", HEX, 1801353600.0, None, 1)),
+    ],
+)
+def test_lines_tell_expiry_and_limits_and_those_without_hold_as_before(more, key):
+    assert parse_keys(f"a:sha256:{HEX}{more}", "keys") == (key,)
+    assert parse_keys(key.line, "keys") == (key,)
+    assert parse_keys(f"# keys,{key.line}, ,b:sha256:{HEX}", "keys")[0] == key
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        " request=60", " requests=0", " requests=-1", " requests=1e3", " requests=", " requests", " pairs=1 pairs=2",
+        " pairs=1000000000", " pairs=\u0661", " expires=2027-01-31", " expires=2027-02-30T00:00:00Z", " expires=",
+        " expires=2027-01-31T00:00:00+02:00", " Expires=2027-01-31T00:00:00Z", ":requests=60", " safer_x",
+    ],
+)  # fmt: skip
+def test_a_line_that_says_anything_else_is_refused_and_not_shown(more):
+    with pytest.raises(UserError, match=r"keys, line 1: wanted NAME:sha256:HEX, then any of expires=") as told:
+        parse_keys(f"a:sha256:{HEX}{more}", "keys")
+    assert "safer_x" not in str(told.value)
+
+
+@given(st.lists(st.tuples(st.floats(0, 40), st.integers(1, 7)), max_size=40), st.integers(7, 12))
+def test_no_minute_holds_more_than_the_limit_and_nobody_waits_without_need(asked, limit):
+    window, now, taken = Window(), 0.0, []
+    for pause, count in asked:
+        now += pause
+        wait = window.wait_for(count, limit, now)
+        last = [took for at, took in taken if at > now - 60]
+        assert (wait == 0) == (sum(last) + count <= limit)
+        if wait:
+            now += wait
+            assert window.wait_for(count, limit, now + 1e-6) == 0
+            now += 1e-6
+        taken.append((now, count))
+        window.take(count, now)
+        assert sum(took for at, took in taken if at > now - 60) <= limit
+
+
+def test_what_got_no_answer_does_not_count():
+    rates, key = Rates(), Key("a", HEX, pairs=10)
+    with pytest.raises(Problem), rates.pairs(key, 10, now=0.0):
+        raise Problem(503, "gone")
+    with rates.pairs(key, 10, now=1.0):
+        pass
+    with pytest.raises(RateLimited) as told, rates.pairs(key, 1, now=2.5):
+        pass
+    assert (told.value.status, told.value.headers["Retry-After"]) == (429, "59")
+    with rates.pairs(key, 10, now=61.0):
+        pass
+
+
+def test_ingresses_share_a_keys_limits():
+    rates, key = Rates(ingresses=3), Key("a", HEX, requests=7, pairs=100)
+    for _ in range(3):
+        rates.take_request(key, now=0.0)
+    with pytest.raises(RateLimited, match="key a may send 7 requests a minute; try again in 60 s"):
+        rates.take_request(key, now=0.0)
+    rates.take_request(Key("b", "1" * 64, requests=7), now=0.0)
+    with pytest.raises(Problem, match="413") as told, rates.pairs(key, 35, now=0.0):
+        pass
+    assert "send at most 34 in a request" in told.value.detail
 
 
 @given(st.floats(0, 1, exclude_max=True), st.characters())
@@ -94,12 +202,6 @@ def test_a_session_that_was_changed_anywhere_is_nobodys(where, character):
 @given(st.text())
 def test_no_text_is_a_session_and_none_breaks_it(value):
     assert Keys(listed=(Key("a", "0" * 64),)).session_of(value) is None
-
-
-def test_sessions_in_several_processes_are_signed_alike_where_a_secret_is_given(monkeypatch):
-    monkeypatch.setenv("SAFER_RAY_SESSION_SECRET", "a shared secret")
-    one, two = (Keys(listed=(Key("a", "0" * 64),)) for _ in range(2))
-    assert two.session_of(one.open_session("a")) == "a"
 
 
 @pytest.mark.parametrize(
@@ -149,3 +251,16 @@ def test_the_command_shows_a_token_once_and_the_line_that_opens_to_it(safer, tmp
     assert Keys(tmp_path / "keys").name_of(shown["token"]) == "team-a"
     code, _, err = safer("key", "team a")
     assert (code, "key name 'team a': wanted 1 to 64 letters" in err) == (2, True)
+
+
+def test_the_command_makes_keys_that_expire_and_are_limited(safer):
+    code, out, _ = safer("key", "team-a", "--days", "30", "--requests", "60", "--pairs", "1000")
+    (key,) = parse_keys(dict(line.split(maxsplit=1) for line in out.splitlines())["line"], "keys")
+    assert (code, key.requests, key.pairs) == (0, 60, 1000)
+    assert key.expires == pytest.approx(time.time() + 30 * 86_400, abs=60)
+    for option, told in (
+        ("--days=0", "--days 0: wanted more than 0"),
+        ("--pairs=0", "key a: pairs 0 a minute; wanted"),
+    ):
+        code, _, err = safer("key", "a", option)
+        assert (code, told in err) == (2, True)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from served import PAIR, SECRET, alike, body, bundle_of, corpus_of
 
 from safer_ray.config import ScoresConfig
-from safer_ray.keys import Key, new_key
+from safer_ray.keys import Key, digest_of, new_key
 from serve.auth import COOKIE, Keys
 from serve.http import create_api
 from serve.limits import Limits
@@ -330,6 +330,87 @@ def test_people_sign_in_to_the_page_with_a_key(closed, keys):
     assert closed.get("/features").status_code == 200
     closed.post("/sign-out")
     assert closed.get("/features", follow_redirects=False).status_code == 303
+
+
+def test_a_sign_in_of_more_than_4_kb_is_refused_before_it_is_read(closed):
+    assert_problem(closed.post("/sign-in", data={"key": "x" * 4_200}), 413, "more than 4,096 bytes")
+    assert closed.post("/sign-in", data={"key": "x" * 3_000}).status_code == 401
+
+
+PATHS = [
+    "/v1/features", "/v1/features/", "/%76%31/features", "/v1%2Ffeatures", "/v1//features", "/v1", "/v1/",
+    "//v1/features", "/V1/features", "/x/../v1/features", "/./v1/features", "/static/../v1/features",
+    "/static/%2e%2e/v1/features", "/healthz/../v1/features", "/sign-in/../v1/features", "/v1/openapi.json", "/v1;x/features",
+    "/v1/features?a=/healthz", "/\\v1/features", "/healthz%2f..%2fv1/features",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost/healthz", "x/sign-in?", "a:b", "static/", "[", "\xff", "", "h/static/#"]
+)
+@pytest.mark.parametrize("root", ["", "/prefix"])
+def test_nothing_of_the_interface_answers_without_a_key_whatever_path_host_or_prefix(service, keys, host, root):
+    app = create_api(service, LIMITS, keys[0])
+    with TestClient(app, base_url="http://localhost", root_path=root) as client:
+        for path in PATHS:
+            answer = client.get(root + path, headers={"host": host.encode("latin-1")}, follow_redirects=False)
+            assert answer.status_code in (303, 401, 404, 405), (path, answer.status_code)
+            assert "salience" not in answer.text
+            assert "openapi" not in answer.text
+        token = {"authorization": f"Bearer {keys[1]['team-a']}", "host": host.encode("latin-1")}
+        assert client.get(f"{root}/v1/features", headers=token).status_code == 200
+
+
+def limited(service, ingresses=1, **limits):
+    token = new_key("team-c")[0]
+    keys = Keys(listed=(Key("team-c", digest_of(token), **limits),))
+    app = create_api(service, LIMITS, keys, ingresses=ingresses)
+    return TestClient(app, base_url="http://localhost", headers={"authorization": f"Bearer {token}"}), keys, token
+
+
+def test_requests_of_a_key_are_limited_by_the_minute(service):
+    client, keys, _ = limited(service, requests=3)
+    assert [client.get("/v1/auditor").status_code for _ in range(3)] == [200] * 3
+    answer = client.get("/v1/auditor")
+    assert_problem(answer, 429, "key team-c may send 3 requests a minute; try again in ")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert client.get("/healthz").status_code == 200
+    client.cookies.set(COOKIE, keys.open_session("team-c"))
+    assert client.get("/features").status_code == 429  # a session is its key's
+
+
+def test_pairs_of_a_key_are_limited_by_the_minute_on_the_page_too(service):
+    client, keys, _ = limited(service, pairs=5)
+    assert_problem(client.post("/v1/score", json={"pairs": [PAIR] * 6}), 413, "send at most 5 in a request")
+    assert_problem(client.post("/v1/score", json={"pairs": [{}] * 5}), 422)  # nothing is scored, nothing counts
+    assert client.post("/v1/score", json={"pairs": [PAIR] * 4}).status_code == 200
+    answer = client.post("/v1/score", json={"pairs": [PAIR] * 2})
+    assert_problem(answer, 429, "key team-c may send 5 pairs a minute; try again in ")
+    assert 55 <= int(answer.headers["retry-after"]) <= 60
+    client.cookies.set(COOKIE, keys.open_session("team-c"))
+    assert client.post("/", data=PAIR).status_code == 200
+    refused = client.post("/", data=PAIR)
+    assert (refused.status_code, "This key has scored its pairs." in refused.text) == (429, True)
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_key_that_expired_says_so_and_opens_nothing(service):
+    client, keys, token = limited(service, expires=1000.0)
+    assert_problem(client.get("/v1/auditor"), 401, "this key expired")
+    client.cookies.set(COOKIE, keys.open_session("team-c"))
+    assert client.get("/features", follow_redirects=False).status_code == 303
+    assert client.post("/sign-in", data={"key": token}).status_code == 401
+
+
+def test_a_session_opened_at_one_ingress_holds_at_another(service, keys, tmp_path):
+    lines = "\n".join(key.line for key in keys[0].listed)
+    (tmp_path / "keys").write_text(lines, encoding="utf-8")
+    one, two = (
+        TestClient(create_api(service, LIMITS, Keys(tmp_path / "keys")), base_url="http://localhost") for _ in range(2)
+    )
+    one.post("/sign-in", data={"key": keys[1]["team-a"]})
+    two.cookies = one.cookies
+    assert two.get("/features", follow_redirects=False).status_code == 200
 
 
 def test_a_session_opens_the_page_and_not_the_interface(closed, keys):
