@@ -316,7 +316,14 @@ def submit_command(
     working_dir: Annotated[
         Path, typer.Option(help="Uploaded for the job, less runs/ and what .gitignore or .rayignore name.")
     ] = Path(),
-    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the job, may be repeated.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the job, may be repeated; whoever may see the job can read it: no secrets."),
+    ] = None,
+    node_env: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY, a variable the nodes have, say a secret; the job ends where it is not set."),
+    ] = None,
     job_id: Annotated[str | None, typer.Option(help="The job's id; a job that is there is followed.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job has ended.")] = True,
 ) -> None:
@@ -326,4 +333,12 @@ def submit_command(
     """
     from safer_ray.distributed.submit import submit
 
-    submit(command or [], address=address, working_dir=working_dir, env=env or [], job_id=job_id, wait=wait)
+    submit(
+        command or [],
+        address=address,
+        working_dir=working_dir,
+        env=env or [],
+        job_id=job_id,
+        wait=wait,
+        node_env=node_env or [],
+    )

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
@@ -261,14 +262,15 @@ class Checkpoints:
             path.mkdir(parents=True)
         return path
 
-    def write(self, engine: Kept, state: dict[str, Any]) -> None:
-        """This worker's part: the engine's, its random state, and the loop's on the first worker."""
+    def write(self, engine: Kept, state: dict[str, Any]) -> Path:
+        """Write this worker's part: the engine's, its random state, and the loop's on the first worker; where it is."""
         path = self.state / "next"
         engine.save(path)
         save_tensors({"rng": torch.get_rng_state()}, path / f"rng-{self.rank}.pt")
         if self.rank == 0:
             save_tensors(state, path / "loop.pt")
             (path / "group.json").write_text(json.dumps(self.group), encoding="utf-8")
+        return path
 
     def close(self, step: int) -> None:
         """Rename the checkpoint, then forget the older ones."""
@@ -286,11 +288,11 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(self.state.glob("step-*"))
 
-    def load(self, engine: Kept) -> dict[str, Any] | None:
+    def load(self, engine: Kept, workers: Workers) -> dict[str, Any] | None:
         """The last checkpoint into `engine`; the loop's state, None where there is none.
 
         Raises:
-            UserError: it was made by another number or kind of workers.
+            UserError: it was made by another number or kind of workers, or its files are not those that were saved.
         """
         if not self._all():
             return None
@@ -301,6 +303,7 @@ class Checkpoints:
                 f"the unfinished training in {self.state} was made with {group}, this run has {self.group}; go on with "
                 f"the same, or delete {self.state} to train anew"
             )
+        check_digests(path, workers.rank, workers.size, lambda found: workers.sum(torch.tensor(found)).tolist())
         engine.load(path)
         torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
         return torch.load(path / "loop.pt", weights_only=True, map_location="cpu")
@@ -334,11 +337,11 @@ class OneProcess:
 
     def save(self, engine: Kept, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
-        self.checkpoints.write(engine, state)
+        record_digests(self.checkpoints.write(engine, state), 0, 1)
         self.checkpoints.close(state["progress"]["step"])
 
     def load(self, engine: Kept) -> dict[str, Any] | None:
-        return self.checkpoints.load(engine)
+        return self.checkpoints.load(engine, self)
 
 
 def share(rows: int, rank: int, size: int) -> slice:

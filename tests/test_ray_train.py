@@ -174,6 +174,37 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same_to_the_bit_and_th
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+class Touches:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def stops_at_eight(out, workers, **arguments):
+    def stop(workers, done):
+        if done == 8:
+            raise SaferError("stopped")
+
+    return checkpoints_always(out, workers, stop, **arguments)
+
+
+def test_a_deepspeed_checkpoint_that_was_changed_is_refused_by_name_and_not_unpickled(pairs_dir, tmp_path):
+    made = job(tmp_path / "reward", pairs_dir, loop=stops_at_eight)
+    with pytest.raises(SaferError, match="stopped"):
+        RayRunner().train([made])
+    changed = max(made.out.glob("state/step-*/deepspeed/*optim_states.pt"))
+    torch.save({"module": Touches(tmp_path / "unpickled")}, changed)
+    with pytest.raises(
+        UserError, match=rf"{changed} is not the file that was saved .*delete {made.out}/state to train"
+    ):
+        RayRunner().train([job(made.out, pairs_dir)])
+    assert not (tmp_path / "unpickled").exists()
+
+
 def always_dies(out, workers, **arguments):
     time.sleep(2)  # a worker that dies before the group has been seen whole is told as one that could not start
     os.kill(os.getpid(), signal.SIGKILL)

@@ -24,7 +24,7 @@ from ray.job_submission import JobDetails, JobStatus
 from safer_ray import cli
 from safer_ray.distributed import command
 from safer_ray.distributed import submit as module
-from safer_ray.distributed.command import complete, parse_env
+from safer_ray.distributed.command import check_names, complete, parse_env, require
 from safer_ray.distributed.submit import (
     DETACHED,
     FAILED,
@@ -146,6 +146,28 @@ def test_a_malformed_environment_entry_is_not_repeated():
 
 def test_a_job_does_not_show_its_environment():
     assert "secret" not in repr(Job("j", HERE, env={"TOKEN": "secret"}))
+
+
+@pytest.mark.parametrize("name", ["TOKEN=sesame", "", "sesame!", "1A", "A B", "A}", "\u00c4"])
+def test_variables_of_the_nodes_are_named_alone_and_what_is_no_name_is_not_shown(name):
+    with pytest.raises(UserError, match=r"--node-env number 2: write the name of a variable alone") as told:
+        check_names(["A_1", name])
+    assert "sesame" not in str(told.value)
+
+
+def test_what_a_job_requires_is_looked_for_first():
+    assert check_names(["A", "B", "A"]) == ["A", "B"]
+    assert require([], "true") == "true"
+    for environment, code in (({"A": "x", "B": "y"}, 0), ({"A": "x"}, 2), ({"A": "x", "B": ""}, 2)):
+        done = subprocess.run(
+            ["sh", "-c", require(["A", "B"], "echo begun")],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (code, "" if code else "begun\n")
+        assert ("B: is not set on this node; set it where the nodes start" in done.stderr) == bool(code)
 
 
 def test_what_is_too_large_is_refused_with_the_limit_and_the_largest_entries(folder, monkeypatch):
@@ -484,6 +506,7 @@ def cluster():
     directory, port = tempfile.mkdtemp(prefix="sr-", dir="/tmp"), free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_API_SERVER_ADDRESS", "")
+        patch.setenv("SAFER_NODE_SECRET", "open-sesame")
         head = start_head(directory, free_port(), port)
     yield f"http://127.0.0.1:{port}"
     stop_head(head)
@@ -519,7 +542,7 @@ def test_a_cluster_on_this_machine_is_known_as_such(cluster, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_command_runs_as_a_job_and_the_environment_stays_secret(cluster, tmp_path):
+def test_a_command_runs_as_a_job_and_no_value_of_env_is_told_but_that_others_can_read_it(cluster, tmp_path):
     done = command_line(
         "--address", cluster, "--working-dir", tmp_path, "--env", "TOKEN=sesame", "--", "--version",
         env=os.environ | {"RAY_ADDRESS": "http://127.0.0.1:1"},
@@ -530,6 +553,45 @@ def test_a_command_runs_as_a_job_and_the_environment_stays_secret(cluster, tmp_p
     assert "0.1.0" in log
     assert last.startswith(f"job {first} succeeded in ")
     assert "sesame" not in done.stdout + done.stderr
+    assert done.stderr.startswith(
+        "--env: TOKEN can be read by whoever may see the job (dashboard, `ray job list`); for "
+    )
+    assert connect(cluster).get_job_info(first).runtime_env["env_vars"]["TOKEN"] == "sesame"  # as was said
+
+
+READS = """
+import os, sys, ray
+ray.init(log_to_driver=False)
+
+@ray.remote
+def seen():
+    return os.environ.get('SAFER_NODE_SECRET'), os.environ.get('RENAMED')
+
+print('driver', os.environ.get('SAFER_NODE_SECRET'), os.environ.get('RENAMED'), 'task', *ray.get(seen.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_the_nodes_environment_reaches_drivers_and_tasks_and_the_job_tells_no_value(cluster, tmp_path):
+    (tmp_path / "reads.py").write_text(READS, encoding="utf-8")
+    client, lines = connect(cluster), []
+    entrypoint = require(["SAFER_NODE_SECRET"], "python -u reads.py")
+    env = {"RENAMED": "${SAFER_NODE_SECRET}"}
+    run_job(client, Job("nodes", cluster, entrypoint=entrypoint, working_dir=tmp_path, env=env), emit=lines.append)
+    assert "driver open-sesame open-sesame task open-sesame open-sesame" in lines
+    assert "open-sesame" not in str(client.get_job_info("nodes"))
+
+
+@pytest.mark.slow
+def test_a_job_whose_node_lacks_a_variable_ends_before_it_begins_and_names_it(cluster, tmp_path):
+    done = command_line(
+        "--address", cluster, "--working-dir", tmp_path, "--node-env", "SAFER_NODE_SECRET",
+        "--node-env", "NO_SUCH_SECRET", "--", "--version",
+    )  # fmt: skip
+    assert done.returncode == FAILED
+    assert "NO_SUCH_SECRET: is not set on this node; set it where the nodes start" in done.stdout
+    assert "0.1.0" not in done.stdout
+    assert "open-sesame" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

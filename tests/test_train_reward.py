@@ -1,6 +1,7 @@
 """Reward training: learns, resumes exactly, splits by prompt, and is shared out among workers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from safer_ray import training
 from safer_ray.artifacts import part_name
 from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config import RewardConfig
+from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
 from safer_ray.train_reward import (
@@ -457,6 +459,63 @@ def test_a_checkpoint_that_was_not_closed_does_not_count(engine, tmp_path):
     assert OneProcess(tmp_path).load(engine) == {"progress": {"step": 1}}
     workers.save(engine, {"progress": {"step": 3}})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def _damage(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["torch.pt", "loop.pt", "rng-0.pt"])
+@pytest.mark.parametrize(
+    "change", [_damage, Path.unlink, lambda path: path.write_bytes(b"")], ids=["bit", "gone", "empty"]
+)
+def test_a_file_of_a_checkpoint_that_is_not_as_saved_is_refused_by_name_and_nothing_is_loaded(
+    engine, tmp_path, name, change
+):
+    workers = OneProcess(tmp_path)
+    workers.save(engine, {"progress": {"step": 1}})
+    change(tmp_path / "step-00000001" / name)
+    engine.load = lambda directory: pytest.fail("loaded")
+    with pytest.raises(UserError) as told:
+        OneProcess(tmp_path).load(engine)
+    assert str(told.value).startswith(f"{tmp_path}/step-00000001/{name} is not the file that was saved (1 of 4 files")
+    assert f"delete {tmp_path} to train anew" in str(told.value)
+
+
+def test_a_file_that_came_later_and_a_checkpoint_without_digests_are_refused(engine, tmp_path):
+    workers = OneProcess(tmp_path)
+    workers.save(engine, {"progress": {"step": 1}})
+    added = tmp_path / "step-00000001/deepspeed/zero_pp_rank_1_optim_states.pt"
+    added.parent.mkdir()
+    added.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"deepspeed/zero_pp_rank_1_optim_states.pt was saved without a digest, or came"
+    ):
+        workers.load(engine)
+    added.unlink()
+    assert workers.load(engine) == {"progress": {"step": 1}}
+    (tmp_path / "step-00000001/sha256-0.json").unlink()
+    with pytest.raises(UserError, match=r"group.json was saved without a digest, or came later \(4 of 4 files"):
+        workers.load(engine)
+
+
+def test_workers_share_the_files_and_all_refuse_what_one_finds(tmp_path):
+    for name in "abcde":
+        (tmp_path / name).write_text(name)
+    for rank in range(3):
+        record_digests(tmp_path, rank, 3)
+    (tmp_path / "d").write_text("x")
+    seen = []
+    for rank in range(2):  # another number of workers than saved it
+
+        def over_workers(changed):
+            seen.append(changed)
+            return [0.0] * 3 + [1.0, 0.0]
+
+        with pytest.raises(UserError, match="/d is not the file that was saved"):
+            check_digests(tmp_path, rank, 2, over_workers)
+    assert seen == [[0.0] * 5, [0.0, 0.0, 0.0, 1.0, 0.0]]
 
 
 def test_of_two_checkpoints_the_later_counts_and_the_older_goes_with_the_next(engine, tmp_path):

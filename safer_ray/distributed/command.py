@@ -1,6 +1,7 @@
 """A command line of `safer-ray` as a job on a cluster needs it: the ray runner, and results where they last."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ VALUE_OPTIONS = (
     "--fragment-rows",
     "--shards",
 )
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 OF_CONFIGS = ("run", "lab", "sweep")  # commands that take a config, whose results lie below its root
 FLAGS = ("-v", "--verbose", "--fresh", "--dry-run", "--i-am-red-teaming")
 
@@ -83,6 +85,24 @@ def _root(assignments: Sequence[str], config: Sequence[str], working_dir: Path) 
         return str(yaml.safe_load(path.read_text(encoding="utf-8"))["root"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return "runs"  # not set, or not readable from here: the job tells
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """Names of variables of the nodes, each once.
+
+    Raises:
+        UserError: one that no variable has; it is not shown, for it may be a secret.
+    """
+    for number, name in enumerate(names, 1):
+        if not NAME.fullmatch(name):
+            raise UserError(f"--node-env number {number}: write the name of a variable alone; its value is the nodes'")
+    return list(dict.fromkeys(names))
+
+
+def require(names: Sequence[str], entrypoint: str) -> str:
+    """A shell's command line that ends, with the name, where the node it runs on lacks one of these variables."""
+    told = "is not set on this node; set it where the nodes start"
+    return "".join(f': "${{{name}:?{told}}}" && ' for name in names) + entrypoint
 
 
 def parse_env(entries: Sequence[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
-from safer_ray.distributed.command import complete, parse_env
+from safer_ray.distributed.command import check_names, complete, parse_env, require
 from safer_ray.errors import SaferError, UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -55,7 +55,7 @@ class Job:
     named: bool = False  # by the user
     entrypoint: str | None = None
     working_dir: Path = Path()  # is uploaded
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)  # Ray shows it to whoever may see the job
 
     @property
     def handles(self) -> str:
@@ -300,21 +300,35 @@ def run_job(
 
 
 def submit(
-    args: Sequence[str], *, address: str | None, working_dir: Path, env: Sequence[str], job_id: str | None, wait: bool
+    args: Sequence[str],
+    *,
+    address: str | None,
+    working_dir: Path,
+    env: Sequence[str],
+    job_id: str | None,
+    wait: bool,
+    node_env: Sequence[str] = (),
 ) -> None:
-    """`safer-ray submit`: `safer-ray ARGS` as a job, or following job `job_id` where there are no ARGS.
+    """`safer-ray submit`: `safer-ray ARGS` as a job, or following job `job_id` where there are no ARGS. The variables
+    `node_env` are those of the cluster's nodes, which no job needs to be told.
 
     Raises:
         SaferError: what `connect`, `complete` and `run_job` raise.
     """
     if not args and not job_id:
         raise UserError("nothing to submit; write a command after --, say: safer-ray submit -- run CONFIG.yaml")
-    variables, folder = parse_env(env), working_dir.resolve()
+    variables, folder, required = parse_env(env), working_dir.resolve(), check_names(node_env)
+    if variables:
+        print(
+            f"--env: {', '.join(variables)} can be read by whoever may see the job (dashboard, `ray job list`); for "
+            "secrets set variables where the nodes start, and name them by --node-env",
+            file=sys.stderr,
+        )
     job = Job(job_id or f"safer-{secrets.token_hex(6)}", find_address(address), bool(job_id), None, folder, variables)
     client = connect(job.address)
     if args:
         command = complete(args, folder, on_this_machine(job.address))
-        job = replace(job, entrypoint=shlex.join(["python", "-m", "safer_ray", *command]))
+        job = replace(job, entrypoint=require(required, shlex.join(["python", "-m", "safer_ray", *command])))
     run_job(client, job, wait=wait)
 
 

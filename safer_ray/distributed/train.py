@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from safer_ray.background import repeated
 from safer_ray.config import RayConfig
+from safer_ray.digests import record_digests
 from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
@@ -102,13 +103,15 @@ class GroupWorker:
     def save(self, engine: Kept, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         dist.barrier()
-        self.checkpoints.write(engine, state)
+        written = self.checkpoints.write(engine, state)
+        dist.barrier()
+        record_digests(written, self.rank, self.size)
         dist.barrier()
         self.checkpoints.close(state["progress"]["step"])
         dist.barrier()
 
     def load(self, engine: Kept) -> dict[str, Any] | None:
-        return self.checkpoints.load(engine)
+        return self.checkpoints.load(engine, self)
 
     def on_step(self, done: int, total: int) -> None:
         if self.rank == 0 and (done == total or time.monotonic() - self.told >= PROGRESS_SECONDS):

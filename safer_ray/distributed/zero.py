@@ -109,7 +109,11 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Raises UserError: the checkpoint cannot be read."""
+        """Read a checkpoint whose digests were checked, since DeepSpeed unpickles it.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
         loaded, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
         if loaded is None:
             raise UserError(f"DeepSpeed cannot read its checkpoint in {directory}; delete it to train anew")
