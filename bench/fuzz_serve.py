@@ -1,8 +1,10 @@
 """Hostile requests to the service, in process: `python -m bench.fuzz_serve [--requests 50000] [--auditor DIR]`.
 
 A tenth schemathesis makes from the OpenAPI document, valid and invalid; the others were valid once: cut, flipped,
-nested, swollen, of other encodings, types, methods and paths. Prints what they were answered; ends with 1 where a
-request was answered 500, took longer than HANG_S, was told a stack trace, or got an answer that is not documented.
+nested, swollen, of other encodings, types, methods and paths; one in a hundred is as large as the service takes, and of
+what may be dear to read. Prints what they were answered; ends with 1 where a request was answered 500, took longer than
+HANG_S, one that is refused unread more than COSTLY_S a MiB of processor time, was told a stack trace, or got an answer
+that is not documented.
 """
 
 import argparse
@@ -23,10 +25,13 @@ from schemathesis.core.result import Ok
 from starlette.testclient import TestClient
 
 from serve.http import create_api
+from serve.limits import Limits
 from serve.service import LocalService
 
 HANG_S = 20.0
 GENERATED = 10  # one in so many
+COSTLY = 100  # one in so many
+COSTLY_S = 0.5  # of processor time a MiB; what takes the square of its length takes hours
 TRACES = ("Traceback (most recent call last)", 'File "/', ".py:", "site-packages")
 PAIR = {
     "id": "a",
@@ -170,6 +175,48 @@ def mutated(app: Any, account: Account, count: int, seed: int) -> None:
             account.take("mutated", answer.status_code, answer.text, took, f"{method} {path} {content[:300]!r}")
 
 
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+FORM, FILE = {"content-type": TYPES[3]}, {"content-type": TYPES[5]}
+JSON = {"content-type": TYPES[0]}
+# What is repeated up to the limit of a body: path, headers, what stands before, units, what stands behind.
+DEAR: tuple[tuple[str, dict[str, str], bytes, tuple[bytes, ...], bytes], ...] = (
+    (
+        "/v1/score", JSON, b"",
+        (b'"', b'\\"', b"\\\\", b'""', b'"\\"', b"[", b"]", b"{", b",", b" ", b"[],", b'["'), b"",
+    ),
+    ("/v1/score", JSON, b'{"pairs": "', (b'\\"', b"\\\\", b"\\u0041", b"\\ud800", b"[", b'"'), b'"}'),
+    ("/v1/score", JSON, b'{"pairs": [{"prompt": [', (b"null,", b"{},", b"0,", b"1e5,", b"[],", b'"",'), b"0]}]}"),
+    ("/v1/score", JSON, b'{"pairs": [{', (b'"a":0,', b'"\\u0061":[],'), b'"b": 0}]}'),
+    ("/v1/score", JSON, b'{"pairs": 0.', (b"9", b"0"), b"}"),
+    ("/", FORM, b"row=", (b"&", b"a&", b"a=&", b";", b"%41", b"+", b"["), b""),
+    ("/", FORM, b"prompt=", (b"%0A%0AHuman:", b"%0A", b".+", b"+"), b"&chosen=a&rejected=b"),
+    ("/sign-in", FORM, b"key=", (b"a", b"&", b"a=1&", b"%"), b""),
+    ("/upload", FILE, PART, (b"\n", b"\r", b"\r\n--", b"\r\n--x", b"{", b'"', b'\\"', b"{}\n"), b"\r\n--x--\r\n"),
+    (
+        "/upload", FILE, PART + b'{"chosen": "a", "rejected": "b", "prompt": "',
+        (b"\\n\\nHuman: a", b"\\n\\nHuman:", b"\\n", b". ", b" ", b"\\\\"), b'"}\r\n--x--\r\n',
+    ),
+    ("/upload", FILE, b"--x\r\n", (b"a: b\r\n", b"\r\n", PART, b"-"), b""),
+)  # fmt: skip
+
+
+def costly(app: Any, account: Account, count: int, seed: int) -> None:
+    """Large requests, made of what is dear to read; processor time counts, since others may use the machine."""
+    draw, limits = random.Random(seed), Limits()
+    with TestClient(app, base_url="http://localhost") as client:
+        for number in range(count):
+            path, headers, head, units, tail = DEAR[number] if number < len(DEAR) else draw.choice(DEAR)
+            unit, size = draw.choice(units), limits.of_body(path) // draw.choice((1, 1, 1, 4, 16))
+            content = head + unit * ((size - len(head) - len(tail)) // len(unit)) + tail
+            began, processor = time.perf_counter(), time.process_time()
+            answer = client.request("POST", path, content=content, headers=headers, follow_redirects=False)
+            took, used = time.perf_counter() - began, time.process_time() - processor
+            asked = f"POST {path} {head[-30:]!r} + {unit!r} * {len(content):,} bytes + {tail[-30:]!r}"
+            account.take("costly", answer.status_code, answer.text, took, asked)
+            if answer.status_code >= 400 and used > COSTLY_S * max(1.0, len(content) / 2**20):
+                account.note("dear", f"{used:.1f} s of processor time: {asked}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=50_000)
@@ -182,6 +229,7 @@ def main() -> None:
     app = create_api(LocalService(asked.auditor or found[-1]))
     account, began = Account(), time.perf_counter()
     generated(app, account, asked.requests // GENERATED)
+    costly(app, account, asked.requests // COSTLY, asked.seed)
     mutated(app, account, asked.requests - account.statuses.total(), asked.seed)
     for name, number in sorted(account.statuses.items()):
         print(f"{number:>7,}  {name}")

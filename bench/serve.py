@@ -1,4 +1,5 @@
-"""What the service costs and carries: `python -m bench.serve --auditor DIR [--soak-seconds 300] [--json OUT]`.
+"""What the service costs and carries: `python -m bench.serve --auditor DIR [--soak-seconds 300] [--json OUT]`; without
+`--auditor`, what the limits cost before anything is read.
 
 A service with this bundle on a Ray of its own, loops from a second process at concurrency 1, 8 and 64, of single pairs
 and of 16 a request; between them the bare engine (the batch function of an audit) on the same pairs in this process.
@@ -6,6 +7,7 @@ Then overload at three times what was carried, recovery, and a soak whose memory
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -22,6 +24,8 @@ import psutil
 from bench.common import write
 from safer_ray.formats import Refused, read_pair
 from serve.front import free_ports
+from serve.limits import Limits, check_nesting
+from serve.problems import Problem
 from serve.reading import Row
 
 GOALS = {
@@ -33,7 +37,26 @@ GOALS = {
     "recovery_s": "<= 10",
     "memory_growth": "about 1: flat",
     "http_vs_audit": "<= 1e-5",
+    "scan_4mb_s": "<= 0.2",
 }
+SCANNED = 4 * 2**20  # bytes of a body
+COSTLY = (
+    b'"',
+    b'\\"',
+    b"\\\\",
+    b'""',
+    b'"a',
+    b'a""',
+    b'" "a',
+    b'"\\"',
+    b'["",',
+    b"[",
+    b"]",
+    b",",
+    b" ",
+    b"\\u0041",
+    b"\xff",
+)
 TEXTS = ("prompt", "chosen", "rejected")
 OVERLOAD = 3.0  # times what was carried
 AT_ONCE = 16  # pairs a request
@@ -55,6 +78,26 @@ def read_pairs(path: Path, count: int) -> list[Pair]:
             if len(pairs) == count:
                 break
     return pairs
+
+
+def scan() -> dict[str, Any]:
+    """Seconds of the limits' scan over the worst of the bodies that are hardest on it, the least of five each."""
+    most = Limits(depth=SCANNED, values=SCANNED, members=SCANNED)  # else brackets end it early
+    worst, unit = 0.0, b""
+    for opening in (b"", b'"', b'{"pairs": "'):
+        for each in COSTLY:
+            body = (opening + each * (SCANNED // len(each)))[:SCANNED]
+            taken = min(_scan_s(body, limits) for limits in 5 * [Limits()])
+            worst, unit = max((worst, unit), (taken, opening + each))
+    unlimited = max(_scan_s(each * (SCANNED // len(each)), most) for each in (b"[", b",", b'["",'))
+    return {"loop": "scan", "bytes": SCANNED, "scan_4mb_s": worst, "of": repr(unit), "without_limits_s": unlimited}
+
+
+def _scan_s(body: bytes, limits: Limits) -> float:
+    began = time.process_time()
+    with contextlib.suppress(Problem):
+        check_nesting(body, limits)
+    return time.process_time() - began
 
 
 class BareEngine:
@@ -234,7 +277,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--auditor", type=Path, required=True)
+    parser.add_argument("--auditor", type=Path, help="without it, only the scan is measured")
     parser.add_argument("--pairs", type=Path, default=Path("../shared/data/hh_harmless_test.jsonl.gz"))
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each loop")
@@ -243,12 +286,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("arguments", nargs="*", help="KEY=VALUE of the service")
     asked = parser.parse_args()
+    rows: list[dict[str, Any]] = [scan()]
+    show(rows[0])
+    if asked.auditor is None:
+        report(asked.json, rows)
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pairs = read_pairs(asked.pairs, asked.count)
     engine = BareEngine(asked.auditor)
     (port,) = free_ports(1)
     served = Served(asked.auditor.absolute(), port, asked.arguments)
-    rows: list[dict[str, Any]] = []
     try:
         served.load(chunks(pairs, AT_ONCE), 3.0, concurrency=8)  # until everything has been used once
         engine.pairs_per_s(pairs)
@@ -263,11 +310,15 @@ def main() -> None:
             show(rows[-1])
     finally:
         served.close()
+    report(asked.json, rows)
+
+
+def report(out: Path | None, rows: Sequence[dict[str, Any]]) -> None:
     figures = figures_of(rows)
     for name, goal in GOALS.items():
         if name in figures:
             print(f"{name:<22} {figures[name]:.4g}   goal {goal}")
-    write(asked.json, figures, rows)
+    write(out, figures, rows)
 
 
 if __name__ == "__main__":

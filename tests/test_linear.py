@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +20,11 @@ from safer_ray.places import Piece, pieces_of, sent_span
 from safer_ray.rows import read_rows
 from serve import access, auth, limits, uploads, web
 from serve.api import ScoreRequest
+from serve.http import create_api
 from serve.limits import Limits, check_nesting, read_json
 from serve.marking import parted, visible
 from serve.problems import Problem
+from serve.service import LocalService
 
 SMALL, LARGE = 2**16, 2**20
 RATIO = 40  # linear gives 16, quadratic 256
@@ -196,6 +199,50 @@ def test_uploads_are_cut_into_lines_and_rows(head, unit):
     assert_linear(refusing(lambda given: uploads.read_lines(given.encode()), uploads.TooManyRows), unit, head)
 
 
+class Unasked(LocalService):
+    """Scores nothing; what comes before is what is looked at."""
+
+    def __init__(self):
+        pass
+
+    async def score(self, pairs, explain):
+        raise Problem(503, "no scorer")
+
+
+@pytest.fixture(scope="module")
+def client():
+    app = create_api(Unasked(), ROOMY.model_copy(update={"upload_bytes": 2**30, "chars": 2**30, "text_chars": 2**30}))
+    return TestClient(app, base_url="http://localhost")
+
+
+KINDS = {"/v1/score": "application/json", "/": "application/x-www-form-urlencoded", "/upload": "multipart/form-data"}
+PART = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+REQUESTS = [
+    ("/v1/score", '{"pairs": [{"prompt": [', "null,", "0]}]}"),
+    ("/v1/score", '{"pairs": [{"prompt": [', "{},", "0]}]}"),
+    ("/v1/score", '{"pairs": [{"prompt": "', '\\"', '"}]}'),
+    ("/v1/score", '{"pairs": [{"chosen": "a", "rejected": "b", "prompt": "', "\\n\\nHuman: a", '"}]}'),
+    ("/", "row=", "&", ""),
+    ("/", "row=", "a=&", ""),
+    ("/upload", PART, "\r", "\r\n--x--\r\n"),
+    ("/upload", PART, "\r\n--", "\r\n--x--\r\n"),
+    ("/upload", "--x\r\n", "a: b\r\n", ""),
+    ("/sign-in", "", "a=1&", ""),
+]
+
+
+@pytest.mark.parametrize(("path", "head", "unit", "tail"), REQUESTS)
+def test_requests_are_answered(client, monkeypatch, path, head, unit, tail):
+    monkeypatch.setattr(web, "PATIENCE_S", 0.0)
+    kind = KINDS.get(path, KINDS["/"]) + ("; boundary=x" if path == "/upload" else "")
+
+    def ask(given):
+        answer = client.post(path, content=given.encode(), headers={"content-type": kind})
+        assert answer.status_code >= 400
+
+    assert_linear(ask, unit, head, tail)
+
+
 # Texts of pairs
 
 TURNS = ["\n\nHuman: a", "\n\nHuman:", "\n\nHuman: a\n\nAssistant: b", "Human:", "\n", " ", "\t", "a "]
@@ -268,7 +315,8 @@ def test_marks_of_contents_are_told_from_markup(unit):
 def test_contents_are_found_in_a_rendered_conversation(unit):
     def spans(given):
         contents = [given[i : i + 8] for i in range(0, len(given), 8)]
-        text.render_plain([{"role": "user", "content": content} for content in contents], [])
+        messages = [{"role": "user", "content": content} for content in contents]
+        text.render_plain(messages, messages[:1])
 
     assert_linear(spans, unit)
 
