@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
+from safer_ray.accounts import count
 from safer_ray.artifacts import Artifact
 from safer_ray.audit_read import scored_rows, scores
 from safer_ray.audit_run import ASKED
 from safer_ray.errors import explain_disk_errors
 from safer_ray.files import read_json
-from safer_ray.runner import count
 
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]

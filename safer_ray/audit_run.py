@@ -218,6 +218,10 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
             wrong.append(
                 f"fragment {fragment.number}: {entry['read']} rows read, {scored} scored and {refused} quarantined"
             )
+    names = {part_name(fragment.number) for fragment in fragments}
+    for folder in (SCORES, "quarantine"):
+        if strange := sorted(name for name in present[folder] - names if not name.startswith(".")):
+            raise SaferError(f"{out / folder / strange[0]} is of no planned fragment; move it away, or use --fresh")
     if wrong:
         raise SaferError(
             f"{out}: the accounts do not close in {len(wrong)} of {len(fragments)} fragments ({wrong[0]}); "

@@ -10,7 +10,6 @@ calls them one after another; on Ray they are the operators of a Ray Data pipeli
 import functools
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from safer_ray.accounts import DONE, Counts, close, entry, entry_name, forget_torn, pending
 from safer_ray.artifacts import Fragment, part_name, save_plan
-from safer_ray.background import side_by_side
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import names_in, read_json, read_parquet, threads_for, write_json, write_parquet
+from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 from safer_ray.tokens import token_count
 
@@ -78,6 +77,10 @@ class MapJob:
     group_rows: int | None = None  # of a row group in them, where it matters
     write: Callable[[pa.Table, Path, str], dict[str, Any]] | None = None  # instead of one part in `folder`
 
+    def parts(self, directory: Path) -> Path | None:
+        """Where every fragment has a part; None where it may have several, or none."""
+        return directory / self.folder if self.write is None else None
+
     def as_written(self, rows: pa.Table) -> pa.Table:
         """Rows in the schema that they are written in."""
         return rows.select(self.schema.names).cast(self.schema)
@@ -96,23 +99,17 @@ class TrainJob:
 class Runner(Protocol):
     """Where stages run: in this process, or on a cluster."""
 
-    def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> "Counts":
-        """Map every fragment that is not done yet; accounts over all of them."""
+    def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
+        """Map every fragment that is not done yet; accounts over all of them.
+
+        Raises:
+            SaferError: fragments are left that are not done, or entries of no planned fragment are there.
+        """
         ...
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         """Run training loops one after another on the same workers; the metrics of each."""
         ...
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Accounts of a mapped stage; input rows = written + quarantined + left out by the source's `part`."""
-
-    read: int
-    written: int
-    quarantined: int
-    reasons: dict[str, int]
 
 
 class Prepared(NamedTuple):
@@ -298,17 +295,9 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
         write_parquet(mapped.refused, quarantine)
     else:
         quarantine.unlink(missing_ok=True)  # of an attempt that did not come to its end
-    done = {
-        "read": mapped.read,
-        "written": len(rows),
-        "quarantined": len(mapped.refused),
-        "reasons": dict(Counter(reason.split(":")[0] for reason in mapped.refused["reason"].to_pylist())),
-        "tokens": mapped.tokens,
-        "seconds": round(mapped.seconds, 3),
-        "restarts": mapped.restarts,
-        **facts,
-    }
-    write_json(done, directory / "done" / f"{mapped.fragment.number:08}.json")
+    counted = {"tokens": mapped.tokens, "seconds": round(mapped.seconds, 3), "restarts": mapped.restarts}
+    done = entry(mapped.read, len(rows), mapped.refused["reason"].to_pylist(), **counted, **facts)
+    write_json(done, directory / DONE / entry_name(mapped.fragment))
     return done
 
 
@@ -321,24 +310,8 @@ def plan(job: MapJob, fragments: Sequence[Fragment], directory: Path) -> tuple[l
     if not fragments:
         raise UserError(f"stage {job.stage}: no input rows; check the sources and filters")
     planned = save_plan(list(fragments), directory)
+    forget_torn(directory)
     return planned, pending(planned, directory)
-
-
-def pending(fragments: Sequence[Fragment], directory: Path) -> list[Fragment]:
-    """Plan minus done."""
-    done = names_in(directory / "done")
-    return [f for f in fragments if f"{f.number:08}.json" not in done]
-
-
-def count(directory: Path) -> Counts:
-    """Sum of the `done` entries."""
-    totals: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    paths = sorted((directory / "done").glob("*.json"))
-    for entry in side_by_side(read_json, paths, threads_for(directory)):
-        totals.update({name: entry[name] for name in ("read", "written", "quarantined")})
-        reasons.update(entry["reasons"])
-    return Counts(totals["read"], totals["written"], totals["quarantined"], dict(reasons))
 
 
 def quarantine_rows(directory: Path) -> pa.Table:
@@ -370,7 +343,7 @@ class LocalRunner:
             for number, fragment in enumerate(todo, len(planned) - len(todo) + 1):
                 done = commit(job, directory, work(read(fragment)))
                 self.on_progress(job.stage, number, len(planned), done["read"])
-        return count(directory)
+        return close(job.stage, planned, directory, job.parts(directory))
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         return [self._train(job) for job in jobs]

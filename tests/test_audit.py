@@ -234,6 +234,29 @@ def test_accounts_that_do_not_close_are_told(bundle, corpus, tmp_path):
         check_accounts(out, fragments, Counts(60, 60, 0, {}))
 
 
+def test_rows_of_no_planned_fragment_are_told(bundle, corpus, tmp_path):
+    out = tmp_path / "out"
+    run(audit_of(bundle, corpus), out)
+    strange = out / "scores/part-00000009.parquet"
+    strange.write_bytes((out / "scores/part-00000000.parquet").read_bytes())
+    with pytest.raises(SaferError, match=rf"^{strange} is of no planned fragment"):
+        run(audit_of(bundle, corpus), out)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_an_empty_or_torn_part_is_named_with_the_remedy(bundle, corpus, tmp_path, size):
+    out = tmp_path / "out"
+    run(audit_of(bundle, corpus), out)
+    part = out / "scores/part-00000001.parquet"
+    part.write_bytes(part.read_bytes()[:size])
+    message = rf"^{part} is empty or torn: .*; delete it and {out}/done/00000001.json, then run the same command again$"
+    with pytest.raises(UserError, match=message):
+        run(audit_of(bundle, corpus), out)
+    part.unlink()
+    (out / "done/00000001.json").unlink()
+    assert run(audit_of(bundle, corpus), out)["rows"]["scored"] == ROWS
+
+
 def test_a_folder_of_something_else_is_left_alone(bundle, corpus, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

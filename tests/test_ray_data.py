@@ -1,12 +1,16 @@
 """Mapping on Ray: the same rows as in one process, whatever dies on the way."""
 
 import time
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import ray
 from ray_work import WRITTEN, mortal, write_input
 from test_kill import assert_same_tables
 
+from safer_ray.accounts import count
 from safer_ray.artifacts import (
     Place,
     open_artifact,
@@ -17,11 +21,12 @@ from safer_ray.artifacts import (
     read_parts,
 )
 from safer_ray.config import ActivationsConfig, RayConfig
+from safer_ray.distributed import runner as runner_module
 from safer_ray.distributed.data import dataset
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import Stages
-from safer_ray.runner import LocalRunner, MapJob, count, quarantine_rows
+from safer_ray.runner import LocalRunner, MapJob, quarantine_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
@@ -77,6 +82,62 @@ def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_pa
     (row,) = quarantine_rows(tmp_path / "out").to_pylist()
     assert (row["row_key"], row["pair_id"]) == ("in.jsonl#42", "p42")
     assert row["reason"] == "failed twice: the process ended while it worked on these rows"
+
+
+class Undoes:
+    """A batch function that, at the last fragment, once takes back the first fragment's commit."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, rows):
+        values, entry = rows["value"].to_pylist(), self.folder / "out/done/00000000.json"
+        if 70 in values and not (self.folder / "taken").exists():
+            while not entry.exists():
+                time.sleep(0.02)
+            entry.rename(self.folder / "taken")
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+def test_a_fragment_that_is_not_committed_when_the_work_ends_is_done_again(fragments, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "SEEN_SECONDS", 0.0)
+    made = MapJob("codes", read_fragment, partial(Undoes, tmp_path), WRITTEN, loads_model=True, batch_rows=10)
+    counts = RayRunner(ONE).map(made, fragments, tmp_path / "out")
+    assert (tmp_path / "taken").exists()
+    assert (counts.read, counts.written) == (80, 80)
+    assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
+
+
+def test_a_stage_that_never_comes_to_its_end_says_what_is_missing(fragments, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "SEEN_SECONDS", 0.0)
+    committed = runner_module.map_fragments
+
+    def loses_one(job, todo, *given):
+        if kept := [fragment for fragment in todo if fragment.number != 3]:
+            yield from committed(job, kept, *given)
+
+    monkeypatch.setattr(runner_module, "map_fragments", loses_one)
+    message = (
+        r"^codes: 1 of 8 fragments are not done, first number 3 \(.*part-00000003.parquet, rows 0 to 9\): the cluster "
+        r"failed 3 times, last with an end of its work before all of it was done; run the same command again: .* kept$"
+    )
+    with pytest.raises(SaferError, match=message):
+        RayRunner(ONE).map(mortal(tmp_path), fragments, tmp_path / "out")
+    monkeypatch.undo()
+    assert RayRunner(ONE).map(mortal(tmp_path), fragments, tmp_path / "out").read == 80
+
+
+def test_failures_count_since_something_was_committed(tmp_path):
+    fragments, failures = part_fragments(write_input(tmp_path, 32) / "in"), []
+
+    def fails(stage, done, total, rows):
+        if len(failures) < 4:
+            failures.append(done)
+            raise ray.exceptions.RayError("a node is gone")
+
+    counts = RayRunner(ONE, fails).map(mortal(tmp_path), fragments, tmp_path / "out")
+    assert len(failures) == 4
+    assert (counts.read, counts.written) == (320, 320)
 
 
 def test_a_row_that_fails_is_quarantined_as_in_one_process(fragments, tmp_path):
@@ -160,7 +221,6 @@ def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
 
 def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_path):
     import httpx
-    import ray
 
     RayRunner(ONE).map(mortal(tmp_path, chokes_at=17), fragments, tmp_path / "out")
     node = ray.nodes()[0]

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 
 from safer_ray import files, schema
+from safer_ray.accounts import count
 from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_parquet
-from safer_ray.runner import LocalRunner, MapJob, TrainJob, count, pending, quarantine_rows
+from safer_ray.runner import LocalRunner, MapJob, TrainJob, pending, quarantine_rows
 from safer_ray.tokens import TokenisePairs, token_count
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
@@ -86,6 +87,65 @@ def test_resume_does_only_the_missing_fragments_and_nothing_comes_twice(fragment
     assert doubles(out) == [2 * i for i in range(30)]
     LocalRunner().map(job(dies), fragments, out)
     assert len(seen) == 15
+
+
+class Forgets:
+    """A batch function that takes back what was committed before."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def __call__(self, rows):
+        for path in sorted((self.out / "done").glob("*.json"))[:1]:
+            path.unlink()
+        return double(rows)
+
+
+def test_a_stage_whose_fragments_are_not_all_done_is_an_error_that_names_the_first(fragments, tmp_path):
+    out = tmp_path / "out"
+    message = (
+        r"^codes: 2 of 3 fragments are not done, first number 0 \(.*part-00000000.parquet, rows 0 to 9\); "
+        "run the same command again: finished work is kept$"
+    )
+    with pytest.raises(SaferError, match=message):
+        LocalRunner().map(job(Forgets(out), batch_rows=10), fragments, out)
+    assert LocalRunner().map(job(), fragments, out).read == 30
+
+
+@pytest.mark.parametrize("name", ["done/00000007.json", part_name(7)])
+def test_what_belongs_to_no_planned_fragment_is_an_error_that_names_it(fragments, tmp_path, name):
+    out = tmp_path / "out"
+    LocalRunner().map(job(), fragments, out)
+    (out / name).write_bytes((out / name.replace("7", "0")).read_bytes())
+    with pytest.raises(SaferError, match=rf"^codes: {out / name} is of no planned fragment .*3 fragments planned"):
+        LocalRunner().map(job(), fragments, out)
+
+
+def test_a_part_that_is_gone_though_its_fragment_is_done_is_named(fragments, tmp_path):
+    out = tmp_path / "out"
+    LocalRunner().map(job(), fragments, out)
+    (out / part_name(1)).unlink()
+    with pytest.raises(SaferError, match=rf"^codes: {out / part_name(1)} is missing, though its fragment is done"):
+        LocalRunner().map(job(), fragments, out)
+
+
+@pytest.mark.parametrize("content", ["", '{"read": 10, "writ', "{}", "[]", "null"])
+def test_a_fragment_with_a_torn_entry_is_done_again(fragments, tmp_path, content, caplog):
+    out, seen = tmp_path / "out", []
+
+    def watch(rows):
+        seen.append(rows["value"][0].as_py())
+        return double(rows)
+
+    LocalRunner().map(job(), fragments, out)
+    (out / "done/00000001.json").write_text(content)
+    (out / part_name(1)).write_bytes(b"")
+    assert [f.number for f in pending(fragments, out)] == [1]
+    counts = LocalRunner().map(job(watch, batch_rows=10), fragments, out)
+    assert seen == [10]
+    assert counts.read == 30
+    assert doubles(out) == [2 * i for i in range(30)]
+    assert f"{out / 'done/00000001.json'} is empty or torn; its fragment is done again" in caplog.text
 
 
 def test_a_retry_overwrites_the_part_it_left(fragments, tmp_path):

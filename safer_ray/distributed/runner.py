@@ -1,6 +1,7 @@
 """The stages' runner on a Ray cluster: same rows as `LocalRunner`, by Ray Data; training by Ray Train."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,17 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import UserCodeException
 
+from safer_ray.accounts import Counts, close, pending, unfinished
 from safer_ray.artifacts import Fragment
 from safer_ray.config import RayConfig
 from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
-from safer_ray.runner import Counts, MapJob, OnProgress, TrainJob, count, no_progress, pending, plan
+from safer_ray.runner import MapJob, OnProgress, TrainJob, no_progress, plan
 
-TRIES = 3  # of a stage, when the cluster fails it in a way that Ray Data does not mend
+TRIES = 3  # of a stage with nothing committed between, when the cluster fails it in a way that Ray Data does not mend
+SEEN_SECONDS = 60.0  # for which a network file system may list a folder as it was before
 log = logging.getLogger(__name__)
 
 
@@ -32,40 +35,63 @@ class RayRunner:
     def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
         """As `LocalRunner.map`; what is committed when the cluster fails is not done again.
 
+        A failure counts while nothing is committed: one that comes after a fragment is the first again.
+
         Raises:
-            SaferError: the cluster failed `TRIES` times, or did nothing for half an hour.
+            SaferError: the cluster failed `TRIES` times and committed nothing between, or did nothing for half an hour.
         """
         check_shared(directory)
         planned, todo = plan(job, fragments, directory)
-        for attempt in range(1, TRIES + 1):
-            if not todo:
-                break
-            try:
-                self._once(job, todo, directory, len(planned))
-            except ExecutionTimeoutError as error:
+        failures = 0
+        while todo:
+            why = self._failed(job, todo, directory, len(planned))
+            before, todo = len(todo), pending(planned, directory)
+            failures = failures + 1 if len(todo) == before else 1
+            if todo and failures == TRIES:
                 raise SaferError(
-                    f"{job.stage}: the cluster finished nothing for long; see `ray status` for lost nodes and for work "
-                    "that holds the others, then run the same command again: finished work is kept"
-                ) from error
-            except ray.exceptions.RayError as error:
-                if isinstance(getattr(error, "cause", None), UserCodeException):
-                    raise  # no fault of the cluster
-                if attempt == TRIES:
-                    raise SaferError(
-                        f"{job.stage}: the cluster failed {TRIES} times, last with {_reason(error)}; "
-                        "run the same command again: finished work is kept"
-                    ) from error
-                log.warning("%s: %s; going on with what is not done", job.stage, _reason(error))
-            todo = pending(planned, directory)
-        return count(directory)
+                    unfinished(job.stage, todo, len(planned), f": the cluster failed {TRIES} times, last with {why}")
+                )
+            if todo:
+                log.warning("%s: %s; going on with what is not done", job.stage, why)
+        return close(job.stage, planned, directory, job.parts(directory))
 
-    def _once(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> None:
-        for number, rows in enumerate(map_fragments(job, todo, directory, self.config), total - len(todo) + 1):
-            self.on_progress(job.stage, number, total, rows)
+    def _failed(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> str:
+        """Map fragments; why some of them may not be done.
+
+        Raises:
+            SaferError: no fault of the cluster, or one that it does not mend.
+        """
+        try:
+            if self._once(job, todo, directory, total) == len(todo):
+                _wait_until_seen(todo, directory)
+        except ExecutionTimeoutError as error:
+            raise SaferError(
+                f"{job.stage}: the cluster finished nothing for long; see `ray status` for lost nodes and for work "
+                "that holds the others, then run the same command again: finished work is kept"
+            ) from error
+        except ray.exceptions.RayError as error:
+            if isinstance(getattr(error, "cause", None), UserCodeException):
+                raise  # no fault of the cluster
+            return _reason(error)
+        return "an end of its work before all of it was done"
+
+    def _once(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> int:
+        """Map fragments; how many were said to be committed."""
+        number = 0
+        for number, rows in enumerate(map_fragments(job, todo, directory, self.config), 1):
+            self.on_progress(job.stage, total - len(todo) + number, total, rows)
+        return number
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         check_shared(jobs[0].out)
         return train(jobs, self.config, self.on_progress)
+
+
+def _wait_until_seen(fragments: Sequence[Fragment], directory: Path) -> None:
+    """Give a network file system time to list here what other nodes have committed."""
+    end = time.monotonic() + SEEN_SECONDS
+    while pending(fragments, directory) and time.monotonic() < end:
+        time.sleep(1)
 
 
 def _reason(error: BaseException) -> str:
