@@ -12,7 +12,7 @@ from typing import Any
 from safer_ray.artifacts import Fragment, part_name
 from safer_ray.background import side_by_side
 from safer_ray.errors import SaferError
-from safer_ray.files import names_in, read_json, threads_for
+from safer_ray.files import names_in, read_json, remove, threads_for
 from safer_ray.remote import Remote
 
 DONE = "done"
@@ -46,7 +46,7 @@ def forget_torn(directory: Path) -> None:
     """Delete `done` entries that are not whole, each with a line in the log: their fragments are done again."""
     for name in sorted(_torn(directory, names_in(directory / DONE))):
         log.warning("%s is empty or torn; its fragment is done again", directory / DONE / name)
-        (directory / DONE / name).unlink(missing_ok=True)
+        remove(directory / DONE / name)
 
 
 def _torn(directory: Path, names: set[str]) -> set[str]:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.files import read_parquet, write_json, write_parquet
+from safer_ray.files import make_folder, move, read_parquet, sync_tree, write_json, write_parquet
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
 
@@ -194,12 +193,13 @@ def versions() -> dict[str, str]:
 
 
 def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> None:
-    """The manifest of what a stage wrote; it comes last, behind the mark of red-team data in the files."""
+    """Write the manifest of what a stage wrote; it comes last, when the files are marked and on the disk."""
     marks = together(recipe.inherited, result.own)
     told: dict[str, Any] = {"red_team": marks.red_team}
     if marks.red_team:
         told["red_team_from"] = recipe.red_team_from + ["itself"] * result.own.red_team
         mark_files(partial, {PLAN, "done", *SCRATCH})
+    sync_tree(partial)
     values = asdict(result)
     wall_seconds = values.pop("wall_seconds")
     del values["own"]
@@ -217,6 +217,14 @@ def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> Non
         "content_sha256": artifact_hash(partial),
     }
     write_json(manifest, partial / MANIFEST)
+
+
+def _is_closed(partial: Path) -> bool:
+    """Whether a whole manifest is there."""
+    try:
+        return (partial / MANIFEST).is_file() and bool(open_artifact(partial).manifest)
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -293,7 +301,7 @@ class Place:
         with explain_disk_errors(self.root):
             for partial in partials.values():
                 self._begin(partial)
-            todo = {name: partial for name, partial in partials.items() if not (partial / MANIFEST).is_file()}
+            todo = {name: partial for name, partial in partials.items() if not _is_closed(partial)}
             self.building.update({partial: recipes[name] for name, partial in todo.items()})
             began = time.time()
             results = build(todo) if todo else {}
@@ -306,7 +314,7 @@ class Place:
     def _begin(self, partial: Path) -> None:
         if self.fresh:
             shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         for torn in [file for file in partial.rglob(".*") if file.is_file()]:
             torn.unlink()  # what a killed process wrote beside and did not rename
 
@@ -316,8 +324,8 @@ class Place:
             shutil.rmtree(partial / scratch, ignore_errors=True)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(partial, path)
-        return Artifact(path, recipe.name, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+        move(partial, path)
+        return open_artifact(path)
 
 
 def check_whole(artifact: Artifact) -> None:

@@ -6,7 +6,6 @@ sources differ in their names or their order. A pair that stands in an audit sev
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -25,7 +24,7 @@ from safer_ray.artifacts import Artifact
 from safer_ray.audit_read import scored_rows, scores
 from safer_ray.audit_run import ASKED
 from safer_ray.errors import explain_disk_errors
-from safer_ray.files import read_json
+from safer_ray.files import beside, make_folder, read_json
 
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]
@@ -260,8 +259,7 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
 
     `path` is whole or absent.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    make_folder(path.parent)
     with (
         explain_disk_errors(path.parent),
         tempfile.TemporaryFile("w+", encoding="utf-8", dir=path.parent) as gained,
@@ -275,20 +273,16 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
             begun.add(kind)
 
         found = difference(a, b, tell, most)
-        try:
-            with beside.open("w", encoding="utf-8") as whole:
-                told = {"red_team": True} if a.red_team or b.red_team else {}
-                facts = {"a": str(a.path), "b": str(b.path)} | told | _tree(found)
-                whole.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}"))
-                for name, stream in lists.items():
-                    whole.write(f',\n "{name}": [')
-                    stream.seek(0)
-                    shutil.copyfileobj(stream, whole)
-                    whole.write("]")
-                whole.write("\n}\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with beside(path) as temporary, temporary.open("w", encoding="utf-8") as whole:
+            told = {"red_team": True} if a.red_team or b.red_team else {}
+            facts = {"a": str(a.path), "b": str(b.path)} | told | _tree(found)
+            whole.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}"))
+            for name, stream in lists.items():
+                whole.write(f',\n "{name}": [')
+                stream.seek(0)
+                shutil.copyfileobj(stream, whole)
+                whole.write("]")
+            whole.write("\n}\n")
     return found
 
 

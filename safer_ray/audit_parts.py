@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.files import write_parquet, write_text
+from safer_ray.files import remove, write_parquet, write_text
 from safer_ray.marks import RED_TEAM_MARK, any_red_team, marked
 
 AUDITED = pa.schema(
@@ -213,5 +213,5 @@ def write_part(rows: pa.Table, directory: Path, name: str) -> dict[str, Any]:
     if lines:
         write_text("".join(f"{line}\n" for line in lines), path)
     else:
-        path.unlink(missing_ok=True)  # of an attempt that did not come to its end
+        remove(path)  # of an attempt that did not come to its end
     return {"figures": to_tree(figures_of(rows))}

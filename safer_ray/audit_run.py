@@ -148,7 +148,7 @@ def planned(audit: Audit, out: Path) -> list[Fragment]:
                 f"{fragment.path} is gone, and not all of its rows are audited; put it back, or use --fresh"
             )
     if new:
-        (out / MANIFEST).unlink(missing_ok=True)  # the audit is no longer whole
+        remove(out / MANIFEST)  # the audit is no longer whole
         known += [replace(fragment, number=number) for number, fragment in enumerate(new, len(known))]
         write_plan(known, path)
     return known

@@ -1,6 +1,10 @@
-"""Files that are whole or absent: written beside, then renamed; objects of a store, in one piece."""
+"""Files that are whole or absent, also after a power cut: written beside, synced, renamed, and their folder synced.
+
+Objects of a store are written in one piece, and are there when the store says so.
+"""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +22,7 @@ from safer_ray.remote import Remote, remote
 
 THREADS = 32  # that wait for an object store
 BLOCK = 8 * 2**20  # bytes that an upload takes at once
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)  # of file systems that cannot sync a folder
 
 
 def at(path: str | Path) -> Path:
@@ -50,6 +55,48 @@ def names_in(directory: Path) -> set[str]:
         return set()
 
 
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: they cannot be written there.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SYNC):
+            raise
+    finally:
+        os.close(opened)
+
+
+def sync_tree(directory: Path) -> None:
+    """Return when all files below a folder, and their names, are on the disk."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, whose names are on the disk when this returns."""
+    if isinstance(path, Remote) or path.is_dir():
+        return
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, once what is in it is on the disk; so is its new name when this returns."""
+    sync_tree(source) if source.is_dir() else sync(source)
+    os.replace(source, target)
+    sync(target.parent)
+
+
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file as a table.
 
@@ -70,23 +117,39 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def parquet_rows(path: Path) -> int:
-    """How many rows a Parquet file says it has."""
-    if isinstance(path, Remote):
-        with path.explained("read"), path.native() as source:
-            return int(pq.read_metadata(source).num_rows)
-    with path.open("rb") as stream:
-        return int(pq.read_metadata(stream).num_rows)
+    """How many rows a Parquet file says it has.
+
+    Raises:
+        UserError: it is empty or torn.
+    """
+    try:
+        if isinstance(path, Remote):
+            with path.explained("read"), path.native() as source:
+                return int(pq.read_metadata(source).num_rows)
+        with path.open("rb") as stream:
+            return int(pq.read_metadata(stream).num_rows)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path} is empty or torn: {str(error).splitlines()[0]}; delete it and the `done` entry of its number, "
+            "then run the same command again"
+        ) from None
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Where the body writes what then becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def beside(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Where the body writes what then becomes `path`; what need not outlive a power cut is not `durable`."""
+    if durable:
+        make_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explain_disk_errors(path.parent):
         try:
             yield temporary
-            os.replace(temporary, path)
+            if durable:
+                move(temporary, path)
+            else:
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -104,16 +167,16 @@ def write_parquet(table: pa.Table, path: Path, group_rows: int | None = None) ->
         pq.write_table(table, sink, **options)
         path.write([sink.getvalue()])
         return
-    with _beside(path) as temporary:
+    with beside(path) as temporary:
         pq.write_table(table, temporary, **options)
 
 
-def write_text(text: str, path: Path) -> None:
+def write_text(text: str, path: Path, *, durable: bool = True) -> None:
     """Write beside, then rename: `path` is whole or absent."""
     if isinstance(path, Remote):
         path.write([text.encode()])
         return
-    with _beside(path) as temporary:
+    with beside(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -127,12 +190,12 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             stream.seek(0)
             path.write(iter(lambda: stream.read(BLOCK), b""))
         return
-    with _beside(path) as temporary, temporary.open("wb") as stream:
+    with beside(path) as temporary, temporary.open("wb") as stream:
         yield stream
 
 
-def write_json(value: Any, path: Path) -> None:
-    write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", path)
+def write_json(value: Any, path: Path, *, durable: bool = True) -> None:
+    write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", path, durable=durable)
 
 
 def read_json(path: Path) -> Any:
@@ -149,11 +212,16 @@ def read_json(path: Path) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it; nothing where there is none."""
+    """Delete a file, or a folder with all that is in it, so that a power cut does not bring it back; nothing where
+    there is none."""
     if isinstance(path, Remote):
         path.unlink(missing_ok=True)
         path.remove_below()
-    elif path.is_dir():
+        return
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+    sync(path.parent)

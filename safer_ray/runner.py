@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from safer_ray.accounts import DONE, Counts, close, entry, entry_name, forget_torn, pending
 from safer_ray.artifacts import Fragment, part_name, save_plan
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, write_json, write_parquet
+from safer_ray.files import read_parquet, remove, sync_tree, write_json, write_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 from safer_ray.tokens import token_count
 
@@ -197,7 +197,7 @@ class Attempts:
         failures = _attempted(journal)
         self.restarts += ENDED in failures[-1:]
         while len(failures) < TRIES:
-            write_json([*failures, ENDED], journal)
+            write_json([*failures, ENDED], journal, durable=False)
             try:
                 output = self.function(rows)
             except Exception as error:
@@ -205,7 +205,7 @@ class Attempts:
                     journal.unlink(missing_ok=True)
                     raise
                 failures.append(f"{type(error).__name__}: {error}")
-                write_json(failures, journal)
+                write_json(failures, journal, durable=False)
                 continue
             journal.unlink(missing_ok=True)
             yield output
@@ -223,7 +223,7 @@ def _attempted(journal: Path) -> list[str]:
     """How earlier attempts at a range of rows failed."""
     try:
         return list(json.loads(journal.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # torn by a power cut, of which no row is to blame
         return []
 
 
@@ -294,7 +294,7 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
     if len(mapped.refused):
         write_parquet(mapped.refused, quarantine)
     else:
-        quarantine.unlink(missing_ok=True)  # of an attempt that did not come to its end
+        remove(quarantine)  # of an attempt that did not come to its end
     counted = {"tokens": mapped.tokens, "seconds": round(mapped.seconds, 3), "restarts": mapped.restarts}
     done = entry(mapped.read, len(rows), mapped.refused["reason"].to_pylist(), **counted, **facts)
     write_json(done, directory / DONE / entry_name(mapped.fragment))
@@ -321,9 +321,17 @@ def quarantine_rows(directory: Path) -> pa.Table:
 
 
 def trained_already(state: Path) -> dict[str, Any] | None:
-    """The metrics of a training that ended, but whose artifact was not closed."""
-    path = state / METRICS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The metrics of a training that ended, but whose artifact was not closed; what is torn tells none."""
+    try:
+        return dict(json.loads((state / METRICS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def close_training(metrics: dict[str, Any], state: Path) -> None:
+    """Write down that a training has ended, once what it made is on the disk."""
+    sync_tree(state.parent)
+    write_json(metrics, state / METRICS)
 
 
 def no_progress(stage: str, done: int, total: int, rows: int) -> None:
@@ -359,5 +367,5 @@ class LocalRunner:
         workers = OneProcess(state, lambda done, total: self.on_progress(job.stage, done, total, 0))
         metrics = job.loop(out=job.out, workers=workers, **job.arguments)
         metrics["train_seconds"] = round(time.monotonic() - began, 3)
-        write_json(metrics, state / METRICS)
+        close_training(metrics, state)
         return metrics

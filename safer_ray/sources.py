@@ -20,7 +20,7 @@ from safer_ray.artifacts import Fragment
 from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import at, stamp
+from safer_ray.files import at, move, stamp
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.remote import Remote
 from safer_ray.rows import BEGIN, ENDINGS, MAX_ROW, Cut, RawRow, cut_rows, explained, kind_of, read_rows
@@ -140,7 +140,7 @@ def _from_hub(source: SourceConfig) -> Path:
         temporary = tempfile.mkdtemp(dir=cache, prefix=".saving-")
         data.save_to_disk(temporary)
         with contextlib.suppress(OSError):  # another process was faster; its copy is the same
-            os.rename(temporary, folder)
+            move(Path(temporary), folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
+from safer_ray.files import make_folder, move
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokens
@@ -242,6 +243,24 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
             raise SaferError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
 
 
+@contextlib.contextmanager
+def _torn_named(checkpoint: Path) -> Iterator[None]:
+    """Name a checkpoint that cannot be read.
+
+    Raises:
+        UserError: a file of it is missing, empty or torn.
+    """
+    try:
+        yield
+    except (SaferError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint {checkpoint} is torn ({type(error).__name__}: {first}); delete it to train anew"
+        ) from error
+
+
 class Checkpoints:
     """`step-N` directories of one training, whole or absent; the highest counts."""
 
@@ -259,7 +278,7 @@ class Checkpoints:
         path = self.state / "next"
         if self.rank == 0:
             shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
+            make_folder(path)
         return path
 
     def write(self, engine: Kept, state: dict[str, Any]) -> Path:
@@ -280,7 +299,7 @@ class Checkpoints:
         older = self._all()
         target = self.state / f"step-{step:08}"
         shutil.rmtree(target, ignore_errors=True)
-        (self.state / "next").rename(target)
+        move(self.state / "next", target)
         for path in older:
             if path != target:
                 shutil.rmtree(path)
@@ -292,21 +311,23 @@ class Checkpoints:
         """The last checkpoint into `engine`; the loop's state, None where there is none.
 
         Raises:
-            UserError: it was made by another number or kind of workers, or its files are not those that were saved.
+            UserError: it was made by another number or kind of workers, or its files are torn or not those that were saved.
         """
         if not self._all():
             return None
         path = self._all()[-1]
-        group = json.loads((path / "group.json").read_text(encoding="utf-8"))
+        with _torn_named(path):
+            group = json.loads((path / "group.json").read_text(encoding="utf-8"))
         if group != self.group:
             raise UserError(
                 f"the unfinished training in {self.state} was made with {group}, this run has {self.group}; go on with "
                 f"the same, or delete {self.state} to train anew"
             )
         check_digests(path, workers.rank, workers.size, lambda found: workers.sum(torch.tensor(found)).tolist())
-        engine.load(path)
-        torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
-        return torch.load(path / "loop.pt", weights_only=True, map_location="cpu")
+        with _torn_named(path):
+            engine.load(path)
+            torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
+            return torch.load(path / "loop.pt", weights_only=True, map_location="cpu")
 
 
 class OneProcess:

@@ -261,7 +261,7 @@ def test_a_crash_between_two_renames_builds_nothing_again(tmp_path, monkeypatch)
         replace_path(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", dies)
+        patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
             Place(tmp_path).make_all(RECIPES, build_all(asked))
     assert [Place(tmp_path).find(recipe) is not None for recipe in RECIPES] == [True, False, False]
@@ -357,7 +357,7 @@ def full_disk(monkeypatch):
     return lambda target, name: monkeypatch.setattr(target, name, full)
 
 
-@pytest.mark.parametrize(("target", "name"), [(pq, "write_table"), (module.os, "replace")])
+@pytest.mark.parametrize(("target", "name"), [(pq, "write_table"), (os, "replace")])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path, full_disk, target, name):
     full_disk(target, name)
     with pytest.raises(SaferError, match=r"cannot write under .*No space left.*finished work is kept"):
@@ -367,7 +367,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path,
 
 def test_a_full_disk_while_text_is_written_leaves_the_old_text(tmp_path, full_disk):
     write_text("old", tmp_path / "a.txt")
-    full_disk(module.os, "replace")
+    full_disk(os, "replace")
     with pytest.raises(SaferError, match="No space left"):
         write_text("new", tmp_path / "a.txt")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
@@ -387,7 +387,7 @@ def test_other_disk_errors_are_not_disguised(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(module.os, "replace", broken)
+    monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(PermissionError):
         write_text("x", tmp_path / "a.txt")
 

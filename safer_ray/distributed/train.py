@@ -32,7 +32,7 @@ from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
-from safer_ray.runner import METRICS, OnProgress, TrainJob, trained_already
+from safer_ray.runner import OnProgress, TrainJob, close_training, trained_already
 from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
 
 PROGRESS_SECONDS = 1.0
@@ -116,7 +116,7 @@ class GroupWorker:
     def on_step(self, done: int, total: int) -> None:
         if self.rank == 0 and (done == total or time.monotonic() - self.told >= PROGRESS_SECONDS):
             self.told = time.monotonic()
-            write_json({"done": done, "total": total}, self.state / PROGRESS)
+            write_json({"done": done, "total": total}, self.state / PROGRESS, durable=False)
 
     def close(self) -> None:
         if self.open is not None:
@@ -149,7 +149,7 @@ def work(given: dict[str, Any]) -> None:
         worker.close()
         if worker.rank == 0:
             metrics["train_seconds"] = round(time.monotonic() - began, 3)
-            write_json(metrics, state / METRICS)
+            close_training(metrics, state)
         ray.train.report({"stage": job.stage, "artifact": job.out.name})  # a barrier: all have finished this job
 
 
@@ -241,7 +241,7 @@ def _end(error: BaseException) -> str:
 
 def _tell(jobs: Sequence[TrainJob], on_progress: OnProgress) -> None:
     """Hand on what the first worker wrote about its steps."""
-    job = next((job for job in jobs if not (job.out / "state" / METRICS).exists()), None)
+    job = next((job for job in jobs if trained_already(job.out / "state") is None), None)
     if job is not None:
         with contextlib.suppress(OSError, ValueError):
             said = json.loads((job.out / "state" / PROGRESS).read_text(encoding="utf-8"))
