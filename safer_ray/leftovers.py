@@ -19,7 +19,7 @@ from safer_ray.artifacts import MANIFEST, SCRATCH
 from safer_ray.audit_parts import FLAGGED, SCORES
 from safer_ray.audit_run import ASKED, LISTED
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.lock import is_held, locked
+from safer_ray.lock import is_held, is_lock, locked
 
 LOCK = "run.lock"
 NAME = re.compile(r"[a-z][a-z_]*-[0-9a-f]{12}")  # STAGE-HASH
@@ -83,7 +83,7 @@ def _is_partial(path: Path) -> bool:
 
 
 def _is_lock(path: Path) -> bool:
-    return set(_tree(path)) == {"host", "pid", "started"}
+    return path.is_file() and not path.is_symlink() and is_lock(path)
 
 
 def _stage_locks(folder: Path) -> list[Path]:

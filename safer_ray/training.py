@@ -311,7 +311,7 @@ class Checkpoints:
         """The last checkpoint into `engine`; the loop's state, None where there is none.
 
         Raises:
-            UserError: it was made by another number or kind of workers, or its files are torn or not those that were saved.
+            UserError: it was made by another number or kind of workers, or its files are torn, or not those saved.
         """
         if not self._all():
             return None

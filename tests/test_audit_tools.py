@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from safer_ray.files import at, read_json, remove, write_json, write_parquet, wr
 from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.lock import locked
 from safer_ray.marks import RED_TEAM_MARK
+from safer_ray.owners import this_process
 from safer_ray.runner import LocalRunner, MapJob
 from safer_ray.sources import NormalisePairs, read_raw
 
@@ -781,11 +781,7 @@ def test_the_diff_command_shows_a_table_and_writes_the_lists(ok, tmp_path):
 
 def write_lock(folder: Path, *, alive: bool = False) -> Path:
     """A lock of this process, or of one with its number that ended long ago."""
-    import psutil
-
-    folder.mkdir(parents=True, exist_ok=True)
-    started = psutil.Process().create_time() if alive else 0.0
-    write_json({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, folder / "run.lock")
+    write_json(this_process() | ({} if alive else {"start": 1}), folder / "run.lock")
     return folder / "run.lock"
 
 

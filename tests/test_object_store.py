@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from safer_ray.cli import main
 from safer_ray.config import RayConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import at, names_in, read_json, write_json, writing
+from safer_ray.owners import this_process
 from safer_ray.pipeline import run as run_stages
 from safer_ray.runner import LocalRunner, quarantine_rows
 from safer_ray.sources import plan_sources, read_raw, source_files
@@ -380,6 +382,7 @@ def test_a_lock_is_lost_to_who_wrote_last_and_a_silent_host_is_believed_for_a_mi
     with pytest.raises(UserError, match="in use by process 1 on elsewhere"), lock.locked(folder):
         pass
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "OBJECT_HEARTBEAT_SECONDS", 1.0)
     with lock.locked(folder):
         assert read_json(folder / "run.lock")["pid"] == os.getpid()
     assert not (folder / "run.lock").exists()
@@ -395,7 +398,23 @@ def test_a_heartbeat_that_fails_is_told_and_does_not_end_the_run(store, monkeypa
         wait_until(lambda: "heartbeat of this run failed" in caplog.text, 10)
         store.proxy.reset()
         wait_until(lambda: store.proxy.count("PUT", "run.lock"), 10)
-    assert "two work on the same folder" not in caplog.text
+
+
+def test_a_run_whose_lock_object_another_has_written_ends_with_one_line(store, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "OBJECT_HEARTBEAT_SECONDS", 0.1)
+    folder = at(f"s3://{store.bucket}/run")
+    other = this_process() | {"host": "elsewhere", "pid": 1, "boot": "another"}
+    message = rf"^{folder}/run.lock names process 1 on elsewhere: this run has lost its folder and ends; .* kept$"
+
+    def work():
+        with lock.locked(folder):
+            write_json(other, folder / "run.lock")
+            time.sleep(30)
+
+    with pytest.raises(lock.LockLost, match=message):
+        work()
+    assert read_json(folder / "run.lock") == other
 
 
 # Names
