@@ -1,4 +1,4 @@
-"""The `done` entries of a stage: which planned fragments are finished, and the accounts over all of them."""
+"""What is finished of a stage: the `done` entries of its fragments, with their accounts; the metrics of a training."""
 
 import json
 import logging
@@ -12,10 +12,11 @@ from typing import Any
 from safer_ray.artifacts import Fragment, part_name
 from safer_ray.background import side_by_side
 from safer_ray.errors import SaferError
-from safer_ray.files import names_in, read_json, remove, threads_for
+from safer_ray.files import names_in, read_json, remove, sync_tree, threads_for, write_json
 from safer_ray.remote import Remote
 
 DONE = "done"
+METRICS = "metrics.json"  # of a training that ended, in its state
 PARTS = "part-????????.parquet"
 FACTS = ("read", "written", "quarantined", "reasons")  # of every entry
 log = logging.getLogger(__name__)
@@ -121,3 +122,20 @@ def entry(read: int, written: int, reasons: Sequence[str], **facts: Any) -> dict
     """Return what is written down of a finished fragment."""
     kinds = dict(Counter(reason.split(":")[0] for reason in reasons))
     return {"read": read, "written": written, "quarantined": len(reasons), "reasons": kinds, **facts}
+
+
+# Trainings
+
+
+def trained_already(state: Path) -> dict[str, Any] | None:
+    """The metrics of a training that ended, but whose artifact was not closed; what is torn tells none."""
+    try:
+        return dict(json.loads((state / METRICS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def close_training(metrics: dict[str, Any], state: Path) -> None:
+    """Write down that a training has ended, once what it made is on the disk."""
+    sync_tree(state.parent)
+    write_json(metrics, state / METRICS)

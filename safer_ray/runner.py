@@ -9,6 +9,8 @@ calls them one after another; on Ray they are the operators of a Ray Data pipeli
 
 import functools
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,19 +20,31 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.accounts import DONE, Counts, close, entry, entry_name, forget_torn, pending
+from safer_ray import alone
+from safer_ray.accounts import (
+    DONE,
+    Counts,
+    close,
+    close_training,
+    entry,
+    entry_name,
+    forget_torn,
+    pending,
+    trained_already,
+)
 from safer_ray.artifacts import Fragment, part_name, save_plan
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, remove, sync_tree, write_json, write_parquet
-from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
+from safer_ray.files import read_parquet, remove, write_json, write_parquet
+from safer_ray.quarantine import refused_rows
+from safer_ray.schema import QUARANTINE
 from safer_ray.tokens import token_count
 
 BatchFn = Callable[[pa.Table], pa.Table]
 OnProgress = Callable[[str, int, int, int], None]  # stage, done, total, rows in what was done last
 KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what the quarantine keeps of a row that fails
-METRICS = "metrics.json"  # of a training that ended, in its state
 ENDED = "the process ended while it worked on these rows"
 TRIES = 2  # of a row range before it is halved, and of a single row before it is quarantined
+LOST_TRIES = 8  # processes that may be lost at a single row that does no harm to a watched one, or cannot be watched
 
 
 class Part(NamedTuple):
@@ -136,30 +150,6 @@ class Mapped(NamedTuple):
     restarts: int = 0  # row ranges that were begun again, since a process ended at them
 
 
-def _refuse(rows: pa.Table, stage: str) -> pa.Table:
-    """Refused rows in the QUARANTINE schema."""
-    refused = []
-    for row in rows.to_pylist():
-        raw = row.get("raw") or to_json({k: v for k, v in row.items() if k not in ("refused", "raw") and v is not None})
-        source, _, position = (row.get("row_key") or "").rpartition("#")
-        refused.append(
-            {
-                "row_key": row.get("row_key"),
-                "pair_id": row.get("pair_id"),
-                "source": row.get("source") or source,
-                "position": row.get("position") if row.get("position") is not None else _number(position),
-                "stage": stage,
-                "reason": row["refused"],
-                "raw": raw[:RAW_LIMIT],
-            }
-        )
-    return pa.Table.from_pylist(refused, schema=QUARANTINE)
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
-
-
 def _is_about_a_row(error: Exception) -> bool:
     """Whether halving can help: not when the user, the disk or the memory is the trouble."""
     return not isinstance(error, SaferError | OSError | MemoryError)
@@ -169,7 +159,10 @@ class Attempts:
     """A batch function that survives rows it fails on: a range that fails twice is halved, a row that does is refused.
 
     Every attempt is written down first, so that a range which ends its process is found as well, by the process that
-    takes its place.
+    takes its place. Nobody knows then what ended it: the row, want of memory elsewhere, a lost node, a kill. So a row
+    that two processes were lost at is tried alone, in a child that is watched (`safer_ray.alone`), and refused only if
+    it ends that by itself: by a crash, or by memory that it takes again and again. Ctrl-C and SIGTERM do not count. On
+    a GPU, where no child can be made, a row is refused that `LOST_TRIES` processes were lost at.
     """
 
     def __init__(self, job: MapJob, directory: Path, function: BatchFn, step: str) -> None:
@@ -186,7 +179,7 @@ class Attempts:
                 good.append(output)
                 continue
             bad = pc.is_valid(output["refused"])
-            refused.append(_refuse(output.filter(bad), self.job.stage))
+            refused.append(refused_rows(output.filter(bad), self.job.stage))
             good.append(output.filter(pc.invert(bad)).drop_columns(["refused"]))
         return [table for table in good if len(table)], pa.concat_tables(refused)
 
@@ -195,9 +188,10 @@ class Attempts:
             return
         journal = self.journal / f"{fragment.number:08}-{start}-{len(rows)}.json"
         failures = _attempted(journal)
-        self.restarts += ENDED in failures[-1:]
-        while len(failures) < TRIES:
-            write_json([*failures, ENDED], journal, durable=False)
+        self.restarts += _lost(failures[-1:])
+        while (reason := self._given_up(rows, failures, journal)) is None:
+            here = f"{ENDED} (process {os.getpid()} on {socket.gethostname()})"
+            write_json([*failures, here], journal, durable=False)
             try:
                 output = self.function(rows)
             except Exception as error:
@@ -207,16 +201,52 @@ class Attempts:
                 failures.append(f"{type(error).__name__}: {error}")
                 write_json(failures, journal, durable=False)
                 continue
+            except BaseException:  # Ctrl-C or SIGTERM, of which no row is to blame
+                if failures:
+                    write_json(failures, journal, durable=False)
+                else:
+                    journal.unlink(missing_ok=True)
+                raise
             journal.unlink(missing_ok=True)
             yield output
             return
         if len(rows) == 1:
             known = rows.select([name for name in KNOWN if name in rows.column_names])
-            yield known.append_column("refused", pa.array([f"failed twice: {failures[-1]}"]))
+            yield known.append_column("refused", pa.array([f"failed twice: {reason}"]))
             return
         half = len(rows) // 2
         yield from self._outputs(fragment, rows.slice(0, half), start)
         yield from self._outputs(fragment, rows.slice(half), start + half)
+
+    def _given_up(self, rows: pa.Table, failures: list[str], journal: Path) -> str | None:
+        """Return why a range is not tried again as it is; None where it is.
+
+        Raises:
+            SaferError: processes are lost at a row again and again that does nothing to them.
+        """
+        lost = _lost(failures)
+        if len(failures) < TRIES:
+            return None
+        if len(rows) > 1 or len(failures) - lost >= TRIES:
+            return failures[-1]
+        name = f"row {rows['row_key'][0]}" if "row_key" in rows.column_names else "a row"
+        if not alone.is_possible():
+            return f"{ENDED}, {lost} times" if lost >= LOST_TRIES else None
+        how = alone.how_it_ends(lambda: self.function(rows), name)
+        if how is not None:
+            return f"{ENDED}: {how}"
+        if lost >= LOST_TRIES:
+            journal.unlink(missing_ok=True)
+            raise SaferError(
+                f"{lost} processes were lost while they worked on {name}, which does no harm to one that is watched; "
+                "see what ends them (memory, the kernel's log, lost nodes), then run the same command again"
+            )
+        return None
+
+
+def _lost(failures: Sequence[str]) -> int:
+    """How many attempts ended with their process."""
+    return sum(failure.startswith(ENDED) for failure in failures)
 
 
 def _attempted(journal: Path) -> list[str]:
@@ -318,20 +348,6 @@ def quarantine_rows(directory: Path) -> pa.Table:
     """The quarantine of a stage, in fragment order; empty where nothing was refused."""
     tables = [read_parquet(path) for path in sorted((directory / "quarantine").glob("*.parquet"))]
     return pa.concat_tables([QUARANTINE.empty_table(), *tables])
-
-
-def trained_already(state: Path) -> dict[str, Any] | None:
-    """The metrics of a training that ended, but whose artifact was not closed; what is torn tells none."""
-    try:
-        return dict(json.loads((state / METRICS).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def close_training(metrics: dict[str, Any], state: Path) -> None:
-    """Write down that a training has ended, once what it made is on the disk."""
-    sync_tree(state.parent)
-    write_json(metrics, state / METRICS)
 
 
 def no_progress(stage: str, done: int, total: int, rows: int) -> None:

@@ -1,5 +1,8 @@
 """Mapping on Ray: the same rows as in one process, whatever dies on the way."""
 
+import os
+import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -81,7 +84,43 @@ def test_a_row_that_kills_every_actor_is_found_and_quarantined(fragments, tmp_pa
     assert (counts.written, counts.quarantined) == (79, 1)
     (row,) = quarantine_rows(tmp_path / "out").to_pylist()
     assert (row["row_key"], row["pair_id"]) == ("in.jsonl#42", "p42")
-    assert row["reason"] == "failed twice: the process ended while it worked on these rows"
+    how = "SIGKILL, each of 5 times that it was tried alone"
+    assert row["reason"] == f"failed twice: the process ended while it worked on these rows: {how}"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_row_whose_actors_are_killed_from_outside_is_not_quarantined(fragments, tmp_path, rows):
+    def kills():
+        """SIGKILL to four processes, each when it has begun with row 40."""
+        killed: set[str] = set()
+        end = time.monotonic() + 120
+        while len(killed) < 4 and time.monotonic() < end:
+            for file in set(tmp_path.glob("at-*")) - killed:
+                killed.add(file)
+                os.kill(int(file.name.removeprefix("at-")), signal.SIGKILL)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kills)
+    thread.start()
+    made = MapJob("codes", read_fragment, partial(Slow, tmp_path, 4), WRITTEN, loads_model=True, batch_rows=rows)
+    counts = RayRunner(ONE).map(made, fragments[3:5], tmp_path / "out")
+    thread.join()
+    assert len(list(tmp_path.glob("at-*"))) == 4
+    assert (counts.written, counts.quarantined) == (20, 0)
+
+
+class Slow:
+    """A batch function that in its first processes takes long over value 40, and tells that it is at it."""
+
+    def __init__(self, folder, most):
+        self.folder, self.most = folder, most
+
+    def __call__(self, rows):
+        values = rows["value"].to_pylist()
+        if 40 in values and len(list(self.folder.glob("at-*"))) < self.most:
+            (self.folder / f"at-{os.getpid()}").touch()
+            time.sleep(60)
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
 
 
 class Undoes:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -10,12 +12,12 @@ import textwrap
 import pyarrow as pa
 import pytest
 
-from safer_ray import files, schema
+from safer_ray import alone, files, schema
 from safer_ray.accounts import count
 from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import write_parquet
-from safer_ray.runner import LocalRunner, MapJob, TrainJob, pending, quarantine_rows
+from safer_ray.files import write_json, write_parquet
+from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, MapJob, TrainJob, pending, quarantine_rows
 from safer_ray.tokens import TokenisePairs, token_count
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
@@ -257,15 +259,24 @@ def test_a_disk_that_fills_at_commit_leaves_the_fragment_undone(fragments, tmp_p
 
 
 KILLER = """
-import os, sys
+import ctypes, os, signal, sys
 from pathlib import Path
 import pyarrow as pa
+from safer_ray import alone
 from safer_ray.artifacts import part_fragments, read_fragment
 from safer_ray.runner import LocalRunner, MapJob
 
+ends = {
+    "exit": lambda: os._exit(9),
+    "abort": os.abort,
+    "segfault": lambda: ctypes.string_at(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+alone.PAUSES = (0.0,) * 5
+
 def dies(rows):
     if 17 in rows["value"].to_pylist():
-        os._exit(9)
+        ends[sys.argv[3]]()
     return pa.table({"pair_id": rows["pair_id"], "double": rows["value"]})
 
 written = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
@@ -274,16 +285,114 @@ LocalRunner().map(job, part_fragments(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
-def test_a_row_that_kills_the_process_is_quarantined_after_restarts(fragments, tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "in"), str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("kind", "code", "how"),
+    [
+        ("exit", 9, "exit code 9"),
+        ("abort", -6, "SIGABRT"),
+        ("segfault", -11, "SIGSEGV"),
+        ("kill", -9, "SIGKILL, each of 5 times that it was tried alone"),
+    ],
+)
+def test_a_row_that_kills_the_process_is_quarantined_after_restarts(fragments, tmp_path, kind, code, how):
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path / "in"), str(tmp_path / "out"), kind]
     codes = []
     while len(codes) < 10 and (not codes or codes[-1]):
         codes.append(subprocess.run(command, check=False).returncode)
-    assert codes == [9] * 6 + [0]  # two deaths each for four rows, two rows and one row
+    assert codes == [code] * 6 + [0]  # two deaths each for four rows, two rows and one row
     assert doubles(tmp_path / "out") == [i for i in range(30) if i != 17]
     (row,) = quarantine_rows(tmp_path / "out").to_pylist()
     assert row["row_key"] == "in.jsonl#17"
-    assert row["reason"] == "failed twice: the process ended while it worked on these rows"
+    assert row["reason"] == f"failed twice: the process ended while it worked on these rows: {how}"
+
+
+STRANGER = """
+import sys, time
+from pathlib import Path
+import pyarrow as pa
+from safer_ray.artifacts import part_fragments, read_fragment
+from safer_ray.runner import LocalRunner, MapJob
+
+def slow(rows):
+    if 3 in rows["value"].to_pylist():
+        print("at it", flush=True)
+        time.sleep(float(sys.argv[3]))
+    return pa.table({"pair_id": rows["pair_id"], "double": rows["value"]})
+
+written = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
+job = MapJob("codes", read_fragment, lambda: slow, written, batch_rows=1)
+LocalRunner().map(job, part_fragments(Path(sys.argv[1]))[:1], Path(sys.argv[2]))
+"""
+
+
+def strangers_run(tmp_path, number, seconds=60):
+    """A run that is sent a signal while it works on row 3 alone."""
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "in"), str(tmp_path / "out"), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "at it\n"
+        if number:
+            process.send_signal(number)
+        process.stdout.read()
+    return process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_row_whose_processes_are_killed_from_outside_is_not_quarantined(fragments, tmp_path, number):
+    for _ in range(3):
+        assert strangers_run(tmp_path, number) == -number
+    assert strangers_run(tmp_path, 0, seconds=0) == 0
+    assert doubles(tmp_path / "out") == list(range(10))
+    assert len(quarantine_rows(tmp_path / "out")) == 0
+
+
+def test_ctrl_c_is_held_against_no_row(fragments, tmp_path):
+    def interrupted(rows):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        LocalRunner().map(job(interrupted, batch_rows=1), fragments, out)
+    assert not list((out / "journal").rglob("*.json"))
+
+
+def lost_at_row_3(out, times):
+    """The journal of a row that so many processes were lost at."""
+    write_json([f"{ENDED} (process 1 on elsewhere)"] * times, out / "journal/map/00000000-3-1.json")
+
+
+@pytest.mark.parametrize("entry", [ENDED, f"{ENDED} (process 1 on elsewhere)"])
+def test_a_row_that_processes_were_lost_at_is_scored_if_it_does_no_harm(fragments, tmp_path, entry):
+    out = tmp_path / "out"
+    write_json([entry] * 7, out / "journal/map/00000000-3-1.json")
+    counts = LocalRunner().map(job(batch_rows=1), fragments, out)
+    assert (counts.written, counts.quarantined) == (30, 0)
+    assert done_entries(out)[0]["restarts"] == 1
+
+
+def test_a_row_that_fails_once_and_loses_a_process_once_is_tried_again(fragments, tmp_path):
+    out = tmp_path / "out"
+    write_json(["ValueError: once", ENDED], out / "journal/map/00000000-3-1.json")
+    assert LocalRunner().map(job(batch_rows=1), fragments, out).quarantined == 0
+
+
+def test_processes_lost_again_and_again_at_a_harmless_row_end_the_run_and_not_the_row(fragments, tmp_path):
+    out = tmp_path / "out"
+    lost_at_row_3(out, LOST_TRIES)
+    with pytest.raises(
+        SaferError, match=r"^8 processes were lost while they worked on row in.jsonl#3, which does no harm"
+    ):
+        LocalRunner().map(job(batch_rows=1), fragments, out)
+    assert LocalRunner().map(job(batch_rows=1), fragments, out).quarantined == 0
+
+
+def test_where_rows_cannot_be_watched_more_losses_are_needed(fragments, tmp_path, monkeypatch):
+    monkeypatch.setattr(alone, "is_possible", lambda: False)  # as on a GPU
+    for times, quarantined in ((LOST_TRIES - 1, 0), (LOST_TRIES, 1)):
+        out = tmp_path / f"out-{times}"
+        lost_at_row_3(out, times)
+        assert LocalRunner().map(job(batch_rows=1), fragments, out).quarantined == quarantined
+    (row,) = quarantine_rows(out).to_pylist()
+    assert row["reason"] == f"failed twice: {ENDED}, 8 times"
 
 
 def test_a_changed_input_is_refused_on_resume(fragments, tmp_path):
@@ -450,7 +559,7 @@ def test_each_step_writes_its_attempts_in_a_journal_of_its_own(fragments, tmp_pa
         return function
 
     LocalRunner().map(prepared(watch("read"), watch("map"), batch_rows=8), fragments[1:2], out)
-    died = ["the process ended while it worked on these rows"]
+    died = [f"the process ended while it worked on these rows (process {os.getpid()} on {socket.gethostname()})"]
     assert seen == [
         ("read", "00000001-0-8.json", died),
         ("read", "00000001-8-2.json", died),

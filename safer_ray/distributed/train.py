@@ -25,6 +25,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
 
+from safer_ray.accounts import close_training, trained_already
 from safer_ray.background import repeated
 from safer_ray.config import RayConfig
 from safer_ray.digests import record_digests
@@ -32,7 +33,7 @@ from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
-from safer_ray.runner import OnProgress, TrainJob, close_training, trained_already
+from safer_ray.runner import OnProgress, TrainJob
 from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
 
 PROGRESS_SECONDS = 1.0

@@ -1,0 +1,29 @@
+"""Rows that a stage refuses, as its quarantine keeps them."""
+
+import pyarrow as pa
+
+from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
+
+
+def refused_rows(rows: pa.Table, stage: str) -> pa.Table:
+    """Return rows with a reason in `refused` as the quarantine keeps them, in the QUARANTINE schema."""
+    refused = []
+    for row in rows.to_pylist():
+        raw = row.get("raw") or to_json({k: v for k, v in row.items() if k not in ("refused", "raw") and v is not None})
+        source, _, position = (row.get("row_key") or "").rpartition("#")
+        refused.append(
+            {
+                "row_key": row.get("row_key"),
+                "pair_id": row.get("pair_id"),
+                "source": row.get("source") or source,
+                "position": row.get("position") if row.get("position") is not None else _number(position),
+                "stage": stage,
+                "reason": row["refused"],
+                "raw": raw[:RAW_LIMIT],
+            }
+        )
+    return pa.Table.from_pylist(refused, schema=QUARANTINE)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
