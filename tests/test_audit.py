@@ -29,7 +29,7 @@ from safer_ray.audit_summary import close_audit, drift
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_json, write_json, write_parquet
-from safer_ray.runner import Counts, LocalRunner, quarantine_rows
+from safer_ray.runner import ENDED, Counts, LocalRunner, quarantine_rows
 
 ROWS = 60
 
@@ -232,6 +232,22 @@ def test_accounts_that_do_not_close_are_told(bundle, corpus, tmp_path):
     (out / "done/00000002.json").unlink()
     with pytest.raises(SaferError, match="in 2 of 3 fragments"):
         check_accounts(out, fragments, Counts(60, 60, 0, {}))
+
+
+@pytest.mark.parametrize("step", ["read", "map"])
+def test_a_pair_that_processes_were_lost_at_is_scored_as_any_other(bundle, corpus, tmp_path, step):
+    audit = audit_of(bundle, corpus)._replace(fragment_rows=1)
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:3]))
+    wanted = run(audit, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    write_json(read_json(tmp_path / "undisturbed/audit.json"), out / "audit.json")
+    write_json([ENDED] * 3, out / f"journal/{step}/00000001-0-1.json")
+    found = run(audit, out)
+    assert found["rows"] == wanted["rows"] == {"read": 3, "scored": 3, "quarantined": 0}
+    for name in ("score", "reward_margin"):
+        np.testing.assert_allclose(
+            scores_in(out)[name].to_numpy(), scores_in(tmp_path / "undisturbed")[name].to_numpy(), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_rows_of_no_planned_fragment_are_told(bundle, corpus, tmp_path):
