@@ -313,7 +313,7 @@ def main() -> None:
     report(asked.json, rows)
 
 
-def report(out: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+def report(out: Path | None, rows: list[dict[str, Any]]) -> None:
     figures = figures_of(rows)
     for name, goal in GOALS.items():
         if name in figures:
