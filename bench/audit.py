@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bench.common import write
+from bench.common import local_path, write
 from bench.engine import SIZES, prepare, read_pairs
 from bench.growth import held_at_most
 from safer_ray import schema
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000])
     parser.add_argument("--files", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet_transformers()

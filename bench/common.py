@@ -1,5 +1,6 @@
-"""What every bench shares: the machine's description and the JSON it writes."""
+"""What every bench shares: the machine's description, its paths, and the JSON it writes."""
 
+import argparse
 import json
 import os
 import platform
@@ -8,6 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from safer_ray.errors import UserError
+from safer_ray.locations import on_disk
+
+
+def local_path(text: str) -> Path:
+    """Return the path that an argument names, refused as argparse tells it where it is a URI."""
+    try:
+        return on_disk(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray.pipeline import run
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
@@ -45,9 +45,9 @@ def measure(seed: int, root: Path, assignments: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--root", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--root", type=local_path, default=Path("runs/seeds"))
     parser.add_argument("--set", action="append", default=[], dest="assignments")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     rows = [measure(seed, given.root, given.assignments) for seed in given.seeds]
     table = Table("seed", *(str(row["seed"]) for row in rows))

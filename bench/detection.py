@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.common import write
+from bench.common import local_path, write
 
 RESULTS = Path(__file__).parents[1] / "results"
 CONFIG = Path(__file__).parents[1] / "configs/lab_pku.yaml"
@@ -50,7 +50,7 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     path = RESULTS / "lab_pku.json"
     if given.run:

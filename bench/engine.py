@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from bench.common import write
+from bench.common import local_path, write
 from bench.growth import growth
 from safer_ray.background import repeated
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "large"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     quiet_transformers()
     rows = []

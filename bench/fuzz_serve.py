@@ -24,6 +24,7 @@ from schemathesis.core.failures import FailureGroup
 from schemathesis.core.result import Ok
 from starlette.testclient import TestClient
 
+from bench.common import local_path
 from serve.http import create_api
 from serve.limits import Limits
 from serve.service import LocalService
@@ -220,7 +221,7 @@ def costly(app: Any, account: Account, count: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=50_000)
-    parser.add_argument("--auditor", type=Path, help="by default the newest in runs/demo")
+    parser.add_argument("--auditor", type=local_path, help="by default the newest in runs/demo")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     found = sorted(Path("runs/demo").glob("auditor-*"), key=lambda path: path.stat().st_mtime)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray.artifacts import Place, open_artifact, read_parts
 from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
@@ -83,8 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", type=int, default=5000)
     parser.add_argument("--large", type=int, default=50_000)
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--run", type=local_path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     quiet_transformers()
     if given.run is not None:

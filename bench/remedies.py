@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray.artifacts import Place, read_parts
 from safer_ray.combined import fit_effect, splits
 from safer_ray.config import RunConfig
@@ -126,8 +126,8 @@ def remedies(seed: Seed) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--root", type=local_path, default=Path("runs"))
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     config = load_config(ROOT / "configs/lab_pku.yaml")
     assert config.lab is not None

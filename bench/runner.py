@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray.artifacts import Artifact, Place, part_fragments, read_fragment, read_parts
 from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()

@@ -17,14 +17,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.common import write
+from bench.common import local_path, write
 from bench.engine import peak_memory
 from bench.sae_quality import quality
 from safer_ray.sae import TopKSae
@@ -276,7 +275,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--quality-steps", type=int, default=600, help="of the training on real activations; 0: none")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
     names = [name for name in WAYS if name in {*given.ways, "ours"}]

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray import schema
 from safer_ray.artifacts import part_name
 from safer_ray.config import RayConfig, SaeConfig
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=98_304)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     if given.turns * TURN < 2 * HELD_CURVE:
         parser.error(f"--turns {given.turns}: wanted {2 * HELD_CURVE // TURN} at least, or no step is left to time")

@@ -7,13 +7,12 @@ loss. `dense` is the same from our start. `plain` is ours without the auxiliary 
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.common import write
+from bench.common import local_path, write
 from bench.engine import read_pairs
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config import RewardConfig
@@ -117,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     found = quality(given.steps, given.pairs, given.seed)
     figures = {name: value for name, value in found.items() if "_vs_" in name}

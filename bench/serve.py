@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from bench.common import write
+from bench.common import local_path, write
 from safer_ray.formats import Refused, read_pair
 from serve.front import free_ports
 from serve.limits import Limits, check_nesting
@@ -277,13 +277,13 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--auditor", type=Path, help="without it, only the scan is measured")
-    parser.add_argument("--pairs", type=Path, default=Path("../shared/data/hh_harmless_test.jsonl.gz"))
+    parser.add_argument("--auditor", type=local_path, help="without it, only the scan is measured")
+    parser.add_argument("--pairs", type=local_path, default=Path("../shared/data/hh_harmless_test.jsonl.gz"))
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each loop")
     parser.add_argument("--overload-seconds", type=float, default=20.0)
     parser.add_argument("--soak-seconds", type=float, default=0.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     parser.add_argument("arguments", nargs="*", help="KEY=VALUE of the service")
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = [scan()]

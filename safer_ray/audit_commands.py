@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safer_ray.commands import Fresh, RunnerName, at_work, build_config, console, open_input, ray_config
-from safer_ray.errors import UserError
+from safer_ray.commands import (
+    Fresh,
+    RunnerName,
+    at_work,
+    build_config,
+    console,
+    open_input,
+    path_option,
+    place_option,
+    ray_config,
+)
 
 if TYPE_CHECKING:
     from safer_ray.audit_run import Audit
@@ -17,11 +26,11 @@ app = typer.Typer()
 
 @app.command()
 def audit(
-    auditor: Annotated[str, typer.Option(help="An auditor bundle.")],
+    auditor: Annotated[Path, path_option(help="An auditor bundle.")],
     pairs: Annotated[
-        str, typer.Option(help="A file, folder or glob, also s3://BUCKET/…; a saved data set or hub:OWNER/NAME.")
+        str, place_option(help="A file, folder or glob, also s3://BUCKET/…; a saved data set or hub:OWNER/NAME.")
     ],
-    out: Annotated[str, typer.Option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
+    out: Annotated[str, place_option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
     format: Annotated[str, typer.Option()] = "auto",
     flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
@@ -49,9 +58,7 @@ def audit(
     from safer_ray.lock import locked
 
     folder = lasting(out)
-    if "://" in auditor:
-        raise UserError(f"--auditor {auditor}: a bundle is read from a disk; copy it to a folder and give that")
-    bundle = open_input(Path(auditor), "auditor")
+    bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards)

@@ -9,7 +9,17 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from safer_ray.commands import Fresh, Out, console, one_stage, show_artifact
+from safer_ray.commands import (
+    Fresh,
+    Out,
+    console,
+    one_stage,
+    path_argument,
+    path_option,
+    place_argument,
+    place_option,
+    show_artifact,
+)
 from safer_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-AuditFolder = Annotated[str, typer.Option("--audit", help="The folder of a finished audit, also s3://BUCKET/FOLDER.")]
+AuditFolder = Annotated[str, place_option("--audit", help="The folder of a finished audit, also s3://BUCKET/FOLDER.")]
 
 
 @app.command("export")
@@ -59,7 +69,7 @@ def export_command(
 @app.command("review")
 def review_command(
     audit: AuditFolder,
-    verdicts: Annotated[str, typer.Option(help="JSONL: row_key or pair_id, verdict, and maybe reviewer, note.")],
+    verdicts: Annotated[str, place_option(help="JSONL: row_key or pair_id, verdict, and maybe reviewer, note.")],
 ) -> None:
     """Take in people's verdicts on flagged pairs, and tell which share of them is bad.
 
@@ -100,9 +110,9 @@ def _precision_cells(row: "Precision") -> list[str]:
 
 @app.command("diff")
 def diff_command(
-    a: Annotated[str, typer.Argument(help="The folder of a finished audit, also s3://BUCKET/FOLDER.")],
-    b: Annotated[str, typer.Argument(help="Another one, of the same pairs or some of them.")],
-    json: Annotated[Path | None, typer.Option(help="Write it all here, with the pairs that gained or lost a flag.")] = (
+    a: Annotated[str, place_argument(help="The folder of a finished audit, also s3://BUCKET/FOLDER.")],
+    b: Annotated[str, place_argument(help="Another one, of the same pairs or some of them.")],
+    json: Annotated[Path | None, path_option(help="Write it all here, with the pairs that gained or lost a flag.")] = (
         None
     ),
 ) -> None:
@@ -150,7 +160,7 @@ def _number(value: float | None, form: str) -> str:
 
 @app.command("gc")
 def gc_command(
-    root: Annotated[Path, typer.Argument(help="A folder of runs and audits, or one of them.")],
+    root: Annotated[Path, path_argument(help="A folder of runs and audits, or one of them.")],
     older_than: Annotated[float, typer.Option(help="Only what has not changed for so many days.", min=0)] = 0.0,
     delete: Annotated[
         bool, typer.Option("--delete/--dry-run", help="Delete them, or only list them, which is the default.")

@@ -25,6 +25,9 @@ from safer_ray.commands import (
     at_work,
     console,
     open_input,
+    path_argument,
+    path_option,
+    place_argument,
     state,
 )
 
@@ -90,7 +93,7 @@ def options(
 
 @app.command("run")
 def run_command(
-    config: Annotated[Path, typer.Argument(help="A YAML config, say configs/demo.yaml.")],
+    config: Annotated[Path, path_argument(help="A YAML config, say configs/demo.yaml.")],
     assignments: Assignments = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     runner: RunnerName = "local",
@@ -155,7 +158,7 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
 
 @app.command("lab")
 def lab_command(
-    config: Annotated[Path, typer.Argument(help="A YAML config with a `lab` section, say configs/lab_pku.yaml.")],
+    config: Annotated[Path, path_argument(help="A YAML config with a `lab` section, say configs/lab_pku.yaml.")],
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
@@ -174,7 +177,7 @@ def lab_command(
 
 @app.command("sweep")
 def sweep_command(
-    config: Annotated[Path, typer.Argument(help="A YAML config with a `sweep` section, say configs/sweep_smoke.yaml.")],
+    config: Annotated[Path, path_argument(help="A YAML config with a `sweep` section, say configs/sweep_smoke.yaml.")],
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
@@ -222,7 +225,7 @@ def _detection_table(name: str, found: dict[str, Any]) -> Table:
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument()],
+    config: Annotated[Path, path_argument()],
     assignments: Assignments = None,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:
@@ -240,7 +243,7 @@ def plan(
 
 
 @app.command("ls")
-def list_runs(root: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs")) -> None:
+def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one run.")] = Path("runs")) -> None:
     """List the artifacts of runs."""
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
@@ -258,7 +261,7 @@ def list_runs(root: Annotated[Path, typer.Argument(help="A folder of runs, or on
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
+    path: Annotated[str, place_argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
     format: Annotated[str, typer.Option(help="A format's name, or auto.")] = "auto",
     rows: Annotated[int, typer.Option(help="Rows to read.")] = 1000,
 ) -> None:
@@ -301,7 +304,7 @@ app.add_typer(sae_commands.app)
 
 @app.command()
 def report(
-    config: Annotated[Path, typer.Argument(help="The config of a finished run.")],
+    config: Annotated[Path, path_argument(help="The config of a finished run.")],
     assignments: Assignments = None,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:
@@ -314,7 +317,7 @@ def submit_command(
     command: Annotated[list[str] | None, typer.Argument(help="After --, a command of safer-ray: run CONFIG …")] = None,
     address: Annotated[str | None, typer.Option(help="The cluster's dashboard, say http://HEAD:8265.")] = None,
     working_dir: Annotated[
-        Path, typer.Option(help="Uploaded for the job, less runs/ and what .gitignore or .rayignore name.")
+        Path, path_option(help="Uploaded for the job, less runs/ and what .gitignore or .rayignore name.")
     ] = Path(),
     env: Annotated[
         list[str] | None,

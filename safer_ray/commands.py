@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from safer_ray.errors import UserError
+from safer_ray.locations import anywhere, on_disk
 
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
@@ -20,8 +22,14 @@ if TYPE_CHECKING:
 console = Console(highlight=False, soft_wrap=True)
 state = {"verbose": False, "fresh": False}
 
-ExistingPath = Annotated[Path, typer.Option()]
-Out = Annotated[Path, typer.Option(help="The directory to write; it becomes the artifact.")]
+# Every option that names a file or a folder is one of these: of this machine, or also the URI of an object store.
+path_option = partial(typer.Option, parser=on_disk, metavar="PATH")
+path_argument = partial(typer.Argument, parser=on_disk)
+place_option = partial(typer.Option, parser=anywhere, metavar="PATH|URI")
+place_argument = partial(typer.Argument, parser=anywhere)
+
+ExistingPath = Annotated[Path, path_option()]
+Out = Annotated[Path, path_option(help="The directory to write; it becomes the artifact.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and start again.")]
 
 
@@ -132,5 +140,5 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
 
 
 RunnerName = Annotated[str, typer.Option("--runner", help="local: in this process; ray: on a cluster.")]
-ConfigPath = Annotated[Path | None, typer.Option("--config", help="A run config; this stage's section of it is used.")]
+ConfigPath = Annotated[Path | None, path_option("--config", help="A run config; this stage's section of it is used.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated.")]

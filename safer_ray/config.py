@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config_values import Frozen, Percent, Share
+from safer_ray.config_values import AnyPlace, Frozen, LocalName, LocalPath, OrLocalName, Percent, Share
 from safer_ray.sae_config import SaeConfig
 from safer_ray.where import parse_where
 
@@ -39,7 +39,7 @@ class SourceConfig(Frozen):
     `hub:OWNER/NAME[@REVISION]` (through `datasets.load_dataset`).
     """
 
-    path: str
+    path: AnyPlace
     format: Format = "auto"
     name: str | None = None  # what `source` says in the rows; the file name by default
     section: str | None = None  # where the rows name none
@@ -126,7 +126,7 @@ class RewardConfig(Frozen):
     """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
     (a checkpoint inside an installed package) or a tiny Llama."""
 
-    base: TinyLlamaConfig | str = TinyLlamaConfig()
+    base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     template: Literal["auto", "plain"] = "auto"
     max_length: Annotated[int, Field(ge=8)] = 512
     epochs: Annotated[float, Field(gt=0)] = 1
@@ -179,7 +179,7 @@ class JudgeConfig(Frozen):
     """
 
     kind: Literal["probe"] = "probe"
-    exchanges: str = "safety"
+    exchanges: LocalName = "safety"
     thresholds: tuple[Share, Share, Share, Share] = (0.03, 0.06, 0.10, 0.15)
 
     @model_validator(mode="after")
@@ -323,7 +323,7 @@ class RunConfig(Frozen):
     """A whole run. `curate` names the retrained variants; `evaluation` the pairs that all models are measured on."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    root: Path = Path("runs")
+    root: LocalPath = Path("runs")
     fragment_rows: Annotated[int, Field(gt=0)] = 1000  # rows a unit of work; never changes a result
     corpus: CorpusConfig | None = None
     pairs: PairsConfig

@@ -1,11 +1,39 @@
 """What all sections of a config share."""
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from safer_ray.errors import UserError
+from safer_ray.locations import anywhere, on_disk
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check whose refusal names the field, as pydantic tells it."""
+
+    def checked(value: Any) -> Any:
+        try:
+            return check(value) if isinstance(value, str | Path) else value
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    return checked
+
+
+def _name_on_disk(value: str | Path) -> str:
+    return str(on_disk(value)) if ":/" in str(value) else str(value)
+
+
+# Every field that names a file or a folder is one of these.
+LocalPath = Annotated[Path, BeforeValidator(_explained(on_disk))]
+LocalName = Annotated[str, BeforeValidator(_explained(_name_on_disk))]  # a path, or a name that something else resolves
+OrLocalName = BeforeValidator(_explained(_name_on_disk))  # in front of a union, so that its error is the one told
+AnyPlace = Annotated[str, AfterValidator(_explained(anywhere))]  # also the URI of an object store
 
 
 class Frozen(BaseModel):

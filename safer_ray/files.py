@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.locations import anywhere
 from safer_ray.remote import Remote, remote
 
 THREADS = 32  # that wait for an object store
@@ -29,8 +29,7 @@ def at(path: str | Path) -> Path:
     """A path of this machine, or what a URI names: it offers of `Path` what is used here."""
     if not isinstance(path, str):
         return path
-    if path.startswith("file://"):
-        return Path(unquote(path.removeprefix("file://")))
+    path = anywhere(path)
     return cast(Path, remote(path)) if "://" in path else Path(path)
 
 

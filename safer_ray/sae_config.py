@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config_values import Frozen, Share
+from safer_ray.config_values import Frozen, LocalName, Share
 from safer_ray.sae_variants import SaeVariant, TopKVariant
 
 
@@ -14,7 +14,7 @@ class WarmStartConfig(Frozen):
     `text` is a file with a text a line, or JSONL rows with a `text` (these also .gz or .zst).
     """
 
-    text: str
+    text: LocalName
     limit: Annotated[int, Field(gt=0)] | None = None  # first texts
     steps: Annotated[int, Field(gt=0)] = 1000
     batch_size: Annotated[int, Field(gt=0)] = 1024

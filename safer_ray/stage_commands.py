@@ -17,6 +17,8 @@ from safer_ray.commands import (
     console,
     one_stage,
     open_input,
+    path_option,
+    place_option,
     show_artifact,
 )
 from safer_ray.errors import UserError
@@ -26,7 +28,10 @@ app = typer.Typer()
 
 @app.command()
 def pairs(
-    source: Annotated[list[str], typer.Option("--source", help="A file, folder, glob or hub:NAME; may be repeated.")],
+    source: Annotated[
+        list[str],
+        place_option("--source", help="A file, folder, glob, also s3://BUCKET/…, or hub:NAME; may be repeated."),
+    ],
     out: Out,
     format: Annotated[str, typer.Option()] = "auto",
     section: Annotated[str | None, typer.Option()] = None,
@@ -60,8 +65,8 @@ def reward(
 def activations(
     reward: ExistingPath,
     out: Out,
-    pairs: Annotated[Path | None, typer.Option(help="Pairs, of which sentence ends are read.")] = None,
-    text: Annotated[Path | None, typer.Option(help="General text, a text a line: all tokens are read.")] = None,
+    pairs: Annotated[Path | None, path_option(help="Pairs, of which sentence ends are read.")] = None,
+    text: Annotated[Path | None, path_option(help="General text, a text a line: all tokens are read.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
@@ -85,9 +90,9 @@ def activations(
 def sae(
     activations: ExistingPath,
     out: Out,
-    start: Annotated[Path | None, typer.Option(help="An SAE to go on from, say one trained on general text.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="With --reward: measure what reconstructions cost it.")] = None,
-    reward: Annotated[Path | None, typer.Option(help="The model that the activations are of.")] = None,
+    start: Annotated[Path | None, path_option(help="An SAE to go on from, say one trained on general text.")] = None,
+    pairs: Annotated[Path | None, path_option(help="With --reward: measure what reconstructions cost it.")] = None,
+    reward: Annotated[Path | None, path_option(help="The model that the activations are of.")] = None,
     layer: Annotated[int | None, typer.Option(help="Of vectors from outside, which do not say it.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
@@ -188,8 +193,8 @@ def verdicts(
 def select(
     salience: ExistingPath,
     out: Out,
-    ratings: Annotated[Path | None, typer.Option(help='JSON {"feature": rating}.')] = None,
-    verdicts: Annotated[Path | None, typer.Option(help="The directory of stage verdicts.")] = None,
+    ratings: Annotated[Path | None, path_option(help='JSON {"feature": rating}.')] = None,
+    verdicts: Annotated[Path | None, path_option(help="The directory of stage verdicts.")] = None,
     assignments: Assignments = None,
     fresh: Fresh = False,
 ) -> None:
@@ -209,15 +214,13 @@ def select(
 def auditor(
     reward: ExistingPath,
     sae: ExistingPath,
-    features: Annotated[Path, typer.Option(help="The directory of stage select.")],
+    features: Annotated[Path, path_option(help="The directory of stage select.")],
     codes: ExistingPath,
     out: Out,
-    detector: Annotated[Path | None, typer.Option(help="The directory of stage detector, where there is one.")] = None,
-    salience: Annotated[
-        Path | None, typer.Option(help="Of stage salience: the bundle then shows its features.")
-    ] = None,
-    verdicts: Annotated[Path | None, typer.Option(help="Of stage verdicts, to show ratings and reasons.")] = None,
-    contexts: Annotated[Path | None, typer.Option(help="Of stage contexts, to show where features fire.")] = None,
+    detector: Annotated[Path | None, path_option(help="The directory of stage detector, where there is one.")] = None,
+    salience: Annotated[Path | None, path_option(help="Of stage salience: the bundle then shows its features.")] = None,
+    verdicts: Annotated[Path | None, path_option(help="Of stage verdicts, to show ratings and reasons.")] = None,
+    contexts: Annotated[Path | None, path_option(help="Of stage contexts, to show where features fire.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 10: the deployable bundle."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from safer_ray.config import DetectorOf, Frozen, Share
+from safer_ray.config_values import LocalPath
 from safer_ray.errors import UserError
 from safer_ray.read_config import explain_validation
 from serve.limits import Limits
@@ -27,8 +28,8 @@ class Thresholds(Frozen):
 class ServiceConfig(Thresholds):
     """Arguments of `build`."""
 
-    auditor: Path
-    keys: Path | None = None  # a file of hashed keys; or the variable SAFER_RAY_KEYS
+    auditor: LocalPath
+    keys: LocalPath | None = None  # a file of hashed keys; or the variable SAFER_RAY_KEYS
     insecure: bool = False  # whether strangers may ask: without keys on other than loopback
     scorers: Count = 1  # at least, each with the model
     max_scorers: Count | None = None  # as load comes; None: no more
