@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.files import make_folder, move, read_parquet, sync_tree, write_json, write_parquet
+from safer_ray.files import at, make_folder, move, read_parquet, stamp, sync_tree, write_json, write_parquet
+from safer_ray.fingerprints import begins_as, digest_of, needs_digest
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
 
+MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
 PLAN = "plan.parquet"
+ASKED = "audit.json"  # in the folder of an audit
+ASKED_KEYS = {"auditor", "source", "scores", "path"}
 SCRATCH = ("journal", "state")  # of a stage at work; gone when it is whole
 PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
@@ -37,10 +41,11 @@ class Fragment:
     path: str
     start: int  # first row, 0-based
     stop: int  # one past the last
-    size: int  # bytes of the file
-    etag: str  # modification time in ns, as text
+    size: int  # bytes of the file, as far as it was planned
+    etag: str  # modification time in ns, as text, or an object's ETag
     offset: int = 0  # byte at which row `start` begins, where the file can be entered there
-    digest: str = ""  # of the last fragment of a file that may grow: sha256 of its `size` bytes
+    digest: str = ""  # sha256 of the first `size` bytes; empty where nobody took it
+    file: str = ""  # what row keys call the file: its name relative to the source; empty in plans of old
 
 
 def open_artifact(path: Path, stage: str | None = None) -> Artifact:
@@ -71,7 +76,13 @@ def foreign(path: Path, name: str) -> Artifact:
 
 
 def content_hash(path: Path) -> str:
-    """First 16 hex digits of the sha256 over the names and bytes of a file or of all files below a directory."""
+    """First 16 hex digits of the sha256 over the names and bytes of a file or of all files below a directory.
+
+    Raises:
+        UserError: there is no such file or directory.
+    """
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}; check the path")
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(file.name.encode() + b"\0" if path.is_file() else str(file.relative_to(path)).encode() + b"\0")
@@ -115,8 +126,7 @@ def part_fragments(directory: Path) -> list[Fragment]:
         except (pa.ArrowInvalid, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
-        stat = path.stat()
-        fragments.append(Fragment(number, 0, str(path), 0, rows, stat.st_size, str(stat.st_mtime_ns)))
+        fragments.append(Fragment(number, 0, str(path), 0, rows, *stamp(path), file=path.name))
     return fragments
 
 
@@ -126,24 +136,47 @@ def read_fragment(fragment: Fragment, columns: list[str] | None = None) -> pa.Ta
 
 
 def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
-    """Write `plan.parquet`, or return the one that is there if it names the same files.
+    """Write `plan.parquet`, or return the one that is there if it names the same files, wherever these lie now.
 
     Raises:
         UserError: an input changed since the plan was made.
     """
     path = directory / PLAN
-    if path.exists():
-        planned = read_plan(path)
-        files = {(f.path, f.size, f.etag) for f in planned}
-        changed = sorted({f.path for f in fragments if (f.path, f.size, f.etag) not in files})
-        if changed:
-            raise UserError(
-                f"{changed[0]} changed since the unfinished run in {directory} began; "
-                "put it back, or start again with --fresh"
-            )
+    if not path.exists():
+        fragments = with_digests(fragments)
+        write_plan(fragments, path)
+        return fragments
+    names = {fragment.path: fragment.file for fragment in fragments}  # which a plan of old does not tell
+    planned = [replace(f, file=f.file or names.get(f.path, f.path)) for f in read_plan(path)]
+    if planned == fragments:
         return planned
-    write_plan(fragments, path)
-    return fragments
+    now = {_identity(fragment): fragment for fragment in fragments}
+    known = {_identity(fragment): fragment for fragment in planned}
+    for identity in sorted(known.keys() ^ now.keys()):
+        _refuse(now.get(identity) or known[identity], directory)
+    for identity, fragment in now.items():
+        if not begins_as(at(fragment.path), (fragment.size, fragment.etag), known[identity]):
+            _refuse(fragment, directory)
+    return [replace(f, path=now[_identity(f)].path, etag=now[_identity(f)].etag) for f in planned]
+
+
+def _identity(fragment: Fragment) -> tuple[int, str, int]:
+    """What a file is known by, but for its bytes."""
+    return fragment.source, fragment.file, fragment.size
+
+
+def _refuse(fragment: Fragment, directory: Path) -> None:
+    raise UserError(
+        f"{fragment.path} changed since the unfinished run in {directory} began; "
+        "put it back, or start again with --fresh"
+    )
+
+
+def with_digests(fragments: Sequence[Fragment]) -> list[Fragment]:
+    """Fragments that know the bytes of their files, each of which is read once."""
+    files = {(f.path, f.size): f.etag for f in fragments if not f.digest and needs_digest(at(f.path), f.etag)}
+    digests = {key: digest_of(at(key[0]), key[1]) for key in files}
+    return [replace(f, digest=f.digest or digests.get((f.path, f.size), "")) for f in fragments]
 
 
 def write_plan(fragments: Sequence[Fragment], path: Path) -> None:

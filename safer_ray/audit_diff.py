@@ -20,9 +20,8 @@ import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
 from safer_ray.accounts import count
-from safer_ray.artifacts import Artifact
+from safer_ray.artifacts import ASKED, Artifact
 from safer_ray.audit_read import scored_rows, scores
-from safer_ray.audit_run import ASKED
 from safer_ray.errors import explain_disk_errors
 from safer_ray.files import beside, make_folder, read_json
 

@@ -15,7 +15,8 @@ from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
 from safer_ray.errors import UserError
-from safer_ray.sources import plan_file, read_raw, source_files
+from safer_ray.source_files import source_files
+from safer_ray.sources import plan_file, read_raw
 from safer_ray.tokens import token_count
 
 PLACES, ROWS = 16, 16  # of the sample: fragments, and rows of each
@@ -54,7 +55,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
         UserError: the corpus cannot be read, or no row of the sample can be used.
     """
     files = source_files(audit.source)
-    fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows)]
+    fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
     prepared = PreparePairs(audit.auditor, (audit.source,), audit.max_chars)(raw)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import (
+    ASKED,
     PLAN,
     Artifact,
     Fragment,
@@ -29,12 +30,12 @@ from safer_ray.artifacts import (
 from safer_ray.audit_parts import SCORES
 from safer_ray.audit_read import Pair, pairs_in, scored_rows, scores
 from safer_ray.audit_review import BAD, FINE, REVIEWS, decided, load_reviews
-from safer_ray.audit_run import ASKED, digest_of
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config import SourceConfig
 from safer_ray.curation import share_count
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_json, read_parquet, stamp, write_parquet, write_text
+from safer_ray.fingerprints import begins_as
 from safer_ray.marks import Marks, enclosing, is_marked, together
 from safer_ray.recipes import Input
 from safer_ray.rows import grows
@@ -93,22 +94,29 @@ def check_sources(fragments: Sequence[Fragment]) -> None:
     for fragment in last.values():
         file = at(fragment.path)
         if not file.is_file():
-            raise UserError(f"{file} is gone, but the audit read its pairs from there; put it back, then export again")
+            raise UserError(
+                f"{file} is gone, but the audit read its pairs from there; put it back, or run the same audit with "
+                "--pairs where it lies now, then export again"
+            )
         found = stamp(file)
-        if found != (fragment.size, fragment.etag) and not _begins_alike(file, found[0], fragment):
+        if not _begins_alike(file, found, fragment):
             raise UserError(
                 f"{file} changed since it was audited ({fragment.size:,} bytes then, {found[0]:,} now); "
                 "put it back as it was, or audit it again with --fresh"
             )
 
 
-def _begins_alike(file: Path, size: int, last: Fragment) -> bool:
+def _begins_alike(file: Path, found: tuple[int, str], last: Fragment) -> bool:
     """Whether the planned rows of a file still stand there, which is known of lines: more may have come behind them."""
-    if not grows(file) or size < last.size or digest_of(file, last.size) != last.digest:
+    if not begins_as(file, found, last):
+        return False
+    if found[0] == last.size:
+        return True
+    if not grows(file):
         return False
     with file.open("rb") as stream:
         stream.seek(max(0, last.size - 1))
-        return size == last.size or stream.read(1) == b"\n"  # else the last line has grown
+        return stream.read(1) == b"\n" or not stream.readline(2**20).strip()  # else the last line has grown
 
 
 class ReadDecided:
@@ -129,7 +137,7 @@ class ReadDecided:
         keys = [*scored["row_key"].to_pylist(), *refused]
         if not keys:  # nothing of the fragment is in the part of the source that was asked for
             return EXPORTED.empty_table()
-        source = SourceConfig(path=str(_root(fragment, keys[0])), **self.source)
+        source = SourceConfig(path=fragment.path if fragment.file else str(_root(fragment, keys[0])), **self.source)
         rows = NormalisePairs([source], self.max_chars)(read_raw(fragment, source))
         pairs = rows.filter(pc.is_null(rows["refused"])).select(schema.PAIRS.names)
         return self._joined(pairs, scored, refused, fragment)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from safer_ray.artifacts import MANIFEST, PLAN, Artifact, open_artifact, part_name, read_plan
+from safer_ray.artifacts import ASKED, MANIFEST, PLAN, Artifact, open_artifact, part_name, read_plan
 from safer_ray.audit_parts import SCORES
-from safer_ray.audit_run import ASKED
 from safer_ray.errors import UserError
 from safer_ray.files import parquet_rows, read_parquet
 from safer_ray.rows import explained

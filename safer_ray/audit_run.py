@@ -5,27 +5,26 @@ the same command goes on where it was interrupted, and a corpus that has grown i
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import MANIFEST, PLAN, SCRATCH, Artifact, Fragment, part_name, read_plan, write_plan
+from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.audit_parts import AUDITED, FLAGGED, SCORES, write_part
+from safer_ray.audit_plan import FileNotes, plan_audit
 from safer_ray.auditor import check_auditor
 from safer_ray.background import side_by_side
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import at, names_in, parquet_rows, read_json, remove, stamp, threads_for, write_json
+from safer_ray.files import at, names_in, parquet_rows, read_json, remove, threads_for, write_json
 from safer_ray.marks import RED_TEAM_MARK, enclosing, is_marked
-from safer_ray.rows import grows
 from safer_ray.runner import Counts, MapJob, Runner, pending
 from safer_ray.scoring import BY_BUNDLE, KIND
-from safer_ray.sources import plan_file, read_raw, source_files
+from safer_ray.source_files import place_of
+from safer_ray.sources import read_raw
 
-ASKED = "audit.json"
 LISTED = "flagged.jsonl"
 SUMMARY = "summary.json"
 PAGE = "report.html"
@@ -69,7 +68,14 @@ class Audit(NamedTuple):
         )
 
 
-def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False) -> Counts:
+@dataclass(frozen=True)
+class AuditCounts(Counts):
+    """Accounts of an audit, and what there is to tell of its files."""
+
+    files: FileNotes
+
+
+def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False) -> AuditCounts:
     """Every row of the source into `out`; what is there already is not done again.
 
     Raises:
@@ -80,7 +86,7 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     if fresh:
         clear(out)
     _check_asked(audit, out)
-    fragments = planned(audit, out)
+    fragments, notes = plan_audit(audit.source, audit.fragment_rows, out)
     job = audit.job()
     files = dict.fromkeys(at(fragment.path) for fragment in pending(fragments, out))
     if audit.auditor.red_team or enclosing(files).red_team or is_marked(files):
@@ -90,7 +96,12 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     for scratch in SCRATCH:
         with contextlib.suppress(OSError):
             remove(out / scratch)
-    return counts
+    return AuditCounts(**vars(counts), files=notes)
+
+
+def planned(audit: Audit, out: Path) -> list[Fragment]:
+    """Return the fragments of an audit into `out`, written down there; raises as `plan_audit`."""
+    return plan_audit(audit.source, audit.fragment_rows, out).fragments
 
 
 def clear(out: Path) -> None:
@@ -101,7 +112,7 @@ def clear(out: Path) -> None:
 
 def _check_asked(audit: Audit, out: Path) -> None:
     """Write down what is asked, or compare it with what was."""
-    path, asked = out / ASKED, audit.asked() | {"path": audit.source.path}
+    path, asked = out / ASKED, audit.asked() | {"path": str(place_of(audit.source))}
     if not path.exists():
         strange = sorted(names_in(out) & set(OWN))
         if strange:
@@ -124,65 +135,6 @@ def _differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") ->
             yield from _differences(left, right, f"{prefix}{name}.")
         elif left != right:
             yield f"{prefix}{name}", left, right
-
-
-# The plan
-
-
-def planned(audit: Audit, out: Path) -> list[Fragment]:
-    """The fragments of an audit: those of its earlier half, and those of rows that have come since.
-
-    Raises:
-        UserError: a file that was planned has changed otherwise than by growing, or is gone with rows left to read.
-    """
-    path = out / PLAN
-    known = read_plan(path)
-    last = {fragment.path: fragment for fragment in known}
-    files = source_files(audit.source)
-    found = side_by_side(lambda file: _new(audit, file, last.get(str(file))), files, threads_for(files[0]))
-    new = [fragment for fragments in found for fragment in fragments]
-    present, done = {str(file) for file in files}, names_in(out / "done")
-    for fragment in known:
-        if fragment.path not in present and f"{fragment.number:08}.json" not in done:
-            raise UserError(
-                f"{fragment.path} is gone, and not all of its rows are audited; put it back, or use --fresh"
-            )
-    if new:
-        remove(out / MANIFEST)  # the audit is no longer whole
-        known += [replace(fragment, number=number) for number, fragment in enumerate(new, len(known))]
-        write_plan(known, path)
-    return known
-
-
-def _new(audit: Audit, file: Path, last: Fragment | None) -> list[Fragment]:
-    """The rows of a file that are not planned yet."""
-    if last is not None and not _has_grown(file, last):
-        return []
-    fragments = plan_file(file, audit.source, audit.fragment_rows, after=last)
-    if fragments and grows(file):
-        fragments[-1] = replace(fragments[-1], digest=digest_of(file, fragments[-1].size))
-    return fragments
-
-
-def _has_grown(file: Path, last: Fragment) -> bool:
-    """Whether lines were added to a planned file.
-
-    Raises:
-        UserError: it has changed otherwise.
-    """
-    size, etag = stamp(file)
-    if (size, etag) == (last.size, last.etag):
-        return False
-    if size < last.size or not grows(file) or digest_of(file, last.size) != last.digest:
-        raise UserError(
-            f"{file} changed since it was planned ({last.size:,} bytes then, {size:,} now); "
-            "put it back, or start again with --fresh"
-        )
-    with file.open("rb") as stream:
-        stream.seek(max(0, last.size - 1))
-        if size > last.size and stream.read(1) != b"\n":
-            raise UserError(f"{file}: its last line has grown since it was audited; start again with --fresh")
-    return size > last.size
 
 
 # The accounts
@@ -230,13 +182,3 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
     if counts.written == 0:
         reason = max(counts.reasons, key=lambda name: counts.reasons[name], default="nothing was read")
         raise SaferError(f"{out}: none of {counts.read} rows could be scored, most: {reason!r}; see {out}/quarantine")
-
-
-def digest_of(file: Path, size: int) -> str:
-    """sha256 of the first `size` bytes of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while size > 0 and (block := stream.read(min(size, 2**20))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()

@@ -14,12 +14,11 @@ from scipy.special import kolmogorov
 from safer_ray import report_audit
 from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, versions
 from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
-from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit
+from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit, AuditCounts
 from safer_ray.background import side_by_side
 from safer_ray.evaluation import wilson
 from safer_ray.files import at, names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
 from safer_ray.marks import Marks, enclosing, is_marked, together
-from safer_ray.runner import Counts
 from safer_ray.schema import to_json
 
 IDS = 5_000_000  # pair ids that are compared at once; of more, a known share of all ids is
@@ -48,7 +47,7 @@ def drift(suspicion: np.ndarray, reference: int) -> Drift:
     return Drift(distance, float(kolmogorov(effective * distance)), index, reference)
 
 
-def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict[str, Any]:
+def close_audit(audit: Audit, out: Path, counts: AuditCounts, seconds: float) -> dict[str, Any]:
     """Write what an audit found; the summary."""
     fragments = read_plan(out / PLAN)
     figures = added(_figures(out, fragments))
@@ -65,7 +64,7 @@ def close_audit(audit: Audit, out: Path, counts: Counts, seconds: float) -> dict
         "inputs": {"auditor": audit.auditor.name},
         "packages": versions(),
         "rows": summary["rows"],
-        "metrics": {name: summary[name] for name in ("flagged", "duplicates", "against_label")},
+        "metrics": {name: summary[name] for name in ("flagged", "duplicates", "against_label", "files")},
         "licence": list(marks.licence),
         "red_team": marks.red_team,
         "wall_seconds": round(seconds, 3),
@@ -130,7 +129,7 @@ def duplicate_ids(out: Path, fragments: Sequence[Fragment]) -> int:
     return int(len(kept) - len(np.unique(kept))) * share
 
 
-def summarise(audit: Audit, figures: Figures, counts: Counts, duplicates: int) -> dict[str, Any]:
+def summarise(audit: Audit, figures: Figures, counts: AuditCounts, duplicates: int) -> dict[str, Any]:
     """The numbers of an audit: rates and shares in [0, 1]."""
     features = sorted(figures.features.items(), key=lambda item: (item[1][1], item[0]))[:20]
     return {
@@ -140,6 +139,7 @@ def summarise(audit: Audit, figures: Figures, counts: Counts, duplicates: int) -
         "flag_quantile": audit.scores.flag_quantile,
         "rows": {"read": counts.read, "scored": counts.written, "quarantined": counts.quarantined},
         "reasons": counts.reasons,
+        "files": counts.files.to_tree(),
         "duplicates": duplicates,
         "flagged": figures.flagged,
         "flag_rate": _rate(Group(figures.pairs, figures.flagged)),

@@ -1,5 +1,6 @@
 """The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,23 +28,27 @@ from safer_ray.inputs import (
     base_input,
     close_pairs,
     file_input,
+    find_source,
     resolve_source,
     source_input,
-    with_absolute_base,
+    with_lasting_base,
 )
 from safer_ray.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.recipes import Input
 from safer_ray.runner import BatchFn, MapJob, TrainJob
 from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
-from safer_ray.sources import NormalisePairs, plan_sources, read_raw
+from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
 from safer_ray.where import where_mask
+
+log = logging.getLogger(__name__)
 
 
 class Harvest(StageContext):
@@ -71,10 +76,16 @@ class Harvest(StageContext):
         shown = config.model_dump(mode="json")
         for source in shown["sources"]:
             del source["path"]
-        inputs = {f"source{i}": source_input(s, corpus) for i, s in enumerate(config.sources)}
+        found = [find_source(s, self.place, config.sources[i]) for i, s in enumerate(sources)]
+        inputs = {f"source{i}": source_input(config.sources[i], s, found[i], corpus) for i, s in enumerate(sources)}
+        if apart := names_apart(sources, [each.files for each in found]):
+            inputs["names"] = Input(apart)
+        left_out = {folder: files for each in found for folder, files in each.left_out.items()}
 
         def build(out: Path) -> Result:
-            plan = plan_sources(sources, rows=self.fragment_rows)
+            for folder, number in left_out.items():
+                log.warning("pairs: %s data files in %s are left out, which is no part of the source", number, folder)
+            plan = plan_sources(sources, rows=self.fragment_rows, found=found)
             job = MapJob(
                 "pairs",
                 lambda fragment: read_raw(fragment, sources[fragment.source]),
@@ -82,12 +93,13 @@ class Harvest(StageContext):
                 schema.PAIRS,
             )
             counts = self.map(job, plan, out, refused_share=1)
-            result = close_pairs(out, counts["read"], config)
+            closed = close_pairs(out, counts["read"], config)
             files = list(dict.fromkeys(at(fragment.path) for fragment in plan))
             poisoned = is_marked(files) or any(
                 any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out)
             )
-            return replace(result, own=together(result.own, enclosing(files), Marks(red_team=poisoned)))
+            own = together(closed.own, enclosing(files), Marks(red_team=poisoned))
+            return replace(closed, metrics=closed.metrics | {"left_out_files": left_out}, own=own)
 
         return self.place.make(recipe("pairs", shown, **inputs), build)
 
@@ -116,14 +128,14 @@ class Harvest(StageContext):
 
     def rewards(self, config: RewardConfig, variants: Sequence[Artifact]) -> list[Artifact]:
         """A reward model on each of several sets of pairs, trained one after another by the same workers."""
+        located = with_lasting_base(config)
         shown = config.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", "shards"})
         base = {}
         if isinstance(config.base, str):
             del shown["base"]
-            base["base"] = base_input(config.base)
+            base["base"] = base_input(str(located.base))
         recipes = [recipe("reward", shown, **base, pairs=pairs) for pairs in variants]
         pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
-        located = with_absolute_base(config)
 
         def build(partials: dict[str, Path]) -> dict[str, Result]:
             jobs = [

@@ -9,17 +9,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Result, content_hash, foreign, part_files
+from safer_ray.artifacts import Artifact, Place, Result, content_hash, foreign, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import at, read_parquet, write_parquet
+from safer_ray.files import at, read_parquet, stamp, write_parquet
+from safer_ray.hub import PREFIX, pinned, split_name
 from safer_ray.judge import load_probe
 from safer_ray.marks import Marks
 from safer_ray.recipes import Input
 from safer_ray.remote import Remote
 from safer_ray.runner import quarantine_rows
-from safer_ray.sources import source_files
+from safer_ray.source_files import Found, file_name, find_files
 
 JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards
 log = logging.getLogger(__name__)
@@ -35,35 +36,62 @@ def lasting(path: str | Path) -> Path:
     return Path.home() / path
 
 
-def with_absolute_base(config: RewardConfig) -> RewardConfig:
-    """The config, with a local checkpoint named by its absolute path."""
+def with_lasting_base(config: RewardConfig) -> RewardConfig:
+    """The config, with a local checkpoint named by its absolute path, and one on the hub by its commit."""
     base = config.base
-    if not isinstance(base, str) or base.startswith(("hub:", "package:")):
+    if not isinstance(base, str) or base.startswith("package:"):
         return config
-    return config.model_copy(update={"base": str(Path(base).absolute())})
+    lasting_base = pinned(base, "model") if base.startswith(PREFIX) else str(Path(base).absolute())
+    return config.model_copy(update={"base": lasting_base})
 
 
-@functools.cache
-def _hashed(path: str) -> str:
+def _hashed(path: Path) -> str:
+    """A file or a folder by its content, which is read again where a size or a modification time has changed."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return _hashed_as(str(path), tuple((str(file), *stamp(file)) for file in files))
+
+
+@functools.lru_cache(maxsize=4096)
+def _hashed_as(path: str, stamps: tuple[tuple[str, int, str], ...]) -> str:
     return content_hash(Path(path))
 
 
 def resolve_source(source: SourceConfig, corpus: Artifact | None) -> SourceConfig:
-    if not source.path.startswith("corpus:"):
-        return source
-    assert corpus is not None
-    return source.model_copy(update={"path": str(corpus.path / source.path.removeprefix("corpus:"))})
+    """A source with a path that says where it lies: in the corpus, or at which commit on the hub."""
+    path = source.path
+    if path.startswith("corpus:"):
+        assert corpus is not None
+        path = str(corpus.path / path.removeprefix("corpus:"))
+    elif path.startswith(PREFIX):
+        path = pinned(path, "dataset")
+    return source.model_copy(update={"path": path})
 
 
-def source_input(source: SourceConfig, corpus: Artifact | None) -> Input:
-    """A source by what it holds; what its files say of themselves is read with them."""
+def find_source(resolved: SourceConfig, place: Place, source: SourceConfig) -> Found:
+    """The files of a source, without what this command itself writes below it."""
+    if source.path.startswith("corpus:"):
+        path = Path(resolved.path)
+        return find_files(resolved) if path.exists() else Found([path], {})  # a dry run makes no corpus
+    return find_files(resolved, [place.out] if place.out else [place.root])
+
+
+def source_input(source: SourceConfig, resolved: SourceConfig, found: Found, corpus: Artifact | None) -> Input:
+    """A source as a recipe names it: its files by name and content, and never where it lies; what its files say of
+    themselves is read with them."""
     if source.path.startswith("corpus:"):
         assert corpus is not None
         return file_of(corpus, source.path.removeprefix("corpus:"))
-    if source.path.startswith("hub:"):
-        return Input(source.path)
-    files = source_files(source)
-    return Input(schema.to_json([[file.name, _hashed(str(file))] for file in files]))
+    if resolved.path.startswith(PREFIX) and split_name(resolved.path)[1] is not None:
+        return Input(resolved.path)
+    return Input(schema.to_json([[file_name(file, resolved), _file_hash(file)] for file in found.files]))
+
+
+def _file_hash(file: Path) -> str:
+    """A file by its content, an object by what its store says of it."""
+    if not isinstance(file, Remote):
+        return _hashed(file)
+    size, etag = stamp(file)
+    return f"{size}-{etag}"
 
 
 def file_of(artifact: Artifact, name: str) -> Input:
@@ -83,15 +111,16 @@ def file_input(path: Path) -> Artifact:
         UserError: there is none.
     """
     check_file(path)
-    return foreign(path, f"{path.name}:{_hashed(str(path))}")
+    return foreign(path, f"{path.name}:{_hashed(path)}")
 
 
 def base_input(base: str) -> Artifact | Input:
-    """A checkpoint to train on from; a local one may be a reward model of ours."""
-    if base.startswith("hub:"):
+    """A checkpoint to train on from, by its content, or by its name and commit on the hub; a local one may be a reward
+    model of ours."""
+    path = Path(resolve_base(base)[0])
+    if base.startswith(PREFIX) and not path.exists():
         return Input(base)
-    path = resolve_base(base)[0]
-    return foreign(Path(path), _hashed(path))
+    return foreign(path, _hashed(path))
 
 
 def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, Input]:

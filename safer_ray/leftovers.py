@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import MANIFEST, SCRATCH
+from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS, SCRATCH
 from safer_ray.audit_parts import FLAGGED, SCORES
-from safer_ray.audit_run import ASKED, LISTED
+from safer_ray.audit_run import LISTED
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.lock import is_held, is_lock, locked
 
@@ -69,11 +69,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_artifact(folder: Path) -> bool:
-    return {"stage", "name", "packages"} <= set(_tree(folder / MANIFEST))
+    return set(_tree(folder / MANIFEST)) >= MANIFEST_KEYS
 
 
 def _is_audit(folder: Path) -> bool:
-    return {"auditor", "source", "scores", "path"} <= set(_tree(folder / ASKED))
+    return set(_tree(folder / ASKED)) >= ASKED_KEYS
 
 
 def _is_partial(path: Path) -> bool:

@@ -13,7 +13,7 @@ from safer_ray.inputs import check_file, lasting
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
 from safer_ray.runner import Runner
-from safer_ray.sources import source_files
+from safer_ray.source_files import source_files
 from safer_ray.summary import RunView, write_report, write_summary
 from safer_ray.suspect import Suspecting, check_shared_trunk
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from safer_ray.artifacts import Fragment
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.errors import UserError
+from safer_ray.files import stamp
 from safer_ray.rows import cut_rows, kind_of, read_rows
 from safer_ray.text import PairTokens, Side
 from safer_ray.tokens import with_tokens
@@ -27,10 +28,9 @@ def text_fragments(path: Path, rows: int, limit: int | None = None) -> list[Frag
     """
     if not path.is_file():
         raise UserError(f"no text in {path}; pass a file with a text a line, or JSONL rows with `text`")
-    stat = path.stat()
     cuts = cut_rows(path, rows, FRAGMENT_BYTES, limit or EVERY)
     return [
-        Fragment(number, 0, str(path), cut.start, cut.stop, stat.st_size, str(stat.st_mtime_ns), cut.offset)
+        Fragment(number, 0, str(path), cut.start, cut.stop, *stamp(path), cut.offset, file=path.name)
         for number, cut in enumerate(cuts)
     ]
 

@@ -157,7 +157,7 @@ class Remote:
         """Objects by a pattern of names, `**` for any number of folders."""
         wanted = PurePosixPath(pattern).parts
         for path, is_object in self._listed(recursive=len(wanted) > 1 or "**" in wanted):
-            if is_object and _fits(path.relative_to(self).parts, wanted):
+            if is_object and fits(path.relative_to(self).parts, wanted):
                 yield path
 
     def rglob(self, pattern: str) -> Iterator["Remote"]:
@@ -234,12 +234,13 @@ class Remote:
             ) from None
 
 
-def _fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Return whether the names of folders and a file are those that a glob asks for."""
     if not pattern:
         return not names
     if pattern[0] == "**":
-        return _fits(names, pattern[1:]) or bool(names and _fits(names[1:], pattern))
-    return bool(names) and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+        return fits(names, pattern[1:]) or bool(names and fits(names[1:], pattern))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and fits(names[1:], pattern[1:])
 
 
 def _without_secrets(error: Exception) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from safer_ray.audit_plan import in_words as files_in_words
 from safer_ray.pages import page
 
 WIDTH, HEIGHT = 640, 120
@@ -44,6 +45,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     )
     if summary["duplicates"]:
         said.append(f"{summary['duplicates']:,} rows repeat the pair_id of another; all are scored.")
+    said += files_in_words(summary["files"])
     if summary["red_team"]:
         said.append("Red team: these pairs, or those that the auditor was built from, were poisoned on purpose.")
     return said

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -269,14 +269,17 @@ class Cut(NamedTuple):
     start: int
     stop: int
     offset: int = 0  # byte of the first, where the file can be entered there
+    end: int = 0  # byte behind the last, where it is known
 
 
 BEGIN = Cut(0, 0)
 
 
-def _cut_lines(path: Path, rows: int, size: int, limit: int, after: Cut, length: int) -> Iterator[Cut]:
-    """Lines behind `after`, of the first `length` bytes of a file."""
-    start, offset, at = after.stop, after.offset, after.offset
+def _cut_lines(
+    path: Path, rows: int, size: int, limit: int, after: Cut, length: int, *, whole_lines: bool
+) -> Iterator[Cut]:
+    """Lines behind `after`, of the first `length` bytes of a file; of a last line that nothing ends, see `is_whole`."""
+    start, offset, at = after.stop, after.end, after.end
     ends = np.empty(0, dtype=np.int64)  # of the lines from `start` on
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -285,15 +288,29 @@ def _cut_lines(path: Path, rows: int, size: int, limit: int, after: Cut, length:
             ends = np.concatenate([ends, at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))])
             at += len(block)
             last = not block or at >= length
-            if last and at > (ends[-1] if len(ends) else offset):
-                ends = np.append(ends, at)  # a line that nothing ends
+            begun = int(ends[-1]) if len(ends) else offset
+            if last and at > begun and (not whole_lines or _is_whole(stream, begun, at)):
+                ends = np.append(ends, at)
             while len(ends) and start < limit and (last or len(ends) >= rows or ends[-1] - offset > size):
                 taken = max(1, min(rows, limit - start, int(np.searchsorted(ends, offset + size, "right"))))
                 taken = min(taken, len(ends))
-                yield Cut(start, start + taken, offset)
-                start, offset, ends = start + taken, int(ends[taken - 1]), ends[taken:]
+                end = int(ends[taken - 1])
+                yield Cut(start, start + taken, offset, end)
+                start, offset, ends = start + taken, end, ends[taken:]
             if last:
                 return
+
+
+def _is_whole(stream: IO[bytes], begin: int, end: int) -> bool:
+    """Whether a last line without its newline is written to its end: then it is a JSON object, and a half is none."""
+    if end - begin > MAX_ROW:
+        return False
+    stream.seek(begin)
+    line = stream.read(end - begin).removeprefix(b"\xef\xbb\xbf" if begin == 0 else b"")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def is_lines(path: Path) -> bool:
@@ -307,14 +324,22 @@ def grows(path: Path) -> bool:
 
 
 def cut_rows(
-    path: Path, rows: int, size: int, limit: int, after: Cut = BEGIN, length: int | None = None
+    path: Path,
+    rows: int,
+    size: int,
+    limit: int,
+    after: Cut = BEGIN,
+    length: int | None = None,
+    *,
+    whole_lines: bool = False,
 ) -> Iterator[Cut]:
     """Ranges of a file's rows, each of at most `rows` rows and about `size` bytes; of lines, those behind `after` in
-    the first `length` bytes."""
+    the first `length` bytes, with `whole_lines` but for a last one that is still being written."""
     kind = kind_of(path)[0]
     if is_lines(path):
         with explained(path):
-            yield from _cut_lines(path, rows, size, limit, after, path.stat().st_size if length is None else length)
+            length = path.stat().st_size if length is None else length
+            yield from _cut_lines(path, rows, size, limit, after, length, whole_lines=whole_lines and grows(path))
         return
     if kind in ("parquet", "arrow"):
         with explained(path):

@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import glob
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,11 +18,13 @@ from safer_ray.artifacts import Fragment
 from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import at, move, stamp
+from safer_ray.files import at, stamp
+from safer_ray.fingerprints import still_holds
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.remote import Remote
-from safer_ray.rows import BEGIN, ENDINGS, MAX_ROW, Cut, RawRow, cut_rows, explained, kind_of, read_rows
+from safer_ray.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
 from safer_ray.schema import RAW_LIMIT
+from safer_ray.source_files import Found, file_name, find_files
 from safer_ray.where import meets, parse_where
 
 RAW = pa.schema(
@@ -42,114 +42,6 @@ NORMALISED = pa.schema([*schema.PAIRS, ("refused", pa.string()), ("raw", pa.stri
 
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
-
-
-_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-
-
-# Which files
-
-
-def _has_data_name(path: Path) -> bool:
-    hidden = path.name.startswith((".", "_"))
-    return not hidden and path.name not in _NO_DATA and kind_of(path)[0] is not None
-
-
-def _place(source: SourceConfig) -> Path:
-    """What a source's path means: a file, a folder or a glob."""
-    path = at(source.path)
-    return path if isinstance(path, Remote) else Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def _matches(pattern: Path) -> Iterator[Path]:
-    if not isinstance(pattern, Remote):
-        return (Path(name) for name in glob.iglob(str(pattern), recursive=True))
-    root = _before_magic(pattern)
-    return root.glob(str(pattern.relative_to(root)))
-
-
-def _before_magic(path: Path) -> Path:
-    """The folder that a glob's first wildcard stands in."""
-    while any(glob.has_magic(part) for part in path.parts):
-        path = path.parent
-    return path
-
-
-def source_files(source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted by path; a hub name is fetched.
-
-    Raises:
-        UserError: a path that is missing, empty or of an unknown kind, or a hub name that cannot be loaded.
-    """
-    if source.path.startswith("hub:"):
-        return _saved(_from_hub(source), source.split)
-    path = _place(source)
-    if path.is_file():
-        if kind_of(path)[0] is None:
-            raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}")
-        return [path]
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _saved(path, source.split)
-    if path.is_dir():
-        found: Iterable[Path] = path.rglob("*")
-    elif glob.has_magic(source.path):
-        found = _matches(path)
-    else:
-        raise UserError(f"no file, folder or glob at {source.path}; check the path, or write hub:OWNER/NAME")
-    listed = isinstance(path, Remote)  # of objects nothing more need be asked
-    files = sorted(file for file in found if _has_data_name(file) and (listed or file.is_file()))
-    if not files:
-        raise UserError(f"{source.path}: no data files there; supported are {ENDINGS}")
-    return files
-
-
-def _saved(folder: Path, split: str) -> list[Path]:
-    """The Arrow files of a `save_to_disk` folder, or of one split of a saved dict."""
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            if split not in splits:
-                raise UserError(f"{folder} has no split {split!r}; set `split` to one of {splits}")
-            folder = folder / split
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is a damaged save_to_disk folder ({error!r}); save it again") from error
-
-
-def _from_hub(source: SourceConfig) -> Path:
-    """A hub data set, saved once under SAFER_RAY_CACHE (default ~/.cache/safer_ray)."""
-    name, at, revision = source.path.removeprefix("hub:").partition("@")
-    if Path(source.path.removeprefix("hub:")).exists():
-        name, at, revision = source.path.removeprefix("hub:"), "", ""
-    import datasets  # slow to import, and only needed here
-
-    try:
-        data = datasets.load_dataset(name, split=source.split, revision=revision if at else None)
-    except Exception as error:  # whatever the hub client raises: no network, no such name, split or revision
-        cause = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"cannot load {source.path} (split {source.split!r}): {cause}; check the name, the split and the network, "
-            "or give a downloaded folder"
-        ) from error
-    cache = Path(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")).expanduser() / "hub"
-    identity = _digest(schema.to_json([name, revision, source.split, data._fingerprint]))[:12]
-    folder = cache / f"{Path(name).name}-{identity}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=cache, prefix=".saving-")
-        data.save_to_disk(temporary)
-        with contextlib.suppress(OSError):  # another process was faster; its copy is the same
-            move(Path(temporary), folder)
-    return folder
-
-
-def _file_name(path: Path, source: SourceConfig) -> str:
-    """The file's path inside the source's folder (or before a glob's first wildcard), else its base name."""
-    root = _place(source)
-    if isinstance(path, Remote) or not root.exists():  # of objects it is not asked: a bucket holds no file called `*`
-        root = _before_magic(root)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
 
 
 # Fragments
@@ -198,26 +90,64 @@ def _format(path: Path, source: SourceConfig) -> str:
         raise UserError(f"{path}: {error}") from None
 
 
-def plan_sources(sources: Sequence[SourceConfig], *, rows: int = 5000, size: int = FRAGMENT_BYTES) -> list[Fragment]:
-    """All sources as fragments of at most `rows` rows and about `size` bytes (uncompressed), in order.
+def plan_sources(
+    sources: Sequence[SourceConfig],
+    *,
+    rows: int = 5000,
+    size: int = FRAGMENT_BYTES,
+    found: Sequence[Found] | None = None,
+) -> list[Fragment]:
+    """All sources as fragments of at most `rows` rows and about `size` bytes (uncompressed), in order; their files are
+    looked for unless they are given as `found`.
 
     Raises:
         UserError: a path that is missing, empty, of an unknown kind or damaged; a hub name that cannot be loaded; or
             a file whose columns fit no preference format.
     """
-    found = [
-        replace(fragment, source=index)
+    files = [each.files for each in found or map(find_files, sources)]
+    names = names_in_keys(sources, files)
+    planned = [
+        replace(fragment, source=index, file=names[index, path])
         for index, source in enumerate(sources)
-        for path in source_files(source)
+        for path in files[index]
         for fragment in plan_file(path, source, rows, size)
     ]
-    return [replace(fragment, number=number) for number, fragment in enumerate(found)]
+    return [replace(fragment, number=number) for number, fragment in enumerate(planned)]
+
+
+def names_in_keys(sources: Sequence[SourceConfig], files: Sequence[Sequence[Path]]) -> dict[tuple[int, Path], str]:
+    """What row keys call the files of each source: `file_name`, behind the source's name or number where several
+    sources have a file of that name."""
+    named = {(i, path): file_name(path, sources[i]) for i, paths in enumerate(files) for path in paths}
+    holders: dict[str, set[int]] = {}
+    for (index, _), name in named.items():
+        holders.setdefault(name, set()).add(index)
+    own = Counter(source.name for source in sources)
+    labels = [s.name if s.name and own[s.name] == 1 else f"source{i}" for i, s in enumerate(sources)]
+    return {
+        (index, path): f"{labels[index]}:{name}" if len(holders[name]) > 1 else name
+        for (index, path), name in named.items()
+    }
+
+
+def names_apart(sources: Sequence[SourceConfig], files: Sequence[Sequence[Path]]) -> str:
+    """The names in row keys that tell files of several sources apart, as JSON; empty where their own names do."""
+    named = names_in_keys(sources, files)
+    apart = sorted(name for (index, path), name in named.items() if name != file_name(path, sources[index]))
+    return schema.to_json(apart) if apart else ""
 
 
 def plan_file(
-    path: Path, source: SourceConfig, rows: int, size: int = FRAGMENT_BYTES, after: Fragment | None = None
+    path: Path,
+    source: SourceConfig,
+    rows: int,
+    size: int = FRAGMENT_BYTES,
+    after: Cut = BEGIN,
+    *,
+    whole_lines: bool = False,
 ) -> list[Fragment]:
-    """A file as fragments numbered from 0; of one that has grown, the rows that came `after`.
+    """A file as fragments numbered from 0; of one that has grown, the rows that came `after`. With `whole_lines` a last
+    line that is still being written is left, and the fragments' `size` ends before it.
 
     Raises:
         UserError: the file is damaged, or its columns fit no preference format.
@@ -225,10 +155,12 @@ def plan_file(
     with explained(path):
         size_now, etag = stamp(path)
     _format(path, source)
-    behind = Cut(after.start, after.stop, after.size) if after else BEGIN
+    cuts = list(cut_rows(path, rows, size, source.limit or 2**62, after, size_now, whole_lines=whole_lines))
+    planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
+    name = file_name(path, source)
     return [
-        Fragment(number, 0, str(path), cut.start, cut.stop, size_now, etag, cut.offset)
-        for number, cut in enumerate(cut_rows(path, rows, size, source.limit or 2**62, behind, size_now))
+        Fragment(number, 0, str(path), cut.start, cut.stop, planned, etag, cut.offset, file=name)
+        for number, cut in enumerate(cuts)
     ]
 
 
@@ -246,18 +178,31 @@ def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
 
 @contextlib.contextmanager
 def _as_planned(path: Path, fragment: Fragment) -> Iterator[None]:
-    """Raises UserError where an object was written anew before it was read to its end: its parts would not fit."""
+    """Raises UserError where a file was written anew before it was read to its end: its parts would not fit."""
     try:
         yield
     finally:
-        if isinstance(path, Remote):
-            with explained(path):
-                found = stamp(path)
-            if found != (fragment.size, fragment.etag):
-                raise UserError(
-                    f"{path} changed since it was planned ({fragment.size:,} bytes then, {found[0]:,} now); "
-                    "put it back, or start again with --fresh"
-                )
+        with explained(path):
+            found = stamp(path)
+            same = _is_as_planned(path, found, fragment)
+        if not same:
+            raise UserError(
+                f"{path} changed since it was planned ({fragment.size:,} bytes then, {found[0]:,} now); "
+                "put it back, or start again with --fresh"
+            )
+
+
+def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bool:
+    """Whether a file holds what was planned, as far as that is known without reading one that grows again and again."""
+    if found == (fragment.size, fragment.etag):
+        return True
+    if grows(path) and (found[0] > fragment.size or not fragment.digest):
+        return found[0] >= fragment.size
+    return (
+        bool(fragment.digest)
+        and found[0] == fragment.size
+        and still_holds(str(path), found, fragment.size, fragment.digest)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -267,7 +212,7 @@ def _format_of_object(uri: str, etag: str, source: SourceConfig) -> str:
 
 
 def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
-    name = _file_name(path, source)
+    name = fragment.file or file_name(path, source)
     is_object = isinstance(path, Remote)
     format = _format_of_object(fragment.path, fragment.etag, source) if is_object else _format(path, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}

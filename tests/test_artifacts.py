@@ -30,7 +30,7 @@ from safer_ray.artifacts import (
 )
 from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, write_json, write_parquet, write_text
+from safer_ray.files import read_parquet, stamp, write_json, write_parquet, write_text
 from safer_ray.harvest import Harvest
 from safer_ray.marks import Marks
 from safer_ray.recipes import Input
@@ -39,6 +39,17 @@ from safer_ray.stage import recipe
 
 RECIPE = Recipe("salience", 1, {"mode": "paper"}, {"codes": Input("codes-1")})
 ROWS = pa.table({"a": [1, 2, 3]})
+OLD_COLUMNS = (
+    "number",
+    "source",
+    "path",
+    "start",
+    "stop",
+    "size",
+    "etag",
+    "offset",
+    "digest",
+)  # of plans before `file`
 
 
 def build(out):
@@ -330,6 +341,11 @@ def test_a_directory_without_parts_is_refused(tmp_path):
         part_files(tmp_path)
 
 
+def test_what_is_not_there_has_no_content(tmp_path):
+    with pytest.raises(UserError, match=r"no such file or folder: .*nothing; check the path"):
+        content_hash(tmp_path / "nothing")
+
+
 def test_a_changed_artifact_is_told_from_its_manifest(tmp_path):
     made = Place(tmp_path).make(RECIPE, build)
     check_whole(made)
@@ -401,19 +417,53 @@ def test_parts_are_fragments_that_read_back(tmp_path):
     fragments = part_fragments(tmp_path)
     assert [(f.number, f.start, f.stop) for f in fragments] == [(0, 0, 3), (1, 0, 3), (2, 0, 3)]
     assert read_fragment(replace(fragments[1], start=1, stop=2))["a"].to_pylist() == [2]
-    assert save_plan(fragments, tmp_path) == fragments
+    saved = save_plan(fragments, tmp_path)
+    assert [replace(f, digest="") for f in saved] == fragments
+    assert all(len(f.digest) == 64 for f in saved)
     assert len(part_files(tmp_path)) == 3  # the plan is no part
 
 
+def planned_file(folder, text, **more):
+    """A file of this text, as a fragment of its ten rows."""
+    path = folder / "a.txt"
+    write_text(text, path)
+    return replace(Fragment(0, 0, str(path), 0, 10, *stamp(path), file="a.txt"), **more)
+
+
 def test_an_unfinished_plan_holds_when_the_fragments_are_cut_anew(tmp_path):
-    old = [Fragment(0, 0, "a", 0, 5, 10, "1"), Fragment(1, 0, "a", 5, 10, 10, "1")]
-    save_plan(old, tmp_path)
-    assert save_plan([Fragment(0, 0, "a", 0, 10, 10, "1")], tmp_path) == old
+    whole = planned_file(tmp_path / "in", "ten rows")
+    old = save_plan([replace(whole, stop=5), replace(whole, number=1, start=5)], tmp_path)
+    assert save_plan([whole], tmp_path) == old
 
 
-@pytest.mark.parametrize("change", [{"size": 11}, {"etag": "2"}, {"path": "b"}])
+def test_an_unfinished_plan_holds_where_its_files_were_moved_or_touched(tmp_path):
+    before = planned_file(tmp_path / "in", "ten rows")
+    save_plan([before], tmp_path)
+    os.utime(before.path, ns=(1, 1))
+    touched = replace(before, etag="1")
+    assert save_plan([touched], tmp_path)[0].etag == "1"
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    moved = replace(touched, path=str(tmp_path / "elsewhere/a.txt"))
+    (found,) = save_plan([moved], tmp_path)
+    assert (found.path, found.file) == (moved.path, "a.txt")
+
+
+@pytest.mark.parametrize("change", [{"text": "too many rows"}, {"text": "TEN ROWS"}, {"file": "b.txt"}, {"source": 1}])
 def test_a_changed_input_is_refused_on_resume(tmp_path, change):
-    fragment = Fragment(0, 0, "a", 0, 5, 10, "1")
-    save_plan([fragment], tmp_path)
-    with pytest.raises(UserError, match=r"changed since the unfinished run .* began; put it back.*--fresh"):
-        save_plan([replace(fragment, **change)], tmp_path)
+    text = change.pop("text", "ten rows")
+    save_plan([planned_file(tmp_path / "in", "ten rows")], tmp_path)
+    os.utime(tmp_path / "in/a.txt", ns=(1, 1))  # so that what is written next has another time
+    now = planned_file(tmp_path / "in", text, **change)
+    with pytest.raises(UserError, match=r"a.txt changed since the unfinished run .* began; put it back.*--fresh"):
+        save_plan([now], tmp_path)
+    with pytest.raises(UserError, match=r"changed since the unfinished run"):
+        save_plan([], tmp_path)
+
+
+def test_an_unfinished_plan_of_an_earlier_version_holds_where_its_files_lie(tmp_path):
+    now = planned_file(tmp_path / "in", "ten rows")
+    old = pa.table({name: [getattr(now, name)] for name in OLD_COLUMNS})
+    write_parquet(old, tmp_path / "plan.parquet")
+    with pytest.raises(UserError, match="changed since the unfinished run"):
+        save_plan([replace(now, path=str(tmp_path / "elsewhere.txt"))], tmp_path)
+    assert save_plan([now], tmp_path) == [now]

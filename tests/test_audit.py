@@ -153,7 +153,7 @@ def test_a_corpus_that_grows_is_audited_where_it_is_new(bundle, lines, corpus, t
     [
         (lambda path: path.write_text(path.read_text().replace("e", "a")), "pairs.jsonl changed since it was planned"),
         (lambda path: path.write_text(path.read_text()[:-200]), "changed since it was planned"),
-        (lambda path: path.write_text(path.read_text() + "{}\n" * 3 + "x"), None),
+        (lambda path: path.write_text(path.read_text() + "{}\n" * 3 + '{"a": 1}'), None),
     ],
 )
 def test_a_corpus_that_changes_otherwise_is_refused_and_named(bundle, corpus, tmp_path, change, told):
@@ -162,7 +162,7 @@ def test_a_corpus_that_changes_otherwise_is_refused_and_named(bundle, corpus, tm
     change(corpus)
     if told is None:
         assert run(audit_of(bundle, corpus), out)["rows"]["quarantined"] == 4
-        corpus.write_text(corpus.read_text() + "y\n")
+        corpus.write_text(corpus.read_text() + "y\n")  # behind a last line that was whole
         told = "its last line has grown"
     with pytest.raises(UserError, match=told):
         run(audit_of(bundle, corpus), out)

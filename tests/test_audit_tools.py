@@ -388,9 +388,11 @@ def test_a_last_line_that_has_grown_is_a_change(tmp_path):
     path.write_text(as_lines([pair(0), pair(1)]).rstrip("\n"))
     audit = make_audit(tmp_path / "a", path, {"p000": (0, 0), "p001": (0, 0)})
     with path.open("a") as more:
-        more.write(" ")
+        more.write(" \n")  # its end
+    assert exported(audit, tmp_path / "out").manifest["rows"]["kept"] == 2
+    path.write_text(path.read_text().rstrip() + "x\n")
     with pytest.raises(UserError, match="changed since it was audited"):
-        exported(audit, tmp_path / "out")
+        exported(audit, tmp_path / "other")
 
 
 def as_parquet(path: Path, mark: dict | None = None) -> Path:
@@ -399,22 +401,35 @@ def as_parquet(path: Path, mark: dict | None = None) -> Path:
     return path
 
 
-def test_a_file_whose_changes_cannot_be_told_apart_is_refused_when_its_time_differs(tmp_path):
+def test_a_touched_file_is_the_same_and_one_with_other_bytes_is_not(tmp_path):
     path = as_parquet(tmp_path / "x.parquet")
     audit = make_audit(tmp_path / "a", path, {f"p{i:03}": (0, 0) for i in range(6)})
     os.utime(path, (1, 1))
+    assert exported(audit, tmp_path / "out").manifest["rows"]["kept"] == 6
+    path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
     with pytest.raises(UserError, match=r"x\.parquet changed since it was audited"):
+        exported(audit, tmp_path / "other")
+
+
+def test_a_corpus_that_was_moved_is_exported_once_the_audit_knows_where_it_lies(corpus, audit, tmp_path):
+    moved = corpus.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is gone, .*run the same audit with --pairs where it lies now"):
         exported(audit, tmp_path / "out")
+    source = SourceConfig(path=str(moved))
+    planned(Audit(audit, source, ScoresConfig(), fragment_rows=4), audit.path)
+    assert exported(audit, tmp_path / "out").manifest["rows"]["kept"] > 0
 
 
 @pytest.mark.parametrize(
     ("ids", "told"), [(["p000", "p009"], r"x\.jsonl#1 is a pair now"), (["p000"], r"x\.jsonl#1 is no longer the pair")]
 )
-def test_rows_that_are_not_those_audited_are_found_even_where_size_and_time_agree(tmp_path, monkeypatch, ids, told):
+def test_rows_that_are_not_those_audited_are_found_even_where_size_and_time_agree(tmp_path, ids, told):
     path = write_corpus(tmp_path / "x.jsonl", [pair(0), pair(1)])
     audit = make_audit(tmp_path / "a", path, {"p000": (0, 0), "p001": (0, 0)})
+    before = path.stat()
     write_corpus(path, [pair(int(key[1:])) for key in ids])
-    monkeypatch.setattr(audit_export, "check_sources", lambda fragments: None)
+    path.write_text(path.read_text().ljust(before.st_size, "\n"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=told):
         exported(audit, tmp_path / "out")
 

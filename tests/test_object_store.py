@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,18 +25,20 @@ from tiny_run import tiny_config
 
 from safer_ray import lock
 from safer_ray import remote as remote_module
-from safer_ray.artifacts import Artifact, read_parts
+from safer_ray.artifacts import Artifact, Place, read_parts
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
 from safer_ray.cli import main
-from safer_ray.config import RayConfig, ScoresConfig, SourceConfig
+from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import at, names_in, read_json, write_json, writing
+from safer_ray.harvest import Harvest
 from safer_ray.owners import this_process
 from safer_ray.pipeline import run as run_stages
 from safer_ray.runner import LocalRunner, quarantine_rows
-from safer_ray.sources import plan_sources, read_raw, source_files
+from safer_ray.source_files import source_files
+from safer_ray.sources import plan_sources, read_raw
 
 SMALL = ("corpus.train_per_section=80", "corpus.heldout_per_section=20", "sae.steps=30")
 
@@ -207,6 +210,71 @@ def test_new_objects_are_audited_and_changed_ones_refused_and_named(store, corpu
     store.put(f"{store.bucket}/corpus/c.jsonl", "".join(reversed(lines[45:55])).encode())  # as long as it was
     with pytest.raises(UserError, match=rf"s3://{store.bucket}/corpus/c\.jsonl changed since it was planned"):
         run(audit_of(bundle, corpus), out_of(store))
+
+
+def test_the_same_objects_elsewhere_are_not_audited_again(store, corpus, files, bundle, wanted):
+    run(audit_of(bundle, corpus), out_of(store))
+    for name, content in files.items():
+        store.put(f"{store.bucket}/copied/here/{name}", content)
+    (at(out_of(store)) / "done/00000003.json").unlink()  # so that one fragment is read from the copy
+    for place in (f"s3://{store.bucket}/copied/here", corpus, f"s3://{store.bucket}/copied/here/**/*.jsonl"):
+        assert run(audit_of(bundle, place), out_of(store))["rows"] == {"read": 56, "scored": 55, "quarantined": 1}
+    assert_same_scores(out_of(store), wanted)
+    store.put(f"{store.bucket}/copied/here/a.jsonl", files["c.jsonl"])
+    with pytest.raises(UserError, match=rf"{out_of(store)} holds the audit of another corpus: its a\.jsonl"):
+        run(audit_of(bundle, f"s3://{store.bucket}/copied/here"), out_of(store))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_objects_that_were_copied_to_a_disk_are_known_by_their_md5_or_refused(
+    store, lines, bundle, wanted, tmp_path, parts
+):
+    """An object that was uploaded in several parts has an ETag that is no MD5."""
+    content = "".join(lines[:25]).encode()
+    if parts == 1:
+        at(f"s3://{store.bucket}/one/a.jsonl").write([content])
+    else:
+        store.put(f"{store.bucket}/one/a.jsonl", content)
+    run(audit_of(bundle, f"s3://{store.bucket}/one"), out_of(store))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    if parts == 1:
+        assert run(audit_of(bundle, tmp_path), out_of(store))["rows"]["read"] == 25
+    else:
+        with pytest.raises(UserError, match=r"whether .*/a\.jsonl is what .* audited as .* cannot be told"):
+            run(audit_of(bundle, tmp_path), out_of(store))
+
+
+def test_a_corpus_that_went_from_a_disk_to_a_store_is_the_same(store, corpus, bundle, wanted, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(wanted, out)
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir()}
+    assert run(audit_of(bundle, corpus), out)["rows"]["read"] == 56
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir()} == before
+
+
+def test_an_audit_that_lies_below_its_own_source_leaves_itself_out(store, corpus, bundle, wanted):
+    out = f"{corpus}results/one"
+    for _ in range(2):
+        summary = run(audit_of(bundle, corpus), out)
+        assert summary["rows"] == {"read": 56, "scored": 55, "quarantined": 1}
+    assert list(summary["files"]["left_out"]) == [out]
+    assert_same_scores(out, wanted)
+
+
+def test_pairs_of_changed_objects_are_others_and_of_copied_ones_the_same(store, corpus, files, lines, tmp_path):
+    def made(path: str) -> Artifact:
+        stages = Harvest(Place(tmp_path), LocalRunner())
+        return stages.pairs(PairsConfig(sources=(SourceConfig(path=path),)))
+
+    first = made(corpus)
+    for name, content in files.items():
+        store.put(f"{store.bucket}/copy/{name}", content)
+    assert made(f"s3://{store.bucket}/copy").name == first.name
+    store.put(f"{store.bucket}/corpus/c.jsonl", "".join(lines[60:70]).encode())
+    changed = made(corpus)
+    assert changed.name != first.name
+    ids = [json.loads(line)["id"] for line in lines[60:70]]
+    assert set(ids) <= set(read_parts(changed.path)["pair_id"].to_pylist())
 
 
 def test_an_object_that_changes_while_it_is_read_is_refused(store, corpus, lines, bundle):

@@ -1,0 +1,167 @@
+"""The files of a source, and what they are called: names are relative to the source, wherever it lies.
+
+What lies below a source and is no part of it is left out, and told: hidden folders, what this package has written
+(artifacts, finished or not, and audits), and where the asking command itself writes. A folder that is named itself is
+read.
+"""
+
+import glob
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS
+from safer_ray.config import SourceConfig
+from safer_ray.errors import UserError
+from safer_ray.files import at
+from safer_ray.hub import load_dataset
+from safer_ray.remote import Remote, fits
+from safer_ray.rows import ENDINGS, kind_of
+
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """The files of a source, and what was left out."""
+
+    files: list[Path]
+    left_out: dict[str, int]  # folder -> data files in it
+
+
+def _has_data_name(path: Path) -> bool:
+    hidden = path.name.startswith((".", "_"))
+    return not hidden and path.name not in _NO_DATA and kind_of(path)[0] is not None
+
+
+def place_of(source: SourceConfig) -> Path:
+    """Return what a source's path means: a file, a folder or a glob; a hub name stays one."""
+    if source.path.startswith("hub:"):
+        return Path(source.path)
+    path = at(source.path)
+    return path if isinstance(path, Remote) else Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _before_magic(path: Path) -> Path:
+    """Return the folder that a glob's first wildcard stands in."""
+    while any(glob.has_magic(part) for part in path.parts):
+        path = path.parent
+    return path
+
+
+def root_of(source: SourceConfig) -> Path:
+    """Return the folder or file that the names of a source's files start from."""
+    root = place_of(source)
+    if isinstance(root, Remote) or not root.exists():  # of objects it is not asked: a bucket holds no file called `*`
+        root = _before_magic(root)
+    return root
+
+
+def file_name(path: Path, source: SourceConfig) -> str:
+    """Return a file's path inside the source's folder (or before a glob's first wildcard), else its base name."""
+    root = root_of(source)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """Return the files of a source, as `find_files` finds them."""
+    return find_files(source).files
+
+
+def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
+    """Find the files of a source, sorted by path, without what lies in folders `apart` below it; a hub name is fetched.
+
+    Raises:
+        UserError: a path that is missing, empty or of an unknown kind, or a hub name that cannot be loaded.
+    """
+    if source.path.startswith("hub:"):
+        return Found(_saved(load_dataset(source.path, source.split), source.split), {})
+    path = place_of(source)
+    if path.is_file():
+        if kind_of(path)[0] is None:
+            raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}")
+        return Found([path], {})
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return Found(_saved(path, source.split), {})
+    if not path.is_dir() and not glob.has_magic(source.path):
+        raise UserError(f"no file, folder or glob at {source.path}; check the path, or write hub:OWNER/NAME")
+    kept, left_out = _Below(path, apart).part()
+    if not kept:
+        told = f", other than those in {next(iter(left_out))}, which is left out" if left_out else ""
+        raise UserError(f"{source.path}: no data files there{told}; supported are {ENDINGS}")
+    return Found(kept, left_out)
+
+
+class _Below:
+    """What lies below the root of a source that is a folder or a glob; each folder is looked at once."""
+
+    def __init__(self, place: Path, apart: Sequence[Path]) -> None:
+        self.root = place if place.is_dir() else _before_magic(place)
+        pattern = place.relative_to(self.root).parts
+        self.hidden = not any(part.startswith(".") for part in pattern)  # else a glob names hidden folders
+        self.apart = {_real(path) for path in apart}
+        self.known: dict[Path, Path | None] = {}
+        self.files: list[Path]
+        if isinstance(self.root, Remote):  # of objects nothing more need be asked
+            flat = len(pattern) == 1 and "**" not in pattern
+            everything = set(self.root.glob(*pattern) if flat else self.root.rglob("*"))
+            self.is_there: Callable[[Path], bool] = everything.__contains__
+            wanted = (file for file in everything if not pattern or fits(file.relative_to(self.root).parts, pattern))
+            self.files = sorted(file for file in wanted if _has_data_name(file))
+            return
+        self.is_there = Path.is_file
+        paths = map(Path, glob.iglob(str(place), recursive=True)) if pattern else place.rglob("*")
+        self.files = sorted(path for path in paths if _has_data_name(path) and path.is_file())
+
+    def part(self) -> tuple[list[Path], dict[str, int]]:
+        """Part the files of the source from those in folders that are no part of it, which are counted."""
+        found = {file: self._left_out(file.parent) for file in self.files}
+        left_out = Counter(str(folder) for folder in found.values() if folder is not None)
+        return [file for file, folder in found.items() if folder is None], dict(left_out)
+
+    def _left_out(self, folder: Path) -> Path | None:
+        """Return the folder, or the one above it, that is no part of the source; None where all are."""
+        if folder == self.root or not folder.is_relative_to(self.root):
+            return None
+        if folder not in self.known:
+            self.known[folder] = self._left_out(folder.parent) or (folder if self._is_apart(folder) else None)
+        return self.known[folder]
+
+    def _is_apart(self, folder: Path) -> bool:
+        if (self.hidden and folder.name.startswith(".")) or _real(folder) in self.apart:
+            return True
+        return any(
+            self.is_there(folder / name) and _holds(folder / name, keys)
+            for name, keys in ((ASKED, ASKED_KEYS), (MANIFEST, MANIFEST_KEYS))
+        )
+
+
+def _real(path: Path) -> str:
+    return str(path) if isinstance(path, Remote) else os.path.realpath(path)
+
+
+def _holds(path: Path, keys: set[str]) -> bool:
+    """Return whether a file is a JSON object with these keys."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and tree.keys() >= keys
+
+
+def _saved(folder: Path, split: str) -> list[Path]:
+    """Return the Arrow files of a `save_to_disk` folder, or of one split of a saved dict."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise UserError(f"{folder} has no split {split!r}; set `split` to one of {splits}")
+            folder = folder / split
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is a damaged save_to_disk folder ({error!r}); save it again") from error
