@@ -251,7 +251,7 @@ def _notes(
         if known and first.setdefault((fragment.size, known), name) != name:
             repeated[name] = first[fragment.size, known]
     return FileNotes(
-        {look.name: look.left for look in looked.values() if look.left},
+        {here[look.name]: look.left for look in looked.values() if look.left},
         left_out,
         {name: now for name, now in here.items() if name != now},
         repeated,

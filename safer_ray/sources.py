@@ -87,7 +87,7 @@ def _format(path: Path, source: SourceConfig) -> str:
     try:
         return detect_format(head) if head else "canonical"
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}; a file that is no data is left out by a glob, say *.jsonl") from None
 
 
 def plan_sources(

@@ -217,7 +217,7 @@ def test_the_same_objects_elsewhere_are_not_audited_again(store, corpus, files, 
     for name, content in files.items():
         store.put(f"{store.bucket}/copied/here/{name}", content)
     (at(out_of(store)) / "done/00000003.json").unlink()  # so that one fragment is read from the copy
-    for place in (f"s3://{store.bucket}/copied/here", corpus, f"s3://{store.bucket}/copied/here/**/*.jsonl"):
+    for place in (f"s3://{store.bucket}/copied/here", f"s3://{store.bucket}/copied/here/**/*.jsonl", corpus):
         assert run(audit_of(bundle, place), out_of(store))["rows"] == {"read": 56, "scored": 55, "quarantined": 1}
     assert_same_scores(out_of(store), wanted)
     store.put(f"{store.bucket}/copied/here/a.jsonl", files["c.jsonl"])
