@@ -15,7 +15,7 @@ from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
 from safer_ray.errors import UserError
-from safer_ray.source_files import source_files
+from safer_ray.source_files import find_files
 from safer_ray.sources import plan_file, read_raw
 from safer_ray.tokens import token_count
 
@@ -26,6 +26,7 @@ class Estimate(NamedTuple):
     """Of a whole audit, on actors as fast as this process."""
 
     files: int
+    left_out: int  # data files in folders that are no part of the source
     rows: int
     refused_share: float  # of the sample
     tokens: float
@@ -39,7 +40,8 @@ class Estimate(NamedTuple):
         hours = self.seconds / 3600
         told = f"{self.seconds:,.0f} s" if hours < 1 else f"{hours:,.1f} hours"
         return (
-            f"{self.rows:,} rows in {self.files:,} files, about {100 * self.refused_share:.1f}% of no use\n"
+            f"{self.rows:,} rows in {self.files:,} files ({self.left_out:,} below them left out), "
+            f"about {100 * self.refused_share:.1f}% of no use\n"
             f"{self.tokens:,.0f} tokens in both sides\n"
             f"{told} on {self.actors} actor{'s' if self.actors != 1 else ''} as fast as this machine "
             f"({self.pairs_per_s:,.1f} pairs/s each)\n"
@@ -54,7 +56,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
     Raises:
         UserError: the corpus cannot be read, or no row of the sample can be used.
     """
-    files = source_files(audit.source)
+    files, left_out = find_files(audit.source)
     fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
@@ -71,6 +73,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
     usable = len(ready) / len(raw)
     return Estimate(
         len(files),
+        sum(left_out.values()),
         rows,
         1 - usable,
         token_count(ready) / len(ready) * rows * usable,

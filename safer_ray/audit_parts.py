@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
+from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH
 from safer_ray.files import remove, write_parquet, write_text
 from safer_ray.marks import RED_TEAM_MARK, any_red_team, marked
 
@@ -27,6 +28,8 @@ AUDITED = pa.schema(
     ]
 )
 SCORES, FLAGGED = "scores", "flagged"  # folders
+LISTED, SUMMARY, PAGE = "flagged.jsonl", "summary.json", "report.html"
+OWN = (ASKED, PLAN, MANIFEST, LISTED, SUMMARY, PAGE, SCORES, FLAGGED, "quarantine", "done", *SCRATCH)
 BINS = 200  # of suspicion, over [0, 1]
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # tokens of the longer response, upper ends
 GROUPS = 200  # kinds of a facet that are told apart; later ones are counted together

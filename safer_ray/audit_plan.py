@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, with_digests, write_plan
-from safer_ray.audit_parts import SCORES
+from safer_ray.audit_parts import OWN, SCORES
 from safer_ray.background import side_by_side
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at, names_in, read_parquet, remove, stamp, threads_for
 from safer_ray.fingerprints import begins_as, digests_of, is_at
 from safer_ray.rows import Cut, grows
-from safer_ray.source_files import file_name, find_files, root_of
+from safer_ray.source_files import Found, file_name, find_files, real_path, root_of
 from safer_ray.sources import plan_file
 
 TOLD = 5  # files that a line names
@@ -53,7 +53,7 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
         UserError: a file that was planned has changed otherwise than by growing, or is gone with rows left to read; or
             `out` holds the audit of another corpus.
     """
-    found = find_files(source, apart=[out])
+    found = _without_own(find_files(source, apart=[out]), source, out)
     present = {file_name(file, source): file for file in found.files}
     planned = read_plan(out / PLAN)
     known = _with_names(planned, present, out)
@@ -72,6 +72,18 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
     if fragments != planned:
         write_plan(fragments, out / PLAN)
     return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found.left_out))
+
+
+def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
+    """Leave out what the audit itself has written, where `out` is the source's own folder."""
+    folder = f"{real_path(out)}/"
+    if not f"{real_path(root_of(source))}/".startswith(folder):
+        return found
+    kept = [f for f in found.files if real_path(f).removeprefix(folder).partition("/")[0] not in OWN]
+    if not kept:
+        raise UserError(f"{source.path}: no data files there but those of the audit itself; choose another --pairs")
+    left = len(found.files) - len(kept)
+    return Found(kept, found.left_out | ({str(out): left} if left else {}))
 
 
 class _Looked(NamedTuple):
@@ -180,9 +192,10 @@ def _refuse_missing(gone: Sequence[Fragment], known: Sequence[Fragment], out: Pa
 
 def _renamed(new: Sequence[Path], gone: Sequence[Fragment]) -> dict[Path, Fragment]:
     """Find new files that begin with the bytes of one that is gone."""
+    if not new or not gone:
+        return {}
     left, found = list(gone), {}
-    for file in new if left else ():
-        size, etag = stamp(file)
+    for file, (size, etag) in zip(new, side_by_side(stamp, new, threads_for(new[0])), strict=True):
         likely = [f for f in left if f.size == size or (f.size < size and grows(file))]
         same = [f for f in likely if begins_as(file, (size, etag), replace(f, digest=""))]
         if not same and (known := [f for f in likely if f.digest]):

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH, Artifact, Fragment, part_name
-from safer_ray.audit_parts import AUDITED, FLAGGED, SCORES, write_part
+from safer_ray.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
+from safer_ray.audit_parts import AUDITED, OWN, SCORES, write_part
 from safer_ray.audit_plan import FileNotes, plan_audit
 from safer_ray.auditor import check_auditor
 from safer_ray.background import side_by_side
@@ -24,11 +24,6 @@ from safer_ray.runner import Counts, MapJob, Runner, pending
 from safer_ray.scoring import BY_BUNDLE, KIND
 from safer_ray.source_files import place_of
 from safer_ray.sources import read_raw
-
-LISTED = "flagged.jsonl"
-SUMMARY = "summary.json"
-PAGE = "report.html"
-OWN = (ASKED, PLAN, MANIFEST, LISTED, SUMMARY, PAGE, SCORES, FLAGGED, "quarantine", "done", *SCRATCH)
 
 
 class Audit(NamedTuple):

@@ -13,8 +13,20 @@ from scipy.special import kolmogorov
 
 from safer_ray import report_audit
 from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, versions
-from safer_ray.audit_parts import BINS, FLAGGED, SCORES, WORST, Figures, Group, added, from_tree
-from safer_ray.audit_run import LISTED, PAGE, SUMMARY, Audit, AuditCounts
+from safer_ray.audit_parts import (
+    BINS,
+    FLAGGED,
+    LISTED,
+    PAGE,
+    SCORES,
+    SUMMARY,
+    WORST,
+    Figures,
+    Group,
+    added,
+    from_tree,
+)
+from safer_ray.audit_run import Audit, AuditCounts
 from safer_ray.background import side_by_side
 from safer_ray.evaluation import wilson
 from safer_ray.files import at, names_in, read_json, read_parquet, threads_for, write_json, write_text, writing

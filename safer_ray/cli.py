@@ -270,6 +270,8 @@ def inspect(
 
     found = look(path, format, rows)
     console.print(f"format    {found.format}\ncolumns   {', '.join(found.columns)}\nfiles     {len(found.files)}")
+    for folder, count in found.left_out.items():
+        console.print(f"left out  {count:,} data files in {folder}", markup=False)
     console.print(f"rows      {found.rows} read, {found.good} good, {found.rows - found.good} refused")
     for reason, count in found.refused.items():
         console.print(f"  refused {count:>6}  {reason}", markup=False)

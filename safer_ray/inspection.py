@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.config import SourceConfig
 from safer_ray.formats import Refused
+from safer_ray.source_files import find_files
 from safer_ray.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw
 
 
@@ -20,6 +21,7 @@ class Inspection:
 
     format: str  # formats, where files differ
     files: tuple[str, ...]
+    left_out: dict[str, int]  # folder -> data files in it that are no part of the source
     rows: int
     good: int
     refused: dict[str, int]  # kind of reason -> rows, most frequent first
@@ -42,7 +44,8 @@ def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
         UserError: as `plan_sources`.
     """
     source = SourceConfig.model_validate({"path": path, "format": format, "limit": rows})
-    fragments = plan_sources([source])
+    found = find_files(source)
+    fragments = plan_sources([source], found=[found])
     tables, left = [], rows
     for fragment in fragments:
         tables.append(read_raw(fragment, source).slice(0, left))
@@ -64,6 +67,7 @@ def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
     return Inspection(
         ", ".join(sorted(set(raw["format"].to_pylist()))),
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),
+        found.left_out,
         raw.num_rows,
         good.num_rows,
         dict(reasons.most_common()),

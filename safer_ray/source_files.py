@@ -103,7 +103,7 @@ class _Below:
         self.root = place if place.is_dir() else _before_magic(place)
         pattern = place.relative_to(self.root).parts
         self.hidden = not any(part.startswith(".") for part in pattern)  # else a glob names hidden folders
-        self.apart = {_real(path) for path in apart}
+        self.apart = {real_path(path) for path in apart}
         self.known: dict[Path, Path | None] = {}
         self.files: list[Path]
         if isinstance(self.root, Remote):  # of objects nothing more need be asked
@@ -132,7 +132,7 @@ class _Below:
         return self.known[folder]
 
     def _is_apart(self, folder: Path) -> bool:
-        if (self.hidden and folder.name.startswith(".")) or _real(folder) in self.apart:
+        if (self.hidden and folder.name.startswith(".")) or real_path(folder) in self.apart:
             return True
         return any(
             self.is_there(folder / name) and _holds(folder / name, keys)
@@ -140,7 +140,8 @@ class _Below:
         )
 
 
-def _real(path: Path) -> str:
+def real_path(path: Path) -> str:
+    """Return where a path of this machine leads to; the URI of an object."""
     return str(path) if isinstance(path, Remote) else os.path.realpath(path)
 
 

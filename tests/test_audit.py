@@ -302,7 +302,7 @@ def test_an_estimate_writes_nothing_and_is_near_what_comes(bundle, corpus, tmp_p
     run(audit_of(bundle, corpus), tmp_path / "out")
     tokens = sum(read_json(path)["tokens"] for path in (tmp_path / "out/done").iterdir())
     assert found.tokens == pytest.approx(tokens)
-    assert "80 rows in 1 files" in found.in_words()
+    assert "80 rows in 1 files (0 below them left out)" in found.in_words()
 
 
 # Figures

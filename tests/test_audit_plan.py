@@ -306,6 +306,16 @@ def test_what_an_audit_writes_into_its_own_source_is_left_out(corpus, name):
     assert told.startswith(f"Folders below the source that are no part of it are left out: {out} (")
 
 
+@pytest.mark.parametrize("pattern", ["", "*.*", "**/*.*"])
+def test_an_audit_into_the_folder_of_its_source_leaves_its_own_files_out(corpus, pattern):
+    audited = Audited(corpus)
+    audited(corpus / pattern)
+    fill_audit(corpus)
+    notes = audited(corpus / pattern)
+    assert set(notes.left_out) == {str(corpus)}
+    assert sorted(audited.read) == [key for key in ALL if "/" not in key or pattern != "*.*"]
+
+
 def test_other_audits_unfinished_stages_and_hidden_folders_are_left_out(corpus, audited):
     fill_audit(corpus / "last week")
     for folder in (".partial-pairs-0123456789ab", ".ipynb_checkpoints", "more/.git"):
