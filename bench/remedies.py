@@ -131,7 +131,7 @@ def main() -> None:
     given = parser.parse_args()
     config = load_config(ROOT / "configs/lab_pku.yaml")
     assert config.lab is not None
-    lab = Lab(Place(lasting(given.root) / config.name), LocalRunner(), config.fragment_rows)
+    lab = Lab.of(Place(lasting(given.root) / config.name), LocalRunner(), config)
     seeds = [open_seed(lab, config, seed) for seed in config.lab.seeds]
     tried = [remedies(seed) for seed in seeds]
     suspicions = {name: [each[name] for each in tried] for name in tried[0]}

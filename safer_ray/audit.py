@@ -26,9 +26,11 @@ CARRIED = ("source", "section", "labels")
 class PreparePairs:
     """Batch function: raw rows -> pairs, tokenised, their texts beside them as JSON; or reasons to refuse."""
 
-    def __init__(self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int) -> None:
+    def __init__(
+        self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int, trust_remote_code: bool = False
+    ) -> None:
         self.normalise = NormalisePairs(sources, max_chars)
-        self.tokenise = TokenisePairs(auditor.path / "reward")
+        self.tokenise = TokenisePairs(auditor.path / "reward", trust_remote_code)
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         rows = self.normalise(raw)
@@ -42,9 +44,12 @@ class PreparePairs:
 class AuditPairs(EncodePairs):
     """Batch function: pairs -> SCORES: one forward pass, and one more where the detector reads mean vectors."""
 
-    def __init__(self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE) -> None:
-        super().__init__(auditor.path / "reward", auditor.path / "sae", part)
+    def __init__(
+        self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE, trust_remote_code: bool = False
+    ) -> None:
+        super().__init__(auditor.path / "reward", auditor.path / "sae", part, trust_remote_code)
         self.auditor = auditor
+        self.trust_remote_code = trust_remote_code
         self.vectors: MeanVectors | None = None
         self.configure(config)
 
@@ -60,7 +65,10 @@ class AuditPairs(EncodePairs):
             raise UserError(
                 "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"
             )
-        self.vectors = (self.vectors or MeanVectors(self.auditor.path / "reward", layers)) if layers else None
+        if layers and self.vectors is None:
+            self.vectors = MeanVectors(self.auditor.path / "reward", layers, trust_remote_code=self.trust_remote_code)
+        elif not layers:
+            self.vectors = None
         self.score = score
 
     def coded(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:

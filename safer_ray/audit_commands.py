@@ -9,6 +9,7 @@ import typer
 from safer_ray.commands import (
     Fresh,
     RunnerName,
+    TrustRemoteCode,
     at_work,
     build_config,
     console,
@@ -39,6 +40,7 @@ def audit(
     max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 20_000,
     fragment_rows: Annotated[int, typer.Option(help="Rows that are committed together.")] = 1000,
     shards: Annotated[int, typer.Option(help="Parts that the reward model is cut into, by layers.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     runner: RunnerName = "local",
     actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate rows, time, memory and disk; write nothing.")] = (
@@ -61,7 +63,7 @@ def audit(
     bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
-    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards)
+    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code)
     if dry_run:
         _show_estimate(asked, actors)
         return

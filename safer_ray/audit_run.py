@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safer_ray.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.audit_parts import AUDITED, OWN, SCORES, write_part
 from safer_ray.audit_plan import FileNotes, plan_audit
-from safer_ray.auditor import check_auditor
+from safer_ray.auditor import check_auditor, check_code
 from safer_ray.background import side_by_side
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
@@ -35,6 +35,7 @@ class Audit(NamedTuple):
     max_chars: int = 20_000
     fragment_rows: int = 1000
     shards: int = 1
+    trust_remote_code: bool = False  # whether Python code that the bundle's reward model brings may run
 
     def asked(self) -> dict[str, Any]:
         """What an audit must have in common with its earlier half; never paths or worker counts."""
@@ -53,9 +54,9 @@ class Audit(NamedTuple):
         return MapJob(
             "audit",
             partial(read_raw, source=self.source),
-            partial(AuditRows, self.auditor, self.scores),
+            partial(AuditRows, self.auditor, self.scores, trust_remote_code=self.trust_remote_code),
             AUDITED,
-            prepare=partial(PreparePairs, self.auditor, (self.source,), self.max_chars),
+            prepare=partial(PreparePairs, self.auditor, (self.source,), self.max_chars, self.trust_remote_code),
             loads_model=True,
             shards=self.shards,
             metadata={KIND: BY_BUNDLE},
@@ -78,6 +79,7 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
         SaferError: no row could be scored, or the accounts do not close.
     """
     check_auditor(audit.auditor)
+    check_code(audit.auditor, audit.trust_remote_code)
     if fresh:
         clear(out)
     _check_asked(audit, out)

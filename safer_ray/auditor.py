@@ -42,6 +42,16 @@ def check_auditor(auditor: Artifact) -> None:
         raise UserError(f"{auditor.path}: bundle format {found}, this version reads {AUDITOR_FORMAT}; build it again")
 
 
+def check_code(auditor: Artifact, trust_remote_code: bool) -> None:
+    """Raises UserError where the reward model in a bundle brings Python code, and its user does not trust that."""
+    folder = auditor.path / "reward"
+    files = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    if not trust_remote_code and any(b"auto_map" in file.read_bytes() for file in files if file.is_file()):
+        from safer_ray.pretrained import Checkpoint, check_trusted  # here, since few bundles need it
+
+        check_trusted(Checkpoint(str(folder), str(folder)))
+
+
 def best_detector(auditor: Artifact) -> DetectorOf:
     """What finds most errors of all that a bundle can suspect pairs by (docs/experiment.md)."""
     return "combined" if (auditor.path / DETECTOR).is_dir() else "reward_margin"

@@ -1,6 +1,5 @@
 """Reward models on disk: find, load, check, export."""
 
-import contextlib
 import importlib.util
 import json
 import logging
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.packing import how_pairs_run, smallest_window
-from safer_ray.parts import load_part, splits_up
+from safer_ray.parts import check_loaded, load_part, splits_up
+from safer_ray.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
 from safer_ray.reward import RewardModel
 from safer_ray.runner import WHOLE, Part
 from safer_ray.text import PairTokenizer
@@ -57,26 +57,18 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     return base, None
 
 
-def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
-    """A model and its tokenizer; `whole` refuses a checkpoint that lacks weights, say those of the reward head."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def checkpoint_of(base: str, trust_remote_code: bool = False) -> Checkpoint:
+    """A checkpoint by its folder or hub name; raises as `resolve_base`."""
+    return Checkpoint(base, *resolve_base(base), trust_remote_code)
 
+
+def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
+    """A model and its tokenizer; `whole` refuses a checkpoint that lacks the reward head's weights, too."""
     quiet_transformers()
-    path, revision = resolve_base(base)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load a reward model from {base}: {first}") from None
-    if whole and found["missing_keys"]:
-        raise UserError(
-            f"{base} is no reward model: it has no weights for {sorted(found['missing_keys'])[0]}; "
-            "train one on it with stage `reward`"
-        )
+    checkpoint = checkpoint_of(base, trust_remote_code)
+    tokenizer = open_tokenizer(checkpoint)
+    model, found = open_classifier(checkpoint, dtype=dtype)
+    check_loaded(base, model.base_model_prefix, found, whole=whole)
     return model, tokenizer
 
 
@@ -152,8 +144,9 @@ def load_reward_model(
             model that cannot be cut into so many parts.
     """
     before, window = 0, None
-    if part.of > 1 or (layers is not None and _splits_up(directory, layers)):
-        model, tokenizer, before, window = _load_range(directory, layers, part, dtype)
+    checkpoint = checkpoint_of(str(directory), trust_remote_code)
+    if part.of > 1 or (layers is not None and _splits_up(directory, open_config(checkpoint), layers)):
+        model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
@@ -165,41 +158,27 @@ def load_reward_model(
     return wrapped
 
 
-def _splits_up(directory: Path, layers: int) -> bool:
-    from transformers import AutoConfig
-
-    resolve_base(str(directory))
-    with contextlib.suppress(OSError, ValueError):
-        config = AutoConfig.from_pretrained(str(directory))
-        return splits_up(config) and 1 <= layers <= config.num_hidden_layers and any(directory.glob("*.safetensors"))
-    return False
+def _splits_up(directory: Path, config: Any, layers: int) -> bool:
+    return splits_up(config) and 1 <= layers <= config.num_hidden_layers and any(directory.glob("*.safetensors"))
 
 
 def _load_range(
-    directory: Path, layers: int | None, part: Part, dtype: torch.dtype
+    directory: Path, checkpoint: Checkpoint, layers: int | None, part: Part, dtype: torch.dtype
 ) -> tuple[Any, Any, int, int | None]:
     """A part of the first layers, or of all: the model, its tokenizer, how many blocks are before it, and how far back
     the shortest-sighted one of the whole model looks, where others decide with this part what is packed."""
-    from transformers import AutoConfig, AutoTokenizer
-
     quiet_transformers()
-    resolve_base(str(directory))
+    config = open_config(checkpoint)
+    count = layers or int(config.num_hidden_layers)
+    start, stop = part.blocks(count)
+    if part.of > count:
+        raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
     try:
-        config = AutoConfig.from_pretrained(str(directory))
-        count = layers or int(config.num_hidden_layers)
-        start, stop = part.blocks(count)
-        if part.of > count:
-            raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
-        model = load_part(directory, start, stop, dtype)
-        return (
-            model,
-            AutoTokenizer.from_pretrained(str(directory)),
-            start,
-            smallest_window(config) if part.of > 1 else None,
-        )
+        model = load_part(directory, start, stop, dtype, trust_remote_code=checkpoint.trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load layers of a reward model from {directory}: {first}") from None
+    return model, open_tokenizer(checkpoint), start, smallest_window(config) if part.of > 1 else None
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -209,41 +188,26 @@ def _settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def hidden_size(directory: Path) -> int:
+def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
     """Width of the hidden states of the model in `directory`, from its config alone."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(str(directory)).get_text_config().hidden_size)
+    return int(open_config(checkpoint_of(str(directory), trust_remote_code)).get_text_config().hidden_size)
 
 
-def layer_count(base: str) -> int:
+def layer_count(base: str, trust_remote_code: bool = False) -> int:
     """Number of blocks of a checkpoint, from its config alone."""
-    from transformers import AutoConfig
-
-    path, revision = resolve_base(base)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {base}: {' '.join(str(error).split())[:200]}") from None
-    return int(config.get_text_config().num_hidden_layers)
+    return int(open_config(checkpoint_of(base, trust_remote_code)).get_text_config().num_hidden_layers)
 
 
-def load_pair_tokenizer(directory: Path) -> PairTokenizer:
+def load_pair_tokenizer(directory: Path, trust_remote_code: bool = False) -> PairTokenizer:
     """How the model in `directory` reads pairs, without its weights.
 
     Raises:
         UserError: no model there, or one that cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     quiet_transformers()
-    resolve_base(str(directory))
-    settings = _settings(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        limit = _limit(AutoConfig.from_pretrained(str(directory)), settings["max_length"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the tokenizer of {directory}: {' '.join(str(error).split())[:300]}") from None
+    checkpoint = checkpoint_of(str(directory), trust_remote_code)
+    tokenizer, settings = open_tokenizer(checkpoint), _settings(directory)
+    limit = _limit(open_config(checkpoint), settings["max_length"])
     return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)
 
 

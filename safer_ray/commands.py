@@ -59,19 +59,23 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
 
 
 @contextlib.contextmanager
-def one_stage(out: Path, fresh: bool, runner: str = "local", config: Path | None = None) -> Iterator["Stages"]:
-    """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works."""
+def one_stage(
+    out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
+) -> Iterator["Stages"]:
+    """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works, and
+    whether code of a checkpoint's own may run, where the command does not."""
     from safer_ray.artifacts import Place
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
     from safer_ray.pipeline import Stages
 
     out = lasting(out)
-    ray, shards = config_section(config, "ray", None), config_section(config, "reward", None).shards
+    ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
+    shards, trusted = reward.shards, trust_remote_code or reward.trust_remote_code
     lock = out.parent / f".lock-{out.name}"
     try:
         with locked(lock), at_work(runner, ray, shards) as (where, _):
-            yield Stages(Place(out.parent, out=out, fresh=fresh), where, shards=shards)
+            yield Stages(Place(out.parent, out=out, fresh=fresh), where, shards=shards, trust_remote_code=trusted)
     finally:
         with contextlib.suppress(OSError):  # another process waits for it
             lock.rmdir()
@@ -140,5 +144,8 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
 
 
 RunnerName = Annotated[str, typer.Option("--runner", help="local: in this process; ray: on a cluster.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")
+]
 ConfigPath = Annotated[Path | None, path_option("--config", help="A run config; this stage's section of it is used.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated.")]

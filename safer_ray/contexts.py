@@ -64,8 +64,10 @@ class FindContexts:
         self.limit = limit * SPARE
 
     @classmethod
-    def load(cls, reward: Path, features: Sequence[int], mode: Mode, limit: int) -> "FindContexts":
-        return cls(load_pair_tokenizer(reward), features, mode, limit)
+    def load(
+        cls, reward: Path, features: Sequence[int], mode: Mode, limit: int, trust_remote_code: bool = False
+    ) -> "FindContexts":
+        return cls(load_pair_tokenizer(reward, trust_remote_code), features, mode, limit)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = []

@@ -43,13 +43,21 @@ class Engine:
         self.rewards = rewards
 
     @classmethod
-    def load(cls, reward: Path, layer: int | None = None, sae: Path | None = None, *, rewards: bool = True) -> "Engine":
+    def load(
+        cls,
+        reward: Path,
+        layer: int | None = None,
+        sae: Path | None = None,
+        *,
+        rewards: bool = True,
+        trust_remote_code: bool = False,
+    ) -> "Engine":
         """From directories; the layer is the SAE's where it is not given. Without rewards, no later one is loaded."""
         if layer is None:
             if sae is None:
                 raise UserError("an Engine without an SAE needs the layer to read")
             layer = sae_layer(sae)
-        model = load_reward_model(reward, layers=None if rewards else layer)
+        model = load_reward_model(reward, layers=None if rewards else layer, trust_remote_code=trust_remote_code)
         return cls(model, layer, load_sae(sae) if sae else None, rewards=rewards)
 
     def encode(self, pairs: Sequence[dict[str, Any]], *, all_tokens: bool = False) -> Encoded:

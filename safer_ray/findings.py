@@ -40,6 +40,7 @@ from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
 from safer_ray.marks import Marks
+from safer_ray.pretrained import Checkpoint, own_code
 from safer_ray.recipes import Input
 from safer_ray.runner import MapJob
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
@@ -81,7 +82,7 @@ class Findings(StageContext):
             job = MapJob(
                 "contexts",
                 join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
-                lambda: FindContexts.load(reward.path, features, mode, config.per_feature),
+                lambda: FindContexts.load(reward.path, features, mode, config.per_feature, self.trust_remote_code),
                 schema.CONTEXTS,
                 folder="state/found",
                 batch_rows=10**9,
@@ -110,7 +111,8 @@ class Findings(StageContext):
             rows = read_parts(salience.path)
             features = candidates(rows, count)
             known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
-            judge = ProbeJudge(Engine.load(reward.path, sae=sae.path), load_probe(exchanges), config)
+            engine = Engine.load(reward.path, sae=sae.path, trust_remote_code=self.trust_remote_code)
+            judge = ProbeJudge(engine, load_probe(exchanges), config)
             verdicts = judge({feature: known[feature] for feature in features})
             write_parquet(verdicts, out / part_name(0))
             ratings = Counter(str(r) for r in verdicts["rating"].to_pylist())
@@ -174,6 +176,9 @@ class Findings(StageContext):
                 shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
             shutil.copyfile(selected.path / "features.json", out / "features.json")
             facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
+            brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
+            if brought:
+                facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
             if detector is not None:
                 shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
                 facts["vector_layers"] = detector.metrics["vector_layers"]

@@ -159,26 +159,29 @@ class Harvest(StageContext):
         group_rows: int | None = None,
     ) -> dict[str, int]:
         """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`); row counts."""
-        prepare = partial(TokenisePairs, reward.path)
+        trusted = {"trust_remote_code": self.trust_remote_code}
         shards = min(self.shards, blocks or self.shards)
         job = MapJob(
             stage,
             read_fragment,
-            make,
+            partial(make, **trusted),
             written,
-            prepare=prepare,
+            prepare=partial(TokenisePairs, reward.path, **trusted),
             loads_model=True,
             shards=shards,
             group_rows=group_rows,
         )
         return self.map(job, part_fragments(pairs_of(pairs)), out)
 
+    def _width(self, reward: Artifact) -> int:
+        return hidden_size(reward.path, self.trust_remote_code)
+
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
         def build(out: Path) -> Result:
             counts = self._through(
                 "activations",
                 partial(EncodeActivations, reward.path, config.layer, config.tokens),
-                schema.activations(hidden_size(reward.path)),
+                schema.activations(self._width(reward)),
                 pairs,
                 reward,
                 out,
@@ -197,9 +200,9 @@ class Harvest(StageContext):
             job = MapJob(
                 "activations",
                 read_texts,
-                partial(EncodeTexts, reward.path, layer),
-                schema.activations(hidden_size(reward.path)),
-                prepare=partial(TokeniseTexts, reward.path),
+                partial(EncodeTexts, reward.path, layer, trust_remote_code=self.trust_remote_code),
+                schema.activations(self._width(reward)),
+                prepare=partial(TokeniseTexts, reward.path, self.trust_remote_code),
                 loads_model=True,
                 shards=min(self.shards, layer),
                 group_rows=schema.GROUP_ROWS,
@@ -227,7 +230,11 @@ class Harvest(StageContext):
             given |= {"pairs": pairs, "reward": reward}
 
         def build(out: Path) -> Result:
-            judged = Judged(pairs_of(pairs), reward.path) if "pairs" in given and pairs and reward else None
+            judged = (
+                Judged(pairs_of(pairs), reward.path, self.trust_remote_code)
+                if "pairs" in given and pairs and reward
+                else None
+            )
             arguments = {
                 "activations": activations.path,
                 "config": config,
@@ -272,7 +279,7 @@ class Harvest(StageContext):
 
         def build(out: Path) -> Result:
             counts = self._through(
-                "heads", partial(HeadPairs, reward.path), schema.heads(hidden_size(reward.path)), pairs, reward, out
+                "heads", partial(HeadPairs, reward.path), schema.heads(self._width(reward)), pairs, reward, out
             )
             return Result(counts)
 
@@ -282,7 +289,7 @@ class Harvest(StageContext):
         """Mean vectors of layers over responses and prompts of every pair."""
 
         def build(out: Path) -> Result:
-            width = hidden_size(reward.path) * len(layers)
+            width = self._width(reward) * len(layers)
             make = partial(MeanVectors, reward.path, layers)
             counts = self._through("vectors", make, schema.vectors(width), pairs, reward, out, blocks=max(layers))
             return Result(counts)
@@ -300,7 +307,7 @@ class Harvest(StageContext):
                 "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
                 "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
                 "dtype": "float32",
-                "max_length": load_pair_tokenizer(reward.path).limit,
+                "max_length": load_pair_tokenizer(reward.path, self.trust_remote_code).limit,
             }
             return Result(counts, metrics)
 

@@ -151,7 +151,7 @@ class Lab(Suspecting):
 
 def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:
     """The judge's exchanges as the reward head reads them, [m, d]: a small set that no error was planted in."""
-    reward = load_reward_model(fold.reward.path)
+    reward = load_reward_model(fold.reward.path, trust_remote_code=config.reward.trust_remote_code)
     exchanges = probe_pairs(load_probe(resolve_exchanges(config.judge.exchanges, corpus)[0]))
     return head_differences(reward, reward.pairs(exchanges)).astype(np.float64)
 
@@ -201,6 +201,6 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
     with locked(directory), remembered():
-        stages = Lab(place, runner, config.fragment_rows, config.reward.shards)
+        stages = Lab.of(place, runner, config)
         corpus = stages.corpus(config.corpus) if config.corpus else None
         return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from safer_ray.pretrained import runs_own_code
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # causal, and checked to take such a mask
 
 
@@ -81,7 +83,8 @@ def smallest_window(config: Any) -> int | None:
 
 def packs(config: Any) -> bool:
     """Whether pairs of a model can be packed: it is causal, and known to take a mask and positions of its caller's."""
-    return config.model_type in FAMILIES and not getattr(config, "use_bidirectional_attention", None)
+    known = config.model_type in FAMILIES and not runs_own_code(config)
+    return known and not getattr(config, "use_bidirectional_attention", None)
 
 
 def how_pairs_run(config: Any) -> str:

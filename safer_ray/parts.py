@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from safer_ray.errors import UserError
 from safer_ray.packing import FAMILIES
+from safer_ray.pretrained import Checkpoint, open_config, runs_own_code
 
 ENCODERS = ("bert",)  # of which only the first blocks can be a part: the others want more than states
 INDEX = "model.safetensors.index.json"
@@ -18,7 +19,8 @@ WEIGHTS = "model.safetensors"
 
 def splits_up(config: Any, start: int = 0) -> bool:
     """Whether a part from block `start` + 1 on can be loaded alone."""
-    return config.model_type in FAMILIES or (config.model_type in ENCODERS and start == 0)
+    known = config.model_type in FAMILIES or (config.model_type in ENCODERS and start == 0)
+    return known and not runs_own_code(config)
 
 
 def part_config(config: Any, start: int, stop: int) -> Any:
@@ -32,17 +34,19 @@ def part_config(config: Any, start: int, stop: int) -> Any:
     return part
 
 
-def load_part(directory: Path, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(
+    directory: Path, start: int, stop: int, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> Any:
     """A sequence classifier that is blocks start+1..stop of the one in `directory`; the first part has its embeddings,
     the last its final norm and head. What a part lacks is made anew, and of no use.
 
     Raises:
-        UserError: no safetensors there, no such blocks, or a model that is not known to split up.
+        UserError: no safetensors there, no such blocks, weights missing or of another shape, or a model that is not
+            known to split up.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
 
-    config = AutoConfig.from_pretrained(str(directory))
+    config = open_config(Checkpoint(str(directory), str(directory), None, trust_remote_code))
     count = int(config.num_hidden_layers)
     if not 0 <= start < stop <= count:
         raise UserError(f"{directory} has blocks 1..{count}; there are none from {start + 1} to {stop}")
@@ -57,8 +61,45 @@ def load_part(directory: Path, start: int, stop: int, dtype: torch.dtype = torch
                 if renamed is not None:
                     found[renamed] = tensors.get_tensor(name)
     classifier: Any = CLASSES[type(config)]
-    model = classifier.from_pretrained(None, config=part_config(config, start, stop), state_dict=found, dtype=dtype)
+    model, loaded = classifier.from_pretrained(
+        None,
+        config=part_config(config, start, stop),
+        state_dict=found,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    here = [name for name in loaded["missing_keys"] if _BLOCK.match(name) or _renamed(name, start, stop, count)]
+    check_loaded(str(directory), model.base_model_prefix, {**loaded, "missing_keys": here}, whole=True)
     return model.eval()
+
+
+def check_loaded(name: str, prefix: str, found: dict[str, Any], *, whole: bool) -> None:
+    """Compare what a checkpoint held with what its model has; `prefix` is that of the weights behind the head.
+
+    Raises:
+        UserError: weights would be drawn by chance: those of another shape, or missing ones; those of the head count
+            only where it has to be `whole`.
+    """
+
+    def of_head(weight: str) -> bool:
+        return not prefix or not weight.startswith(f"{prefix}.") or ".pooler." in weight
+
+    for weight, has, wanted in sorted(found["mismatched_keys"]):
+        if of_head(weight):
+            raise UserError(
+                f"cannot load a reward model from {name}: it has {has[0]} outputs, and a reward model has 1"
+            )
+        raise UserError(f"{name}: {weight} is {tuple(has)}, by config.json {tuple(wanted)}; copy both files again")
+    missing, strange = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    inside = [weight for weight in missing if not of_head(weight)]
+    if inside:
+        instead = f", but for {strange[0]}; rename them" if strange else "; copy all of its files again"
+        raise UserError(f"{name} has no weights for {inside[0]} ({len(inside)} such){instead}")
+    if missing and whole:
+        raise UserError(
+            f"{name} is no reward model: it has no weights for {missing[0]}; train one on it with stage `reward`"
+        )
 
 
 def _files(directory: Path) -> dict[Path, list[str]]:

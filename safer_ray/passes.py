@@ -39,9 +39,9 @@ class ReadsPairs(ABC):
     rewards = False
     heads = False
 
-    def __init__(self, reward: Path, part: Part = WHOLE) -> None:
+    def __init__(self, reward: Path, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
         needed = None if self.rewards or self.heads else max(self.layers)
-        self.reward = load_reward_model(reward, layers=needed, part=part)
+        self.reward = load_reward_model(reward, layers=needed, part=part, trust_remote_code=trust_remote_code)
         self.part = part
         if part.last:
             for layer in self.layers:
@@ -113,10 +113,12 @@ class EncodeActivations(ReadsPairs):
 
     sides: tuple[str, str] = SIDES  # what the column `side` says
 
-    def __init__(self, reward: Path, layer: int, tokens: str, part: Part = WHOLE) -> None:
+    def __init__(
+        self, reward: Path, layer: int, tokens: str, part: Part = WHOLE, trust_remote_code: bool = False
+    ) -> None:
         self.layers = (layer,)
         self.all_tokens = tokens == "all"
-        super().__init__(reward, part)
+        super().__init__(reward, part, trust_remote_code)
         self.engine = Engine(self.reward, layer, rewards=False) if part.last else None
 
     def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
@@ -140,8 +142,8 @@ class EncodeTexts(EncodeActivations):
 
     sides = ("text", "text")
 
-    def __init__(self, reward: Path, layer: int, part: Part = WHOLE) -> None:
-        super().__init__(reward, layer, "all", part)
+    def __init__(self, reward: Path, layer: int, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
+        super().__init__(reward, layer, "all", part, trust_remote_code)
 
 
 def vector_rows(
@@ -175,10 +177,10 @@ class EncodePairs(ReadsPairs):
 
     rewards = True
 
-    def __init__(self, reward: Path, sae: Path, part: Part = WHOLE) -> None:
+    def __init__(self, reward: Path, sae: Path, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
         layer = sae_layer(sae)
         self.layers = (layer,)
-        super().__init__(reward, part)
+        super().__init__(reward, part, trust_remote_code)
         self.engine = Engine(self.reward, layer, load_sae(sae)) if part.last else None
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
@@ -211,9 +213,11 @@ class MeanVectors(ReadsPairs):
     """Batch function: pairs -> mean vectors of layers, side by side: what the chosen response's tokens have more than
     the rejected one's, and what the prompt's tokens have, over both sequences."""
 
-    def __init__(self, reward: Path, layers: Sequence[int], part: Part = WHOLE) -> None:
+    def __init__(
+        self, reward: Path, layers: Sequence[int], part: Part = WHOLE, trust_remote_code: bool = False
+    ) -> None:
         self.layers = tuple(layers)
-        super().__init__(reward, part)
+        super().__init__(reward, part, trust_remote_code)
 
     def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
         return places_of(tokens, all_tokens=True)

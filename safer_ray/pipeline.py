@@ -73,7 +73,7 @@ def preflight(config: RunConfig) -> None:
     if not config.judge.exchanges.startswith("corpus:"):
         load_probe(config.judge.exchanges)
     if isinstance(config.reward.base, str):
-        count = layer_count(config.reward.base)
+        count = layer_count(config.reward.base, config.reward.trust_remote_code)
         if config.activations.layer > count:
             raise UserError(
                 f"activations.layer {config.activations.layer} lies past the {count} layers of "
@@ -105,7 +105,7 @@ def run(
     preflight(config)
     directory = lasting(config.root) / config.name
     place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)
-    stages = Stages(place, runner, config.fragment_rows, config.reward.shards)
+    stages = Stages.of(place, runner, config)
     outcome = Run(config, directory)
     if dry:
         _all(stages, outcome, until)

@@ -63,8 +63,8 @@ class TokeniseTexts:
     """Batch function: texts -> rows as of tokenised pairs, of which the sides are two texts, or two pieces of one, read
     apart from each other. Two texts share a `pair_id`, so that both are held out or neither."""
 
-    def __init__(self, reward: Path) -> None:
-        self.pairs = load_pair_tokenizer(reward)
+    def __init__(self, reward: Path, trust_remote_code: bool = False) -> None:
+        self.pairs = load_pair_tokenizer(reward, trust_remote_code)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         keys = rows["row_key"].to_pylist()

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from pydantic import BaseModel
 
 from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
+from safer_ray.config import RunConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet
 from safer_ray.recipes import Input
@@ -88,6 +89,13 @@ class StageContext:
     runner: Runner
     fragment_rows: int = 1000
     shards: int = 1  # parts that reward models are cut into where they only read
+    trust_remote_code: bool = False  # whether Python code that checkpoints bring may run
+
+    @classmethod
+    def of(cls, place: Place, runner: Runner, config: RunConfig) -> Self:
+        """As the config of a run says."""
+        reward = config.reward
+        return cls(place, runner, config.fragment_rows, reward.shards, reward.trust_remote_code)
 
     def map(
         self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2

@@ -12,6 +12,7 @@ from safer_ray.commands import (
     Fresh,
     Out,
     RunnerName,
+    TrustRemoteCode,
     build_config,
     config_section,
     console,
@@ -54,11 +55,15 @@ def reward(
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 2: train a reward model on pairs."""
+    settings = config_section(config, "reward", assignments)
+    if trust_remote_code:
+        settings = settings.model_copy(update={"trust_remote_code": True})
     with one_stage(out, fresh, runner, config) as stages:
-        show_artifact(stages.reward(config_section(config, "reward", assignments), open_input(pairs)))
+        show_artifact(stages.reward(settings, open_input(pairs)))
 
 
 @app.command()
@@ -70,6 +75,7 @@ def activations(
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 3: harvest layer vectors of pairs or of general text."""
@@ -79,7 +85,7 @@ def activations(
         raise UserError("activations: pass either --pairs DIR or --text FILE")
     settings, model = config_section(config, "activations", assignments), open_input(reward)
     source = open_input(pairs) if pairs else None
-    with one_stage(out, fresh, runner, config) as stages:
+    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         if source:
             show_artifact(stages.activations(settings, source, model))
         else:
@@ -97,6 +103,7 @@ def sae(
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 4: train a sparse autoencoder on activations, or on a Parquet file with a column `x` of vectors."""
@@ -108,7 +115,7 @@ def sae(
         raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
     first, judged, model = (open_input(path) if path else None for path in (start, pairs, reward))
     settings = config_section(config, "sae", assignments)
-    with one_stage(out, fresh, runner, config) as stages:
+    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         show_artifact(stages.sae(settings, source, known, start=first, pairs=judged, reward=model))
 
 
@@ -120,10 +127,11 @@ def codes(
     out: Out,
     config: ConfigPath = None,
     runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
-    with one_stage(out, fresh, runner, config) as stages:
+    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         show_artifact(stages.codes(open_input(pairs), open_input(reward), open_input(sae)))
 
 
@@ -151,11 +159,12 @@ def contexts(
     reward: ExistingPath,
     out: Out,
     assignments: Assignments = None,
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 7: the sentences on which each candidate feature fires most."""
     ranked = open_input(salience, "salience")
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
         config = config_section(None, "contexts", assignments)
         show_artifact(
             stages.contexts(
@@ -177,10 +186,11 @@ def verdicts(
     out: Out,
     candidates: Annotated[int, typer.Option()] = 256,
     assignments: Assignments = None,
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 8: rate candidate features by the concept probe."""
-    with one_stage(out, fresh) as stages:
+    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
         config = config_section(None, "judge", assignments)
         show_artifact(
             stages.verdicts(
@@ -295,10 +305,11 @@ def evaluate(
     out: Out,
     config: ConfigPath = None,
     runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 13: accuracy of a reward model by section."""
-    with one_stage(out, fresh, runner, config) as stages:
+    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         artifact = stages.evaluate(open_input(reward), open_input(pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():

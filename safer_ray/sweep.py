@@ -186,8 +186,6 @@ def run_sweep(
         made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
         directory = lasting(config.root) / config.name
         with locked(directory):
-            stages = Sweep(
-                Place(directory, fresh=fresh, on_stage=on_stage), runner, config.fragment_rows, config.reward.shards
-            )
+            stages = Sweep.of(Place(directory, fresh=fresh, on_stage=on_stage), runner, config)
             evaluation = stages.pairs(config.evaluation, made.get("corpus"))
             return stages.sweep(config, made["training_pairs"], made["pairs"], made["scores"], evaluation)

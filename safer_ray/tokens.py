@@ -66,10 +66,10 @@ def token_count(rows: pa.Table) -> int:
 class TokenisePairs:
     """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
 
-    def __init__(self, reward: Path) -> None:
+    def __init__(self, reward: Path, trust_remote_code: bool = False) -> None:
         from safer_ray.checkpoints import load_pair_tokenizer  # here, since other readers of this module need no torch
 
-        self.tokenise = load_pair_tokenizer(reward)
+        self.tokenise = load_pair_tokenizer(reward, trust_remote_code)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return with_tokens(rows, self.tokenise(rows.select(["pair_id", *TEXTS]).to_pylist()) if len(rows) else [])

@@ -34,6 +34,7 @@ class Judged:
 
     pairs: Path
     reward: Path
+    trust_remote_code: bool = False
 
 
 def train_sae(
@@ -97,7 +98,7 @@ def held_out_quality(
     if judged is None or not pairs:
         return measured
     quiet_transformers()
-    reward = load_reward_model(judged.reward)
+    reward = load_reward_model(judged.reward, trust_remote_code=judged.trust_remote_code)
     tokens = reward.pairs(pairs)
     measured["spliced"] = {
         name: spliced(reward, layer, sae, tokens, all_tokens=everywhere)._asdict()

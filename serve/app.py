@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from safer_ray.auditor import check_code
 from safer_ray.errors import UserError
 from safer_ray.keys import Key
 from serve.about import info_of, open_auditor, scores_config
@@ -77,6 +78,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = read_args(args)
     bundle = open_auditor(config.auditor)
+    check_code(bundle, config.trust_remote_code)
     info_of(bundle, scores_config(bundle, config.detector, config.flag_quantile, config.reasons))  # or it says why not
     keys = find_keys(config.keys)
     check_binding(http_host(), bool(keys), config.insecure)

@@ -31,6 +31,7 @@ class ServiceConfig(Thresholds):
     auditor: LocalPath
     keys: LocalPath | None = None  # a file of hashed keys; or the variable SAFER_RAY_KEYS
     insecure: bool = False  # whether strangers may ask: without keys on other than loopback
+    trust_remote_code: bool = False  # whether Python code that the bundle's reward model brings may run
     scorers: Count = 1  # at least, each with the model
     max_scorers: Count | None = None  # as load comes; None: no more
     ingresses: Count = 1  # processes that read and answer requests

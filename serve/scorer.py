@@ -69,7 +69,7 @@ class Scorer:
         self.room = config.waiting
         self.bundle = open_auditor(config.auditor)
         self.names = {feature: detail.name for feature, detail in details_of(self.bundle).items()}
-        self.pairs = ScorePairs(self.bundle, self._scores(Thresholds()))
+        self.pairs = ScorePairs(self.bundle, self._scores(Thresholds()), config.trust_remote_code)
         self.score_requests = score_requests
         self.thread = ThreadPoolExecutor(
             max_workers=1, initializer=torch.set_num_threads, initargs=(config.torch_threads,)

@@ -33,8 +33,8 @@ class ScorePairs(AuditPairs):
     A config that is set while it works counts from the next call on.
     """
 
-    def __init__(self, auditor: Artifact, config: ScoresConfig) -> None:
-        super().__init__(auditor, config)
+    def __init__(self, auditor: Artifact, config: ScoresConfig, trust_remote_code: bool = False) -> None:
+        super().__init__(auditor, config, trust_remote_code=trust_remote_code)
         self.scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].to_numpy()
 
     def configure(self, config: ScoresConfig) -> None:

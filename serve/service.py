@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from safer_ray.auditor import check_code
 from safer_ray.config import DetectorOf, ScoresConfig
 from serve.about import details_of, info_of, open_auditor, scores_config, summary_of
 from serve.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
@@ -110,12 +111,14 @@ class LocalService(Told):
         flag_quantile: float = 0.05,
         reasons: int = 8,
         limits: Limits | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from serve.scoring import ScorePairs, score_rows
 
         bundle = open_auditor(auditor)
         config = scores_config(bundle, detector, flag_quantile, reasons)
-        self.scorer = ScorePairs(bundle, config)
+        check_code(bundle, trust_remote_code)
+        self.scorer = ScorePairs(bundle, config, trust_remote_code)
         self.score_rows = score_rows
         self.thread = ThreadPoolExecutor(max_workers=1)
         super().__init__(auditor, config, limits or Limits())

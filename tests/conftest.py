@@ -1,5 +1,6 @@
 import os
 import secrets
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -8,13 +9,13 @@ os.environ["RAY_AUTH_MODE"] = "token"  # no Ray of ours lets strangers in, those
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else one would be written into the home directory
 os.environ.pop("RAY_ADDRESS", None)  # a cluster of somebody's
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # of checkpoints' own code; else in the home
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import hashlib
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(SOCKETS, ignore_errors=True)
+    for folder in (SOCKETS, os.environ["HF_MODULES_CACHE"]):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,6 +70,15 @@ def test_remote_code_is_never_trusted_by_the_library_itself(tree):
             assert literal(node, "trust_remote_code") is not True, ast.unparse(node)
 
 
+@pytest.mark.parametrize("folder", ["safer_ray", "serve", "bench", "jobs", "scripts"])
+def test_one_module_alone_opens_checkpoints(folder):
+    """transformers' Auto classes ask at a terminal whether to run a checkpoint's code, unless they are told."""
+    for path in sorted((LIBRARY.parent / folder).rglob("*.py")):
+        for node in ast.walk(parsed(path)):
+            if path.name != "pretrained.py" and isinstance(node, ast.ImportFrom) and node.module == "transformers":
+                assert not [alias.name for alias in node.names if alias.name.startswith("Auto")], path
+
+
 def test_numpy_never_unpickles(tree):
     for call in calls(tree, "np.load"):
         assert not literal(call, "allow_pickle"), ast.unparse(call)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_pair, make_pairs
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from safer_ray.checkpoints import (
@@ -22,6 +23,7 @@ from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
 from safer_ray.packing import pack
 from safer_ray.reward import RewardModel
+from safer_ray.runner import Part
 from safer_ray.sae import BatchTopKSae, standardise
 from safer_ray.sae_formats import load_sae
 from safer_ray.tiny_llama import train_tokenizer
@@ -189,8 +191,39 @@ def test_a_model_of_several_outputs_is_refused(bert_dir, tmp_path):
     BertForSequenceClassification(
         BertConfig(**BertConfig.from_pretrained(bert_dir).to_diff_dict() | {"num_labels": 3})
     ).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="cannot load a reward model from"):
+    with pytest.raises(
+        UserError, match=r"cannot load a reward model from .*: it has 3 outputs, and a reward model has 1"
+    ):
         load_reward_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (
+            lambda name: f"_orig_mod.{name}",
+            r"no weights for model\.\S+ \(\d+ such\), but for _orig_mod\.\S+; rename them",
+        ),
+        (
+            lambda name: "" if ".1." in name else name,
+            r"no weights for model\.layers\.1\.\S+ \(9 such\); copy all of its",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_never_drawn_by_chance(reward_dir, tmp_path, rename, told):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    weights = {rename(name): weight for name, weight in load_file(reward_dir / "model.safetensors").items()}
+    weights.pop("", None)
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    openers = (
+        lambda: new_reward_model(RewardConfig(base=str(tmp_path / "model")), lambda: []),
+        lambda: load_reward_model(tmp_path / "model"),
+        lambda: load_reward_model(tmp_path / "model", layers=2),
+        lambda: load_reward_model(tmp_path / "model", part=Part(0, 1)),
+    )
+    for opener in openers:
+        with pytest.raises(UserError, match=told):
+            opener()
 
 
 def test_a_tokenizer_that_exceeds_the_embedding_is_refused(reward_dir, tmp_path):

@@ -1,0 +1,142 @@
+"""Where configs, tokenizers and models of checkpoints are opened, and whose Python may run.
+
+A checkpoint can bring code of its own, which `auto_map` in its JSON names. It runs where its user said so, and nowhere
+else: no other module calls `from_pretrained` of transformers' Auto classes, which would ask whoever sits at a terminal.
+"""
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+from safer_ray.errors import UserError
+
+CLASSIFIER = "AutoModelForSequenceClassification"
+log = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A folder or a name on the hub, what errors call it, and whether its user trusts the code in it."""
+
+    name: str
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class OwnCode(NamedTuple):
+    """The classes of its own that a checkpoint needs, as `module.Class`; None: transformers' class opens it."""
+
+    config: str | None
+    tokenizer: str | None
+    classifier: str | None
+
+
+def open_config(checkpoint: Checkpoint) -> Any:
+    """The config of a checkpoint.
+
+    Raises:
+        UserError: there is none that can be read, or the checkpoint brings code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    return _open(AutoConfig, checkpoint, "cannot read the config of", bool(check_trusted(checkpoint).config))
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint; raises as `open_config`."""
+    from transformers import AutoTokenizer
+
+    config, own = open_config(checkpoint), check_trusted(checkpoint)
+    return _open(AutoTokenizer, checkpoint, "cannot read the tokenizer of", bool(own.tokenizer), config=config)
+
+
+def open_classifier(checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The sequence classifier of one output in a checkpoint, and what transformers says of loading it.
+
+    Weights are safetensors alone; raises as `open_config`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config, own = open_config(checkpoint), check_trusted(checkpoint)
+    config.num_labels = 1
+    options |= {"config": config, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
+    return _open(
+        AutoModelForSequenceClassification,
+        checkpoint,
+        "cannot load a reward model from",
+        bool(own.classifier),
+        **options,
+    )
+
+
+def runs_own_code(config: Any) -> bool:
+    """Whether a model of this config is of a class that came with its checkpoint, of which nothing is known."""
+    return CLASSIFIER in (getattr(config, "auto_map", None) or {})
+
+
+def own_code(checkpoint: Checkpoint) -> list[str]:
+    """The classes of its own without which a checkpoint cannot be opened, as `module.Class`; nothing is run."""
+    return [name for name in _own_code(checkpoint.name, checkpoint.path, checkpoint.revision) if name]
+
+
+def _open(auto: Any, checkpoint: Checkpoint, failed: str, own_code: bool, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(
+            checkpoint.path, revision=checkpoint.revision, trust_remote_code=own_code, **options
+        )
+    except Exception as error:  # code of a checkpoint's own may raise anything
+        first = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{failed} {checkpoint.name}: {first}") from error
+
+
+def check_trusted(checkpoint: Checkpoint) -> OwnCode:
+    """The code that opening a checkpoint runs.
+
+    Raises:
+        UserError: there is some, and its user did not say that it may run.
+    """
+    own = _own_code(checkpoint.name, checkpoint.path, checkpoint.revision)
+    if any(own) and not checkpoint.trust_remote_code:
+        names = ", ".join(filter(None, own))
+        raise UserError(
+            f"{checkpoint.name} brings Python code of its own ({names}); none of it was run, since trust_remote_code "
+            "is off: set it (reward.trust_remote_code, --trust-remote-code) only if you trust that code"
+        )
+    return own
+
+
+def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
+    """What the JSON of a checkpoint says; nothing of it is run.
+
+    A class that transformers has itself is preferred to one of the same family in the checkpoint, whether that is
+    trusted or not, so that trust never changes a number; but a classifier or a tokenizer of its own is another one.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        tokenizer = get_tokenizer_config(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
+    named = _mapping(config.get("auto_map"), "AutoConfig")
+    kind, classifier = str(config.get("model_type")), named.get(CLASSIFIER)
+    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
+    reader = _mapping(tokenizer.get("auto_map"), "AutoTokenizer").get("AutoTokenizer")
+    if isinstance(reader, list | tuple):  # slow and fast
+        reader = next(filter(None, reversed(reader)), None)
+    if known and named and not classifier:
+        _say_known(name, kind)
+    return OwnCode(None if known and not classifier else named.get("AutoConfig"), reader, classifier)
+
+
+def _mapping(value: Any, alone: str) -> dict[str, Any]:
+    """`auto_map`, which in older files is what stands at the key `alone` of newer ones."""
+    return value if isinstance(value, dict) else {alone: value} if value else {}
+
+
+@cache
+def _say_known(name: str, kind: str) -> None:
+    log.warning("%s names Python code of its own for a %s; transformers' own class is used", name, kind)
