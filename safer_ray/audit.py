@@ -21,6 +21,7 @@ from safer_ray.text import PairTokens
 from safer_ray.tokens import TEXTS, TokenisePairs
 
 CARRIED = ("source", "section", "labels")
+MEANS = ("response", "prompt")  # vectors that the `combined` detector reads
 
 
 class PreparePairs:
@@ -71,15 +72,26 @@ class AuditPairs(EncodePairs):
             self.vectors = None
         self.score = score
 
+    def read(self, pairs: pa.Table) -> tuple[pa.Table | None, dict[int, str]]:
+        if self.vectors is None:
+            return super().read(pairs)
+        means, reasons = self.vectors.read(pairs)
+        if means is None:
+            return None, reasons
+        kept = [i for i in range(len(pairs)) if i not in reasons]
+        pairs = pairs.take(pa.array(kept, pa.int64()))
+        for name in MEANS:
+            pairs = pairs.append_column(f"mean_{name}", means[name])
+        made, more = super().read(pairs)
+        return made, reasons | {kept[i]: reason for i, reason in more.items()}
+
     def coded(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         """Codes, and what else scores are made of."""
         codes = super().finish(pairs, tokens, found)
         for name in ("row_key", "extra"):
             codes = codes.append_column(name, pairs[name])
-        if self.vectors is not None:
-            means = self.vectors(pairs)
-            for name in ("response", "prompt"):
-                codes = codes.append_column(name, means[name])
+        for name in MEANS if self.vectors is not None else ():
+            codes = codes.append_column(name, pairs[f"mean_{name}"])
         return codes
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:

@@ -18,6 +18,7 @@ from safer_ray.commands import (
     place_option,
     ray_config,
 )
+from safer_ray.errors import UserError
 
 if TYPE_CHECKING:
     from safer_ray.audit_run import Audit
@@ -39,6 +40,9 @@ def audit(
     ] = None,
     max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 20_000,
     fragment_rows: Annotated[int, typer.Option(help="Rows that are committed together.")] = 1000,
+    max_refused_share: Annotated[
+        float, typer.Option(help="The audit fails if more than this share of the rows is in the quarantine.")
+    ] = 0.5,
     shards: Annotated[int, typer.Option(help="Parts that the reward model is cut into, by layers.")] = 1,
     trust_remote_code: TrustRemoteCode = False,
     runner: RunnerName = "local",
@@ -60,10 +64,12 @@ def audit(
     from safer_ray.lock import locked
 
     folder = lasting(out)
+    if not 0 <= max_refused_share <= 1:
+        raise UserError(f"--max-refused-share {max_refused_share:g}: choose a number from 0 to 1")
     bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
-    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code)
+    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
     if dry_run:
         _show_estimate(asked, actors)
         return

@@ -15,6 +15,7 @@ from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
 from safer_ray.errors import UserError
+from safer_ray.schema import split_refused
 from safer_ray.source_files import find_files
 from safer_ray.sources import plan_file, read_raw
 from safer_ray.tokens import token_count
@@ -61,14 +62,14 @@ def estimate(audit: Audit, actors: int) -> Estimate:
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
     prepared = PreparePairs(audit.auditor, (audit.source,), audit.max_chars, audit.trust_remote_code)(raw)
-    ready = prepared.filter(prepared["refused"].is_null()).drop_columns(["refused"])
+    ready, _ = split_refused(prepared)
     if not len(ready):
         reason = next((text for text in prepared["refused"].to_pylist() if text), "there are none")
         raise UserError(f"{audit.source.path}: no row of a sample of {len(raw)} can be used: {reason}")
     score = AuditRows(audit.auditor, audit.scores, trust_remote_code=audit.trust_remote_code)
     score(ready.slice(0, 8))  # the first pass is slower
     began = time.perf_counter()
-    scored = score(ready)
+    scored, _ = split_refused(score(ready))
     speed = len(ready) / (time.perf_counter() - began)
     usable = len(ready) / len(raw)
     return Estimate(

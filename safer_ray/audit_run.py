@@ -25,6 +25,8 @@ from safer_ray.scoring import BY_BUNDLE, KIND
 from safer_ray.source_files import place_of
 from safer_ray.sources import read_raw
 
+MAX_REFUSED_SHARE = 0.5
+
 
 class Audit(NamedTuple):
     """What is audited, by what, and how it is cut."""
@@ -36,6 +38,7 @@ class Audit(NamedTuple):
     fragment_rows: int = 1000
     shards: int = 1
     trust_remote_code: bool = False  # whether Python code that the bundle's reward model brings may run
+    max_refused_share: float = MAX_REFUSED_SHARE  # of the rows, before an audit counts as failed
 
     def asked(self) -> dict[str, Any]:
         """What an audit must have in common with its earlier half; never paths or worker counts."""
@@ -90,6 +93,7 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
         job = replace(job, metadata={**(job.metadata or {}), **RED_TEAM_MARK})
     counts = runner.map(job, fragments, out)
     check_accounts(out, fragments, counts)
+    check_share(audit, out, counts)
     for scratch in SCRATCH:
         with contextlib.suppress(OSError):
             remove(out / scratch)
@@ -179,3 +183,14 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
     if counts.written == 0:
         reason = max(counts.reasons, key=lambda name: counts.reasons[name], default="nothing was read")
         raise SaferError(f"{out}: none of {counts.read} rows could be scored, most: {reason!r}; see {out}/quarantine")
+
+
+def check_share(audit: Audit, out: Path, counts: Counts) -> None:
+    """Raises UserError where more rows than the configured share are in the quarantine; the scores stay."""
+    if counts.quarantined > audit.max_refused_share * counts.read:
+        reason = max(counts.reasons, key=lambda name: counts.reasons[name])
+        raise UserError(
+            f"{out}: {counts.quarantined} of {counts.read} rows could not be scored, more than --max-refused-share "
+            f"{audit.max_refused_share:g}, most: {reason!r}; see {out}/quarantine, mend the rows and audit them with "
+            "--fresh, or run the same command with a larger share: what is scored is kept"
+        )

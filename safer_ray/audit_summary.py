@@ -152,6 +152,7 @@ def summarise(audit: Audit, figures: Figures, counts: AuditCounts, duplicates: i
         "rows": {"read": counts.read, "scored": counts.written, "quarantined": counts.quarantined},
         "reasons": counts.reasons,
         "files": counts.files.to_tree(),
+        "max_refused_share": audit.max_refused_share,
         "duplicates": duplicates,
         "flagged": figures.flagged,
         "flag_rate": _rate(Group(figures.pairs, figures.flagged)),

@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 
 from safer_ray.background import side_by_side
-from safer_ray.errors import UserError
+from safer_ray.errors import TooLargeError
 from safer_ray.packing import Packed
 
 Result = TypeVar("Result")
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -43,44 +44,44 @@ def passes(
     threads: int,
     beside: str,
 ) -> Iterator[tuple[list[int], Result]]:
-    """Micro-batches of rows and what `run` makes of them; one that does not fit the memory is cut to half the budget,
-    once.
+    """Micro-batches of rows and what `run` makes of them; one that does not fit the memory is halved until it does.
 
     Several run in so many threads, in which torch uses one core: products of their size keep one busier than several.
 
     Raises:
-        UserError: a row that does not fit; its name and length are told, and `beside` what, with the remedy.
+        TooLargeError: rows that do not fit even alone, when all others are through; of each the name and length are
+            told, and `beside` what, with the remedy.
     """
+    too_large: dict[int, str] = {}
 
-    def halved(chunk: list[int]) -> list[tuple[list[int], Result]]:
+    def halved(chunk: list[int], most: int) -> list[tuple[list[int], Result]]:
         found = _unless_too_large(run, chunk)
         if found is not None:
             return [(chunk, found)]
-        parts = []
-        for part in cut(rows, chunk, budget // 2):
-            found = _unless_too_large(run, part)
-            if found is None:
-                raise UserError(
-                    f"{names[part[-1]]} has {len(rows[part[-1]].ids)} tokens, which do not fit the memory {beside}"
-                )
-            parts.append((part, found))
-        return parts
+        if len(chunk) == 1:
+            row = chunk[0]
+            too_large[row] = f"{names[row]} has {len(rows[row].ids)} tokens, which do not fit the memory {beside}"
+            return []
+        return [done for part in cut(rows, chunk, most // 2) for done in halved(part, most // 2)]
 
     chunks, cores = cut(rows, range(len(rows)), budget), torch.get_num_threads()
+    work, settle = partial(halved, most=budget), partial(torch.set_num_threads, 1)
     try:
-        for parts in side_by_side(halved, chunks, min(threads, max(1, len(chunks))), partial(torch.set_num_threads, 1)):
+        for parts in side_by_side(work, chunks, min(threads, max(1, len(chunks))), settle):
             yield from parts
     finally:
         torch.set_num_threads(cores)  # each thread has its own number, but new threads take the last one set
+    if too_large:
+        raise TooLargeError(too_large)
 
 
 def _unless_too_large(run: Callable[[list[int]], Result], chunk: list[int]) -> Result | None:
     """What is made of a micro-batch; None where the memory did not suffice."""
     try:
         return run(chunk)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # as torch says it of a CPU's
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
     return None

@@ -71,11 +71,13 @@ def one_stage(
 
     out = lasting(out)
     ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
-    shards, trusted = reward.shards, trust_remote_code or reward.trust_remote_code
+    options = {"shards": reward.shards, "trust_remote_code": trust_remote_code or reward.trust_remote_code}
+    if config is not None:
+        options["max_refused_share"] = config_section(config, "pairs", None).max_refused_share
     lock = out.parent / f".lock-{out.name}"
     try:
-        with locked(lock), at_work(runner, ray, shards) as (where, _):
-            yield Stages(Place(out.parent, out=out, fresh=fresh), where, shards=shards, trust_remote_code=trusted)
+        with locked(lock), at_work(runner, ray, reward.shards) as (where, _):
+            yield Stages(Place(out.parent, out=out, fresh=fresh), where, **options)
     finally:
         with contextlib.suppress(OSError):  # another process waits for it
             lock.rmdir()

@@ -19,6 +19,14 @@ class UserError(SaferError):
     exit_code = 2
 
 
+class TooLargeError(UserError):
+    """Rows that do not fit the memory, each by itself; all others could have been read."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons  # by row
+        super().__init__(next(iter(reasons.values())))
+
+
 def need_extra(extra: str, *modules: str) -> None:
     """Raises UserError unless the packages of an extra of this project are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -35,11 +35,16 @@ class Packed(NamedTuple):
         return self.ids[self.places(side, np.arange(self.lengths[side]))]
 
 
-def pack(chosen: np.ndarray, rejected: np.ndarray) -> Packed:
-    """Token ids of both sides as one sequence."""
+def fork_of(chosen: np.ndarray, rejected: np.ndarray) -> int:
+    """How many tokens both sides begin with."""
     shorter = min(len(chosen), len(rejected))
     different = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
-    fork = int(different[0]) if len(different) else shorter
+    return int(different[0]) if len(different) else shorter
+
+
+def pack(chosen: np.ndarray, rejected: np.ndarray) -> Packed:
+    """Token ids of both sides as one sequence."""
+    fork = fork_of(chosen, rejected)
     ids = np.concatenate([chosen, rejected[fork:]])
     position = np.concatenate([np.arange(len(chosen)), np.arange(fork, len(rejected))])
     return Packed(ids, position, fork, len(chosen), (len(chosen), len(rejected)))

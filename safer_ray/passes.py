@@ -13,9 +13,9 @@ from torch import Tensor
 from safer_ray import schema
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.engine import Engine, codes_table, places_of
-from safer_ray.errors import UserError
+from safer_ray.errors import TooLargeError
 from safer_ray.reward import Forward, RewardModel
-from safer_ray.runner import WHOLE, Part
+from safer_ray.runner import KNOWN, WHOLE, Part
 from safer_ray.sae import Standardised
 from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.schema import SIDES
@@ -56,8 +56,38 @@ class ReadsPairs(ABC):
         """What is made of a pass."""
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
-        tokens = tokens_of(self.reward, pairs)
-        found = self.reward.forward_pairs(
+        pairs, refused = schema.split_refused(pairs)  # by a part before
+        made, reasons = self.read(pairs)
+        known = [refused, refuse(pairs, reasons)] if reasons else [refused] if len(refused) else []
+        return pa.concat_tables([*([made] if made is not None else []), *known], promote_options="default")
+
+    def read(self, pairs: pa.Table) -> tuple[pa.Table | None, dict[int, str]]:
+        """What is made of the pairs that can be read, None of none, and by row why the others cannot: one that does
+        not fit the memory, and one of which the model gives values that are not finite."""
+        reasons: dict[int, str] = {}
+        rows = np.arange(len(pairs))
+        while True:
+            tokens = tokens_of(self.reward, pairs)
+            try:
+                found = self._forward(pairs, tokens)
+                break
+            except TooLargeError as error:
+                reasons |= {int(rows[i]): f"too large for the memory: {reason}" for i, reason in error.reasons.items()}
+                kept = np.array([i for i in range(len(rows)) if i not in error.reasons], dtype=np.int64)
+            if not len(kept):
+                return None, reasons
+            pairs, rows = pairs.take(kept), rows[kept]
+        bad = self._not_finite(found) if self.part.last else {}
+        if bad:
+            reasons |= {int(rows[i]): reason for i, reason in bad.items()}
+            kept = np.array([i for i in range(len(rows)) if i not in bad], dtype=np.int64)
+            if not len(kept):
+                return None, reasons
+            pairs, tokens, found = pairs.take(kept), [tokens[i] for i in kept], _take(found, kept)
+        return self.finish(pairs, tokens, found) if self.part.last else _hand_on(pairs, found), reasons
+
+    def _forward(self, pairs: pa.Table, tokens: list[PairTokens]) -> Forward:
+        return self.reward.forward_pairs(
             tokens,
             layers=self.layers,
             positions=self.places(tokens) if self.layers else None,
@@ -66,7 +96,38 @@ class ReadsPairs(ABC):
             before=_handed_on(pairs),
             states=not self.part.last,
         )
-        return self.finish(pairs, tokens, found) if self.part.last else _hand_on(pairs, found)
+
+    def _not_finite(self, found: Forward) -> dict[int, str]:
+        """Pairs of which a value wanted is not finite, or a vector so long that its length is not."""
+        read = {
+            "the reward": found.rewards,
+            "what the reward head reads": found.heads,
+            f"layer {', '.join(map(str, self.layers))}": found.hidden,
+        }
+        reasons: dict[int, str] = {}
+        for what, values in read.items():
+            for side, value in enumerate(values if values is not None else ()):
+                if not torch.isfinite(value.norm()):
+                    reason = f"NaN or infinite values: {what} of {self.reward.name}; load it in float32, or retrain it"
+                    reasons.setdefault(side // 2, reason)
+        return reasons
+
+
+def refuse(pairs: pa.Table, reasons: dict[int, str]) -> pa.Table:
+    """The rows that have a reason, with what is known of them and their texts where these ride along."""
+    rows = pairs.take(pa.array(list(reasons), pa.int64()))
+    known = rows.select([name for name in KNOWN if name in rows.column_names])
+    if "texts" in rows.column_names:
+        known = known.drop_columns(["raw"] if "raw" in known.column_names else []).append_column("raw", rows["texts"])
+    return known.append_column(schema.REFUSED, pa.array(list(reasons.values()), pa.string()))
+
+
+def _take(found: Forward, pairs: np.ndarray) -> Forward:
+    """What was found of some of the pairs."""
+    sides = (2 * pairs[:, None] + np.arange(2)).ravel()
+    rewards, heads = (None if values is None else values[sides] for values in (found.rewards, found.heads))
+    hidden = None if found.hidden is None else [found.hidden[i] for i in sides]
+    return Forward(rewards, hidden, heads)
 
 
 def tokens_of(reward: RewardModel, rows: pa.Table) -> list[PairTokens]:
@@ -247,12 +308,9 @@ class RewardPairs(ReadsPairs):
     rewards = True
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        rewards = found.rewards
-        assert rewards is not None
-        if not torch.isfinite(rewards).all():
-            bad = tokens[int((~torch.isfinite(rewards)).nonzero()[0]) // 2].pair_id
-            raise UserError(f"pair {bad!r}: {self.reward.name} gives a NaN or infinite reward; retrain it")
-        chosen, rejected = rewards.numpy()[0::2], rewards.numpy()[1::2]
+        assert found.rewards is not None
+        rewards = found.rewards.numpy()
+        chosen, rejected = rewards[0::2], rewards[1::2]
         columns = {
             "pair_id": pairs["pair_id"],
             "section": pairs["section"],

@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray import hooks
 from safer_ray.batches import passes
-from safer_ray.errors import UserError
+from safer_ray.errors import TooLargeError, UserError
 from safer_ray.packing import (
     Index,
     Packed,
     alone,
     end_index,
+    fork_of,
     pack,
     pack_batch,
     packs,
@@ -197,22 +198,26 @@ class RewardModel:
         in input order. Without `rewards` and `heads`, the blocks after the last of `layers` do not run.
 
         Raises:
-            UserError: a sequence that does not fit the memory.
+            TooLargeError: sequences that do not fit the memory.
         """
         names = [f"sequence {i}" for i in range(len(sequences))]
         ask = Ask(tuple(layers), rewards, heads)
         return self._read([alone(ids) for ids in sequences], names, ask, positions, budget)[0]
 
     def packs(self, pair: PairTokens) -> bool:
-        """Whether a pair runs as one sequence: a causal model whose every layer sees all of a side.
+        """Whether a pair runs as one sequence: a causal model whose every layer sees all of a side, and no more tokens
+        than a micro-batch has, since its mask is their number squared.
 
         Where the frozen blocks' outputs are remembered, by sequence, no pair does.
         """
         config = self.model.config
         if not packs(config) or (memory() is not None and self.frozen_layers):
             return False
+        chosen, rejected = pair.chosen.ids, pair.rejected.ids
+        if len(chosen) + len(rejected) - fork_of(chosen, rejected) > self.budget:
+            return False
         window = self.window or smallest_window(config)
-        return window is None or max(len(pair.chosen.ids), len(pair.rejected.ids)) <= window
+        return window is None or max(len(chosen), len(rejected)) <= window
 
     def forward_pairs(
         self,
@@ -232,17 +237,21 @@ class RewardModel:
         what the part `before` gave, and all but the last are asked for `states`.
 
         Raises:
-            UserError: a pair that does not fit the memory.
+            TooLargeError: pairs that do not fit the memory, by their place.
         """
         rows: list[list[Packed]] = []
         for i, pair in enumerate(pairs):
             ids = pair.chosen.ids, pair.rejected.ids
             packed = self.packs(pair) if before is None or before.states is None else len(before.states[i]) == 1
             rows.append([pack(*ids)] if packed else [alone(side) for side in ids])
-        names = [f"pair {pair.pair_id!r}" for pair, own in zip(pairs, rows, strict=True) for _ in own]
+        owner = [i for i, own in enumerate(rows) for _ in own]
+        names = [f"pair {pairs[i].pair_id!r}" for i in owner]
         given = [state for own in before.states for state in own] if before and before.states is not None else None
         ask = Ask(tuple(layers), rewards, heads, states)
-        found, last = self._read([row for own in rows for row in own], names, ask, positions, budget, given)
+        try:
+            found, last = self._read([row for own in rows for row in own], names, ask, positions, budget, given)
+        except TooLargeError as error:
+            raise TooLargeError({owner[row]: reason for row, reason in error.reasons.items()}) from None
         if states:
             each = iter(last)
             found = found._replace(states=[[next(each) for _ in own] for own in rows])

@@ -7,6 +7,7 @@ A fragment goes through three steps: `ReadFragment` (and tokenise), `MapFragment
 calls them one after another; on Ray they are the operators of a Ray Data pipeline.
 """
 
+import errno
 import functools
 import json
 import os
@@ -151,8 +152,10 @@ class Mapped(NamedTuple):
 
 
 def _is_about_a_row(error: Exception) -> bool:
-    """Whether halving can help: not when the user, the disk or the memory is the trouble."""
-    return not isinstance(error, SaferError | OSError | MemoryError)
+    """Whether halving can help: not when the user or the disk is the trouble. Fewer rows take less memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return not isinstance(error, SaferError)
 
 
 class Attempts:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -175,6 +176,17 @@ REWARDS = pa.schema(
 )
 
 TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
+
+
+REFUSED = "refused"  # the column of a batch function's output that tells why a row could not be used; else null
+
+
+def split_refused(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows that could be used, without the column `refused`, and the others."""
+    if REFUSED not in rows.column_names:
+        return rows, rows.slice(0, 0)
+    bad = pc.is_valid(rows[REFUSED])
+    return rows.filter(pc.invert(bad)).drop_columns([REFUSED]), rows.filter(bad)
 
 
 def rows_of(table: pa.Table, ids: list[str]) -> tuple[pa.Table, list[str]]:

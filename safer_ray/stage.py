@@ -10,10 +10,10 @@ from pydantic import BaseModel
 
 from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
 from safer_ray.config import RunConfig
-from safer_ray.errors import SaferError, UserError
+from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
 from safer_ray.recipes import Input
-from safer_ray.runner import MapJob, Runner
+from safer_ray.runner import MapJob, Runner, quarantine_rows
 from safer_ray.schema import rows_of
 
 VERSIONS = {
@@ -90,27 +90,32 @@ class StageContext:
     fragment_rows: int = 1000
     shards: int = 1  # parts that reward models are cut into where they only read
     trust_remote_code: bool = False  # whether Python code that checkpoints bring may run
+    max_refused_share: float = 0.2  # of the rows of a stage, before it is given up
 
     @classmethod
     def of(cls, place: Place, runner: Runner, config: RunConfig) -> Self:
         """As the config of a run says."""
-        reward = config.reward
-        return cls(place, runner, config.fragment_rows, reward.shards, reward.trust_remote_code)
+        reward, share = config.reward, config.pairs.max_refused_share
+        return cls(place, runner, config.fragment_rows, reward.shards, reward.trust_remote_code, share)
 
     def map(
-        self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float = 0.2
+        self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float | None = None
     ) -> dict[str, int]:
         """Map a job; its row counts. What it writes is marked as the inputs of what is built in `directory` are.
 
         Raises:
-            SaferError: more than `refused_share` of the rows failed; the commonest reason is named.
+            UserError: more than `refused_share`, or else the configured share, of the rows failed; the commonest reason
+                is named, and a pair.
         """
         job = replace(job, metadata={**(job.metadata or {}), **self.place.metadata(directory)} or None)
         counts = self.runner.map(job, fragments, directory)
-        if counts.quarantined > refused_share * counts.read:
+        share = self.max_refused_share if refused_share is None else refused_share
+        if counts.quarantined > share * counts.read:
             reason = max(counts.reasons, key=lambda name: counts.reasons[name])
-            raise SaferError(
-                f"{job.stage}: {counts.quarantined} of {counts.read} rows failed, most with {reason!r}; "
-                f"see {directory / 'quarantine'}, and run with --fresh once the cause is mended"
+            (first,) = quarantine_rows(directory).slice(0, 1).to_pylist()
+            raise UserError(
+                f"{job.stage}: {counts.quarantined} of {counts.read} rows failed, more than pairs.max_refused_share "
+                f"{share:g}, most with {reason!r}, the first is pair {first['pair_id']!r}; see "
+                f"{directory / 'quarantine'}, and run with --fresh once the cause is mended"
             )
         return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}

@@ -5,6 +5,7 @@ Texts are never logged, and no error that a pair causes leaves its own outcome.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pyarrow as pa
 
@@ -46,15 +47,23 @@ class ScorePairs(AuditPairs):
         return self.codes
 
     def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Of rows that can all be scored, in their order."""
-        said = [row._asdict() | {"pair_id": str(i), "row_key": str(i)} for i, row in enumerate(rows)]
-        scored = self(schema.table(said, schema.PAIRS))
+        """Of rows in their order; one that the model cannot read has the reason in place of figures."""
+        every = [row._asdict() | {"pair_id": str(i), "row_key": str(i)} for i, row in enumerate(rows)]
+        scored, reasons = self.read(schema.table(every, schema.PAIRS))
+        found = iter(self._told(scored, [(rows[i], said) for i, said in enumerate(every) if i not in reasons]))
+        failed = {i: reason.replace(f"pair '{i}'", "this pair", 1) for i, reason in reasons.items()}
+        return [Outcome(None, error=failed[i]) if i in failed else next(found) for i in range(len(rows))]
+
+    def _told(self, scored: pa.Table | None, read: Sequence[tuple[Row, dict[str, Any]]]) -> list[Outcome]:
+        """What is told of the rows that were scored."""
+        if scored is None:
+            return []
         percentiles = 100 * (1 - suspicion(scored["score"].to_numpy(), self.scores))
         columns = {name: scored[name].to_pylist() for name in FIGURES}
         columns |= {"percentile": percentiles.tolist(), "truncated": self.codes["truncated"].to_pylist()}
         figures = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        asked = [i for i, row in enumerate(rows) if row.explain]
-        codes, pairs = self.codes.take(pa.array(asked, pa.int64())), [said[i] for i in asked]
+        asked = [i for i, (row, _) in enumerate(read) if row.explain]
+        codes, pairs = self.codes.take(pa.array(asked, pa.int64())), [read[i][1] for i in asked]
         told = explain(codes, self.score.features, pairs, self.reward.pairs, self.reasons) if asked else []
         explanations = dict(zip(asked, told, strict=True))
         return [Outcome(values, explanations.get(i)) for i, values in enumerate(figures)]

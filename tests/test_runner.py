@@ -225,7 +225,7 @@ def test_refused_rows_go_to_the_quarantine_with_their_reason(fragments, tmp_path
 
 @pytest.mark.parametrize(
     "error",
-    [UserError("the layer is wrong"), OSError(errno.ENOSPC, "No space left on device"), MemoryError("no more")],
+    [UserError("the layer is wrong"), OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")],
 )
 def test_trouble_that_no_row_is_to_blame_for_ends_the_stage_at_once(fragments, tmp_path, error):
     calls = []
@@ -239,6 +239,24 @@ def test_trouble_that_no_row_is_to_blame_for_ends_the_stage_at_once(fragments, t
     assert calls == [1]
     assert not [path for path in (tmp_path / "out" / "journal").rglob("*") if path.is_file()]
     assert count(tmp_path / "out").read == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_rows_that_do_not_fit_the_memory_together_are_halved_and_one_that_never_does_is_quarantined(
+    fragments, tmp_path, error
+):
+    def large(rows):
+        if len(rows) > 2 or 13 in rows["value"].to_pylist():
+            raise error
+        return double(rows)
+
+    out = tmp_path / "out"
+    counts = LocalRunner().map(job(large, batch_rows=8), fragments, out)
+    assert doubles(out) == [2 * i for i in range(30) if i != 13]
+    assert counts.quarantined == 1
+    (row,) = quarantine_rows(out).to_pylist()
+    assert row["pair_id"] == "p13"
+    assert str(error) in row["reason"]
 
 
 def test_a_disk_that_fills_at_commit_leaves_the_fragment_undone(fragments, tmp_path, monkeypatch):
