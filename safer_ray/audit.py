@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import Artifact
-from safer_ray.auditor import scorer
+from safer_ray.auditor import scorer, vector_layers
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
@@ -61,7 +61,7 @@ class AuditPairs(EncodePairs):
             UserError: the bundle holds no such detector, or the model is in parts and the detector needs it whole.
         """
         score = scorer(self.auditor, config)
-        layers = self.auditor.metrics.get("vector_layers", []) if config.detector == "combined" else []
+        layers = vector_layers(self.auditor) if config.detector == "combined" else []
         if layers and self.part.of > 1:
             raise UserError(
                 "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"

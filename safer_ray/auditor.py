@@ -1,6 +1,7 @@
 """The deployable bundle: reward model, SAE, chosen features, what pairs are suspected by, and the reference pairs."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
 from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
 
+log = logging.getLogger(__name__)
 AUDITOR_FORMAT = 2  # a bundle of another one is refused
 DETECTOR = "detector"  # the folder of `combined` in a bundle
 VALUES = "values.parquet"  # what `combined` says of the pairs it was fitted on, out of fold
@@ -32,7 +34,10 @@ def read_features(path: Path, mode: Mode | None = None) -> Features:
         raise UserError(f"no features at {path}; run stage `select`, which writes features.json") from None
     except ValueError:
         raise UserError(f"{path} is not JSON; pass the features.json of stage `select`") from None
-    return parse_features(tree, mode)
+    features = parse_features(tree, mode)
+    if mode is None and "mode" not in tree:
+        log.warning("%s names no mode: the ends of responses alone count, as in mode `response`", path)
+    return features
 
 
 def check_auditor(auditor: Artifact) -> None:
@@ -75,13 +80,28 @@ def reference_values(auditor: Artifact, detector: DetectorOf) -> np.ndarray:
         UserError: the bundle holds no such detector.
     """
     if detector == "combined":
-        return read_parquet(_fitted(auditor) / VALUES)["combined"].to_numpy()
-    reference = read_parquet(auditor.path / "reference.parquet")
-    if detector == "safer":
-        return reference["score"].to_numpy()
-    if reference["reward_margin"].null_count:
-        raise UserError(f"{auditor.path} knows no rewards of its reference pairs; pass --detector safer")
-    return reference["reward_margin"].to_numpy()
+        values = read_parquet(_fitted(auditor) / VALUES)["combined"].to_numpy()
+    else:
+        name = "score" if detector == "safer" else detector
+        known = read_parquet(auditor.path / "reference.parquet")[name]
+        if known.null_count and detector == "reward_margin":
+            raise UserError(f"{auditor.path} knows no rewards of its reference pairs; pass --detector safer")
+        values = known.to_numpy()
+    if not len(values) or not np.isfinite(values).all():
+        raise UserError(f"{auditor.path}: its reference is empty or not finite ({detector}); build the bundle again")
+    return values
+
+
+def vector_layers(auditor: Artifact) -> list[int]:
+    """The layers whose mean vectors a bundle's combined detector reads.
+
+    Raises:
+        UserError: it does not say.
+    """
+    layers = auditor.metrics.get("vector_layers")
+    if not layers:
+        raise UserError(f"{auditor.path} does not say the vector_layers of its combined detector; build it again")
+    return list(layers)
 
 
 def _fitted(auditor: Artifact) -> Path:

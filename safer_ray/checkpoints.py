@@ -24,6 +24,7 @@ from safer_ray.text import PairTokenizer
 from safer_ray.tiny_llama import make_tiny_llama
 
 log = logging.getLogger(__name__)
+TEMPLATES = ("auto", "plain", "chat")
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
@@ -79,6 +80,8 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
         tokenizer.pad_token = tokenizer.eos_token
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
+        if template == "plain":
+            log.warning("%s has no chat template: pairs are read as Human: and Assistant: turns", name)
     return PairTokenizer(tokenizer, template, limit)
 
 
@@ -183,8 +186,19 @@ def _load_range(
 
 def _settings(directory: Path) -> dict[str, Any]:
     settings = {"template": "auto", "max_length": 10**9, "frozen_layers": 0}
-    if (directory / SETTINGS).is_file():
-        settings |= json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    file = directory / SETTINGS
+    if not file.is_file():
+        return settings
+    try:
+        settings |= json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is not a JSON object; export the model again, or delete the file") from None
+    if settings["template"] not in TEMPLATES:
+        raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(TEMPLATES)}")
+    for name, least in (("max_length", 1), ("frozen_layers", 0)):
+        value = settings[name]
+        if type(value) is not int or value < least:
+            raise UserError(f"{file}: {name} is {value!r}, wanted a whole number from {least} on")
     return settings
 
 

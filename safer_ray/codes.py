@@ -86,11 +86,16 @@ def _is_fallback(codes: pa.Table, side: str, per_row: np.ndarray) -> np.ndarray:
 
 
 def _prompt_lengths(codes: pa.Table) -> np.ndarray:
+    if "n_prompt_tokens" not in codes.column_names or codes["n_prompt_tokens"].null_count:
+        raise UserError(
+            "codes: `n_prompt_tokens` is missing or null, without which nobody knows where a response begins; "
+            "rebuild stage `codes`, or use mode `paper`, which counts prompts too"
+        )
     return codes["n_prompt_tokens"].to_numpy()
 
 
 def latent_count(codes: pa.Table) -> int:
-    """One more than the largest feature id that fires, for codes whose SAE width is not recorded."""
+    """One more than the largest feature id that fires: what sums of these codes need, not the width of the SAE."""
     largest = -1
     for side in ("chosen", "rejected"):
         features = _list(codes[f"{side}_features"], f"{side}_features").flatten().flatten()

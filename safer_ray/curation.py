@@ -1,16 +1,18 @@
 """Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy values pairs; low: suspicious."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.config import Action, StrategyName
+from safer_ray.config import Action, CurateConfig, StrategyName
 from safer_ray.errors import UserError
 from safer_ray.schema import DECISIONS, rows_of
 
+log = logging.getLogger(__name__)
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
@@ -68,11 +70,11 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    if table[name].null_count:
-        raise UserError(
-            f"curate: {table[name].null_count} pairs have no {name}; score them first, or pick another strategy"
-        )
-    return table[name].to_numpy().astype(np.float64)
+    values = table[name].to_numpy().astype(np.float64)
+    missing = int((~np.isfinite(values)).sum())
+    if missing:
+        raise UserError(f"curate: {missing} pairs have no {name}; score them first, or pick another strategy")
+    return values
 
 
 def characters(column: pa.ChunkedArray) -> np.ndarray:
@@ -99,6 +101,36 @@ def join_scores(pairs: pa.Table, scores: pa.Table) -> pa.Table:
     for name in JOINED:
         pairs = pairs.append_column(name, taken[name])
     return pairs
+
+
+def have_scores(pairs: pa.Table, scores: pa.Table, share: float) -> np.ndarray:
+    """Which pairs have a score: a model may have quarantined some.
+
+    Raises:
+        UserError: more than this share has none.
+    """
+    ids = pairs["pair_id"].to_pylist()
+    known = set(scores["pair_id"].to_pylist())
+    mask = np.array([key in known for key in ids], dtype=bool)
+    missing = len(ids) - int(mask.sum())
+    if missing > share * len(ids):
+        first = ids[int(mask.argmin())]
+        raise UserError(f"curate: {missing} pairs have no score, the first is {first!r}; score all of them")
+    if missing:
+        log.warning("%d of %d pairs have no score: they are kept as they are", missing, len(ids))
+    return mask
+
+
+def keep_others(pairs: pa.Table, decisions: pa.Table, config: CurateConfig) -> pa.Table:
+    """The decisions of all pairs, in their order: those that none was made of are kept."""
+    _, missing = rows_of(decisions, pairs["pair_id"].to_pylist())
+    if not missing:
+        return decisions
+    kept, _ = rows_of(pairs, missing)
+    fixed = {"strategy": config.strategy, "eligible": False, "decision": "keep", "red_team": config.action == "poison"}
+    rows = [fixed | row for row in kept.select(["pair_id", "row_key"]).to_pylist()]
+    both = pa.concat_tables([decisions, pa.Table.from_pylist(rows, schema=DECISIONS)])
+    return rows_of(both, pairs["pair_id"].to_pylist())[0]
 
 
 def decide(

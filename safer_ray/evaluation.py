@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.stats import binomtest, norm
 
 from safer_ray.config import StrategyName
@@ -58,6 +59,15 @@ def _sections(rewards: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
     names = np.array([name or "unnamed" for name in rewards["section"].to_pylist()], dtype=object)
     for name in sorted(set(names)):
         yield name, names == name
+
+
+def on_the_same(one: pa.Table, other: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Two REWARDS tables on the pairs that both have: either model may have quarantined some."""
+    ids = [set(table["pair_id"].to_pylist()) for table in (one, other)]
+    if ids[0] == ids[1]:
+        return one, other
+    both = pa.array(sorted(ids[0] & ids[1]), pa.string())
+    return one.filter(pc.is_in(one["pair_id"], both)), other.filter(pc.is_in(other["pair_id"], both))
 
 
 def mcnemar(rewards: pa.Table, base: pa.Table) -> dict[str, McNemar]:

@@ -1,5 +1,6 @@
 """The stages that are arithmetic on codes, salience to curation; only the judge and an audit run the model."""
 
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from safer_ray.artifacts import (
 from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, read_features, scorer
 from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
-from safer_ray.codes import latent_count
+from safer_ray.codes import flatten
 from safer_ray.config import (
     ContextsConfig,
     CurateConfig,
@@ -33,7 +34,7 @@ from safer_ray.config import (
     SelectConfig,
 )
 from safer_ray.contexts import FindContexts, merge_contexts
-from safer_ray.curation import JOINED, apply_decisions, decide, join_scores
+from safer_ray.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet, write_json, write_parquet
@@ -43,27 +44,65 @@ from safer_ray.marks import Marks
 from safer_ray.pretrained import Checkpoint, own_code
 from safer_ray.recipes import Input
 from safer_ray.runner import MapJob
+from safer_ray.sae_formats import load_sae
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
-from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, margins, pair_scores
+from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.where import where_mask
+
+log = logging.getLogger(__name__)
+
+
+def mode_of(salience: Artifact, given: Mode | None, otherwise: Mode | None = None) -> Mode:
+    """Which ends a salience counts, `otherwise` where nobody says it and no number depends on it.
+
+    Raises:
+        UserError: it does not say, and nobody else does, or somebody says otherwise.
+    """
+    recorded = salience.metrics.get("mode", given)
+    if recorded is None and otherwise is not None:
+        log.warning("%s does not record its mode, taken for %s; pass --mode paper if not", salience.path, otherwise)
+        return otherwise
+    if recorded is None:
+        raise UserError(f"{salience.path} does not record its mode; pass --mode paper or --mode response")
+    if given not in (None, recorded):
+        raise UserError(f"{salience.path} was made in mode {recorded!r}, not {given!r}; leave --mode out")
+    return recorded
+
+
+def _width(codes: Artifact, given: int | None) -> int:
+    """Latents of the SAE that codes were made with."""
+    recorded = codes.metrics.get("latents", given)
+    if recorded is None:
+        raise UserError(
+            f"{codes.path} does not record how wide its SAE is, on which every salience depends; pass --latents"
+        )
+    if given not in (None, recorded):
+        raise UserError(f"{codes.path} is of an SAE of {recorded} latents, not {given}; leave --latents out")
+    return int(recorded)
 
 
 class Findings(StageContext):
     """Salience, contexts, verdicts, selection, auditor, scores, curation."""
 
     def salience(self, codes: Artifact, mode: Mode, latents: int | None = None) -> Artifact:
-        """Sums per fragment, reduced in order. `latents` is the SAE's width where the codes do not record it."""
+        """Sums per fragment, reduced in order. `latents` is the SAE's width where the codes do not record it.
+
+        Raises:
+            UserError: the width is neither recorded nor given, or a feature lies past it.
+        """
 
         def build(out: Path) -> Result:
+            flatten(
+                read_parquet(part_files(codes.path)[0]).slice(0, 0), "chosen", mode
+            )  # or it says that these are no codes
+            width = _width(codes, latents)
             job = MapJob(
                 "salience", read_fragment, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9
             )
             counts = self.map(job, part_fragments(codes.path), out)
             tables = [read_parquet(path) for path in part_files(out / "state" / "sums")]
             largest = max(int(t["feature"].to_numpy().max(initial=-1)) for t in tables)
-            known = latents or codes.metrics.get("latents")
-            width = known or max(latent_count(read_parquet(path)) for path in part_files(codes.path))
             if largest >= width:
                 raise UserError(f"salience: feature {largest} fires, but the SAE has {width} latents; check --latents")
             sums = reduce_sums(tables, width)
@@ -129,11 +168,13 @@ class Findings(StageContext):
         *,
         verdicts: Artifact | None = None,
         ratings: Artifact | None = None,
+        mode: Mode | None = None,
     ) -> Artifact:
-        """Choose F+ and F- by verdicts, or by a file of ratings.
+        """Choose F+ and F- by verdicts, or by a file of ratings. `mode` is that of the salience, where this does not
+        record it.
 
         Raises:
-            UserError: no candidate has the rating wanted.
+            UserError: no candidate has the rating wanted, or nobody knows the mode.
         """
         given = read_ratings(ratings.path) if ratings else {}
         shown = schema.to_json({str(k): v for k, v in sorted(given.items())})
@@ -148,13 +189,14 @@ class Findings(StageContext):
                     f"select: none of the {len(chosen['candidates'])} candidates is rated {config.rating} "
                     f"(highest: {best}); lower judge.thresholds or select.rating, or train a wider SAE"
                 )
-            known = {"mode": salience.metrics.get("mode", "response"), "latents": salience.metrics.get("latents")}
+            known = {"mode": mode_of(salience, mode), "latents": salience.metrics.get("latents")}
             write_json({**known, **chosen}, out / "features.json")
             write_json({str(key): rated.get(key) for key in chosen["candidates"]}, out / "ratings.json")
             return Result({"safe": len(chosen["safe"]), "unsafe": len(chosen["unsafe"])})
 
         rating = verdicts or Input(shown, (ratings,) if ratings else ())
-        return self.place.make(recipe("select", config, salience=salience, ratings=rating), build)
+        told = config.model_dump(mode="json") | ({"mode": mode} if mode else {})
+        return self.place.make(recipe("select", told, salience=salience, ratings=rating), build)
 
     def auditor(
         self,
@@ -172,6 +214,7 @@ class Findings(StageContext):
 
         def build(out: Path) -> Result:
             features = read_features(selected.path / "features.json")
+            check_width(features, load_sae(sae.path).latents, str(sae.path))
             for name, artifact in (("reward", reward), ("sae", sae)):
                 shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
             shutil.copyfile(selected.path / "features.json", out / "features.json")
@@ -225,6 +268,8 @@ class Findings(StageContext):
         features = read_features(selected.path, mode)
 
         def build(out: Path) -> Result:
+            if "latents" in codes.metrics:
+                check_width(features, codes.metrics["latents"], str(codes.path))
             reference = np.concatenate([pair_scores(read_parquet(p), features) for p in part_files(codes.path)])
             job = MapJob(
                 "scores",
@@ -244,15 +289,17 @@ class Findings(StageContext):
         def build(out: Path) -> Result:
             parts = part_files(pairs_of(pairs))
             rows = pa.concat_tables([read_parquet(path) for path in parts])
-            joined = join_scores(rows, read_parts(scores.path, ["pair_id", *JOINED]))
+            known = read_parts(scores.path, ["pair_id", *JOINED])
+            scored = rows.filter(pa.array(have_scores(rows, known, self.max_refused_share)))
             decisions = decide(
-                joined,
-                where_mask(rows, config.where),
+                join_scores(scored, known),
+                where_mask(scored, config.where),
                 strategy=config.strategy,
                 action=config.action,
                 percent=config.percent,
                 seed=config.seed,
             )
+            decisions = keep_others(rows, decisions, config)
             offset = 0
             for path in parts:
                 part = read_parquet(path)
@@ -261,6 +308,8 @@ class Findings(StageContext):
                 for folder, table in (("pairs", apply_decisions(part, decided)), ("decisions", decided)):
                     write_parquet(table, out / folder / path.name)
             totals = Counter(decisions["decision"].to_pylist())
+            if len(scored) < len(rows):
+                totals["unscored"] = len(rows) - len(scored)  # kept
             if totals["drop"] == len(rows):
                 raise UserError(f"curate: dropping {config.percent}% leaves no pairs; lower the percentage")
             return Result(dict(totals), {}, config.seed, Marks(red_team=config.action == "poison"))

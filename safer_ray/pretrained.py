@@ -31,23 +31,25 @@ class OwnCode(NamedTuple):
     classifier: str | None
 
 
-def open_config(checkpoint: Checkpoint) -> Any:
+def open_config(checkpoint: Checkpoint, failed: str = "cannot read the config of") -> Any:
     """The config of a checkpoint.
 
     Raises:
-        UserError: there is none that can be read, or the checkpoint brings code that is not trusted.
+        UserError: there is none that can be read, which begins with `failed`; or the checkpoint brings code that is not
+            trusted.
     """
     from transformers import AutoConfig
 
-    return _open(AutoConfig, checkpoint, "cannot read the config of", bool(check_trusted(checkpoint).config))
+    return _open(AutoConfig, checkpoint, failed, bool(check_trusted(checkpoint).config))
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a checkpoint; raises as `open_config`."""
     from transformers import AutoTokenizer
 
-    config, own = open_config(checkpoint), check_trusted(checkpoint)
-    return _open(AutoTokenizer, checkpoint, "cannot read the tokenizer of", bool(own.tokenizer), config=config)
+    failed = "cannot read the tokenizer of"
+    config, own = open_config(checkpoint, failed), check_trusted(checkpoint)
+    return _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
 
 
 def open_classifier(checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -70,6 +70,8 @@ def load_sae(directory: Path) -> TopKSae:
     k = _k(directory, config)
     try:
         weights = {name: value.float() for name, value in load_file(directory / WEIGHTS).items()}
+        if config.get("d_sae", len(weights["W_dec"])) != len(weights["W_dec"]):
+            raise ValueError(f"cfg.json says {config['d_sae']} latents, W_dec has {len(weights['W_dec'])}")
         sae = _sae_of(config, weights, k)
     except FileNotFoundError:
         raise UserError(f"no SAE in {directory}: {WEIGHTS} is missing") from None
@@ -106,7 +108,15 @@ def _sae_of(config: dict[str, Any], weights: dict[str, Tensor], k: int) -> TopKS
             weights["threshold"] = weights.pop("topk_threshold").expand(latents)
         weights["batches"] = torch.zeros((), dtype=torch.long)
     sae.load_state_dict(weights)
+    _check_finite(weights)
     return sae
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises ValueError: with such a weight a latent fires never or always, without a word."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -142,6 +152,7 @@ def read_published(path: Path, k: int) -> SignedTopKSae:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         weights = {ours: state[theirs].float() for ours, theirs in PUBLISHED.items()}
+        _check_finite(weights)
         latents, d = weights["W_enc"].shape
         sae = SignedTopKSae(d, latents, k)
         sae.load_state_dict(weights | {"W_enc": weights["W_enc"].T, "W_dec": weights["W_dec"].T})

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.batches import micro_batches
+from safer_ray.errors import UserError
 from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae, standardise
@@ -124,12 +125,16 @@ def spliced(
     chunks = (pairs[start : start + PAIRS] for start in range(0, len(pairs), PAIRS))
     rewards = [_before_and_after(reward, layer, sae, chunk, all_tokens) for chunk in chunks]
     before, after = (torch.cat(own).double() for own in zip(*rewards, strict=True))
+    pair = torch.isfinite(before + after).view(-1, 2).all(1)  # others were quarantined when vectors were harvested
+    if not pair.any():
+        raise UserError(f"{reward.name} gives no finite reward on {len(pair)} held-out pairs; retrain it")
+    before, after = (own[pair.repeat_interleave(2)] for own in (before, after))
     margins = [(own[0::2] - own[1::2]).numpy() for own in (before, after)]
     error = float((after - before).square().mean())
     right = [float((margin > 0).mean()) for margin in margins]
     flips = float((np.sign(margins[0]) != np.sign(margins[1])).mean())
     variance = max(float(before.var(unbiased=False)), 1e-12)
-    return Spliced(len(pairs), error, error / variance, right[0], right[1] - right[0], flips)
+    return Spliced(int(pair.sum()), error, error / variance, right[0], right[1] - right[0], flips)
 
 
 def _before_and_after(

@@ -49,6 +49,15 @@ def parse_features(tree: object, mode: Mode | None = None) -> Features:
     return Features(tree["safe"], tree["unsafe"], chosen_mode)
 
 
+def check_width(features: Features, latents: int, source: str) -> None:
+    """Raises UserError where a selected feature lies past the SAE in `source`: it was selected on another one."""
+    largest = max([*features.safe, *features.unsafe])
+    if largest >= latents:
+        raise UserError(
+            f"features: {largest} is selected, but {source} has {latents} latents; select the features of this SAE"
+        )
+
+
 class Contributions(NamedTuple):
     """Signed activations of selected features, already divided by their side's number of entries."""
 
@@ -147,6 +156,13 @@ class ScoreCodes:
     def __call__(self, codes: pa.Table) -> pa.Table:
         scores = pair_scores(codes, self.features)
         values = self.value(codes, scores) if self.value else scores
+        unknown = ~np.isfinite(values)
+        if unknown.any():
+            first = codes["pair_id"][int(unknown.argmax())].as_py()
+            raise UserError(
+                f"{int(unknown.sum())} pairs, the first is {first!r}, have nothing to be suspected by: their codes "
+                "hold no rewards, or values that are not finite; pass --detector safer, or rebuild stage `codes`"
+            )
         rewards = [_rewards(codes, side) for side in ("chosen", "rejected")]
         columns = {
             "pair_id": codes["pair_id"],

@@ -1,7 +1,7 @@
 """One command a stage, each from explicit directories to `--out`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,21 @@ from safer_ray.commands import (
 )
 from safer_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from safer_ray.config import Mode
+
 app = typer.Typer()
+SalienceMode = Annotated[
+    str | None, typer.Option(help="paper or response, where the salience does not record its mode.")
+]
+
+
+def checked_mode(mode: str | None) -> "Mode | None":
+    """Raises UserError unless it is a mode, or none."""
+    from safer_ray.config import SalienceConfig
+
+    checked: Mode | None = build_config(SalienceConfig, mode=mode).mode if mode else None
+    return checked
 
 
 @app.command()
@@ -111,6 +125,8 @@ def sae(
         raise UserError("sae: pass --pairs and --reward together, or neither")
     source = open_input(activations, "activations")
     known = source.metrics.get("layer", layer)
+    if layer not in (None, known):
+        raise UserError(f"{activations} are of layer {known}, not {layer}; leave --layer out")
     if known is None:
         raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
     first, judged, model = (open_input(path) if path else None for path in (start, pairs, reward))
@@ -158,12 +174,16 @@ def contexts(
     pairs: ExistingPath,
     reward: ExistingPath,
     out: Out,
+    mode: SalienceMode = None,
     assignments: Assignments = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 7: the sentences on which each candidate feature fires most."""
+    from safer_ray.findings import mode_of
+
     ranked = open_input(salience, "salience")
+    counted = mode_of(ranked, checked_mode(mode), otherwise="response")
     with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
         config = config_section(None, "contexts", assignments)
         show_artifact(
@@ -173,7 +193,7 @@ def contexts(
                 open_input(codes),
                 open_input(pairs),
                 open_input(reward),
-                ranked.metrics.get("mode", "response"),
+                counted,
             )
         )
 
@@ -205,6 +225,7 @@ def select(
     out: Out,
     ratings: Annotated[Path | None, path_option(help='JSON {"feature": rating}.')] = None,
     verdicts: Annotated[Path | None, path_option(help="The directory of stage verdicts.")] = None,
+    mode: SalienceMode = None,
     assignments: Assignments = None,
     fresh: Fresh = False,
 ) -> None:
@@ -216,7 +237,13 @@ def select(
         source = open_input(salience, "salience")
         judged = open_input(verdicts, "verdicts") if verdicts else None
         show_artifact(
-            stages.select(config, source, verdicts=judged, ratings=open_input(ratings, "ratings") if ratings else None)
+            stages.select(
+                config,
+                source,
+                verdicts=judged,
+                ratings=open_input(ratings, "ratings") if ratings else None,
+                mode=checked_mode(mode),
+            )
         )
 
 
@@ -261,9 +288,7 @@ def rescore(
     fresh: Fresh = False,
 ) -> None:
     """Stage 11 with another selection of features, from codes alone."""
-    from safer_ray.config import SalienceConfig
-
-    checked = build_config(SalienceConfig, mode=mode).mode if mode else None
+    checked = checked_mode(mode)
     with one_stage(out, fresh) as stages:
         scoring = config_section(None, "scores", None)
         show_artifact(stages.rescore(scoring, open_input(codes), open_input(features), checked))

@@ -13,8 +13,8 @@ from safer_ray.artifacts import Artifact, read_parts
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import RunConfig, StrategyName
 from safer_ray.contexts import cut_context
-from safer_ray.curation import JOINED, join_scores
-from safer_ray.evaluation import Detection, McNemar, detection, mcnemar
+from safer_ray.curation import JOINED, have_scores, join_scores
+from safer_ray.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
 from safer_ray.files import write_json, write_text
 from safer_ray.marks import together
 from safer_ray.stage import pairs_of
@@ -36,10 +36,11 @@ class RunView:
     curated: dict[str, Artifact]
 
     def rows(self) -> pa.Table:
-        """Training pairs joined with their scores."""
+        """Training pairs joined with their scores; without those that a model quarantined."""
         pairs = read_parts(pairs_of(self.artifacts["training_pairs"]))
         scores = read_parts(self.artifacts["scores"].path, ["pair_id", *JOINED])
-        return join_scores(pairs, scores)
+        scored = have_scores(pairs, scores, self.config.pairs.max_refused_share)
+        return join_scores(pairs.filter(pa.array(scored)), scores)
 
     def planted(self, rows: pa.Table) -> np.ndarray | None:
         """Per row whether its label was swapped on purpose; None where nothing was planted."""
@@ -65,7 +66,7 @@ class RunView:
         """McNemar's tests of every model against the base, by model and section."""
         base = read_parts(self.evaluations[self.config.evaluate.base].path)
         others = {k: v for k, v in self.evaluations.items() if k != self.config.evaluate.base}
-        return {name: mcnemar(read_parts(artifact.path), base) for name, artifact in others.items()}
+        return {name: mcnemar(*on_the_same(read_parts(artifact.path), base)) for name, artifact in others.items()}
 
     def flips_against_random(self) -> dict[str, dict[str, McNemar]]:
         """McNemar's tests of each `safer` variant against the random one of the same action and share."""
@@ -77,7 +78,7 @@ class RunView:
             rival = next((n for n, c in self.config.curate.items() if c == twin), None)
             if rival is not None:
                 tables = (read_parts(self.evaluations[n].path) for n in (name, rival))
-                found[f"{name} vs {rival}"] = mcnemar(*tables)
+                found[f"{name} vs {rival}"] = mcnemar(*on_the_same(*tables))
         return found
 
     def seconds(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Small row filters: `section == safety and labels.kind != benign`."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+log = logging.getLogger(__name__)
 COLUMNS = ("pair_id", "source", "section", "group")
 _CONDITION = re.compile(r"^\s*([\w.]+)\s*(==|!=)\s*(?:\"([^\"]*)\"|'([^']*)'|(\S+))\s*$")
 
@@ -54,4 +56,7 @@ def where_mask(pairs: pa.Table, text: str | None) -> np.ndarray:
     columns = sorted({"labels" if c.column.startswith("labels.") else c.column for c in conditions})
     if not columns:
         return np.ones(len(pairs), dtype=bool)
-    return np.array([meets(row, conditions) for row in pairs.select(columns).to_pylist()], dtype=bool)
+    mask = np.array([meets(row, conditions) for row in pairs.select(columns).to_pylist()], dtype=bool)
+    if len(pairs) and not mask.any():
+        log.warning("none of %d pairs meets `%s`", len(pairs), text)
+    return mask

@@ -221,7 +221,7 @@ def test_a_part_of_which_nothing_was_kept_counts_nothing(tmp_path):
     write_parquet(schema.CODES.empty_table(), tmp_path / "codes" / part_name(0))
     write_parquet(make_codes(HAND), tmp_path / "codes" / part_name(1))
     stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
-    made = stages.salience(Artifact(tmp_path / "codes", "codes-x"), "response")
+    made = stages.salience(Artifact(tmp_path / "codes", "codes-x"), "response", 4)
     assert (made.metrics["latents"], made.metrics["ends_chosen"]) == (4, 3)
 
 
@@ -284,7 +284,7 @@ def test_the_library_matches_the_published_numbers(golden, published):
 def golden_run(golden, tmp_path_factory):
     """The same through the command line: salience, select, rescore."""
     run = tmp_path_factory.mktemp("golden")
-    call("salience", "--codes", golden / "codes", "--mode", "paper", "--out", run / "salience")
+    call("salience", "--codes", golden / "codes", "--mode", "paper", "--latents", 2048, "--out", run / "salience")
     call("select", "--salience", run / "salience", "--ratings", golden / "ratings.json", "--out", run / "select")
     features = run / "select/features.json"
     call("rescore", "--codes", golden / "codes", "--features", features, "--out", run / "scores")
