@@ -113,9 +113,10 @@ class StageContext:
         if counts.quarantined > share * counts.read:
             reason = max(counts.reasons, key=lambda name: counts.reasons[name])
             (first,) = quarantine_rows(directory).slice(0, 1).to_pylist()
+            told = " ".join(first["reason"].split())[:200]
             raise UserError(
                 f"{job.stage}: {counts.quarantined} of {counts.read} rows failed, more than pairs.max_refused_share "
-                f"{share:g}, most with {reason!r}, the first is pair {first['pair_id']!r}; see "
+                f"{share:g}, most with {reason!r}, the first is pair {first['pair_id']!r} ({told}); see "
                 f"{directory / 'quarantine'}, and run with --fresh once the cause is mended"
             )
         return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}

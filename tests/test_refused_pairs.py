@@ -154,7 +154,11 @@ def test_a_stage_ends_where_more_than_the_share_fails_and_a_larger_one_lets_it_g
     pairs = open_artifact(write_parts(with_snow(3), tmp_path / "pairs", 12))
     stages = Stages(Place(tmp_path / "runs"), LocalRunner())
     told = r"evaluate: 1 of 4 rows failed, more than pairs.max_refused_share 0.2, most with 'NaN or infinite values'"
-    with pytest.raises(UserError, match=told + r", the first is pair 'snow'; see .*quarantine"):
+    with pytest.raises(
+        UserError,
+        match=told
+        + r", the first is pair 'snow' \(NaN or infinite values: the reward of model; .*\); see .*quarantine",
+    ):
         stages.evaluate(open_artifact(odd), pairs)
     lenient = replace(stages, max_refused_share=0.25)
     assert lenient.evaluate(open_artifact(odd), pairs).manifest["rows"]["written"] == 3
