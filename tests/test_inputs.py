@@ -11,7 +11,7 @@ from safer_ray.artifacts import Place, read_parts
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.harvest import Harvest
-from safer_ray.inputs import base_identity, file_identity, with_lasting_base
+from safer_ray.inputs import base_input, file_input, with_lasting_base
 from safer_ray.runner import LocalRunner
 
 ONE, OTHER = "1" * 40, "2" * 40  # commits
@@ -51,16 +51,16 @@ def test_a_file_that_changes_within_one_process_is_another_one(tmp_path):
 def test_a_checkpoint_that_changes_within_one_process_is_another_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    first = base_identity(str(tmp_path))
+    first = base_input(str(tmp_path)).name
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert base_identity(str(tmp_path)) != first
+    assert base_input(str(tmp_path)).name != first
 
 
 def test_what_is_not_there_is_an_error_and_no_content(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        file_identity(tmp_path / "none.txt")
+        file_input(tmp_path / "none.txt")
     with pytest.raises(UserError, match=r"no such file or folder: .*nothing_here"):
-        base_identity("package:safer_ray/nothing_here")
+        base_input("package:safer_ray/nothing_here")
 
 
 def test_files_that_change_places_below_a_source_are_other_pairs(tmp_path):
@@ -150,7 +150,7 @@ def cached(tmp_path, monkeypatch):
 def test_a_model_on_the_hub_is_named_by_the_commit_that_it_stands_for(cached):
     base = RewardConfig(base="hub:owner/name")
     cached(ONE)
-    assert with_lasting_base(base).base == base_identity(f"hub:owner/name@{ONE}") == f"hub:owner/name@{ONE}"
+    assert with_lasting_base(base).base == base_input(f"hub:owner/name@{ONE}").name == f"hub:owner/name@{ONE}"
     cached(OTHER)
     assert with_lasting_base(base).base == f"hub:owner/name@{OTHER}"
     cached(ONE, "dev")

@@ -34,6 +34,7 @@ NO_PATHS = {
     "mode",
     "model",
     "name",
+    "node_env",
     "runner",
     "section",
     "strategy",

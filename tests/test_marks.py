@@ -272,7 +272,8 @@ def test_features_and_ratings_of_a_marked_run_mark_what_they_score(made, tmp_pat
     scores = stages.rescore(ScoresConfig(), codes, open_artifact(selected / "features.json"))
     assert scores.manifest["red_team_from"] == ["beside"]
     assert set(read_parts(scores.path)["red_team"].to_pylist()) == {True}
-    rated = stages.select(SelectConfig(), salience, ratings=open_artifact(selected / "ratings.json"))
+    ratings = open_artifact(selected / "ratings.json")
+    rated = stages.select(SelectConfig(), salience, ratings=ratings, mode="response")
     assert rated.manifest["red_team_from"] == ["ratings"]
 
 

@@ -21,7 +21,7 @@ CONFIG = c.RunConfig(
     name="named",
     corpus=c.CorpusConfig(),
     pairs=c.PairsConfig(sources=(c.SourceConfig(path="corpus:train.jsonl", format="canonical", licence="MIT"),)),
-    evaluation=c.PairsConfig(sources=(c.SourceConfig(path="hub:some/where", part="holdout"),)),
+    evaluation=c.PairsConfig(sources=(c.SourceConfig(path="corpus:heldout.jsonl", part="holdout"),)),
 )
 
 
@@ -49,7 +49,7 @@ def names(tmp_path):
     )
     stages.corpus(c.CorpusConfig())
     stages.pairs(CONFIG.pairs, corpus)
-    stages.pairs(CONFIG.evaluation)
+    stages.pairs(CONFIG.evaluation, corpus)
     stages.noise(c.NoiseConfig(), pairs)
     stages.rewards(c.RewardConfig(base=c.TinyLlamaConfig()), [pairs, given("curate")])
     stages.reward(c.RewardConfig(base="hub:some/base"), pairs)
@@ -110,7 +110,7 @@ NAMES = {
     "gathered": ["2e2210360781"],
     "heads": ["1b37ca2b7682"],
     "noise": ["3a73e26e835b"],
-    "pairs": ["1239b48d63fe", "293f65b0dd7e"],
+    "pairs": ["1239b48d63fe", "7ea2b5835850"],
     "reward": ["c068ef76cfd8", "e5a25f57bfe4", "bdacd48f231c", "babd06ae91e8"],
     "sae": ["3c19151ab392", "744f8f6fe0dc"],
     "salience": ["e1eb8959f366"],

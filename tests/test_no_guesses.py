@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_salience import HAND
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, part_name, read_parts
+from safer_ray.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.auditor import read_features, reference_values, vector_layers
 from safer_ray.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.codes import flatten
@@ -73,10 +73,11 @@ def test_the_command_line_names_the_option(safer, codes, tmp_path):
 def test_select_wants_to_know_the_mode(stages, codes, tmp_path):
     made = stages.salience(Artifact(codes, "codes-x"), "paper", 4)
     foreign = Artifact(made.path, "salience-x")
+    write_json({"0": 5, "1": 5}, tmp_path / "rated.json")
 
     def select(source, mode=None):
         place = Findings(Place(tmp_path, out=tmp_path / f"select-{mode}"), LocalRunner())
-        return place.select(SelectConfig(rating=5), source, ratings={0: 5, 1: 5}, mode=mode)
+        return place.select(SelectConfig(rating=5), source, ratings=open_artifact(tmp_path / "rated.json"), mode=mode)
 
     with pytest.raises(UserError, match="does not record its mode; pass --mode paper or --mode response"):
         select(foreign)
@@ -94,9 +95,11 @@ def test_a_selection_without_a_mode_is_told(tmp_path, caplog):
     assert not caplog.text
 
 
-def test_a_selection_of_another_sae_is_refused(stages, codes):
+def test_a_selection_of_another_sae_is_refused(stages, codes, tmp_path):
+    write_json({"safe": [1], "unsafe": [70], "mode": "paper"}, tmp_path / "features.json")
+    selected = open_artifact(tmp_path / "features.json")
     with pytest.raises(UserError, match=r"features: 70 is selected, but .*codes has 64 latents; select the features"):
-        stages.rescore(ScoresConfig(), artifact(codes, "codes", latents=64), Features([1], [70], "paper"))
+        stages.rescore(ScoresConfig(), artifact(codes, "codes", latents=64), selected)
 
 
 def test_codes_that_do_not_say_where_a_response_begins_serve_paper_mode_alone():

@@ -21,12 +21,13 @@ VALUE_OPTIONS = (
     "--flag-quantile",
     "--detector",
     "--max-chars",
+    "--max-refused-share",
     "--fragment-rows",
     "--shards",
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 OF_CONFIGS = ("run", "lab", "sweep")  # commands that take a config, whose results lie below its root
-FLAGS = ("-v", "--verbose", "--fresh", "--dry-run", "--i-am-red-teaming")
+FLAGS = ("-v", "--verbose", "--fresh", "--dry-run", "--i-am-red-teaming", "--trust-remote-code")
 
 
 def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:

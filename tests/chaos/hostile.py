@@ -84,7 +84,7 @@ def audited(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     places, kinds = write_rows(path, count, [_json(pair) for pair in pairs], seed)
     out.mkdir(exist_ok=True)
     source = SourceConfig(path=str(path), format="canonical")
-    audit = Audit(made.artifacts["auditor"], source, ScoresConfig(), fragment_rows=1000)
+    audit = Audit(made.artifacts["auditor"], source, ScoresConfig(), fragment_rows=1000, max_refused_share=1)
     counts = audit_corpus(audit, out, LocalRunner())
     refused = {row["position"]: row["reason"] for row in quarantine_rows(out).to_pylist()}
     scored = {int(key.rpartition("#")[2]) for key in read_parts(out / "scores")["row_key"].to_pylist()}
