@@ -2,7 +2,7 @@
 
 What lies below a source and is no part of it is left out, and told: hidden folders, what this package has written
 (artifacts, finished or not, and audits), and where the asking command itself writes. A folder that is named itself is
-read.
+read; of an artifact, its rows alone.
 """
 
 import glob
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS
+from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS, PLAN, SCRATCH
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at
@@ -23,6 +23,7 @@ from safer_ray.remote import Remote, fits
 from safer_ray.rows import ENDINGS, kind_of
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +120,11 @@ class _Below:
 
     def part(self) -> tuple[list[Path], dict[str, int]]:
         """Part the files of the source from those in folders that are no part of it, which are counted."""
-        found = {file: self._left_out(file.parent) for file in self.files}
+        books = {self.root / name for name in BOOKS} if _is_artifact(self.root, self.is_there) else set()
+        found = {
+            file: next((path for path in (file, *file.parents) if path in books), None) or self._left_out(file.parent)
+            for file in self.files
+        }
         left_out = Counter(str(folder) for folder in found.values() if folder is not None)
         return [file for file, folder in found.items() if folder is None], dict(left_out)
 
@@ -134,10 +139,12 @@ class _Below:
     def _is_apart(self, folder: Path) -> bool:
         if (self.hidden and folder.name.startswith(".")) or real_path(folder) in self.apart:
             return True
-        return any(
-            self.is_there(folder / name) and _holds(folder / name, keys)
-            for name, keys in ((ASKED, ASKED_KEYS), (MANIFEST, MANIFEST_KEYS))
-        )
+        audit = self.is_there(folder / ASKED) and _holds(folder / ASKED, ASKED_KEYS)
+        return audit or _is_artifact(folder, self.is_there)
+
+
+def _is_artifact(folder: Path, is_there: Callable[[Path], bool]) -> bool:
+    return is_there(folder / MANIFEST) and _holds(folder / MANIFEST, MANIFEST_KEYS)
 
 
 def real_path(path: Path) -> str:

@@ -350,6 +350,18 @@ def test_artifacts_below_a_source_are_left_out(corpus, audited):
     assert sorted(audited.read) == ALL
 
 
+def test_of_an_artifact_that_is_named_itself_its_rows_alone_are_read(corpus):
+    write_json({"stage": "pairs", "name": "pairs-x", "packages": {}, "rows": {}}, corpus / "manifest.json")
+    rows = sorted(find_files(SourceConfig(path=str(corpus))).files)
+    for name in ("plan.parquet", "done/00000000.json", "quarantine/part-00000000.parquet"):
+        (corpus / name).parent.mkdir(exist_ok=True)
+        (corpus / name).write_bytes(b"")
+    found = find_files(SourceConfig(path=str(corpus)))
+    assert sorted(found.files) == rows
+    told = ("manifest.json", "plan.parquet", "done", "quarantine")
+    assert found.left_out == {str(corpus / name): 1 for name in told}
+
+
 @pytest.mark.parametrize("name", ["audit.json", "manifest.json"])
 def test_a_users_own_file_of_that_name_is_data_like_any_other(tmp_path, name):
     (tmp_path / "data").mkdir()
