@@ -260,6 +260,24 @@ def _is_closed(partial: Path) -> bool:
         return False
 
 
+def _refuse_to_replace(path: Path, recipe: Recipe) -> None:
+    """Raises UserError unless a folder holds an artifact of the recipe's stage, and none of its inputs."""
+    try:
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    ours = isinstance(found, dict) and found.keys() >= MANIFEST_KEYS
+    if not ours or found["stage"] != recipe.stage:
+        what = f"an artifact of stage {found['stage']!r}" if ours else f"a {MANIFEST} that is none of ours"
+        raise UserError(f"{path} holds {what}; --fresh replaces {recipe.stage} alone: choose another --out")
+    own = path.resolve()
+    for given in recipe.inputs.values():
+        for artifact in (given,) if isinstance(given, Artifact) else given.of:
+            read = artifact.path.resolve()
+            if read == own or own in read.parents or read in own.parents:
+                raise UserError(f"{path} is or holds {artifact.path}, which this command reads; choose another --out")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where artifacts go: `root/NAME` by recipe, or exactly `out`."""
@@ -288,6 +306,8 @@ class Place:
                 raise UserError(f"{path} is not empty and holds no artifact; choose another --out")
             return None
         if self.fresh:
+            if self.out:
+                _refuse_to_replace(path, recipe)
             return None
         artifact = open_artifact(path)
         if artifact.name != recipe.name:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
+from safer_ray.artifacts import ASKED, ASKED_KEYS, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.audit_parts import AUDITED, OWN, SCORES, write_part
 from safer_ray.audit_plan import FileNotes, plan_audit
 from safer_ray.auditor import check_auditor, check_code
@@ -84,6 +84,7 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     check_auditor(audit.auditor)
     check_code(audit.auditor, audit.trust_remote_code)
     if fresh:
+        _refuse_to_clear(audit, out)
         clear(out)
     _check_asked(audit, out)
     fragments, notes = plan_audit(audit.source, audit.fragment_rows, out)
@@ -109,6 +110,22 @@ def clear(out: Path) -> None:
     """Remove what an audit wrote, and nothing else."""
     for name in OWN:
         remove(out / name)
+
+
+def _refuse_to_clear(audit: Audit, out: Path) -> None:
+    """Raises UserError where `--fresh` would delete what is no audit's, or what is to be audited."""
+    path, known = out / ASKED, None
+    if path.exists():
+        with contextlib.suppress(UserError):  # torn: an audit's all the same
+            known = read_json(path)
+            if not isinstance(known, dict) or not known.keys() >= ASKED_KEYS:
+                raise SaferError(f"{path} is none of ours; choose another --out")
+    elif strange := sorted(names_in(out) & set(OWN)):
+        raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
+    source = str(place_of(audit.source))
+    below = [name for name in OWN if source == str(out / name) or source.startswith(f"{out / name}/")]
+    if below:
+        raise UserError(f"{source} is what --fresh deletes of the audit in {out}; choose another --out")
 
 
 def _check_asked(audit: Audit, out: Path) -> None:

@@ -27,6 +27,7 @@ def on_disk(path: str | Path) -> Path:
     Raises:
         UserError: it is a URI of another kind, or names another machine.
     """
+    _refuse_empty(path)
     scheme = _scheme(path)
     if scheme is None:
         return Path(path)
@@ -41,6 +42,7 @@ def anywhere(path: str) -> str:
     Raises:
         UserError: a URI that lacks a slash, or a file on another machine.
     """
+    _refuse_empty(path)
     scheme = _scheme(path)
     if scheme is None:
         return path
@@ -49,6 +51,11 @@ def anywhere(path: str) -> str:
     if "://" not in path:
         raise UserError(f"{path} is no URI; write {scheme}://BUCKET/NAME")
     return path
+
+
+def _refuse_empty(path: str | Path) -> None:
+    if not str(path).strip():
+        raise UserError("a path is empty, say of a variable that is not set; give it, or `.` for the current folder")
 
 
 def _of_file_uri(uri: str) -> Path:

@@ -467,3 +467,21 @@ def test_an_unfinished_plan_of_an_earlier_version_holds_where_its_files_lie(tmp_
     with pytest.raises(UserError, match="changed since the unfinished run"):
         save_plan([replace(now, path=str(tmp_path / "elsewhere.txt"))], tmp_path)
     assert save_plan([now], tmp_path) == [now]
+
+
+def test_fresh_replaces_nothing_but_an_artifact_of_its_stage(safer, tmp_path):
+    source, site = tmp_path / "a.jsonl", tmp_path / "site"
+    source.write_text('{"prompt": "p?", "chosen": "Yes.", "rejected": "No."}\n')
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "my web app"}')
+    (site / "thesis.txt").write_text("years")
+    code, _, err = safer("pairs", "--source", source, "--out", site, "--fresh")
+    assert code == 2
+    assert "holds a manifest.json that is none of ours; --fresh replaces pairs alone" in err
+    assert (site / "thesis.txt").read_text() == "years"
+    made = tmp_path / "pairs"
+    assert safer("pairs", "--source", source, "--out", made)[0] == 0
+    assert safer("pairs", "--source", source, "--out", made, "--fresh")[0] == 0
+    code, _, err = safer("pairs", "--source", source, "--out", "")
+    assert code == 2
+    assert "a path is empty" in err
