@@ -102,7 +102,7 @@ class _Below:
 
     def __init__(self, place: Path, apart: Sequence[Path]) -> None:
         self.root = place if place.is_dir() else _before_magic(place)
-        pattern = place.relative_to(self.root).parts
+        pattern = self.pattern = place.relative_to(self.root).parts
         self.hidden = not any(part.startswith(".") for part in pattern)  # else a glob names hidden folders
         self.apart = {real_path(path) for path in apart}
         self.known: dict[Path, Path | None] = {}
@@ -126,7 +126,16 @@ class _Below:
             for file in self.files
         }
         left_out = Counter(str(folder) for folder in found.values() if folder is not None)
+        left_out.update(self._behind_links())
         return [file for file, folder in found.items() if folder is None], dict(left_out)
+
+    def _behind_links(self) -> dict[str, int]:
+        """Count the data files behind links to folders, which a listing does not follow: they may go in rings."""
+        if self.pattern or isinstance(self.root, Remote):
+            return {}
+        links = [path for path in self.root.rglob("*") if path.is_symlink() and path.is_dir()]
+        counts = {str(link): sum(map(_has_data_name, link.rglob("*"))) for link in links}
+        return {link: count for link, count in counts.items() if count}
 
     def _left_out(self, folder: Path) -> Path | None:
         """Return the folder, or the one above it, that is no part of the source; None where all are."""

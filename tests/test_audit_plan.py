@@ -350,6 +350,13 @@ def test_artifacts_below_a_source_are_left_out(corpus, audited):
     assert sorted(audited.read) == ALL
 
 
+def test_a_link_to_a_folder_is_not_followed_and_told(corpus, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/b.jsonl").write_text(lines(3))
+    (corpus / "sub").symlink_to(tmp_path / "other")
+    assert find_files(SourceConfig(path=str(corpus))).left_out == {str(corpus / "sub"): 1}
+
+
 def test_of_an_artifact_that_is_named_itself_its_rows_alone_are_read(corpus):
     write_json({"stage": "pairs", "name": "pairs-x", "packages": {}, "rows": {}}, corpus / "manifest.json")
     rows = sorted(find_files(SourceConfig(path=str(corpus))).files)
