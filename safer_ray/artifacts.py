@@ -23,6 +23,7 @@ from safer_ray.files import at, make_folder, move, read_parquet, stamp, sync_tre
 from safer_ray.fingerprints import begins_as, digest_of, needs_digest
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
+from safer_ray.remote import Remote
 
 MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
 PLAN = "plan.parquet"
@@ -273,6 +274,8 @@ def _refuse_to_replace(path: Path, recipe: Recipe) -> None:
     own = path.resolve()
     for given in recipe.inputs.values():
         for artifact in (given,) if isinstance(given, Artifact) else given.of:
+            if isinstance(artifact.path, Remote):
+                continue
             read = artifact.path.resolve()
             if read == own or own in read.parents or read in own.parents:
                 raise UserError(f"{path} is or holds {artifact.path}, which this command reads; choose another --out")

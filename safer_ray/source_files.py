@@ -107,27 +107,33 @@ class _Below:
         self.apart = {real_path(path) for path in apart}
         self.known: dict[Path, Path | None] = {}
         self.files: list[Path]
+        self.is_artifact: bool
         if isinstance(self.root, Remote):  # of objects nothing more need be asked
             flat = len(pattern) == 1 and "**" not in pattern
             everything = set(self.root.glob(*pattern) if flat else self.root.rglob("*"))
             self.is_there: Callable[[Path], bool] = everything.__contains__
             wanted = (file for file in everything if not pattern or fits(file.relative_to(self.root).parts, pattern))
             self.files = sorted(file for file in wanted if _has_data_name(file))
+            self.is_artifact = _is_artifact(self.root, self.is_there)
             return
         self.is_there = Path.is_file
         paths = map(Path, glob.iglob(str(place), recursive=True)) if pattern else place.rglob("*")
         self.files = sorted(path for path in paths if _has_data_name(path) and path.is_file())
+        self.is_artifact = _is_artifact(self.root, self.is_there)
 
     def part(self) -> tuple[list[Path], dict[str, int]]:
         """Part the files of the source from those in folders that are no part of it, which are counted."""
-        books = {self.root / name for name in BOOKS} if _is_artifact(self.root, self.is_there) else set()
-        found = {
-            file: next((path for path in (file, *file.parents) if path in books), None) or self._left_out(file.parent)
-            for file in self.files
-        }
+        found = {file: self._book(file) or self._left_out(file.parent) for file in self.files}
         left_out = Counter(str(folder) for folder in found.values() if folder is not None)
         left_out.update(self._behind_links())
         return [file for file, folder in found.items() if folder is None], dict(left_out)
+
+    def _book(self, file: Path) -> Path | None:
+        """Return what of a root that is an artifact a file belongs to, if that is not its rows."""
+        if not self.is_artifact or not file.is_relative_to(self.root):
+            return None
+        name = file.relative_to(self.root).parts[0]
+        return self.root / name if name in BOOKS else None
 
     def _behind_links(self) -> dict[str, int]:
         """Count the data files behind links to folders, which a listing does not follow: they may go in rings."""
