@@ -29,12 +29,12 @@ class Keys:
     def __init__(self, file: Path | None = None, listed: tuple[Key, ...] = ()) -> None:
         self.file = file
         self.secret = os.environ.get(SECRET_VARIABLE, "").encode()
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int, int] | None = None
         self.listed = listed
         self._keys = listed
         if file is not None:
+            self._stamp = _stamp(file)  # before it is read: what changes meanwhile is seen at the next request
             self._keys = _read_file(file)
-            self._stamp = _stamp(file)
             if not self._keys:
                 raise UserError(f"{file} holds no key; write the line there that `safer-ray key NAME` prints")
 
@@ -114,12 +114,13 @@ def _read_file(path: Path) -> tuple[Key, ...]:
         raise UserError(f"keys file {path} cannot be read: {reason}") from None
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int, int] | None:
+    """Return what differs once a file was written or replaced, also by one of its size and modification time."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns
 
 
 def find_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> Keys:

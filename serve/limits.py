@@ -121,8 +121,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def check_nesting(body: bytes, limits: Limits) -> None:
-    """Raises Problem where a body that claims to be JSON nests too deep, or holds too many values."""
+def check_nesting(body: bytes, limits: Limits) -> tuple[int, int]:
+    """Count the lists and objects, and the commas between their items, of what claims to be JSON.
+
+    Raises:
+        Problem: it nests too deep, or holds too many of them.
+    """
     depth = count = members = 0
     for found in SIGN.finditer(body):
         if found[1] == b",":
@@ -138,7 +142,8 @@ def check_nesting(body: bytes, limits: Limits) -> None:
         else:
             depth -= 1
             if depth < 0:
-                return  # a bracket too many, or the end: no JSON goes on from here
+                break  # a bracket too many, or the end: no JSON goes on from here
+    return count, members
 
 
 def read_json(body: bytes, limits: Limits) -> Any:

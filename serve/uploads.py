@@ -8,9 +8,12 @@ from pydantic import ValidationError
 
 from safer_ray.formats import Refused, read_pair, row_format
 from serve.api import MAX_ID_CHARS, Message, Pair
+from serve.limits import Limits, check_nesting
+from serve.problems import Problem
 
 MAX_ROWS = 1000
-MAX_VALUES = 50_000  # lists and objects of a row
+MAX_LINES = 100 * MAX_ROWS  # blank ones included
+LIMITS = Limits()  # of nesting, and of lists, objects and items in the whole file
 FORMATS = "wanted prompt, chosen and rejected, or another preference format"
 
 
@@ -31,14 +34,24 @@ def read_lines(content: bytes) -> list[Line]:
     """The lines of a file that are not blank.
 
     Raises:
-        TooManyRows: more than MAX_ROWS.
+        TooManyRows: more than MAX_ROWS, or more in them than a service has time for.
     """
+    if content.count(b"\n") > MAX_LINES:
+        raise TooManyRows(f"more than {MAX_LINES:,} lines")
     lines: list[Line] = []
+    values = members = 0
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if raw.strip():
             if len(lines) == MAX_ROWS:
                 raise TooManyRows(f"more than {MAX_ROWS:,} rows; split the file, or use safer-ray audit")
-            lines.append(_line(number, raw))
+            line, counts = _line(number, raw)
+            lines.append(line)
+            values, members = values + counts[0], members + counts[1]
+            if values > LIMITS.values or members > LIMITS.members:
+                raise TooManyRows(
+                    f"more than {LIMITS.values:,} lists and objects, or {LIMITS.members:,} items; split the file, or "
+                    "use safer-ray audit"
+                )
     return lines
 
 
@@ -64,11 +77,10 @@ def parse_row(text: str | bytes) -> dict[str, Any]:
     """One JSON object.
 
     Raises:
-        Refused: it is something else.
+        Refused: it is something else, or nests deeper or holds more than a request may.
     """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
-        raise Refused(f"more than {MAX_VALUES:,} lists and objects")
+    _counted(raw)
     try:
         row = json.loads(text, parse_constant=_no_number)
     except RecursionError:
@@ -89,13 +101,23 @@ def scored_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
-def _line(number: int, raw: bytes) -> Line:
-    row = None
+def _counted(raw: bytes) -> tuple[int, int]:
+    """Return how many lists and objects, and items, a row holds; raises Refused where one row may not hold so many."""
     try:
+        return check_nesting(raw, LIMITS)
+    except Problem as problem:
+        raise Refused(str(problem.detail)) from None
+
+
+def _line(number: int, raw: bytes) -> tuple[Line, tuple[int, int]]:
+    """Return a line, and what it counts against the limits of the file; one over them is not parsed, and counts not."""
+    row, counts = None, (0, 0)
+    try:
+        counts = _counted(raw)
         row = parse_row(raw)
-        return Line(number, row, pair_of(row, f"line {number}"), None)
+        return Line(number, row, pair_of(row, f"line {number}"), None), counts
     except Refused as reason:
-        return Line(number, row, None, str(reason))
+        return Line(number, row, None, str(reason)), counts
 
 
 def _id(row: dict[str, Any], default: str) -> str:

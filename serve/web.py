@@ -159,6 +159,8 @@ async def score_form(view: View) -> Response:
 
 async def score_file(view: View) -> Response:
     """The scores of the file that was sent, or the form with what is wrong."""
+    if not view.request.headers.get("content-type", "").startswith("multipart/"):  # else each separator is looked at
+        return await view.home(BLANK, 422, errors={"file": "No file was chosen."})
     async with view.request.form(max_files=1, max_fields=4) as sent:
         file = sent.get("file")
         if not isinstance(file, UploadFile) or not file.filename:

@@ -218,14 +218,15 @@ def test_each_line_gets_a_pair_or_a_reason():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 40_000, "nested too deeply"),
-        ("[" * 100_000, "more than 50,000 lists and objects"),
+        ("[" * 40_000, "nested deeper than 8 levels"),
+        ('{"a": [' + "[]," * 60_000 + "0]}", "more than 50,000 lists and objects"),
+        ('{"a": [' + "0," * 150_000 + "0]}", "more than 100,000 items and keys"),
         ('{"a": NaN}', "not JSON: NaN is no JSON number"),
         (b"\xff{}", "not UTF-8|not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
         ("7", "not a JSON object"),
     ],
-    ids=["nesting", "values", "nan", "bytes", "digits", "number"],
+    ids=["nesting", "values", "items", "nan", "bytes", "digits", "number"],
 )
 def test_what_is_no_row_is_refused(text, reason):
     with pytest.raises(Refused, match=reason):
@@ -237,6 +238,21 @@ def test_a_file_of_too_many_rows_is_refused_by_name():
     assert len(read_lines(row * MAX_ROWS)) == MAX_ROWS
     with pytest.raises(TooManyRows, match="more than 1,000 rows; split the file"):
         read_lines(row * (MAX_ROWS + 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"a": [' + b"{}," * 20_000 + b"{}]}\n", "more than 50,000 lists and objects"),
+        (b'{"a": [' + b"0," * 40_000 + b"0]}\n", "or 100,000 items; split the file"),
+        (b"\n" * 100_000, "more than 100,000 lines"),
+    ],
+    ids=["values", "items", "blank lines"],
+)
+def test_what_a_whole_file_may_hold_is_limited(content, reason):
+    read_lines(content[:50_000])
+    with pytest.raises(TooManyRows, match=reason):
+        read_lines(content * 3)
 
 
 def test_a_scored_file_keeps_its_rows_and_their_order():

@@ -1,5 +1,6 @@
 """Keys, sessions, and who is a stranger."""
 
+import os
 import time
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_key_taken_out_of_the_file_is_refused_from_then_on(tmp_path):
     (tmp_path / "keys").unlink()
     assert keys.name_of(tokens["b"]) is None
     assert keys  # it stays closed
+
+
+def test_a_file_that_is_replaced_counts_though_its_size_and_time_are_the_same(tmp_path):
+    tokens = write(tmp_path / "keys", "a")
+    keys = Keys(tmp_path / "keys")
+    before = (tmp_path / "keys").stat()
+    others = write(tmp_path / "new", "a")
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tmp_path / "new", tmp_path / "keys")
+    after = (tmp_path / "keys").stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert keys.name_of(tokens["a"]) is None
+    assert keys.name_of(others["a"]) == "a"
 
 
 def test_a_file_without_keys_and_a_name_twice_are_refused(tmp_path):

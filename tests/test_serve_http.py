@@ -477,3 +477,16 @@ def test_generated_requests_get_documented_answers(service, mode):
             check()
     assert statuses.total() > 40
     assert not {status for status in statuses if status >= 500}
+
+
+def test_what_is_no_upload_is_not_parsed_as_a_form(client, monkeypatch):
+    """Sixteen million separators would hold the ingress for seconds."""
+
+    async def parse(_):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr("starlette.formparsers.FormParser.parse", parse)
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    answer = client.post("/upload", content=b"&" * 1000, headers=form)
+    assert answer.status_code == 422
+    assert "No file was chosen." in answer.text
