@@ -141,18 +141,17 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
 
 
 def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
-    """One row a section, one column a model, the p-value of its change under each accuracy."""
+    """One row a model, one column a section, the p-value of its change under each accuracy: there are more models than
+    sections, and a name is never broken."""
     sections = sorted({section for values in summary["sections"].values() for section in values})
     table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
-    table.add_column("section")
-    for name in summary["sections"]:
-        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("model", overflow="fold")
     for section in sections:
-        cells = []
-        for name, values in summary["sections"].items():
-            test = summary["tests"].get(f"{name} vs {base}", {}).get(section)
-            cells.append(f"{values[section]:.3f}" + (f"\n[dim]p {test['p']:.2g}[/]" if test else ""))
-        table.add_row(section, *cells)
+        table.add_column(section, justify="right", overflow="fold")
+    for name, values in summary["sections"].items():
+        tests = summary["tests"].get(f"{name} vs {base}", {})
+        told = {section: f"\n[dim]p {test['p']:.2g}[/]" for section, test in tests.items()}
+        table.add_row(name, *(f"{values[s]:.3f}{told.get(s, '')}" if s in values else "" for s in sections))
     return table
 
 

@@ -1,4 +1,5 @@
-"""What a run says while it works: a bar on a terminal, JSON lines otherwise, each with the id of the run."""
+"""What a run says while it works: a bar on a terminal, else a JSON line for every stage and every minute of it; each
+line has the id of the run."""
 
 import contextlib
 import json
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from safer_ray.background import repeated
+
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
 
 RUN_ID = os.environ.get("SAFER_RAY_RUN_ID") or uuid.uuid4().hex[:8]
-LINE_SECONDS = 60.0  # between two progress lines of a stage
+LINE_SECONDS = 60.0  # between two lines of a stage that takes so long
 
 
 class Report(Protocol):
@@ -75,31 +78,64 @@ def _pace(pace: Pace | None, now: float, done: int) -> Pace:
     return pace
 
 
+@dataclass
+class Watch:
+    """When something was last heard of the stage under way, and what."""
+
+    moved: float
+    stage: str = ""
+    at: tuple[int, int] | None = None  # so many of so many
+
+    def sees(self, stage: str, at: tuple[int, int] | None = None) -> None:
+        if (stage, at) != (self.stage, self.at):
+            self.moved, self.stage, self.at = time.monotonic(), stage, at
+
+    def still(self) -> tuple[float, str] | None:
+        """Seconds for which nothing has moved and how far the stage is; None where something has for a minute."""
+        seconds = time.monotonic() - self.moved
+        if not self.stage or seconds < LINE_SECONDS:
+            return None
+        return seconds, f"at {self.at[0]} of {self.at[1]}" if self.at else "under way"
+
+
+def _stage(artifact: str = "") -> str:
+    return artifact.rpartition("-")[0]
+
+
 class JsonLines:
-    """Every stage, and now and then how far it is, as a line of JSON on stderr."""
+    """Every stage when it is there, and how far it is once a minute, as a line of JSON on stderr."""
 
     def __init__(self) -> None:
-        self.begun: set[str] = set()
+        self.begun: list[str] = []  # and not yet there
         self.said: dict[str, float] = {}
         self.paces: dict[str, Pace] = {}
+        self.watch = Watch(time.monotonic())
+
+    def look(self) -> None:
+        """Say that nothing moves, where nothing does."""
+        if found := self.watch.still():
+            json_line("waiting", stage=self.watch.stage, state=found[1], unchanged_s=round(found[0]))
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
-        stage = name.rpartition("-")[0]
         if artifact is None:
-            self.begun.add(name)
-            json_line("stage", stage=stage, artifact=name, state="begun")
+            self.begun.append(name)
+            self.watch.sees(_stage(name))
             return
         facts = {"seconds": artifact.manifest["wall_seconds"], "rows": artifact.manifest["rows"]}
-        json_line("stage", stage=stage, artifact=name, state="made" if name in self.begun else "found", **facts)
-        self.begun.discard(name)
+        state = "made" if name in self.begun else "found"
+        json_line("stage", stage=_stage(name), artifact=name, state=state, **facts)
+        self.begun = [other for other in self.begun if other != name]
+        self.watch.sees(_stage(*self.begun[-1:]))
 
     def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.monotonic()
+        self.watch.sees(stage, (done, total))
         pace = self.paces[stage] = _pace(self.paces.get(stage), now, done)
         pace.rows += rows
-        if now - self.said.get(stage, -LINE_SECONDS) >= LINE_SECONDS:
+        told = pace.told(now, done, total)
+        if now - self.said.setdefault(stage, pace.began) >= LINE_SECONDS:
             self.said[stage] = now
-            json_line("progress", stage=stage, done=done, total=total, **pace.told(now, done, total))
+            json_line("progress", stage=stage, done=done, total=total, **told)
 
 
 class Terminal:
@@ -110,20 +146,28 @@ class Terminal:
         self.bar = bar
         self.task: TaskID = bar.add_task("", visible=False, rate="")
         self.paces: dict[str, Pace] = {}
-        self.begun: set[str] = set()
+        self.begun: list[str] = []  # and not yet there
+        self.watch = Watch(time.monotonic())
+
+    def look(self) -> None:
+        """Say that nothing moves, where nothing does."""
+        if found := self.watch.still():
+            self.console.print(f"[dim]{self.watch.stage} is {found[1]}, unchanged for {found[0]:.0f} s[/]")
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         self.bar.update(self.task, visible=False)
         if artifact is None:
-            self.begun.add(name)
+            self.begun.append(name)
         elif name in self.begun:
             self.begun.remove(name)
             self.console.print(f"[green]made [/] {name:<26} {artifact.manifest['wall_seconds']:7.1f} s")
         else:
             self.console.print(f"[dim]found {name}[/]")
+        self.watch.sees(_stage(*self.begun[-1:]))
 
     def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:
         now = time.monotonic()
+        self.watch.sees(stage, (done, total))
         pace = self.paces[stage] = _pace(self.paces.get(stage), now, done)
         pace.rows += rows
         rate = pace.told(now, done, total).get("rows_per_s")
@@ -133,11 +177,15 @@ class Terminal:
 
 @contextlib.contextmanager
 def report_on(console: Console) -> Iterator[Report]:
-    """A terminal gets lines and a bar, anything else JSON lines."""
+    """A terminal gets lines and a bar, anything else JSON lines; both are told once a minute where nothing moves."""
     if not console.is_terminal:
-        yield JsonLines()
+        lines = JsonLines()
+        with repeated(LINE_SECONDS, lines.look):
+            yield lines
         return
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        yield Terminal(console, bar)
+        terminal = Terminal(console, bar)
+        with repeated(LINE_SECONDS, terminal.look):
+            yield terminal

@@ -1,5 +1,6 @@
 """The command line: a command a stage, and one clear line for whatever is wrong."""
 
+import contextlib
 import errno
 import io
 import json
@@ -17,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
-from safer_ray import cli, files
+from safer_ray import cli, files, progress
 from safer_ray.artifacts import open_artifact, read_parts
 from safer_ray.commands import console, ray_config
 from safer_ray.files import write_parquet
@@ -246,12 +247,16 @@ def test_run_on_a_terminal_says_it_in_lines(safer, tiny, monkeypatch):
     assert "made" not in out
 
 
-def test_a_stage_by_hand_tells_how_far_it_is(safer, at, tmp_path):
+def test_a_stage_by_hand_tells_how_far_it_is(safer, at, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "repeated", lambda *_: contextlib.nullcontext())
     words = ["codes", "--pairs", at["noise"], "--reward", at["reward"], "--sae", at["sae"], "--out", tmp_path / "out"]
     code, _, err = safer(*words)
     assert code == 0
-    first, *_ = events(err)  # the others come within the ten seconds after it
-    assert (first["event"], first["stage"], first["done"], first["total"]) == ("progress", "codes", 1, 4)
+    found = [line for line in events(err) if line["event"] == "progress"]
+    assert [(line["stage"], line["done"], line["total"]) for line in found] == [
+        ("codes", done, 4) for done in (1, 2, 3, 4)
+    ]
 
 
 def test_plan_lists_every_artifact_and_whether_it_is_there(safer, tiny, tmp_path):
@@ -737,8 +742,10 @@ def test_duplicate_ids_are_counted_by_an_audit_and_not_refused(safer, at, tmp_pa
 def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
     names = ("none", "flip_safer_5", "flip_random_5", "drop_safer_5", "drop_random_5")
     tested = {f"{name} vs none": {"chat": {"p": 0.00012}} for name in names[1:]}
-    table = cli._accuracy_table({"sections": {name: {"chat": 0.9} for name in names}, "tests": tested}, "none")
+    sections = {"chat": 0.9, "safety": 0.8, "chat hard": 0.7, "reasoning": 0.6}
+    table = cli._accuracy_table({"sections": dict.fromkeys(names, sections), "tests": tested}, "none")
     screen = Console(width=80, file=io.StringIO())
     screen.print(table)
     assert "…" not in screen.file.getvalue()
+    assert [line.split("│")[1].strip() for line in screen.file.getvalue().splitlines() if "0.900" in line] == [*names]
     assert screen.file.getvalue().count("p 0.00012") == 4

@@ -53,19 +53,15 @@ def test_a_line_has_its_time_its_run_and_its_event(lines):
     assert abs(datetime.now(UTC) - said) < timedelta(minutes=1)
 
 
-def test_a_stage_that_is_made_begins_and_ends(lines):
+def test_a_stage_that_is_made_has_one_line(lines):
     report = JsonLines()
     report.stage("codes-abc", None)
+    for done in range(1, 9):
+        report.progress("codes", done, 8)
     report.stage("codes-abc", MADE)
-    begun, made = lines()
-    assert (begun["event"], begun["stage"], begun["artifact"], begun["state"]) == (
-        "stage",
-        "codes",
-        "codes-abc",
-        "begun",
-    )
-    assert (made["state"], made["seconds"], made["rows"]) == ("made", 12.34, {"read": 5, "written": 4})
-    assert "seconds" not in begun
+    (made,) = lines()
+    assert (made["event"], made["stage"], made["artifact"], made["state"]) == ("stage", "codes", "codes-abc", "made")
+    assert (made["seconds"], made["rows"]) == (12.34, {"read": 5, "written": 4})
 
 
 def test_a_stage_that_is_there_is_found(lines):
@@ -74,7 +70,7 @@ def test_a_stage_that_is_there_is_found(lines):
     assert (line["event"], line["stage"], line["state"], line["seconds"]) == ("stage", "codes", "found", 12.34)
 
 
-def test_progress_is_told_now_and_then_stage_by_stage(lines, clock):
+def test_progress_is_told_every_minute_stage_by_stage(lines, clock):
     report = JsonLines()
     for second in range(185):
         clock[0] = second
@@ -83,7 +79,7 @@ def test_progress_is_told_now_and_then_stage_by_stage(lines, clock):
     found = lines()
     assert all((line["event"], line["total"]) == ("progress", 185) for line in found)
     for stage in ("reward", "sae"):
-        assert [line["done"] for line in found if line["stage"] == stage] == [1, 61, 121, 181]
+        assert [line["done"] for line in found if line["stage"] == stage] == [61, 121, 181]
 
 
 def test_the_rate_and_the_time_left_are_those_since_the_first_news(lines, clock):
@@ -91,13 +87,68 @@ def test_the_rate_and_the_time_left_are_those_since_the_first_news(lines, clock)
     for second, done in ((0, 10), (60, 22), (120, 34)):  # ten were there from an earlier run
         clock[0] = second
         report.progress("audit", done, 100, rows=300)
-    clock[0] = 200
-    report.progress("audit", 1, 50, rows=7)  # another model, from the beginning
-    first, second, third, again = lines()
-    assert "seconds_left" not in first
+    second, third = lines()
     assert (second["rows_per_s"], second["seconds_left"]) == (5.0, 390)
     assert (third["rows_per_s"], third["seconds_left"]) == (5.0, 330)
-    assert "seconds_left" not in again
+
+
+def test_a_stage_that_begins_again_with_another_model_has_a_pace_of_its_own(lines, clock):
+    report = JsonLines()
+    for second, done in ((0, 90), (60, 95), (120, 1), (180, 5)):
+        clock[0] = second
+        report.progress("audit", done, 100)
+    first, *_, last = lines()
+    assert first["seconds_left"] == 60
+    assert last["seconds_left"] == 1425
+
+
+@pytest.mark.parametrize("kind", ["lines", "terminal"])
+def test_where_nothing_moves_a_line_a_minute_says_so(kind, lines, screen, clock):
+    def told():
+        return lines() if kind == "lines" else screen.file.getvalue().splitlines()
+
+    with report_on(Console(file=io.StringIO()) if kind == "lines" else screen) as report:
+        clock[0] = 1000
+        report.look()  # no stage is under way
+        report.stage("codes-abc", None)
+        clock[0] = 1059
+        report.look()
+        assert not [line for line in told() if "codes is" in str(line) or "waiting" in str(line)]
+        clock[0] = 1061
+        report.look()
+        report.progress("codes", 3, 8)
+        clock[0] = 1100
+        report.progress("codes", 3, 8)  # the same again is no news
+        clock[0] = 1122
+        report.look()
+        clock[0] = 1182
+        report.look()
+        report.progress("codes", 4, 8)
+        report.look()
+        report.stage("codes-abc", MADE)
+        clock[0] = 2000
+        report.look()
+        found = told()
+    if kind == "lines":
+        waits = [(line["stage"], line["state"], line["unchanged_s"]) for line in found if line["event"] == "waiting"]
+        assert waits == [("codes", "under way", 61), ("codes", "at 3 of 8", 61), ("codes", "at 3 of 8", 121)]
+    else:
+        waits = [line.replace("\x1b[2K", "").strip() for line in found if "unchanged" in line]
+        assert waits == [
+            "codes is under way, unchanged for 61 s",
+            "codes is at 3 of 8, unchanged for 61 s",
+            "codes is at 3 of 8, unchanged for 121 s",
+        ]
+
+
+def test_an_outer_stage_is_watched_again_when_an_inner_one_is_there(lines, clock):
+    report = JsonLines()
+    report.stage("reward-1", None)
+    report.stage("codes-abc", None)
+    report.stage("codes-abc", MADE)
+    clock[0] = 75
+    report.look()
+    assert [(line["event"], line["stage"]) for line in lines()] == [("stage", "codes"), ("waiting", "reward")]
 
 
 def test_log_records_become_lines(lines):
@@ -162,8 +213,8 @@ def test_a_terminal_gets_no_json(screen, capsys):
 def test_what_is_no_terminal_gets_json_lines(lines):
     with report_on(Console(file=io.StringIO())) as report:
         assert isinstance(report, JsonLines)
-        report.stage("codes-abc", None)
-    assert [line["state"] for line in lines()] == ["begun"]
+        report.stage("codes-abc", MADE)
+    assert [line["state"] for line in lines()] == ["found"]
 
 
 # A whole process
@@ -181,10 +232,7 @@ def python(*words, **environment):
 def test_a_run_that_is_piped_says_json_alone_on_stderr_with_the_id_it_was_given(tmp_path):
     words = ["-m", "safer_ray", "run", write_config(tmp_path), "--until", "corpus"]
     out, lines = python(*words, SAFER_RAY_RUN_ID="nightly-7")
-    assert [(line["event"], line["stage"], line["state"]) for line in lines] == [
-        ("stage", "corpus", "begun"),
-        ("stage", "corpus", "made"),
-    ]
+    assert [(line["event"], line["stage"], line["state"]) for line in lines] == [("stage", "corpus", "made")]
     assert all({"time", "run", "event"} <= set(line) for line in lines)
     assert {line["run"] for line in lines} == {"nightly-7"}
     assert out == ""
