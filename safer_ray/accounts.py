@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safer_ray.artifacts import Fragment, part_name
+from safer_ray.artifacts import DONE, Fragment, part_name
 from safer_ray.background import side_by_side
-from safer_ray.errors import SaferError
+from safer_ray.errors import SaferError, UserError
 from safer_ray.files import names_in, read_json, remove, sync_tree, threads_for, write_json
 from safer_ray.remote import Remote
 
-DONE = "done"
 METRICS = "metrics.json"  # of a training that ended, in its state
+ENTRY = re.compile(r"\d{8}\.json")
 PARTS = "part-????????.parquet"
 FACTS = ("read", "written", "quarantined", "reasons")  # of every entry
 log = logging.getLogger(__name__)
@@ -54,23 +55,56 @@ def _torn(directory: Path, names: set[str]) -> set[str]:
     """Return the entries that are not whole; an object of a store always is."""
     if isinstance(directory, Remote):
         return set()
-    return {name for name in names if name.endswith(".json") and not _is_whole(directory / DONE / name)}
+    return {name for name in names if ENTRY.fullmatch(name) and not _is_whole(directory / DONE / name)}
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        return _is_entry(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):
         return False
-    return isinstance(entry, dict) and set(FACTS) <= entry.keys()
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder where a file belongs; move it away, or choose another folder") from None
 
 
-def count(directory: Path) -> Counts:
-    """Sum of the `done` entries."""
+def _is_entry(tree: Any) -> bool:
+    if not isinstance(tree, dict):
+        return False
+    counted = all(type(tree.get(name)) is int and tree[name] >= 0 for name in FACTS[:3])
+    reasons = tree.get("reasons")
+    return counted and isinstance(reasons, dict) and all(type(number) is int for number in reasons.values())
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """Return a `done` entry.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    found = read_json(path)
+    if not _is_entry(found):
+        raise UserError(
+            f"{path} is no account of a fragment; delete it, then run the same command again: it does those rows again"
+        )
+    return dict(found)
+
+
+def count(directory: Path, planned: Sequence[Fragment] = ()) -> Counts:
+    """Sum of the `done` entries.
+
+    Raises:
+        UserError: one is damaged, or it is of other rows than the planned fragment of its number.
+    """
+    wanted = {entry_name(fragment): rows_of(fragment) for fragment in planned}
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     paths = sorted((directory / DONE).glob("*.json"))
-    for entry in side_by_side(read_json, paths, threads_for(directory)):
+    for path, entry in zip(paths, side_by_side(read_entry, paths, threads_for(directory)), strict=True):
+        if entry.get("of", found := wanted.get(path.name)) != found and found:
+            raise UserError(
+                f"{path} is the account of {entry['of']}, and the plan has {found} under that number; delete it, then "
+                "run the same command again: it does those rows again"
+            )
         totals.update({name: entry[name] for name in FACTS[:3]})
         reasons.update(entry["reasons"])
     return Counts(totals["read"], totals["written"], totals["quarantined"], dict(reasons))
@@ -90,7 +124,7 @@ def close(stage: str, planned: Sequence[Fragment], directory: Path, folder: Path
     _compare(stage, {entry_name(fragment) for fragment in planned}, directory / DONE, "*.json")
     if folder is not None:
         _compare(stage, {part_name(fragment.number) for fragment in planned}, folder, PARTS)
-    return count(directory)
+    return count(directory, planned)
 
 
 def _compare(stage: str, wanted: set[str], folder: Path, pattern: str) -> None:
@@ -116,6 +150,11 @@ def unfinished(stage: str, missing: Sequence[Fragment], total: int, why: str = "
         f"({first.path}, rows {first.start} to {first.stop - 1}){why}; "
         "run the same command again: finished work is kept"
     )
+
+
+def rows_of(fragment: Fragment) -> str:
+    """Return which rows a fragment is, as its `done` entry says."""
+    return f"{fragment.file}#{fragment.start}-{fragment.stop - 1}"
 
 
 def entry(read: int, written: int, reasons: Sequence[str], **facts: Any) -> dict[str, Any]:

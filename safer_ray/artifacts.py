@@ -5,7 +5,6 @@ A stage works in `.partial-NAME/`, which survives a kill and is taken up again b
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -18,18 +17,30 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.files import at, make_folder, move, read_parquet, stamp, sync_tree, write_json, write_parquet
+from safer_ray.contents import PLAN, SCRATCH, artifact_hash, content_hash, tables_in
+from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.files import (
+    PLAN_LOST,
+    at,
+    damaged,
+    make_folder,
+    move,
+    names_in,
+    read_parquet,
+    stamp,
+    sync_tree,
+    write_json,
+    write_parquet,
+)
 from safer_ray.fingerprints import begins_as, digest_of, needs_digest
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
 from safer_ray.remote import Remote
 
 MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
-PLAN = "plan.parquet"
+DONE = "done"  # the folder of what is finished of a stage
 ASKED = "audit.json"  # in the folder of an audit
 ASKED_KEYS = {"auditor", "source", "scores", "path"}
-SCRATCH = ("journal", "state")  # of a stage at work; gone when it is whole
 PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
 
@@ -53,7 +64,7 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
     """The artifact at `path`, or the foreign directory or file there, named by its content.
 
     Raises:
-        UserError: nothing there, an unreadable manifest, or an artifact of another stage.
+        UserError: nothing there, a torn manifest or somebody else's, or an artifact of another stage.
     """
     if not path.exists():
         raise UserError(f"no such {stage or 'input'}: {path}; check the path, or run the stage that writes it")
@@ -61,9 +72,17 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
         return foreign(path, f"{stage or 'foreign'}:{content_hash(path)}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found, name = manifest["stage"], manifest["name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"corrupt artifact: {path / MANIFEST} is not a manifest; delete {path} and run again") from None
+    except (OSError, ValueError):
+        raise UserError(
+            f"corrupt artifact: {path / MANIFEST} is empty or torn; put it back from a copy, or move {path} away and "
+            "run the stage again that made it"
+        ) from None
+    known = manifest if isinstance(manifest, dict) else {}
+    found, name = known.get("stage"), known.get("name")
+    if not (isinstance(found, str) and isinstance(name, str)):
+        raise UserError(
+            f"{path / MANIFEST} is no manifest of ours: {path} is no artifact; pass a folder that a stage wrote"
+        )
     if stage is not None and found != stage:
         raise UserError(f"{path} holds {found!r}, wanted {stage!r}; pass the directory of that stage")
     return Artifact(path, name, manifest)
@@ -76,29 +95,8 @@ def foreign(path: Path, name: str) -> Artifact:
     return Artifact(path, name, licence | ({"red_team": True} if found.red_team else {}))
 
 
-def content_hash(path: Path) -> str:
-    """First 16 hex digits of the sha256 over the names and bytes of a file or of all files below a directory.
-
-    Raises:
-        UserError: there is no such file or directory.
-    """
-    if not path.exists():
-        raise UserError(f"no such file or folder: {path}; check the path")
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(file.name.encode() + b"\0" if path.is_file() else str(file.relative_to(path)).encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 def part_name(number: int) -> str:
     return f"part-{number:08}.parquet"
-
-
-def _tables(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("*.parquet") if path.name != PLAN)
 
 
 def part_files(directory: Path) -> list[Path]:
@@ -107,7 +105,7 @@ def part_files(directory: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    files = _tables(directory)
+    files = tables_in(directory)
     if not files:
         raise UserError(f"no Parquet files in {directory}; pass the directory that a stage wrote")
     return files
@@ -125,8 +123,7 @@ def part_fragments(directory: Path) -> list[Fragment]:
         try:
             rows = pq.read_metadata(path).num_rows
         except (pa.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
+            raise damaged(path, error) from None
         fragments.append(Fragment(number, 0, str(path), 0, rows, *stamp(path), file=path.name))
     return fragments
 
@@ -140,10 +137,11 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
     """Write `plan.parquet`, or return the one that is there if it names the same files, wherever these lie now.
 
     Raises:
-        UserError: an input changed since the plan was made.
+        UserError: an input changed since the plan was made, or it is gone.
     """
     path = directory / PLAN
     if not path.exists():
+        check_unplanned(directory)
         fragments = with_digests(fragments)
         write_plan(fragments, path)
         return fragments
@@ -159,6 +157,17 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
         if not begins_as(at(fragment.path), (fragment.size, fragment.etag), known[identity]):
             _refuse(fragment, directory)
     return [replace(f, path=now[_identity(f)].path, etag=now[_identity(f)].etag) for f in planned]
+
+
+def check_unplanned(directory: Path, folders: Sequence[str] = ()) -> None:
+    """Raises UserError where a folder without a plan holds what was done by one: nobody knows of which rows."""
+    for folder in (DONE, *folders):
+        if made := sorted(name for name in names_in(directory / folder) if not name.startswith(".")):
+            raise UserError(
+                f"{directory / folder / made[0]} was done by a plan, but {directory / PLAN} is gone, which says what "
+                f"rows it is of ({len(made):,} such files); put that file back, or start again with --fresh, which "
+                "does all of them again"
+            )
 
 
 def _identity(fragment: Fragment) -> tuple[int, str, int]:
@@ -186,36 +195,20 @@ def write_plan(fragments: Sequence[Fragment], path: Path) -> None:
 
 
 def read_plan(path: Path) -> list[Fragment]:
-    """The fragments that `write_plan` wrote; none where there is no plan."""
-    return [Fragment(**row) for row in read_parquet(path).to_pylist()] if path.exists() else []
+    """The fragments that `write_plan` wrote; none where there is no plan.
 
-
-def _tables_digest(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for path in _tables(directory):
-        rows = read_parquet(path).replace_schema_metadata(None)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema) as writer:
-            writer.write_table(rows.combine_chunks())
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
-
-
-def artifact_hash(directory: Path) -> str:
-    """sha256 over the rows of every table in part order (which is key order) and the bytes of every other file.
-
-    Manifests, also those of a bundle's parts, tell wall times and stay out.
+    Raises:
+        UserError: it is damaged, or no plan of ours.
     """
-    digest = hashlib.sha256()
-    skip = {MANIFEST, PLAN, "done", *SCRATCH}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        relative = path.relative_to(directory)
-        if relative.parts[0] not in skip and path.name != MANIFEST and path.suffix != ".parquet":
-            digest.update(f"{relative}\0{content_hash(path)}".encode())
-    for folder in sorted({p.parent.relative_to(directory) for p in directory.rglob("*.parquet")}):
-        if not folder.parts or folder.parts[0] not in skip:
-            digest.update(f"{folder}\0{_tables_digest(directory / folder)}".encode())
-    return digest.hexdigest()
+    if not path.exists():
+        return []
+    rows = read_parquet(path)
+    known = {name: pa.int64() if kind is int else pa.string() for name, kind in Fragment.__annotations__.items()}
+    strange = [f.name for f in rows.schema if known.get(f.name) != f.type or rows[f.name].null_count]
+    missing = sorted({"number", "source", "path", "start", "stop", "size", "etag"} - set(rows.column_names))
+    if strange or missing:
+        raise UserError(f"{path} is no plan of ours: {(strange + missing)[0]!r} is not as it should be; {PLAN_LOST}")
+    return [Fragment(**row) for row in rows.to_pylist()]
 
 
 def versions() -> dict[str, str]:
@@ -382,13 +375,3 @@ class Place:
             shutil.rmtree(path)
         move(partial, path)
         return open_artifact(path)
-
-
-def check_whole(artifact: Artifact) -> None:
-    """Compare an artifact's rows and files with the hash in its manifest.
-
-    Raises:
-        SaferError: they differ.
-    """
-    if artifact_hash(artifact.path) != artifact.manifest["content_sha256"]:
-        raise SaferError(f"corrupt artifact: {artifact.path} differs from its manifest; delete it and run again")

@@ -56,7 +56,7 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
-    from safer_ray.audit_run import Audit, audit_corpus
+    from safer_ray.audit_run import Audit, audit_corpus, check_settings
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
     from safer_ray.config import ScoresConfig, SourceConfig
@@ -64,12 +64,13 @@ def audit(
     from safer_ray.lock import locked
 
     folder = lasting(out)
-    if not 0 <= max_refused_share <= 1:
-        raise UserError(f"--max-refused-share {max_refused_share:g}: choose a number from 0 to 1")
+    if actors is not None and runner == "local" and not dry_run:
+        raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
     bundle = open_input(auditor, "auditor")
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
+    check_settings(asked)
     if dry_run:
         _show_estimate(asked, actors)
         return

@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
 from safer_ray.accounts import count
-from safer_ray.artifacts import ASKED, Artifact
-from safer_ray.audit_read import scored_rows, scores
+from safer_ray.artifacts import Artifact
+from safer_ray.audit_read import read_asked, scored_rows, scores
 from safer_ray.errors import explain_disk_errors
-from safer_ray.files import beside, make_folder, read_json
+from safer_ray.files import beside, make_folder
 
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]
@@ -158,7 +158,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _asked_differently(a: Artifact, b: Artifact) -> dict[str, tuple[Any, Any]]:
-    one, other = (_flat(read_json(audit.path / ASKED)) for audit in (a, b))
+    one, other = (_flat(read_asked(audit.path)) for audit in (a, b))
     names = sorted({*one, *other})
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
 

@@ -14,6 +14,7 @@ from safer_ray.artifacts import Fragment
 from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
+from safer_ray.auditor import check_auditor
 from safer_ray.errors import UserError
 from safer_ray.schema import split_refused
 from safer_ray.source_files import find_files
@@ -57,6 +58,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
     Raises:
         UserError: the corpus cannot be read, or no row of the sample can be used.
     """
+    check_auditor(audit.auditor)
     files, left_out = find_files(audit.source)
     fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
     rows = sum(f.stop - f.start for f in fragments)

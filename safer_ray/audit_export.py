@@ -15,23 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import (
-    ASKED,
-    PLAN,
-    Artifact,
-    Fragment,
-    Place,
-    Recipe,
-    Result,
-    content_hash,
-    part_name,
-    read_plan,
-)
-from safer_ray.audit_parts import SCORES
-from safer_ray.audit_read import Pair, pairs_in, scored_rows, scores
-from safer_ray.audit_review import BAD, FINE, REVIEWS, decided, load_reviews
+from safer_ray.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
+from safer_ray.audit_parts import REVIEWS, SCORES
+from safer_ray.audit_read import Pair, pairs_in, read_asked, scored_rows, scores
+from safer_ray.audit_review import BAD, FINE, decided, load_reviews
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config import SourceConfig
+from safer_ray.contents import content_hash
 from safer_ray.curation import share_count
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_json, read_parquet, stamp, write_parquet, write_text
@@ -208,7 +198,7 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
     Raises:
         UserError: a source is gone or changed, no pair is left, or the place holds something else.
     """
-    asked = read_json(audit.path / ASKED)
+    asked = read_asked(audit.path)
     inputs: dict[str, Artifact | Input] = {"audit": audit, "scores": Input(content_hash(audit.path / SCORES), (audit,))}
     if (audit.path / REVIEWS).exists():
         inputs["reviews"] = Input(content_hash(audit.path / REVIEWS), (audit,))

@@ -3,9 +3,10 @@
 The figures stand in the fragment's `done` entry, so that an audit is summarised without reading a row again.
 """
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH
-from safer_ray.files import remove, write_parquet, write_text
-from safer_ray.marks import RED_TEAM_MARK, any_red_team, marked
+from safer_ray.files import DIGITS, remove, write_parquet, write_text
+from safer_ray.marks import COLUMN, marked_by_row, red_team_rows
 
 AUDITED = pa.schema(
     [
@@ -29,6 +30,7 @@ AUDITED = pa.schema(
 )
 SCORES, FLAGGED = "scores", "flagged"  # folders
 LISTED, SUMMARY, PAGE = "flagged.jsonl", "summary.json", "report.html"
+REVIEWS = "reviews.json"
 OWN = (ASKED, PLAN, MANIFEST, LISTED, SUMMARY, PAGE, SCORES, FLAGGED, "quarantine", "done", *SCRATCH)
 BINS = 200  # of suspicion, over [0, 1]
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # tokens of the longer response, upper ends
@@ -198,23 +200,35 @@ def flagged_line(row: dict[str, Any], red_team: bool = False) -> dict[str, Any]:
         **{name: row[name] for name in ("source", "section")},
         "labels": dict(row["labels"] or []),
         "extra": json.loads(row["extra"]) if row["extra"] else {},
-        **({"red_team": True} if red_team else {}),
+        COLUMN: red_team,
     }
 
 
-def write_part(rows: pa.Table, directory: Path, name: str) -> dict[str, Any]:
-    """A fragment's scores and flagged pairs; what its `done` entry says of them.
+def write_part(
+    rows: pa.Table, directory: Path, name: str, *, red_team: bool = False, of: Container[str] = ()
+) -> dict[str, Any]:
+    """Write a fragment's scores and flagged pairs; what its `done` entry says of them.
 
-    Both are marked where the job is, or one of the rows calls itself poisoned.
+    Every row says whether it is marked: where all are (`red_team`), where its file is one `of` those marked as a whole,
+    or where it calls itself poisoned.
     """
-    metadata = rows.schema.metadata or {}
-    red_team = any(name.encode() in metadata for name in RED_TEAM_MARK) or any_red_team(rows["extra"])
-    scores = rows.select(schema.SCORES.names).cast(schema.SCORES).replace_schema_metadata(metadata or None)
-    write_parquet(marked(scores) if red_team else scores, directory / SCORES / name)
-    lines = [schema.to_json(flagged_line(row, red_team)) for row in rows.filter(rows["flag"]).to_pylist()]
+    told = zip(rows["row_key"].to_pylist(), red_team_rows(rows["extra"]), strict=True)
+    which = [red_team or said or key.rpartition("#")[0] in of for key, said in told]
+    scores = rows.select(schema.SCORES.names).cast(schema.SCORES).replace_schema_metadata(rows.schema.metadata or None)
+    parts = {SCORES: write_parquet(marked_by_row(scores, which), directory / SCORES / name).digest}
+    flags = rows["flag"].to_pylist()
+    of_flagged = [is_marked for is_marked, flag in zip(which, flags, strict=True) if flag]
+    flagged = zip(rows.filter(rows["flag"]).to_pylist(), of_flagged, strict=True)
+    text = "".join(f"{schema.to_json(flagged_line(row, is_marked))}\n" for row, is_marked in flagged)
     path = (directory / FLAGGED / name).with_suffix(".jsonl")
-    if lines:
-        write_text("".join(f"{line}\n" for line in lines), path)
+    if text:
+        write_text(text, path)
+        parts[FLAGGED] = text_digest(text.encode())
     else:
         remove(path)  # of an attempt that did not come to its end
-    return {"figures": to_tree(figures_of(rows))}
+    return {"figures": to_tree(figures_of(rows)), "parts": parts}
+
+
+def text_digest(text: bytes) -> str:
+    """Return what tells the flagged pairs of a fragment from any others."""
+    return hashlib.sha256(text).hexdigest()[:DIGITS]

@@ -10,15 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, with_digests, write_plan
-from safer_ray.audit_parts import OWN, SCORES
+from safer_ray.artifacts import (
+    MANIFEST,
+    PLAN,
+    Fragment,
+    check_unplanned,
+    part_name,
+    read_plan,
+    with_digests,
+    write_plan,
+)
+from safer_ray.audit_parts import FLAGGED, SCORES
 from safer_ray.background import side_by_side
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at, names_in, read_parquet, remove, stamp, threads_for
 from safer_ray.fingerprints import begins_as, digests_of, is_at
 from safer_ray.rows import Cut, grows
-from safer_ray.source_files import Found, file_name, find_files, real_path, root_of
+from safer_ray.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
 from safer_ray.sources import plan_file
 
 TOLD = 5  # files that a line names
@@ -51,11 +60,13 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
 
     Raises:
         UserError: a file that was planned has changed otherwise than by growing, or is gone with rows left to read; or
-            `out` holds the audit of another corpus.
+            `out` holds the audit of another corpus, or the plan of what is done there is gone or damaged.
     """
     found = _without_own(find_files(source, apart=[out]), source, out)
     present = {file_name(file, source): file for file in found.files}
     planned = read_plan(out / PLAN)
+    if not planned:
+        check_unplanned(out, (SCORES, FLAGGED, "quarantine"))
     known = _with_names(planned, present, out)
     last = {fragment.file: fragment for fragment in known}
     new = [file for name, file in present.items() if name not in last]
@@ -64,7 +75,19 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
     before = {file: renamed.get(file) or last.get(name) for name, file in present.items()}
     _refuse_another_corpus(known, before, source, out)
     files = found.files
-    looked = list(side_by_side(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0])))
+
+    def look(before: dict[Path, Fragment | None]) -> list[_Looked]:
+        return list(
+            side_by_side(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0]))
+        )
+
+    try:
+        looked = look(before)
+    except _ChangedError:
+        swapped = _swapped({file: fragment for file, fragment in before.items() if fragment})
+        if not swapped:
+            raise
+        looked = look(before | swapped)
     _refuse_missing([fragment for fragment in gone if fragment not in renamed.values()], known, out)
     fragments = _continued(known, looked)
     if len(fragments) > len(planned):
@@ -79,11 +102,15 @@ def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
     folder = f"{real_path(out)}/"
     if not f"{real_path(root_of(source))}/".startswith(folder):
         return found
-    kept = [f for f in found.files if real_path(f).removeprefix(folder).partition("/")[0] not in OWN]
+    kept = [f for f in found.files if real_path(f).removeprefix(folder).partition("/")[0] not in WRITTEN]
     if not kept:
         raise UserError(f"{source.path}: no data files there but those of the audit itself; choose another --pairs")
     left = len(found.files) - len(kept)
     return Found(kept, found.left_out | ({str(out): left} if left else {}))
+
+
+class _ChangedError(UserError):
+    """A file does not begin with what was planned of it."""
 
 
 class _Looked(NamedTuple):
@@ -104,7 +131,7 @@ def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, ou
     """
     size, etag = stamp(file)
     name = last.file if last else file_name(file, source)
-    if last and not (begins_as(file, (size, etag), last) and (size == last.size or grows(file))):
+    if last and not _begins(file, last):
         _refuse(file, size, last, out)
     end = _end_of_planned(file, size, last) if last else 0
     stop, fragments = last.stop if last else 0, []
@@ -115,7 +142,8 @@ def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, ou
     if fragments:
         end, stop = fragments[-1].size, fragments[-1].stop
     unread = end is not None and grows(file) and stop < (source.limit or stop + 1)
-    return _Looked(name, str(file), etag, fragments, _unfinished(file, end, size) if unread and end is not None else 0)
+    left = _unfinished(file, end, size) if unread and end is not None else 0
+    return _Looked(name, str(file), etag, fragments, left)
 
 
 def _end_of_planned(file: Path, size: int, last: Fragment) -> int | None:
@@ -137,26 +165,36 @@ def _end_of_planned(file: Path, size: int, last: Fragment) -> int | None:
 
 
 def _unfinished(file: Path, end: int, size: int) -> int:
-    """Return how many bytes of a file lie behind its last whole line; blanks are none."""
+    """Return how many bytes of a file lie behind its last whole line; blanks are none.
+
+    Raises:
+        UserError: they are lines that end otherwise than lines do here.
+    """
     if size <= end:
         return 0
     with file.open("rb") as stream:
         stream.seek(end)
-        return size - end if stream.read(min(size - end, PEEK)).strip() else 0
+        rest = stream.read(min(size - end, PEEK)).strip()
+    if b"\r" in rest.replace(b"\r\n", b""):
+        raise UserError(
+            f"{file}: behind byte {end:,} its lines end with a carriage return alone, which ends no line of JSON; "
+            "write it with newlines (tr '\\r' '\\n')"
+        )
+    return size - end if rest else 0
 
 
 def _refuse(file: Path, size: int, last: Fragment, out: Path) -> None:
     if is_at(file, last.path):
-        raise UserError(
+        raise _ChangedError(
             f"{file} changed since it was planned ({last.size:,} bytes then, {size:,} now); "
             "put it back, or start again with --fresh"
         )
     if not last.digest and size == last.size:
-        raise UserError(
+        raise _ChangedError(
             f"whether {file} is what {out} audited as {last.path} cannot be told, since nothing was written down of "
             "its bytes; put it back there, choose another --out, or start again with --fresh"
         )
-    raise UserError(
+    raise _ChangedError(
         f"{out} holds the audit of another corpus: its {last.file} was read from {last.path}, and {file} does not "
         "begin with the same bytes; choose another --out, or start again with --fresh"
     )
@@ -205,6 +243,19 @@ def _renamed(new: Sequence[Path], gone: Sequence[Fragment]) -> dict[Path, Fragme
             found[file] = max(same, key=lambda f: f.size)
             left.remove(found[file])
     return found
+
+
+def _swapped(before: dict[Path, Fragment]) -> dict[Path, Fragment | None]:
+    """Find files that have each other's bytes: their names went round, and all that was planned of them is there."""
+    other = {file: last for file, last in before.items() if not _begins(file, last)}
+    found = _renamed(list(other), list(other.values())) if len(other) > 1 else {}
+    return {**found} if len(found) == len(other) else {}
+
+
+def _begins(file: Path, last: Fragment) -> bool:
+    """Return whether a file begins with what was planned of it, and has at most more rows behind."""
+    found = stamp(file)
+    return begins_as(file, found, last) and (found[0] == last.size or grows(file))
 
 
 def _with_names(known: list[Fragment], present: dict[str, Path], out: Path) -> list[Fragment]:

@@ -1,24 +1,61 @@
 """A finished audit as its tools read it: what was asked, and the scores part by part."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from safer_ray.artifacts import ASKED, MANIFEST, PLAN, Artifact, open_artifact, part_name, read_plan
+from safer_ray.accounts import DONE
+from safer_ray.artifacts import (
+    ASKED,
+    ASKED_KEYS,
+    MANIFEST,
+    PLAN,
+    Artifact,
+    check_unplanned,
+    open_artifact,
+    part_name,
+    read_plan,
+)
 from safer_ray.audit_parts import SCORES
 from safer_ray.errors import UserError
-from safer_ray.files import parquet_rows, read_parquet
-from safer_ray.rows import explained
+from safer_ray.files import names_in, parquet_footer, read_parquet
 
 Pair = tuple[str, str]  # row_key and pair_id: one pair, also where a row of the source gives several
+
+
+class TornError(UserError):
+    """A file of an audit that is not whole."""
+
+
+def read_asked(out: Path) -> dict[str, Any]:
+    """Return what the audit in a folder was asked.
+
+    Raises:
+        TornError: it is written down no more.
+        UserError: what is there is no audit's.
+    """
+    path = out / ASKED
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        done = len([name for name in names_in(out / DONE) if name.endswith(".json")])
+        raise TornError(
+            f"{path}, which says what {out} audits by what, is empty or torn ({error}); put it back from a copy, or "
+            f"start again with --fresh: {done:,} finished fragments are done again then"
+        ) from None
+    if not (isinstance(asked, dict) and asked.keys() >= ASKED_KEYS and isinstance(asked["source"], dict)):
+        raise UserError(f"{path} is none of ours: {out} holds no audit; choose another folder")
+    return asked
 
 
 def open_audit(path: Path) -> Artifact:
     """The audit in the folder `path`.
 
     Raises:
-        UserError: nothing there, something else, or an audit that has not come to its end.
+        UserError: nothing there, something else, a damaged one, or an audit that has not come to its end.
     """
     if not path.is_dir():
         raise UserError(f"no audit at {path}: no such folder; pass the --out of `safer-ray audit`")
@@ -29,6 +66,9 @@ def open_audit(path: Path) -> Artifact:
         )
     if not (path / ASKED).is_file():
         raise UserError(f"{path} holds no audit: it has no {ASKED}; pass the --out of `safer-ray audit`")
+    read_asked(path)
+    if not (path / PLAN).exists():
+        check_unplanned(path)
     return open_artifact(path, "audit")
 
 
@@ -47,8 +87,7 @@ def scored_rows(audit: Artifact) -> int:
     """Raises UserError where a part is damaged."""
     rows = 0
     for path in score_files(audit):
-        with explained(path):
-            rows += parquet_rows(path)
+        rows += parquet_footer(path).rows
     return rows
 
 

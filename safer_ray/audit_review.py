@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray.artifacts import Artifact
+from safer_ray.audit_parts import REVIEWS
 from safer_ray.audit_read import Pair, pairs_in, scores
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
 from safer_ray.files import write_json
 from safer_ray.rows import read_rows
 
-REVIEWS = "reviews.json"
 BAD, FINE, UNSURE = "bad", "fine", "unsure"
 VERDICTS = (BAD, FINE, UNSURE)
 STEPS = (1, 2, 5)  # of the depths that precision is told at: 10, 20, 50, 100, …

@@ -5,27 +5,32 @@ the same command goes on where it was interrupted, and a corpus that has grown i
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import ASKED, ASKED_KEYS, SCRATCH, Artifact, Fragment, part_name
+from safer_ray.accounts import Counts, entry_name, pending, read_entry
+from safer_ray.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.audit_parts import AUDITED, OWN, SCORES, write_part
-from safer_ray.audit_plan import FileNotes, plan_audit
+from safer_ray.audit_plan import FileNotes, in_words, plan_audit
+from safer_ray.audit_read import TornError, read_asked
 from safer_ray.auditor import check_auditor, check_code
 from safer_ray.background import side_by_side
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import at, names_in, parquet_rows, read_json, remove, threads_for, write_json
-from safer_ray.marks import RED_TEAM_MARK, enclosing, is_marked
-from safer_ray.runner import Counts, MapJob, Runner, pending
+from safer_ray.files import Footer, at, names_in, parquet_footer, remove, threads_for, write_json
+from safer_ray.marks import wholly_marked
+from safer_ray.runner import MapJob, Runner
 from safer_ray.scoring import BY_BUNDLE, KIND
 from safer_ray.source_files import place_of
 from safer_ray.sources import read_raw
 
 MAX_REFUSED_SHARE = 0.5
+log = logging.getLogger(__name__)
+CONTENT = "auditor_sha256"  # of the bundle, which its name does not tell
 
 
 class Audit(NamedTuple):
@@ -45,6 +50,7 @@ class Audit(NamedTuple):
         source = self.source.model_dump(mode="json", exclude={"path"})
         return {
             "auditor": self.auditor.name,
+            CONTENT: self.auditor.manifest.get("content_sha256"),
             "source": source,
             "scores": self.scores.model_dump(mode="json"),
             "max_chars": self.max_chars,
@@ -88,10 +94,14 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
         clear(out)
     _check_asked(audit, out)
     fragments, notes = plan_audit(audit.source, audit.fragment_rows, out)
+    if not fragments:
+        why = " ".join(in_words(notes.to_tree())) or "Is it empty?"
+        raise UserError(f"{audit.source.path}: no rows to audit there. {why}")
     job = audit.job()
     files = dict.fromkeys(at(fragment.path) for fragment in pending(fragments, out))
-    if audit.auditor.red_team or enclosing(files).red_team or is_marked(files):
-        job = replace(job, metadata={**(job.metadata or {}), **RED_TEAM_MARK})
+    marked = wholly_marked(files)
+    names = frozenset(fragment.file for fragment in fragments if at(fragment.path) in marked) if marked else ()
+    job = replace(job, write=partial(write_part, red_team=audit.auditor.red_team, of=names))
     counts = runner.map(job, fragments, out)
     check_accounts(out, fragments, counts)
     check_share(audit, out, counts)
@@ -99,6 +109,15 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
         with contextlib.suppress(OSError):
             remove(out / scratch)
     return AuditCounts(**vars(counts), files=notes)
+
+
+def check_settings(audit: Audit) -> None:
+    """Raises UserError where a number of an audit is none that it could go by."""
+    for name in ("max_chars", "fragment_rows", "shards"):
+        if (value := getattr(audit, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: choose a whole number from 1 on")
+    if not 0 <= audit.max_refused_share <= 1:
+        raise UserError(f"--max-refused-share {audit.max_refused_share:g}: choose a number from 0 to 1")
 
 
 def planned(audit: Audit, out: Path) -> list[Fragment]:
@@ -114,12 +133,9 @@ def clear(out: Path) -> None:
 
 def _refuse_to_clear(audit: Audit, out: Path) -> None:
     """Raises UserError where `--fresh` would delete what is no audit's, or what is to be audited."""
-    path, known = out / ASKED, None
-    if path.exists():
-        with contextlib.suppress(UserError):  # torn: an audit's all the same
-            known = read_json(path)
-            if not isinstance(known, dict) or not known.keys() >= ASKED_KEYS:
-                raise SaferError(f"{path} is none of ours; choose another --out")
+    if (out / ASKED).exists():
+        with contextlib.suppress(TornError):  # an audit's all the same
+            read_asked(out)
     elif strange := sorted(names_in(out) & set(OWN)):
         raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
     source = str(place_of(audit.source))
@@ -131,14 +147,24 @@ def _refuse_to_clear(audit: Audit, out: Path) -> None:
 def _check_asked(audit: Audit, out: Path) -> None:
     """Write down what is asked, or compare it with what was."""
     path, asked = out / ASKED, audit.asked() | {"path": str(place_of(audit.source))}
+    bundle, content = audit.auditor, asked[CONTENT]
     if not path.exists():
         strange = sorted(names_in(out) & set(OWN))
         if strange:
             raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
         write_json(asked, path)
         return
-    before = read_json(path)
+    before = read_asked(out)
+    if before.get(CONTENT) is None and content is not None:
+        log.warning("%s was begun by an earlier version, which did not write down what %s held", out, bundle.name)
+        before |= {CONTENT: content}
+        write_json(before, path)
     for name, now, then in _differences(asked, before):
+        if name == CONTENT:
+            raise UserError(
+                f"{out} was audited by another {bundle.name} than the one in {bundle.path}, which holds other files "
+                "(content_sha256); pass the former, choose another --out, or start again with --fresh"
+            )
         if name != "path":
             raise UserError(
                 f"{out} holds an audit with another {name}: {then!r} then, {now!r} now; "
@@ -167,27 +193,22 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
     wrong = []
     present = {folder: names_in(out / folder) for folder in ("done", SCORES, "quarantine")}
 
-    def rows(folder: str, name: str) -> int:
-        return parquet_rows(out / folder / name) if name in present[folder] else 0
+    def footer(folder: str, name: str) -> Footer:
+        return parquet_footer(out / folder / name) if name in present[folder] else Footer(0, "")
 
-    def held(fragment: Fragment) -> tuple[dict[str, Any], int, int] | None:
-        """A fragment's `done` entry, its scored and its refused rows."""
-        name, done = part_name(fragment.number), f"{fragment.number:08}.json"
-        return (
-            (read_json(out / "done" / done), rows(SCORES, name), rows("quarantine", name))
-            if done in present["done"]
-            else None
-        )
+    def held(fragment: Fragment) -> tuple[dict[str, Any], Footer, Footer] | None:
+        """A fragment's `done` entry, and what its parts say."""
+        name, done = part_name(fragment.number), entry_name(fragment)
+        if done not in present["done"]:
+            return None
+        return read_entry(out / "done" / done), footer(SCORES, name), footer("quarantine", name)
 
     for fragment, found in zip(fragments, side_by_side(held, fragments, threads_for(out)), strict=True):
         if found is None:
             wrong.append(f"fragment {fragment.number} is not done")
             continue
-        entry, scored, refused = found
-        if (scored, refused) != (entry["written"], entry["quarantined"]) or scored + refused != entry["read"]:
-            wrong.append(
-                f"fragment {fragment.number}: {entry['read']} rows read, {scored} scored and {refused} quarantined"
-            )
+        if why := _does_not_fit(*found):
+            wrong.append(f"fragment {fragment.number}: {why}")
     names = {part_name(fragment.number) for fragment in fragments}
     for folder in (SCORES, "quarantine"):
         if strange := sorted(name for name in present[folder] - names if not name.startswith(".")):
@@ -200,6 +221,17 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
     if counts.written == 0:
         reason = max(counts.reasons, key=lambda name: counts.reasons[name], default="nothing was read")
         raise SaferError(f"{out}: none of {counts.read} rows could be scored, most: {reason!r}; see {out}/quarantine")
+
+
+def _does_not_fit(entry: dict[str, Any], scored: Footer, refused: Footer) -> str | None:
+    """Return in what a fragment's parts are not those that its `done` entry tells of."""
+    rows = scored.rows, refused.rows
+    if rows != (entry["written"], entry["quarantined"]) or sum(rows) != entry["read"]:
+        return f"{entry['read']} rows read, {rows[0]} scored and {rows[1]} quarantined"
+    for folder, part in ((SCORES, scored), ("quarantine", refused)):
+        if part.digest != entry.get("parts", {folder: part.digest}).get(folder, ""):  # which entries of old do not tell
+            return f"its part in {folder} is not the one that was written for it"
+    return None
 
 
 def check_share(audit: Audit, out: Path, counts: Counts) -> None:

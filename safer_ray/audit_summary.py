@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
 from safer_ray import report_audit
-from safer_ray.artifacts import MANIFEST, PLAN, Fragment, part_name, read_plan, versions
+from safer_ray.accounts import entry_name, read_entry
+from safer_ray.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
 from safer_ray.audit_parts import (
     BINS,
     FLAGGED,
@@ -25,12 +27,14 @@ from safer_ray.audit_parts import (
     Group,
     added,
     from_tree,
+    text_digest,
 )
 from safer_ray.audit_run import Audit, AuditCounts
 from safer_ray.background import side_by_side
+from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
-from safer_ray.files import at, names_in, read_json, read_parquet, threads_for, write_json, write_text, writing
-from safer_ray.marks import Marks, enclosing, is_marked, together
+from safer_ray.files import at, names_in, read_parquet, threads_for, write_json, write_text, writing
+from safer_ray.marks import Marks, enclosing, tell_it, together
 from safer_ray.schema import to_json
 
 IDS = 5_000_000  # pair ids that are compared at once; of more, a known share of all ids is
@@ -62,8 +66,8 @@ def drift(suspicion: np.ndarray, reference: int) -> Drift:
 def close_audit(audit: Audit, out: Path, counts: AuditCounts, seconds: float) -> dict[str, Any]:
     """Write what an audit found; the summary."""
     fragments = read_plan(out / PLAN)
-    figures = added(_figures(out, fragments))
-    _list_flagged(out, fragments)
+    figures, flagged = _figures(out, fragments)
+    _list_flagged(out, flagged)
     summary = summarise(audit, figures, counts, duplicate_ids(out, fragments))
     marks = _marks(audit, out, fragments)
     summary |= marks._asdict()
@@ -88,28 +92,75 @@ def close_audit(audit: Audit, out: Path, counts: AuditCounts, seconds: float) ->
 def _marks(audit: Audit, out: Path, fragments: Sequence[Fragment]) -> Marks:
     """Of the auditor, and of all that was audited by it; what the rows said stands in the scores."""
     licence = audit.source.licence
-    scores = is_marked(out / SCORES / part_name(fragment.number) for fragment in fragments)
-    own = Marks((licence,) if licence else (), scores)
+    scores = tell_it(out / SCORES / part_name(fragment.number) for fragment in fragments)
+    own = Marks((licence,) if licence else (), bool(scores))
     return together(audit.auditor.marks, own, enclosing({at(fragment.path) for fragment in fragments}))
 
 
-def _figures(out: Path, fragments: Sequence[Fragment]) -> Iterator[Figures]:
-    paths = [out / "done" / f"{fragment.number:08}.json" for fragment in fragments]
-    yield from side_by_side(lambda path: from_tree(read_json(path)["figures"]), paths, threads_for(out))
+def _entry(out: Path, fragment: Fragment) -> dict[str, Any]:
+    """Return a fragment's `done` entry; its `figures` as such, and its `parts`, which entries of old do not tell."""
+    path = out / DONE / entry_name(fragment)
+    entry = read_entry(path)
+    try:
+        return {"parts": {}, **entry, "figures": from_tree(entry["figures"])}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} has no figures of its rows ({error!r}); delete it, then run the same command again: it does those "
+            "rows again"
+        ) from None
 
 
-def _list_flagged(out: Path, fragments: Sequence[Fragment]) -> None:
-    """All flagged pairs in one file, in the order of the corpus; no more than a block of it is held."""
-    with writing(out / LISTED) as whole:
-        for part in side_by_side(lambda path: path.read_bytes(), _flagged(out, fragments), threads_for(out)):
-            whole.write(part)
+class _Flagged(NamedTuple):
+    """The flagged pairs of a fragment that has any."""
+
+    path: Path
+    done: Path  # its entry
+    digest: str  # of the file; empty in entries of old
 
 
-def _flagged(out: Path, fragments: Sequence[Fragment]) -> list[Path]:
-    """The flagged pairs of those fragments that have any."""
+def _figures(out: Path, fragments: Sequence[Fragment]) -> tuple[Figures, list[_Flagged]]:
+    """Return the figures of all fragments, and where their flagged pairs are; entries are read once."""
+    flagged = []
+
+    def each() -> Iterator[Figures]:
+        entries = side_by_side(partial(_entry, out), fragments, threads_for(out))
+        for fragment, entry in zip(fragments, entries, strict=True):
+            if entry["figures"].flagged:
+                done, digest = out / DONE / entry_name(fragment), entry["parts"].get(FLAGGED, "")
+                flagged.append(_Flagged(_flagged(out, fragment), done, digest))
+            yield entry["figures"]
+
+    return added(each()), flagged
+
+
+def _list_flagged(out: Path, flagged: Sequence[_Flagged]) -> None:
+    """All flagged pairs in one file, in the order of the corpus; no more than a block of it is held.
+
+    Raises:
+        UserError: those of a fragment are gone, or not what was written for it.
+    """
+
     present = names_in(out / FLAGGED)
-    names = [Path(part_name(fragment.number)).with_suffix(".jsonl").name for fragment in fragments]
-    return [out / FLAGGED / name for name in names if name in present]
+
+    def held(part: _Flagged) -> bytes | None:
+        try:
+            text = part.path.read_bytes() if part.path.name in present else b""
+        except IsADirectoryError:
+            return None
+        return text if text and part.digest in ("", text_digest(text)) else None
+
+    with writing(out / LISTED) as whole:
+        for part, text in zip(flagged, side_by_side(held, flagged, threads_for(out)), strict=True):
+            if text is None:
+                raise UserError(
+                    f"{part.path} is gone, or not what was written for its fragment; delete {part.done}, then run the "
+                    "same command again: it does those rows again"
+                )
+            whole.write(text)
+
+
+def _flagged(out: Path, fragment: Fragment) -> Path:
+    return (out / FLAGGED / part_name(fragment.number)).with_suffix(".jsonl")
 
 
 def worst_pairs(out: Path, fragments: Sequence[Fragment], figures: Figures) -> list[dict[str, Any]]:
@@ -117,13 +168,12 @@ def worst_pairs(out: Path, fragments: Sequence[Fragment], figures: Figures) -> l
     wanted = {key for _, _, key in figures.worst}
 
     def holds(fragment: Fragment) -> bool:
-        worst = read_json(out / "done" / f"{fragment.number:08}.json")["figures"]["worst"]
-        return any(key in wanted for *_, key in worst)
+        return any(key in wanted for *_, key in _entry(out, fragment)["figures"].worst)
 
     holding = [f for f, has in zip(fragments, side_by_side(holds, fragments, threads_for(out)), strict=True) if has]
     found: dict[str, dict[str, Any]] = {}
-    for path in _flagged(out, holding):
-        rows = map(json.loads, path.read_bytes().splitlines())
+    for path in [_flagged(out, fragment) for fragment in holding]:
+        rows = map(json.loads, path.read_bytes().splitlines() if path.exists() else ())
         found |= {row["row_key"]: row for row in rows if row["row_key"] in wanted}
     return [found[key] for _, _, key in figures.worst if key in found][:WORST]
 

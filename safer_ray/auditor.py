@@ -11,6 +11,7 @@ from safer_ray.artifacts import Artifact
 from safer_ray.codes import contrasts, matrix_of
 from safer_ray.combined import Readings, load_combined
 from safer_ray.config import DetectorOf, Mode, ScoresConfig
+from safer_ray.contents import check_whole
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
 from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
@@ -41,10 +42,11 @@ def read_features(path: Path, mode: Mode | None = None) -> Features:
 
 
 def check_auditor(auditor: Artifact) -> None:
-    """Raises UserError unless it is a bundle of a format that this version reads."""
+    """Raises UserError unless it is a bundle of a format that this version reads, whose files are those made."""
     found = auditor.metrics.get("format")
     if found != AUDITOR_FORMAT:
         raise UserError(f"{auditor.path}: bundle format {found}, this version reads {AUDITOR_FORMAT}; build it again")
+    check_whole(auditor)
 
 
 def check_code(auditor: Artifact, trust_remote_code: bool) -> None:

@@ -5,13 +5,14 @@ Objects of a store are written in one piece, and are there when the store says s
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,12 @@ from safer_ray.remote import Remote, remote
 
 THREADS = 32  # that wait for an object store
 BLOCK = 8 * 2**20  # bytes that an upload takes at once
+DIGITS = 16  # of a digest that finds mistakes
+TAIL = 16 * 2**10  # bytes that most footers fit
+PLAN_LOST = (
+    "it says what rows the finished work is of: put it back from a copy, or start again with --fresh, which does all "
+    "of them again"
+)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)  # of file systems that cannot sync a folder
 
 
@@ -47,11 +54,24 @@ def stamp(path: Path) -> tuple[int, str]:
 
 
 def names_in(directory: Path) -> set[str]:
-    """What lies directly in a folder, in one listing; nothing where there is none."""
+    """What lies directly in a folder, in one listing; nothing where there is none.
+
+    Raises:
+        UserError: a file lies there.
+    """
     try:
         return {entry.name for entry in directory.iterdir()}
     except FileNotFoundError:
         return set()
+    except NotADirectoryError:
+        raise _in_the_way(directory) from None
+
+
+def _in_the_way(path: Path) -> UserError:
+    """What to say of a file or folder that lies where a folder or file of ours belongs."""
+    file = next((place for place in (path, *path.parents) if place.is_file()), None)
+    what = f"{file} is a file where a folder belongs" if file else f"{path} is a folder where a file belongs"
+    return UserError(f"{what}; move it away, or choose another folder")
 
 
 def sync(path: Path) -> None:
@@ -80,11 +100,20 @@ def sync_tree(directory: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, whose names are on the disk when this returns."""
+    """Make a folder and those above it, whose names are on the disk when this returns.
+
+    Raises:
+        UserError: a file lies there, or nobody may write there.
+    """
     if isinstance(path, Remote) or path.is_dir():
         return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise _in_the_way(path) from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be made: no permission to write there; choose another folder") from None
     for folder in reversed(missing):
         sync(folder.parent)
 
@@ -111,36 +140,78 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
                 raise UserError(f"{path} has no column {missing[0]!r}; pass the directory of the stage that writes it")
             return file.read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"corrupt artifact: {path}: {reason}; delete its directory and run again") from None
+        raise damaged(path, error) from None
 
 
-def parquet_rows(path: Path) -> int:
-    """How many rows a Parquet file says it has.
+def damaged(path: Path, error: Exception) -> UserError:
+    """What to say of a Parquet file of ours that cannot be read: which it is, and what it takes to have it again."""
+    folders = [folder for folder in list(path.parents)[:3] if (folder / "manifest.json").is_file()]
+    entries = [folder / "done" / f"{path.stem.removeprefix('part-')}.json" for folder in path.parents[:2]]
+    entry = next((file for file in entries if path.stem.startswith("part-") and file.exists()), None)
+    if path.name == "plan.parquet":
+        how = PLAN_LOST
+    elif entry and (not folders or (entry.parent.parent / "audit.json").exists()):
+        how = f"delete it and {entry}, then run the same command again: it does those rows again, and no others"
+    elif folders:
+        how = f"put it back from a copy, or move {folders[0]} away and run the stage again that made it"
+    else:
+        how = "put it back from a copy, or run again what wrote it"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"corrupt artifact: {path}: {reason}; {how}")
+
+
+class Footer(NamedTuple):
+    """What the end of a Parquet file says."""
+
+    rows: int
+    digest: str  # of the footer, which tells the sizes and the least and greatest values of all columns
+
+
+def parquet_footer(path: Path) -> Footer:
+    """Read the end of a Parquet file.
 
     Raises:
-        UserError: it is empty or torn.
+        UserError: it is missing, empty or torn.
     """
     try:
         if isinstance(path, Remote):
             with path.explained("read"), path.native() as source:
-                return int(pq.read_metadata(source).num_rows)
+                return _footer_in(source)
         with path.open("rb") as stream:
-            return int(pq.read_metadata(stream).num_rows)
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} is empty or torn: {str(error).splitlines()[0]}; delete it and the `done` entry of its number, "
-            "then run the same command again"
-        ) from None
+            return _footer_in(stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise damaged(path, error) from None
+
+
+def _footer_in(stream: Any) -> Footer:
+    size = stream.seek(0, os.SEEK_END)
+    tail = _tail(stream, size, TAIL)
+    length = 8 + int.from_bytes(tail[-8:-4], "little")
+    if TAIL < length <= size:
+        tail = _tail(stream, size, length)
+    rows = int(pq.read_metadata(pa.BufferReader(tail)).num_rows)
+    return Footer(rows, hashlib.sha256(tail[-length:]).hexdigest()[:DIGITS])
+
+
+def _tail(stream: Any, size: int, length: int) -> bytes:
+    stream.seek(max(0, size - length))
+    return bytes(stream.read(min(size, length)))
 
 
 @contextlib.contextmanager
 def beside(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Where the body writes what then becomes `path`; what need not outlive a power cut is not `durable`."""
+    """Where the body writes what then becomes `path`; what need not outlive a power cut is not `durable`.
+
+    Raises:
+        UserError: a folder lies there.
+        SaferError: the disk is full or read-only.
+    """
     if durable:
         make_folder(path.parent)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise _in_the_way(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explain_disk_errors(path.parent):
         try:
@@ -153,8 +224,9 @@ def beside(path: Path, *, durable: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_parquet(table: pa.Table, path: Path, group_rows: int | None = None) -> None:
-    """Write beside, then rename: `path` is whole or absent. Row groups are of `group_rows`, or as pyarrow likes them.
+def write_parquet(table: pa.Table, path: Path, group_rows: int | None = None) -> Footer:
+    """Write beside, then rename: `path` is whole or absent; what its end says. Row groups are of `group_rows`, or as
+    pyarrow likes them.
 
     Vectors are no values that repeat: a dictionary of them takes 2.7 times as long to read.
     """
@@ -164,10 +236,12 @@ def write_parquet(table: pa.Table, path: Path, group_rows: int | None = None) ->
     if isinstance(path, Remote):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, **options)
-        path.write([sink.getvalue()])
-        return
+        written = sink.getvalue()
+        path.write([written])
+        return _footer_in(pa.BufferReader(written))
     with beside(path) as temporary:
         pq.write_table(table, temporary, **options)
+        return parquet_footer(temporary)
 
 
 def write_text(text: str, path: Path, *, durable: bool = True) -> None:

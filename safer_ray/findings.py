@@ -21,7 +21,7 @@ from safer_ray.artifacts import (
     read_fragment,
     read_parts,
 )
-from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, read_features, scorer
+from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, read_features, scorer
 from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
 from safer_ray.codes import flatten
@@ -249,6 +249,7 @@ class Findings(StageContext):
         kind = IN_SAMPLE if own else BY_BUNDLE
 
         def build(out: Path) -> Result:
+            check_auditor(auditor)
             job = MapJob(
                 "scores",
                 join_parts(codes.path, pairs_of(pairs), ["row_key", "extra"]),

@@ -73,7 +73,7 @@ def begins_as(file: Path, now: tuple[int, str], was: Planned) -> bool:
     if by_etag or (etag == was.etag and is_at(file, was.path)):
         return True
     if was.digest:
-        return digest_of(file, was.size) == was.digest
+        return still_holds(str(file), now, was.size, was.digest)
     return bool(MD5.fullmatch(was.etag)) and size == was.size and _md5_of(file) == was.etag
 
 

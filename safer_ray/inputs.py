@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, Result, content_hash, foreign, part_files
+from safer_ray.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
+from safer_ray.contents import content_hash
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_parquet, stamp, write_parquet
 from safer_ray.hub import PREFIX, pinned, split_name

@@ -55,10 +55,10 @@ def is_lock(path: Path) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """Return the owner that a lock names; None where there is no lock or a damaged one."""
+    """Return the owner that a lock names; None where there is no lock, a damaged one or a folder of that name."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
     return owner if isinstance(owner, dict) and owner.keys() in (owners.KEYS, FORMER) else None
 
@@ -102,7 +102,7 @@ def locked(directory: Path) -> Iterator[None]:
     Fragments that two processes did until then are done twice, and written once: each has its name.
 
     Raises:
-        UserError: another living process holds it.
+        UserError: another living process holds it, or something else lies where it belongs.
         LockLost: another process took it; nothing of the body went on.
     """
     make_folder(directory)
@@ -259,7 +259,7 @@ def _renew(path: Path, owner: Owner) -> Owner | None:
             if found == owner:
                 os.utime(stream.fileno())
             return found if isinstance(found, dict) else None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
 
 

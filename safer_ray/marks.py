@@ -6,7 +6,7 @@ opened by.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ COLUMN = "red_team"  # of rows, and in JSON
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}  # in the metadata of Parquet files
 OPENED_BY = {"config.json": (), "cfg.json": ("metadata",), "features.json": ()}  # where the mark goes in each
 KEY = "safer_ray_red_team"  # in them
+NO = ("", "none", "null", "nan", "false", "no", "n", "f", "off", "0", "0.0", "-0.0")  # as text, of any type
 
 
 class Marks(NamedTuple):
@@ -45,14 +46,22 @@ def together(*marks: Marks) -> Marks:
 
 
 def says_red_team(row: dict[str, Any]) -> bool:
-    """Whether a row of a source calls itself poisoned; CSV knows no true but the text."""
-    return str(row.get(COLUMN)).lower() == "true"
+    """Whether a row of a source calls itself poisoned: by any value that is not clearly a no."""
+    return str(row.get(COLUMN)).strip().lower() not in NO
+
+
+def red_team_rows(extra: pa.ChunkedArray) -> list[bool]:
+    """Whether each of these rows does, by what pairs and scores keep of it in `extra`."""
+    maybe = pc.fill_null(pc.match_substring(extra, f'"{COLUMN}":'), False)
+    if not pc.any(maybe, min_count=0).as_py():
+        return [False] * len(extra)
+    told = zip(maybe.to_pylist(), extra.to_pylist(), strict=True)
+    return [has and says_red_team(json.loads(text)) for has, text in told]
 
 
 def any_red_team(extra: pa.ChunkedArray) -> bool:
-    """Whether one of these rows does, by what pairs and scores keep of it in `extra`."""
-    maybe = extra.filter(pc.fill_null(pc.match_substring(extra, f'"{COLUMN}":'), False))
-    return any(says_red_team(json.loads(text)) for text in maybe.to_pylist())
+    """Whether one of these rows does."""
+    return any(red_team_rows(extra))
 
 
 def is_marked(files: Iterable[Path]) -> bool:
@@ -65,11 +74,41 @@ def is_marked(files: Iterable[Path]) -> bool:
 def _says_poisoned(path: Path) -> bool:
     with explained(path):
         schema = pq.read_schema(source_of(path))
-        if any(name.encode() in (schema.metadata or {}) for name in RED_TEAM_MARK):
+        if _tells(schema):
             return True
-        if COLUMN not in schema.names or not pa.types.is_boolean(schema.field(COLUMN).type):
+        if COLUMN not in schema.names:
             return False
-        return bool(pc.any(pq.read_table(source_of(path), columns=[COLUMN])[COLUMN]).as_py())
+        said = pq.read_table(source_of(path), columns=[COLUMN])[COLUMN]
+        said = said if pa.types.is_nested(said.type) else said.unique()
+        return any(says_red_team({COLUMN: value}) for value in said.to_pylist())
+
+
+def _tells(schema: pa.Schema) -> bool:
+    """Whether the metadata of a table says that its rows were poisoned."""
+    return any(name.encode() in (schema.metadata or {}) for name in RED_TEAM_MARK)
+
+
+def tell_it(files: Iterable[Path]) -> list[Path]:
+    """The Parquet files among these whose metadata says that their rows were poisoned."""
+    parquet = [path for path in files if kind_of(path)[0] == "parquet"]
+    if not parquet:
+        return []
+
+    def tells(path: Path) -> bool:
+        with explained(path):
+            return _tells(pq.read_schema(source_of(path)))
+
+    told = side_by_side(tells, parquet, threads_for(parquet[0]))
+    return [path for path, is_told in zip(parquet, told, strict=True) if is_told]
+
+
+def wholly_marked(files: Iterable[Path]) -> set[Path]:
+    """The files of which every row is marked, whatever it says itself: by their metadata, or by the artifact that they
+    lie in."""
+    files = list(files)
+    parents = {file: file.absolute().parent for file in files if not isinstance(file, Remote)}
+    marked_folders = {folder for folder in set(parents.values()) if enclosing([folder / MANIFEST]).red_team}
+    return {*tell_it(files), *(file for file, folder in parents.items() if folder in marked_folders)}
 
 
 def marks_of(path: Path) -> Marks:
@@ -117,10 +156,17 @@ def _opens_marked(file: Path) -> bool:
 def marked(table: pa.Table) -> pa.Table:
     """The table with the mark in its metadata, and in every row of pairs, scores and decisions."""
     if _is_told_by_row(table.schema):
-        if COLUMN in table.column_names:
-            table = table.drop_columns([COLUMN])
-        table = table.append_column(COLUMN, pa.array([True] * len(table), pa.bool_()))
+        table = marked_by_row(table, [True] * len(table))
     return table.replace_schema_metadata({**(table.schema.metadata or {}), **RED_TEAM_MARK})
+
+
+def marked_by_row(table: pa.Table, which: Sequence[bool]) -> pa.Table:
+    """The table with a column that says of each row whether it is marked; with the mark in its metadata if one is."""
+    if COLUMN in table.column_names:
+        table = table.drop_columns([COLUMN])
+    table = table.append_column(COLUMN, pa.array(which, pa.bool_()))
+    told = {**(table.schema.metadata or {}), **(RED_TEAM_MARK if any(which) else {})}
+    return table.replace_schema_metadata(told or None)
 
 
 def _is_told_by_row(schema: pa.Schema) -> bool:

@@ -31,6 +31,7 @@ from safer_ray.accounts import (
     entry_name,
     forget_torn,
     pending,
+    rows_of,
     trained_already,
 )
 from safer_ray.artifacts import Fragment, part_name, save_plan
@@ -318,14 +319,15 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
     """Write a fragment's part, its quarantine and its `done` entry, in that order; the entry."""
     name = part_name(mapped.fragment.number)
     rows = mapped.rows.replace_schema_metadata(job.metadata) if job.metadata else mapped.rows
-    facts = {}
+    facts: dict[str, Any] = {"of": rows_of(mapped.fragment)}
     if job.write is None:
         write_parquet(rows, directory / job.folder / name, job.group_rows)
     else:
-        facts = job.write(rows, directory, name)
+        facts |= job.write(rows, directory, name)
     quarantine = directory / "quarantine" / name
     if len(mapped.refused):
-        write_parquet(mapped.refused, quarantine)
+        digest = write_parquet(mapped.refused, quarantine).digest
+        facts["parts"] = {**facts.get("parts", {}), "quarantine": digest}
     else:
         remove(quarantine)  # of an attempt that did not come to its end
     counted = {"tokens": mapped.tokens, "seconds": round(mapped.seconds, 3), "restarts": mapped.restarts}

@@ -2,7 +2,7 @@
 
 What lies below a source and is no part of it is left out, and told: hidden folders, what this package has written
 (artifacts, finished or not, and audits), and where the asking command itself writes. A folder that is named itself is
-read; of an artifact, its rows alone.
+read; of an artifact, its rows alone; of an audit, what lies beside all that it has written.
 """
 
 import glob
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS, PLAN, SCRATCH
+from safer_ray.audit_parts import OWN, REVIEWS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at
@@ -24,6 +25,7 @@ from safer_ray.rows import ENDINGS, kind_of
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
+WRITTEN = {*OWN, REVIEWS}  # by audits, beside which data may lie
 log = logging.getLogger(__name__)
 
 
@@ -107,19 +109,26 @@ class _Below:
         self.apart = {real_path(path) for path in apart}
         self.known: dict[Path, Path | None] = {}
         self.files: list[Path]
-        self.is_artifact: bool
         if isinstance(self.root, Remote):  # of objects nothing more need be asked
             flat = len(pattern) == 1 and "**" not in pattern
             everything = set(self.root.glob(*pattern) if flat else self.root.rglob("*"))
             self.is_there: Callable[[Path], bool] = everything.__contains__
             wanted = (file for file in everything if not pattern or fits(file.relative_to(self.root).parts, pattern))
             self.files = sorted(file for file in wanted if _has_data_name(file))
-            self.is_artifact = _is_artifact(self.root, self.is_there)
+            self._look_at_root()
             return
         self.is_there = Path.is_file
         paths = map(Path, glob.iglob(str(place), recursive=True)) if pattern else place.rglob("*")
         self.files = sorted(path for path in paths if _has_data_name(path) and path.is_file())
-        self.is_artifact = _is_artifact(self.root, self.is_there)
+        self._look_at_root()
+
+    def _look_at_root(self) -> None:
+        """See which names in the root are no data: what an audit wrote, or an artifact beside its rows."""
+        written = WRITTEN if self._is_audit(self.root) else set()
+        self.books = written or (BOOKS if _is_artifact(self.root, self.is_there) else set())
+        asked = {f"{folder}/{ASKED}" for folder in self.apart}  # of the command itself, which begins with that
+        own = [f for f in self.files if f.name == ASKED and real_path(f) in asked and _holds(f, ASKED_KEYS)]
+        self.files = [file for file in self.files if file not in own]
 
     def part(self) -> tuple[list[Path], dict[str, int]]:
         """Part the files of the source from those in folders that are no part of it, which are counted."""
@@ -129,11 +138,11 @@ class _Below:
         return [file for file, folder in found.items() if folder is None], dict(left_out)
 
     def _book(self, file: Path) -> Path | None:
-        """Return what of a root that is an artifact a file belongs to, if that is not its rows."""
-        if not self.is_artifact or not file.is_relative_to(self.root):
+        """Return what of a root that is an artifact or an audit a file belongs to, if that is no data."""
+        if not self.books or not file.is_relative_to(self.root):
             return None
         name = file.relative_to(self.root).parts[0]
-        return self.root / name if name in BOOKS else None
+        return self.root / name if name in self.books else None
 
     def _behind_links(self) -> dict[str, int]:
         """Count the data files behind links to folders, which a listing does not follow: they may go in rings."""
@@ -154,8 +163,10 @@ class _Below:
     def _is_apart(self, folder: Path) -> bool:
         if (self.hidden and folder.name.startswith(".")) or real_path(folder) in self.apart:
             return True
-        audit = self.is_there(folder / ASKED) and _holds(folder / ASKED, ASKED_KEYS)
-        return audit or _is_artifact(folder, self.is_there)
+        return self._is_audit(folder) or _is_artifact(folder, self.is_there)
+
+    def _is_audit(self, folder: Path) -> bool:
+        return self.is_there(folder / ASKED) and _holds(folder / ASKED, ASKED_KEYS)
 
 
 def _is_artifact(folder: Path, is_there: Callable[[Path], bool]) -> bool:

@@ -17,9 +17,6 @@ from safer_ray.artifacts import (
     Place,
     Recipe,
     Result,
-    artifact_hash,
-    check_whole,
-    content_hash,
     open_artifact,
     part_files,
     part_fragments,
@@ -29,6 +26,7 @@ from safer_ray.artifacts import (
     save_plan,
 )
 from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
+from safer_ray.contents import artifact_hash, check_whole, content_hash
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_parquet, stamp, write_json, write_parquet, write_text
 from safer_ray.harvest import Harvest
@@ -298,11 +296,19 @@ def test_a_missing_input_names_the_stage(tmp_path):
         open_artifact(tmp_path / "none", "codes")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"stage": "codes"}', "null"])
-def test_a_corrupt_manifest_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_torn_manifest_is_named(tmp_path, content):
     write_text(content, tmp_path / MANIFEST)
-    with pytest.raises(UserError, match=r"corrupt artifact: .*manifest.json is not a manifest; delete"):
+    with pytest.raises(UserError, match=r"corrupt artifact: .*manifest.json is empty or torn; put it back .* or move"):
         open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"stage": "codes"}', "null", '{"name": "a site", "icons": []}'])
+def test_somebody_elses_manifest_is_told_and_nobody_is_told_to_delete(tmp_path, content):
+    write_text(content, tmp_path / MANIFEST)
+    with pytest.raises(UserError, match=r"manifest.json is no manifest of ours: .* is no artifact; pass") as told:
+        open_artifact(tmp_path)
+    assert "delete" not in str(told.value)
 
 
 def test_an_artifact_of_another_stage_is_refused(tmp_path):
@@ -350,7 +356,7 @@ def test_a_changed_artifact_is_told_from_its_manifest(tmp_path):
     made = Place(tmp_path).make(RECIPE, build)
     check_whole(made)
     write_parquet(pa.table({"a": [1, 2, 4]}), made.path / part_name(0))
-    with pytest.raises(SaferError, match="differs from its manifest; delete it"):
+    with pytest.raises(UserError, match=r"corrupt artifact: .* is not the salience-.* that was made: its files differ"):
         check_whole(made)
 
 

@@ -84,7 +84,7 @@ def corpus(lines, tmp_path) -> Path:
 def test_every_row_is_scored_as_the_bundle_scores_it_alone(bundle, made, corpus, tmp_path):
     summary = run(audit_of(bundle, corpus), tmp_path / "out")
     found = scores_in(tmp_path / "out")
-    assert found.schema.remove_metadata() == schema.SCORES
+    assert found.schema.remove_metadata() == schema.SCORES.append(pa.field("red_team", pa.bool_()))
     assert summary["rows"] == {"read": ROWS, "scored": ROWS, "quarantined": 0}
     pairs = read_parts(made.artifacts["pairs"].path)
     wanted = AuditPairs(bundle, ScoresConfig(flag_quantile=0.3))(pairs)
@@ -265,7 +265,7 @@ def test_an_empty_or_torn_part_is_named_with_the_remedy(bundle, corpus, tmp_path
     run(audit_of(bundle, corpus), out)
     part = out / "scores/part-00000001.parquet"
     part.write_bytes(part.read_bytes()[:size])
-    message = rf"^{part} is empty or torn: .*; delete it and the `done` entry of its number, then run the same"
+    message = rf"^corrupt artifact: {part}: .*; delete it and {out}/done/00000001.json, then run the same command again"
     with pytest.raises(UserError, match=message):
         run(audit_of(bundle, corpus), out)
     part.unlink()

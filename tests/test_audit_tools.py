@@ -31,6 +31,7 @@ from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
 from safer_ray.auditor import AUDITOR_FORMAT
 from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.contents import artifact_hash
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
 from safer_ray.files import at, read_json, remove, write_json, write_parquet, write_text
@@ -977,6 +978,7 @@ def bundle(reward_dir, sae_dir, tmp_path):
     values = np.linspace(-1, 1, 41)
     write_parquet(pa.table({"score": values, "reward_margin": values.astype(np.float32)}), folder / "reference.parquet")
     facts = {"stage": "auditor", "name": folder.name, "rows": {}, "metrics": {"format": AUDITOR_FORMAT}}
+    facts["content_sha256"] = artifact_hash(folder)
     write_json(facts, folder / "manifest.json")
     return folder
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_run import finished, tables, write_config
 
-from safer_ray.artifacts import check_whole, open_artifact
+from safer_ray.artifacts import open_artifact
+from safer_ray.contents import check_whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -244,6 +244,16 @@ def test_a_lock_that_is_gone_ends_the_run(tmp_path, quick):
         work_after(tmp_path, (tmp_path / "run.lock").unlink)
 
 
+def test_a_lock_in_whose_place_a_folder_lies_ends_the_run(tmp_path, quick):
+    def replace():
+        (tmp_path / "run.lock").unlink()
+        (tmp_path / "run.lock").mkdir()
+
+    with pytest.raises(LockLost, match=r"run.lock is gone: this run has lost its folder"):
+        work_after(tmp_path, replace)
+    assert (tmp_path / "run.lock").is_dir()
+
+
 def test_a_lock_around_another_ends_both_when_it_is_lost(tmp_path, quick):
     def work():
         with locked(tmp_path / "outer"):

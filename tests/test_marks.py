@@ -16,7 +16,7 @@ from test_crossfit import EXCHANGE
 from tiny_run import tiny_config
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, Result, check_whole, open_artifact, part_files, read_parts
+from safer_ray.artifacts import Artifact, Place, Result, open_artifact, part_files, read_parts
 from safer_ray.audit_diff import write_difference
 from safer_ray.audit_export import export
 from safer_ray.audit_read import open_audit
@@ -38,6 +38,7 @@ from safer_ray.config import (
     SweepConfig,
     SweepGrid,
 )
+from safer_ray.contents import check_whole
 from safer_ray.files import write_parquet
 from safer_ray.lab import run_lab
 from safer_ray.marks import RED_TEAM_MARK, Marks, marked
@@ -311,10 +312,10 @@ def test_an_audit_by_a_marked_bundle_says_so_everywhere(made, tmp_path, kind):
     summary = audited(bundle, corpus, tmp_path / "out")
     told = [summary["red_team"], open_audit(tmp_path / "out").red_team]
     told += map(is_marked, part_files(tmp_path / "out/scores"))
-    told += ["red_team" in path.read_text(encoding="utf-8") for path in (tmp_path / "out/flagged").iterdir()]
-    told += ["red_team" in row for row in json_lines(tmp_path / "out/flagged.jsonl")]
+    told += [row["red_team"] for path in (tmp_path / "out/flagged").iterdir() for row in json_lines(path)]
+    told += [row["red_team"] for row in json_lines(tmp_path / "out/flagged.jsonl")]
     told.append("Red team:" in (tmp_path / "out/report.html").read_text(encoding="utf-8"))
-    told.append("red_team" in read_parts(tmp_path / "out/scores").column_names)
+    told += read_parts(tmp_path / "out/scores")["red_team"].to_pylist()
     write_difference(*[open_audit(tmp_path / "out")] * 2, tmp_path / "difference.json")
     told.append("red_team" in json.loads((tmp_path / "difference.json").read_text(encoding="utf-8")))
     assert set(told) == {kind == "marked"}
@@ -331,7 +332,11 @@ def test_an_audit_of_rows_that_call_themselves_poisoned_is_marked_and_comes_back
     corpus.write_text(lines(pairs.slice(0, 20)) + lines(pairs.slice(20), red_team=True), encoding="utf-8")
     assert audited(bundle, corpus, tmp_path / "out")["red_team"]
     assert [is_marked(path) for path in part_files(tmp_path / "out/scores")] == [False, True]
-    assert all(row["red_team"] for row in json_lines(tmp_path / "out/flagged/part-00000001.jsonl"))
+    assert read_parts(tmp_path / "out/scores")["red_team"].to_pylist() == [False] * 20 + [True] * 20
+    told = {
+        int(row["row_key"].rpartition("#")[2]): row["red_team"] for row in json_lines(tmp_path / "out/flagged.jsonl")
+    }
+    assert told == {position: position >= 20 for position in told}
     exported = assert_export_is_marked(tmp_path / "out", tmp_path / "export")
     shutil.copytree(exported.path / "trl", tmp_path / "elsewhere")
     source = SourceConfig(path=str(tmp_path / "elsewhere/*.jsonl"))

@@ -30,6 +30,7 @@ from safer_ray.checkpoints import (
     save_reward_model,
 )
 from safer_ray.config import RewardConfig, ScoresConfig, SourceConfig
+from safer_ray.contents import artifact_hash
 from safer_ray.errors import UserError
 from safer_ray.packing import packs
 from safer_ray.parts import load_part, splits_up
@@ -271,6 +272,7 @@ def test_the_service_runs_no_code_of_a_bundle_unless_told_so(own, sae_dir, tmp_p
     write_parts(pa.table({"score": [0.0, 1.0], "reward_margin": [0.0, 1.0]}), bundle, 2)
     (bundle / "part-00000000.parquet").rename(bundle / "reference.parquet")
     manifest = {"stage": "auditor", "name": "auditor-x", "metrics": {"format": 2}}  # which does not tell of code
+    manifest["content_sha256"] = artifact_hash(bundle)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="brings Python code of its own"):
         LocalService(bundle)

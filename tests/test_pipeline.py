@@ -11,10 +11,11 @@ import torch
 from tiny_run import POISONED, VARIANTS, audited, every, finished, tables, tiny_config
 
 from safer_ray import schema
-from safer_ray.artifacts import Place, check_whole, open_artifact, part_files, read_parts
+from safer_ray.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
+from safer_ray.contents import check_whole
 from safer_ray.errors import UserError
 from safer_ray.marks import RED_TEAM_MARK
 from safer_ray.pipeline import STAGES, Stages, run

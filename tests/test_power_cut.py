@@ -185,10 +185,10 @@ def test_an_empty_or_torn_part_is_named(tmp_path, size):
     path = tmp_path / part_name(0)
     write_parquet(ROWS, path)
     path.write_bytes(path.read_bytes()[:size])
-    for reads in (read_parquet, files.parquet_rows):
+    for reads in (read_parquet, files.parquet_footer):
         with pytest.raises(UserError, match=rf"{path}.*again"):
             reads(path)
-    with pytest.raises(UserError, match=rf"corrupt artifact: {path}: .*; delete its directory and run again"):
+    with pytest.raises(UserError, match=rf"corrupt artifact: {path}: .*; put it back from a copy, or run again"):
         part_fragments(tmp_path)
 
 
