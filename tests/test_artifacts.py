@@ -491,3 +491,13 @@ def test_fresh_replaces_nothing_but_an_artifact_of_its_stage(safer, tmp_path):
     code, _, err = safer("pairs", "--source", source, "--out", "")
     assert code == 2
     assert "a path is empty" in err
+
+
+def test_work_of_a_stage_whose_plan_is_gone_is_refused(tmp_path):
+    write_parquet(ROWS, tmp_path / "in" / part_name(0))
+    fragments = part_fragments(tmp_path / "in")
+    save_plan(fragments, tmp_path / "out")
+    write_json({}, tmp_path / "out/done/00000000.json")
+    (tmp_path / "out/plan.parquet").unlink()
+    with pytest.raises(UserError, match=r"done/00000000.json was done by a plan, but .*plan.parquet is gone"):
+        save_plan(fragments, tmp_path / "out")

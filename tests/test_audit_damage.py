@@ -118,6 +118,16 @@ def test_a_bundle_that_was_edited_in_place_is_refused(bundle, corpus, tmp_path, 
     assert not (tmp_path / "out/audit.json").exists()
 
 
+def test_stage_scores_and_an_estimate_refuse_it_too(refused, bundle, tmp_path, tmp_path_factory, corpus):
+    made = finished(tmp_path_factory.getbasetemp()).artifacts
+    copy = shutil.copytree(bundle.path, tmp_path / bundle.name)
+    edit_features(copy)
+    words = ["scores", "--codes", made["codes"].path, "--pairs", made["pairs"].path, "--auditor", copy]
+    assert "its files differ from the content_sha256" in refused(*words, "--out", tmp_path / "scores")
+    words = ["audit", "--auditor", copy, "--pairs", corpus, "--out", tmp_path / "out", "--dry-run"]
+    assert "its files differ from the content_sha256" in refused(*words)
+
+
 def test_a_bundle_whose_manifest_tells_no_content_is_refused(bundle):
     manifest = {name: value for name, value in bundle.manifest.items() if name != "content_sha256"}
     with pytest.raises(UserError, match=r"manifest.json tells no content_sha256 .*; make it again"):
