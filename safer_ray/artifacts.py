@@ -35,9 +35,8 @@ from safer_ray.files import (
 from safer_ray.fingerprints import begins_as, digest_of, needs_digest
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
-from safer_ray.remote import Remote
+from safer_ray.replacing import check_doomed, check_kind, check_outside
 
-MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
 DONE = "done"  # the folder of what is finished of a stage
 ASKED = "audit.json"  # in the folder of an audit
 ASKED_KEYS = {"auditor", "source", "scores", "path"}
@@ -254,24 +253,10 @@ def _is_closed(partial: Path) -> bool:
         return False
 
 
-def _refuse_to_replace(path: Path, recipe: Recipe) -> None:
-    """Raises UserError unless a folder holds an artifact of the recipe's stage, and none of its inputs."""
-    try:
-        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    ours = isinstance(found, dict) and found.keys() >= MANIFEST_KEYS
-    if not ours or found["stage"] != recipe.stage:
-        what = f"an artifact of stage {found['stage']!r}" if ours else f"a {MANIFEST} that is none of ours"
-        raise UserError(f"{path} holds {what}; --fresh replaces {recipe.stage} alone: choose another --out")
-    own = path.resolve()
-    for given in recipe.inputs.values():
-        for artifact in (given,) if isinstance(given, Artifact) else given.of:
-            if isinstance(artifact.path, Remote):
-                continue
-            read = artifact.path.resolve()
-            if read == own or own in read.parents or read in own.parents:
-                raise UserError(f"{path} is or holds {artifact.path}, which this command reads; choose another --out")
+def _drop_if_nothing_is_done(partial: Path) -> None:
+    """Remove what a refused command began where no part, checkpoint or refused row is in it."""
+    if all(file.name == PLAN for file in partial.rglob("*") if not file.is_dir()):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -282,19 +267,28 @@ class Place:
     out: Path | None = None
     fresh: bool = False
     dry: bool = False  # name artifacts, build none
+    reads: Sequence[Path] = ()  # what the command reads besides the inputs of its recipes; it is never deleted
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None
     building: dict[Path, Recipe] = field(default_factory=dict, repr=False, compare=False)  # by partial directory
 
     def path(self, recipe: Recipe) -> Path:
         return self.out or self.root / recipe.name
 
+    def partial(self, recipe: Recipe) -> Path:
+        """Where it is built."""
+        return self.path(recipe).with_name(f".partial-{recipe.name}")
+
     def find(self, recipe: Recipe) -> Artifact | None:
         """The complete artifact of this recipe, if it is there.
 
         Raises:
-            UserError: `out` holds something else.
+            UserError: `out` holds something else, or lies in an input; or `fresh` would delete what is read.
         """
         path = self.path(recipe)
+        if self.out:
+            check_outside(path, recipe.folders)
+        if self.fresh:
+            check_doomed((path, self.partial(recipe)), (*self.reads, *recipe.paths))
         if not path.exists():
             return None
         if not (path / MANIFEST).is_file():
@@ -303,7 +297,7 @@ class Place:
             return None
         if self.fresh:
             if self.out:
-                _refuse_to_replace(path, recipe)
+                check_kind(path, recipe.stage)
             return None
         artifact = open_artifact(path)
         if artifact.name != recipe.name:
@@ -346,14 +340,19 @@ class Place:
     def _build(
         self, recipes: dict[str, Recipe], build: Callable[[dict[str, Path]], dict[str, Result]]
     ) -> Iterator[Artifact]:
-        partials = {name: self.path(recipe).with_name(f".partial-{name}") for name, recipe in recipes.items()}
+        partials = {name: self.partial(recipe) for name, recipe in recipes.items()}
         with explain_disk_errors(self.root):
             for partial in partials.values():
                 self._begin(partial)
             todo = {name: partial for name, partial in partials.items() if not _is_closed(partial)}
             self.building.update({partial: recipes[name] for name, partial in todo.items()})
             began = time.time()
-            results = build(todo) if todo else {}
+            try:
+                results = build(todo) if todo else {}
+            except UserError:
+                for partial in todo.values():
+                    _drop_if_nothing_is_done(partial)
+                raise
             for name, result in results.items():
                 _close(recipes[name], result, time.time() - began, todo[name])
             for name, partial in partials.items():

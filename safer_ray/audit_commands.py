@@ -12,13 +12,15 @@ from safer_ray.commands import (
     TrustRemoteCode,
     at_work,
     build_config,
+    check_out,
     console,
+    emptied,
     open_input,
-    path_option,
-    place_option,
     ray_config,
 )
 from safer_ray.errors import UserError
+from safer_ray.locations import is_name
+from safer_ray.options import count_option, path_option, place_option, share_option, source_option, text_option
 
 if TYPE_CHECKING:
     from safer_ray.audit_run import Audit
@@ -30,23 +32,23 @@ app = typer.Typer()
 def audit(
     auditor: Annotated[Path, path_option(help="An auditor bundle.")],
     pairs: Annotated[
-        str, place_option(help="A file, folder or glob, also s3://BUCKET/…; a saved data set or hub:OWNER/NAME.")
+        str, source_option(help="A file, folder or glob, also s3://BUCKET/…; a saved data set or hub:OWNER/NAME.")
     ],
     out: Annotated[str, place_option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
-    format: Annotated[str, typer.Option()] = "auto",
-    flag_quantile: Annotated[float, typer.Option(help="Flag pairs among this share of the reference.")] = 0.05,
+    format: Annotated[str, text_option()] = "auto",
+    flag_quantile: Annotated[float, share_option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
-        str | None, typer.Option(help="safer, reward_margin or combined; default: the best that the bundle has.")
+        str | None, text_option(help="safer, reward_margin or combined; default: the best that the bundle has.")
     ] = None,
-    max_chars: Annotated[int, typer.Option(help="A pair with more characters goes to the quarantine.")] = 20_000,
-    fragment_rows: Annotated[int, typer.Option(help="Rows that are committed together.")] = 1000,
+    max_chars: Annotated[int, count_option(help="A pair with more characters goes to the quarantine.")] = 20_000,
+    fragment_rows: Annotated[int, count_option(help="Rows that are committed together.")] = 1000,
     max_refused_share: Annotated[
-        float, typer.Option(help="The audit fails if more than this share of the rows is in the quarantine.")
+        float, share_option(help="The audit fails if more than this share of the rows is in the quarantine.")
     ] = 0.5,
-    shards: Annotated[int, typer.Option(help="Parts that the reward model is cut into, by layers.")] = 1,
+    shards: Annotated[int, count_option(help="Parts that the reward model is cut into, by layers.")] = 1,
     trust_remote_code: TrustRemoteCode = False,
     runner: RunnerName = "local",
-    actors: Annotated[str | None, typer.Option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
+    actors: Annotated[str | None, text_option(help="MIN:MAX actors that hold the model, with --runner ray.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate rows, time, memory and disk; write nothing.")] = (
         False
     ),
@@ -56,17 +58,20 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
+    from safer_ray.audit_parts import OWN
     from safer_ray.audit_run import Audit, audit_corpus, check_settings
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
     from safer_ray.config import ScoresConfig, SourceConfig
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
+    from safer_ray.replacing import check_doomed, check_outside
+    from safer_ray.source_files import find_files
 
-    folder = lasting(out)
+    folder = check_out(lasting(out))
     if actors is not None and runner == "local" and not dry_run:
         raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
-    bundle = open_input(auditor, "auditor")
+    bundle = open_input("auditor", auditor)
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
@@ -74,7 +79,12 @@ def audit(
     if dry_run:
         _show_estimate(asked, actors)
         return
-    with locked(folder), at_work(runner, ray_config(actors), shards) as (where, _):
+    check_outside(folder, [bundle.path])
+    if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
+        files = find_files(source, [folder]).files
+        if fresh:
+            check_doomed((folder / name for name in OWN), [bundle.path, *files])
+    with emptied(folder), locked(folder), at_work(runner, ray_config(actors), shards) as (where, _):
         began = time.monotonic()
         counts = audit_corpus(asked, folder, where, fresh=fresh)
         summary = close_audit(asked, folder, counts, time.monotonic() - began)

@@ -6,6 +6,7 @@ sources differ in their names or their order. A pair that stands in an audit sev
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -22,8 +23,9 @@ from scipy.stats import spearmanr
 from safer_ray.accounts import count
 from safer_ray.artifacts import Artifact
 from safer_ray.audit_read import read_asked, scored_rows, scores
-from safer_ray.errors import explain_disk_errors
+from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.files import beside, make_folder
+from safer_ray.replacing import check_outside
 
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]
@@ -257,7 +259,13 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
     """The difference as JSON at `path`, with `gained` and `lost` pair by pair; the lists are written as they are found.
 
     `path` is whole or absent.
+
+    Raises:
+        UserError: `path` lies in one of the audits, or is a folder, or a file that no diff wrote.
     """
+    check_outside(path, [a.path, b.path])
+    if os.path.lexists(path) and not _is_difference(path):
+        raise UserError(f"{path} is there and no diff wrote it, which would be lost; choose another --json")
     make_folder(path.parent)
     with (
         explain_disk_errors(path.parent),
@@ -283,6 +291,15 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
                 whole.write("]")
             whole.write("\n}\n")
     return found
+
+
+def _is_difference(path: Path) -> bool:
+    """Whether a file begins as `write_difference` writes it; it may be large."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            return stream.read(8) == '{\n "a": "'
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _tree(found: Difference) -> dict[str, Any]:

@@ -7,6 +7,7 @@ pair without a prompt has no `prompt`), `decisions/` says of every scored row wh
 import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,11 +204,12 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
     if (audit.path / REVIEWS).exists():
         inputs["reviews"] = Input(content_hash(audit.path / REVIEWS), (audit,))
     config = {"drop": "flagged"} if percent is None else {"percent": percent}
+    fragments = read_plan(audit.path / PLAN)
+    files = list({at(fragment.path) for fragment in fragments})
+    place = replace(place, reads=(*place.reads, *files))
 
     def build(out: Path) -> Result:
-        fragments = read_plan(audit.path / PLAN)
         check_sources(fragments)
-        files = list({at(fragment.path) for fragment in fragments})
         licence = asked["source"]["licence"]
         read = Marks((licence,) if licence else (), is_marked(files))
         own = together(read, enclosing(files))  # of the sources, which are read again

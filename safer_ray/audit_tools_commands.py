@@ -14,13 +14,18 @@ from safer_ray.commands import (
     Out,
     console,
     one_stage,
-    path_argument,
-    path_option,
-    place_argument,
-    place_option,
     show_artifact,
 )
 from safer_ray.errors import UserError
+from safer_ray.options import (
+    days_option,
+    path_argument,
+    path_option,
+    percent_option,
+    place_argument,
+    place_option,
+    text_option,
+)
 
 if TYPE_CHECKING:
     from safer_ray.audit_diff import Difference
@@ -36,9 +41,9 @@ AuditFolder = Annotated[str, place_option("--audit", help="The folder of a finis
 def export_command(
     audit: AuditFolder,
     out: Out,
-    drop: Annotated[str | None, typer.Option(help="What is left out: flagged, which is the default.")] = None,
+    drop: Annotated[str | None, text_option(help="What is left out: flagged, which is the default.")] = None,
     percent: Annotated[
-        float | None, typer.Option(help="Leave out so many percent of the pairs instead, the most suspicious.")
+        float | None, percent_option(help="Leave out so many percent of the pairs instead, the most suspicious.")
     ] = None,
     fresh: Fresh = False,
 ) -> None:
@@ -161,7 +166,7 @@ def _number(value: float | None, form: str) -> str:
 @app.command("gc")
 def gc_command(
     root: Annotated[Path, path_argument(help="A folder of runs and audits, or one of them.")],
-    older_than: Annotated[float, typer.Option(help="Only what has not changed for so many days.", min=0)] = 0.0,
+    older_than: Annotated[float, days_option(help="Only what has not changed for so many days.")] = 0.0,
     delete: Annotated[
         bool, typer.Option("--delete/--dry-run", help="Delete them, or only list them, which is the default.")
     ] = False,

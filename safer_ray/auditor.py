@@ -22,18 +22,23 @@ DETECTOR = "detector"  # the folder of `combined` in a bundle
 VALUES = "values.parquet"  # what `combined` says of the pairs it was fitted on, out of fold
 
 
+def features_file(path: Path) -> Path:
+    """Return the features.json in a folder, or the file that is named itself."""
+    return path / "features.json" if path.is_dir() else path
+
+
 def read_features(path: Path, mode: Mode | None = None) -> Features:
     """features.json, or the one in a directory, as a selection.
 
     Raises:
         UserError: missing, not JSON, or selecting nothing.
     """
-    path = path / "features.json" if path.is_dir() else path
+    path = features_file(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no features at {path}; run stage `select`, which writes features.json") from None
-    except ValueError:
+    except (ValueError, OSError, RecursionError):
         raise UserError(f"{path} is not JSON; pass the features.json of stage `select`") from None
     features = parse_features(tree, mode)
     if mode is None and "mode" not in tree:

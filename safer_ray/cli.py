@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from safer_ray import __version__
-from safer_ray.errors import SaferError, UserError
+from safer_ray.errors import SaferError, UserError, explained, one_line
 
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
@@ -24,11 +24,16 @@ from safer_ray.commands import (
     RunnerName,
     at_work,
     console,
-    open_input,
+    state,
+)
+from safer_ray.options import (
+    count_option,
+    days_option,
     path_argument,
     path_option,
-    place_argument,
-    state,
+    source_argument,
+    text_argument,
+    text_option,
 )
 
 app = typer.Typer(
@@ -45,15 +50,17 @@ TERMINATED = 143  # as a shell tells SIGTERM; a cluster's driver ends with its n
 
 
 def main() -> None:
-    """Run the command line; a SaferError becomes one line on stderr and its exit code."""
+    """Run the command line; a SaferError, and what a disk or the memory refuses, becomes one line on stderr and an exit
+    code."""
     signal.signal(signal.SIGTERM, _end)
     try:
         app(standalone_mode=True)
-    except SaferError as error:
-        print(f"safer-ray: {error}", file=sys.stderr)
+    except (SaferError, OSError, MemoryError) as error:
+        told = error if isinstance(error, SaferError) else explained(error)
+        print(f"safer-ray: {one_line(str(told))}", file=sys.stderr)
         if state["verbose"]:
             raise
-        sys.exit(error.exit_code)
+        sys.exit(told.exit_code)
     except SystemExit as ended:
         if ended.code not in (INTERRUPTED, TERMINATED, signal.SIGTERM):
             raise
@@ -95,7 +102,7 @@ def options(
 def run_command(
     config: Annotated[Path, path_argument(help="A YAML config, say configs/demo.yaml.")],
     assignments: Assignments = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[str | None, text_option(help="Stop after this stage.")] = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
@@ -246,11 +253,13 @@ def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one
     """List the artifacts of runs."""
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
+    from safer_ray.artifacts import open_artifact
+
     table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)
     for path in sorted(root.glob("**/manifest.json"), key=lambda p: p.stat().st_mtime):
         if path.parent.parent.name in ("auditor",) or "auditor-" in path.parent.parent.name:
             continue
-        artifact = open_input(path.parent)
+        artifact = open_artifact(path.parent)
         rows = " ".join(f"{k}={v}" for k, v in artifact.manifest["rows"].items())
         mark = " [red]red team[/]" if artifact.red_team else ""
         version = artifact.manifest["packages"].get("safer_ray", "?")
@@ -260,9 +269,9 @@ def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one
 
 @app.command()
 def inspect(
-    path: Annotated[str, place_argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
-    format: Annotated[str, typer.Option(help="A format's name, or auto.")] = "auto",
-    rows: Annotated[int, typer.Option(help="Rows to read.")] = 1000,
+    path: Annotated[str, source_argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
+    format: Annotated[str, text_option(help="A format's name, or auto.")] = "auto",
+    rows: Annotated[int, count_option(help="Rows to read.")] = 1000,
 ) -> None:
     """Show a data set's format, counts, examples, and why rows would be refused."""
     from safer_ray.inspection import inspect as look
@@ -283,10 +292,10 @@ def inspect(
 
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(help="Whose key it is, say a team's or a platform's name.")],
-    days: Annotated[float | None, typer.Option(help="It expires after so many days; without this, never.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Requests a minute that it may send.")] = None,
-    pairs: Annotated[int | None, typer.Option(help="Pairs a minute that it may have scored.")] = None,
+    name: Annotated[str, text_argument(help="Whose key it is, say a team's or a platform's name.")],
+    days: Annotated[float | None, days_option(help="It expires after so many days; without this, never.")] = None,
+    requests: Annotated[int | None, count_option(help="Requests a minute that it may send.")] = None,
+    pairs: Annotated[int | None, count_option(help="Pairs a minute that it may have scored.")] = None,
 ) -> None:
     """Make a key of the scoring service: its token, shown this once, and the line for the keys file."""
     import time
@@ -315,20 +324,20 @@ def report(
 
 @app.command("submit")
 def submit_command(
-    command: Annotated[list[str] | None, typer.Argument(help="After --, a command of safer-ray: run CONFIG …")] = None,
-    address: Annotated[str | None, typer.Option(help="The cluster's dashboard, say http://HEAD:8265.")] = None,
+    command: Annotated[list[str] | None, text_argument(help="After --, a command of safer-ray: run CONFIG …")] = None,
+    address: Annotated[str | None, text_option(help="The cluster's dashboard, say http://HEAD:8265.")] = None,
     working_dir: Annotated[
         Path, path_option(help="Uploaded for the job, less runs/ and what .gitignore or .rayignore name.")
     ] = Path(),
     env: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE for the job, may be repeated; whoever may see the job can read it: no secrets."),
+        text_option(help="KEY=VALUE for the job, may be repeated; whoever may see the job can read it: no secrets."),
     ] = None,
     node_env: Annotated[
         list[str] | None,
-        typer.Option(help="KEY, a variable the nodes have, say a secret; the job ends where it is not set."),
+        text_option(help="KEY, a variable the nodes have, say a secret; the job ends where it is not set."),
     ] = None,
-    job_id: Annotated[str | None, typer.Option(help="The job's id; a job that is there is followed.")] = None,
+    job_id: Annotated[str | None, text_option(help="The job's id; a job that is there is followed.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job has ended.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster; Ctrl-C leaves it running.

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 
 from safer_ray.errors import UserError
-from safer_ray.locations import anywhere, on_disk
+from safer_ray.options import path_option, text_option
 
 if TYPE_CHECKING:
     from safer_ray.artifacts import Artifact
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
     from safer_ray.runner import Runner
 
 console = Console(highlight=False, soft_wrap=True)
-state = {"verbose": False, "fresh": False}
-
-# Every option that names a file or a folder is one of these: of this machine, or also the URI of an object store.
-path_option = partial(typer.Option, parser=on_disk, metavar="PATH")
-path_argument = partial(typer.Argument, parser=on_disk)
-place_option = partial(typer.Option, parser=anywhere, metavar="PATH|URI")
-place_argument = partial(typer.Argument, parser=anywhere)
+state = {"verbose": False}
 
 ExistingPath = Annotated[Path, path_option()]
 Out = Annotated[Path, path_option(help="The directory to write; it becomes the artifact.")]
@@ -63,24 +56,62 @@ def one_stage(
     out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
 ) -> Iterator["Stages"]:
     """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works, and
-    whether code of a checkpoint's own may run, where the command does not."""
+    whether code of a checkpoint's own may run, where the command does not.
+
+    Raises:
+        UserError: `out` is a file, or in use, or there is no such runner.
+    """
     from safer_ray.artifacts import Place
     from safer_ray.inputs import lasting
     from safer_ray.lock import locked
     from safer_ray.pipeline import Stages
 
-    out = lasting(out)
+    out = check_out(lasting(out))
     ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
     options = {"shards": reward.shards, "trust_remote_code": trust_remote_code or reward.trust_remote_code}
     if config is not None:
         options["max_refused_share"] = config_section(config, "pairs", None).max_refused_share
     lock = out.parent / f".lock-{out.name}"
+    place = Place(out.parent, out=out, fresh=fresh, reads=(config,) if config else ())
+    with emptied(out.parent), _gone(lock), locked(lock), at_work(runner, ray, reward.shards) as (where, _):
+        yield Stages(place, where, **options)
+
+
+def check_out(out: Path) -> Path:
+    """Return where `--out` leads to, behind links.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if "://" in str(out):
+        return out
+    if out.is_symlink() or ".." in out.parts:
+        out = out.resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and --out the folder to write; choose another --out")
+    return out
+
+
+@contextlib.contextmanager
+def _gone(lock: Path) -> Iterator[None]:
     try:
-        with locked(lock), at_work(runner, ray, reward.shards) as (where, _):
-            yield Stages(Place(out.parent, out=out, fresh=fresh), where, **options)
+        yield
     finally:
         with contextlib.suppress(OSError):  # another process waits for it
             lock.rmdir()
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """Afterwards `folder` and those above it are gone again, if they were not there before and nothing is in them."""
+    folders = [] if "://" in str(folder) else [folder, *folder.parents]
+    missing = [path for path in folders if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def show_artifact(artifact: "Artifact") -> None:
@@ -88,10 +119,15 @@ def show_artifact(artifact: "Artifact") -> None:
     console.print(f"{artifact.name}  {rows}  ->  {artifact.path}")
 
 
-def open_input(path: Path, stage: str | None = None) -> "Artifact":
-    from safer_ray.artifacts import open_artifact
+def open_input(role: str, path: Path) -> "Artifact":
+    """Return what an option names.
 
-    return open_artifact(path.absolute(), stage)  # workers may have another current directory
+    Raises:
+        UserError: nothing is there, or it does not hold what `role` wants.
+    """
+    from safer_ray.roles import open_as
+
+    return open_as(role, path.absolute())  # workers may have another current directory
 
 
 def build_config(model: type, **values: Any) -> Any:
@@ -124,30 +160,23 @@ def ray_config(actors: str | None) -> "RayConfig":
 
 def config_section(config: Path | None, name: str, assignments: list[str] | None) -> Any:
     """One stage's section of a run config, or its defaults with `--set` laid over them."""
-    import yaml
     from pydantic import ValidationError
 
     from safer_ray.config import RunConfig
-    from safer_ray.read_config import explain_validation, load_config
+    from safer_ray.read_config import assigned, explain_validation, load_config
 
     if config is not None:
         return getattr(load_config(config, [f"{name}.{a}" for a in assignments or []]), name)
-    values = {}
-    for assignment in assignments or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment!r}: write it as key=value, say epochs=2")
-        values[key] = yaml.safe_load(value)
     model = RunConfig.model_fields[name].annotation
     try:
-        return model.model_validate(values)  # type: ignore[union-attr]
+        return model.model_validate(assigned({}, assignments))  # type: ignore[union-attr]
     except ValidationError as error:
         raise explain_validation(error, f"--set ({name})") from None
 
 
-RunnerName = Annotated[str, typer.Option("--runner", help="local: in this process; ray: on a cluster.")]
+RunnerName = Annotated[str, text_option("--runner", help="local: in this process; ray: on a cluster.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")
 ]
 ConfigPath = Annotated[Path | None, path_option("--config", help="A run config; this stage's section of it is used.")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated.")]
+Assignments = Annotated[list[str] | None, text_option("--set", help="key=value, may be repeated.")]

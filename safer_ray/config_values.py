@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from safer_ray.errors import UserError
-from safer_ray.locations import anywhere, on_disk
+from safer_ray.locations import a_source, is_name, on_disk
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,17 +26,18 @@ def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _name_on_disk(value: str | Path) -> str:
-    return str(on_disk(value)) if ":/" in str(value) else str(value)
+    value = str(value)
+    return value if is_name(value) else str(on_disk(value))
 
 
 # Every field that names a file or a folder is one of these.
 LocalPath = Annotated[Path, BeforeValidator(_explained(on_disk))]
 LocalName = Annotated[str, BeforeValidator(_explained(_name_on_disk))]  # a path, or a name that something else resolves
 OrLocalName = BeforeValidator(_explained(_name_on_disk))  # in front of a union, so that its error is the one told
-AnyPlace = Annotated[str, AfterValidator(_explained(anywhere))]  # also the URI of an object store
+AnyPlace = Annotated[str, AfterValidator(_explained(a_source))]  # also the URI of an object store
 
 
 class Frozen(BaseModel):
-    """Immutable, and a misspelt key is an error."""
+    """Immutable; a misspelt key is an error, and so is a number that is none or infinite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ def content_hash(path: Path) -> str:
         raise UserError(f"no such file or folder: {path}; check the path")
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(file.name.encode() + b"\0" if path.is_file() else str(file.relative_to(path)).encode() + b"\0")
+        digest.update(os.fsencode(file.name if path.is_file() else file.relative_to(path)) + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -3,8 +3,21 @@
 import contextlib
 import errno
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+OF_A_PATH = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # what whoever named the path can put right
 
 
 class SaferError(Exception):
@@ -32,6 +45,23 @@ def need_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is not installed; pip install 'safer-ray[{extra}]'")
+
+
+def one_line(text: str) -> str:
+    """Return a text with what would break its line, or steer a terminal, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def explained(error: OSError | MemoryError) -> SaferError:
+    """Return what a disk, a network or the memory refused as an error of one line, which names the path if there is
+    one."""
+    if isinstance(error, MemoryError):
+        return SaferError(f"the memory does not suffice: {error or 'no more is given'}; ask for less at once")
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.filename is None:
+        return SaferError(f"{reason} ({type(error).__name__}); mend it, then run the same command again")
+    kind = UserError if error.errno in OF_A_PATH else SaferError
+    return kind(f"{os.fsdecode(error.filename)}: {reason}; check the path, and what lies there")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.locations import anywhere
+from safer_ray.locations import a_source
 from safer_ray.remote import Remote, remote
 
 THREADS = 32  # that wait for an object store
@@ -36,7 +36,7 @@ def at(path: str | Path) -> Path:
     """A path of this machine, or what a URI names: it offers of `Path` what is used here."""
     if not isinstance(path, str):
         return path
-    path = anywhere(path)
+    path = a_source(path)
     return cast(Path, remote(path)) if "://" in path else Path(path)
 
 

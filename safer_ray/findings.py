@@ -21,9 +21,10 @@ from safer_ray.artifacts import (
     read_fragment,
     read_parts,
 )
-from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, read_features, scorer
+from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
 from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
+from safer_ray.checkpoints import hidden_size
 from safer_ray.codes import flatten
 from safer_ray.config import (
     ContextsConfig,
@@ -213,15 +214,18 @@ class Findings(StageContext):
         known = known or {}
 
         def build(out: Path) -> Result:
-            features = read_features(selected.path / "features.json")
-            check_width(features, load_sae(sae.path).latents, str(sae.path))
+            features = read_features(selected.path)
+            coder = load_sae(sae.path)
+            check_width(features, coder.latents, str(sae.path))
             for name, artifact in (("reward", reward), ("sae", sae)):
                 shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
-            shutil.copyfile(selected.path / "features.json", out / "features.json")
+            shutil.copyfile(features_file(selected.path), out / "features.json")
             facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
             brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
             if brought:
                 facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
+            elif (width := hidden_size(reward.path)) != coder.d:
+                raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
             if detector is not None:
                 shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
                 facts["vector_layers"] = detector.metrics["vector_layers"]

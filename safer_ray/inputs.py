@@ -4,6 +4,7 @@ import functools
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.checkpoints import resolve_base
-from safer_ray.config import PairsConfig, RewardConfig, SourceConfig
+from safer_ray.config import PairsConfig, RewardConfig, RunConfig, SourceConfig
 from safer_ray.contents import content_hash
 from safer_ray.errors import UserError
 from safer_ray.files import at, read_parquet, stamp, write_parquet
@@ -84,7 +85,8 @@ def source_input(source: SourceConfig, resolved: SourceConfig, found: Found, cor
         return file_of(corpus, source.path.removeprefix("corpus:"))
     if resolved.path.startswith(PREFIX) and split_name(resolved.path)[1] is not None:
         return Input(resolved.path)
-    return Input(schema.to_json([[file_name(file, resolved), _file_hash(file)] for file in found.files]))
+    named = schema.to_json([[file_name(file, resolved), _file_hash(file)] for file in found.files])
+    return Input(named, paths=tuple(found.files))
 
 
 def _file_hash(file: Path) -> str:
@@ -97,6 +99,18 @@ def _file_hash(file: Path) -> str:
 
 def file_of(artifact: Artifact, name: str) -> Input:
     return Input(f"{artifact.name}/{name}", (artifact,))
+
+
+def place_of_run(config: RunConfig, *, fresh: bool = False, **options: Any) -> Place:
+    """Return where the artifacts of a run go; with `fresh`, none is deleted that its sources, base, probe or text lie
+    in."""
+    reads: list[Path] = []
+    if fresh:
+        sources = [*config.pairs.sources, *config.evaluation.sources]
+        reads += [file for s in sources if not s.path.startswith(("corpus:", PREFIX)) for file in find_files(s).files]
+        named = (config.judge.exchanges, config.reward.base, config.sae.warm_start and config.sae.warm_start.text)
+        reads += [Path(name) for name in named if isinstance(name, str)]
+    return Place(lasting(config.root) / config.name, fresh=fresh, reads=reads, **options)
 
 
 def check_file(path: Path) -> None:
@@ -130,7 +144,7 @@ def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, Input]:
         assert corpus is not None
         file = name.removeprefix("corpus:")
         return str(corpus.path / file), file_of(corpus, file)
-    return name, Input(schema.to_json(load_probe(name).model_dump(mode="json")))
+    return name, Input(schema.to_json(load_probe(name).model_dump(mode="json")), paths=(Path(name),))
 
 
 def _take_duplicates(path: Path, seen: set[str], quarantine: Path | None) -> tuple[int, int]:

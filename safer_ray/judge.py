@@ -65,7 +65,7 @@ def load_probe(name: str) -> Probe:
         probe = Probe.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         raise explain_validation(error, name) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{name} is not readable YAML: {' '.join(str(error).split())}") from None
     if len(probe.exchanges) < 10:
         raise UserError(f"{name}: {len(probe.exchanges)} exchanges are too few to rate features by; write at least 10")
@@ -168,7 +168,7 @@ def read_ratings(path: Path) -> dict[int, int | None]:
         ratings = {int(key): value for key, value in tree.items()}
     except FileNotFoundError:
         raise UserError(f"no ratings at {path}") from None
-    except (ValueError, AttributeError, UnicodeDecodeError):
+    except (ValueError, AttributeError, OSError, RecursionError):
         raise UserError(f'{path}: wanted JSON {{"feature id": rating 1-5 or null}}') from None
     bad = [
         f"{key}: {value!r}"

@@ -11,6 +11,7 @@ from safer_ray.errors import UserError
 
 PREFIX = "safer_"
 KEY = re.compile(r"([A-Za-z0-9][\w.@-]{0,63}):sha256:([0-9a-f]{64})", re.ASCII)
+LEAST_DAYS = 0.001  # that a key lasts, whose line tells seconds
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 NUMBER = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 FORM = "NAME:sha256:HEX, then any of expires=2027-01-31T00:00:00Z, requests=N, pairs=N (a minute), parted by spaces"
@@ -64,8 +65,8 @@ def expiry_in(days: float, now: float) -> float:
     Raises:
         UserError: no such time.
     """
-    if not 0 < days <= 36_500:
-        raise UserError(f"--days {days:g}: wanted more than 0, at most 36500")
+    if not LEAST_DAYS <= days <= 36_500:
+        raise UserError(f"--days {days:g}: wanted {LEAST_DAYS} (a minute and a half) or more, at most 36500")
     return now + 86_400 * days
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.artifacts import Artifact, Place, Result, read_parts
+from safer_ray.artifacts import Artifact, Result, read_parts
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.codes import matrix_of
 from safer_ray.config import LabConfig, NoiseConfig, RunConfig
@@ -17,7 +17,7 @@ from safer_ray.detectors import DETECTORS, Evidence
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, detection_part
 from safer_ray.files import write_json, write_text
-from safer_ray.inputs import lasting, resolve_exchanges
+from safer_ray.inputs import place_of_run, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.lock import locked
 from safer_ray.passes import head_differences
@@ -198,9 +198,8 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
         raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_pku.yaml has both")
     need_extra("lab", "cleanlab", "matplotlib")
     check_shared_trunk(config, "lab")
-    directory = lasting(config.root) / config.name
-    place = Place(directory, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
-    with locked(directory), remembered():
+    place = place_of_run(config, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
+    with locked(place.root), remembered():
         stages = Lab.of(place, runner, config)
         corpus = stages.corpus(config.corpus) if config.corpus else None
         return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)

@@ -20,6 +20,7 @@ from safer_ray.remote import Remote
 from safer_ray.rows import explained, kind_of, source_of
 
 MANIFEST = "manifest.json"  # of an artifact; it comes last
+MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
 COLUMN = "red_team"  # of rows, and in JSON
 RED_TEAM_MARK = {"safer_ray.red_team": "poisoned: labels flipped on purpose"}  # in the metadata of Parquet files
 OPENED_BY = {"config.json": (), "cfg.json": ("metadata",), "features.json": ()}  # where the mark goes in each

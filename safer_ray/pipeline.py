@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safer_ray.artifacts import Artifact, Place
+from safer_ray.artifacts import Artifact
 from safer_ray.checkpoints import layer_count
 from safer_ray.config import RunConfig
 from safer_ray.curation import CLEAN
 from safer_ray.errors import UserError
-from safer_ray.inputs import check_file, lasting
+from safer_ray.inputs import check_file, place_of_run
 from safer_ray.judge import load_probe
 from safer_ray.lock import locked
 from safer_ray.runner import Runner
@@ -103,14 +103,13 @@ def run(
     if until in wanted and not wanted[until]:
         raise UserError(f"--until {until}: this config makes none; choose another stage")
     preflight(config)
-    directory = lasting(config.root) / config.name
-    place = Place(directory, fresh=fresh, dry=dry, on_stage=on_stage)
+    place = place_of_run(config, fresh=fresh, dry=dry, on_stage=on_stage)
     stages = Stages.of(place, runner, config)
-    outcome = Run(config, directory)
+    outcome = Run(config, place.root)
     if dry:
         _all(stages, outcome, until)
         return outcome
-    with locked(directory):
+    with locked(place.root):
         _all(stages, outcome, until)
     return outcome
 

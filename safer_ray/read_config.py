@@ -26,7 +26,7 @@ def explain_validation(error: ValidationError, where: str) -> UserError:
 def _set(tree: dict[str, Any], assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     if not equals:
-        raise UserError(f"--set {assignment!r}: write it as key=value, say reward.epochs=2")
+        raise UserError(f"--set {assignment!r}: write it as key=value, say epochs=2")
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
@@ -35,8 +35,19 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
         tree = child
     try:
         tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
+
+
+def assigned(tree: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """Return the tree with `key=value` assignments laid over it.
+
+    Raises:
+        UserError: an assignment that is none, or whose value is no YAML.
+    """
+    for assignment in assignments or []:
+        _set(tree, assignment)
+    return tree
 
 
 def _variants(tree: dict[str, Any]) -> list[Any]:
@@ -56,12 +67,13 @@ def load_config(path: Path, assignments: list[str] | None = None, *, red_team: b
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config at {path}; the shipped ones are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; pass a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
-    for assignment in assignments or []:
-        _set(tree, assignment)
+    assigned(tree, assignments)
     if red_team:
         for variant in _variants(tree):
             if isinstance(variant, dict) and variant.get("action") == "poison":

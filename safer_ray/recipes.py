@@ -42,10 +42,11 @@ class Artifact:
 @dataclass(frozen=True)
 class Input:
     """What a recipe names otherwise than as one artifact: a file of one, several in a row, or what is no artifact; and
-    the artifacts that it is `of`, which hand on what they carry."""
+    the artifacts that it is `of`, which hand on what they carry; `paths` say where it lies, and name nothing."""
 
     name: str
     of: tuple[Artifact, ...] = ()
+    paths: tuple[Path, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.of and NAMED.match(self.name):
@@ -84,6 +85,16 @@ class Recipe:
     def inherited(self) -> Marks:
         """What all inputs hand on."""
         return together(*(artifact.marks for artifacts in self._by_role().values() for artifact in artifacts))
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the artifacts lie that it reads."""
+        return [artifact.path for artifacts in self._by_role().values() for artifact in artifacts]
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where all lies that it reads."""
+        return [*self.folders, *(path for i in self.inputs.values() if isinstance(i, Input) for path in i.paths)]
 
     @property
     def red_team_from(self) -> list[str]:

@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-from safer_ray.commands import ExistingPath, Out, console
+from safer_ray.commands import ExistingPath, Out, check_out, console
 from safer_ray.errors import UserError
+from safer_ray.options import count_option, text_option
 
 app = typer.Typer()
 
@@ -14,9 +15,9 @@ app = typer.Typer()
 def import_sae_command(
     checkpoint: ExistingPath,
     out: Out,
-    layer: Annotated[int, typer.Option(min=1, help="The block whose output it reads, 1-based; 12 as published.")],
-    k: Annotated[int, typer.Option(min=1, help="Active latents a vector; 64 as published.")],
-    model: Annotated[str, typer.Option(help="What its model is called, for the card.")] = "unknown",
+    layer: Annotated[int, count_option(help="The block whose output it reads, 1-based; 12 as published.")],
+    k: Annotated[int, count_option(help="Active latents a vector; 64 as published.")],
+    model: Annotated[str, text_option(help="What its model is called, for the card.")] = "unknown",
 ) -> None:
     """Turn a stage1.pt or stage2.pt of the published SAFER code into an SAE that every command reads.
 
@@ -24,6 +25,7 @@ def import_sae_command(
     """
     from safer_ray.sae_formats import read_published, save_sae
 
+    out = check_out(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     sae = read_published(checkpoint, k)

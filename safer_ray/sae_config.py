@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from safer_ray.config_values import Frozen, LocalName, Share
 from safer_ray.sae_variants import SaeVariant, TopKVariant
 
+MOST_LATENTS = 2**26  # more than any SAE that is known has; what counts them takes about 100 bytes each
+
 
 class WarmStartConfig(Frozen):
     """A first stage of training an SAE, on the vectors of all tokens of general text, from which the second goes on.
@@ -25,7 +27,7 @@ class WarmStartConfig(Frozen):
 
 class SaeConfig(Frozen):
     variant: SaeVariant = TopKVariant()
-    latents: Annotated[int, Field(gt=0)] = 1024
+    latents: Annotated[int, Field(gt=0, le=MOST_LATENTS)] = 1024
     k: Annotated[int, Field(gt=0)] = 16
     steps: Annotated[int, Field(gt=0)] = 1000
     batch_size: Annotated[int, Field(gt=0)] = 1024

@@ -166,9 +166,11 @@ def read_published(path: Path, k: int) -> SignedTopKSae:
         AttributeError,
         RuntimeError,
         OSError,
+        EOFError,
     ) as error:
+        reason = " ".join(str(error).split())[:200] or "it is empty"
         raise UserError(
-            f"{path} is no SAE of the published code: {str(error).splitlines()[0]}; wanted the tensors "
+            f"{path} is no SAE of the published code: {reason}; wanted the tensors "
             f"{', '.join(sorted(PUBLISHED.values()))}"
         ) from None
     return sae.eval().requires_grad_(False)

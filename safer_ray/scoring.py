@@ -41,7 +41,7 @@ def parse_features(tree: object, mode: Mode | None = None) -> Features:
     if not isinstance(tree, dict) or not isinstance(tree.get("safe"), list) or not isinstance(tree.get("unsafe"), list):
         raise UserError('features: wanted {"safe": [ids], "unsafe": [ids]}; pass the features.json of stage `select`')
     ids = [*tree["safe"], *tree["unsafe"]]
-    if not ids or not all(isinstance(i, int) and i >= 0 for i in ids) or len(set(ids)) != len(ids):
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) != len(ids):
         raise UserError("features: wanted distinct feature ids >= 0, at least one; run stage `select` again")
     chosen_mode = mode or tree.get("mode", "response")
     if chosen_mode not in ("paper", "response"):

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safer_ray.artifacts import ASKED, ASKED_KEYS, MANIFEST, MANIFEST_KEYS, PLAN, SCRATCH
+from safer_ray.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH
 from safer_ray.audit_parts import OWN, REVIEWS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at
 from safer_ray.hub import load_dataset
+from safer_ray.marks import MANIFEST, MANIFEST_KEYS
 from safer_ray.remote import Remote, fits
 from safer_ray.rows import ENDINGS, kind_of
 
@@ -46,7 +47,7 @@ def place_of(source: SourceConfig) -> Path:
     if source.path.startswith("hub:"):
         return Path(source.path)
     path = at(source.path)
-    return path if isinstance(path, Remote) else Path(os.path.abspath(os.path.expanduser(path)))
+    return path if isinstance(path, Remote) else Path(os.path.abspath(path))
 
 
 def _before_magic(path: Path) -> Path:

@@ -13,6 +13,7 @@ from safer_ray.config import RunConfig
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
 from safer_ray.recipes import Input
+from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
 from safer_ray.runner import MapJob, Runner, quarantine_rows
 from safer_ray.schema import rows_of
 
@@ -59,9 +60,8 @@ def pairs_of(artifact: Artifact) -> Path:
     Raises:
         UserError: it holds something else.
     """
-    below = artifact.path / "pairs"
-    directory = below if below.is_dir() else artifact.path
-    read_parquet(part_files(directory)[0], ["pair_id", "prompt", "chosen", "rejected"])
+    directory = folder_of_pairs(artifact.path)
+    check_columns(part_files(directory)[0], PAIRS)
     return directory
 
 

@@ -18,18 +18,26 @@ from safer_ray.commands import (
     console,
     one_stage,
     open_input,
-    path_option,
-    place_option,
     show_artifact,
 )
 from safer_ray.errors import UserError
+from safer_ray.options import (
+    count_option,
+    latents_option,
+    path_option,
+    percent_option,
+    share_option,
+    source_option,
+    text_option,
+    whole_option,
+)
 
 if TYPE_CHECKING:
     from safer_ray.config import Mode
 
 app = typer.Typer()
 SalienceMode = Annotated[
-    str | None, typer.Option(help="paper or response, where the salience does not record its mode.")
+    str | None, text_option(help="paper or response, where the salience does not record its mode.")
 ]
 
 
@@ -45,12 +53,12 @@ def checked_mode(mode: str | None) -> "Mode | None":
 def pairs(
     source: Annotated[
         list[str],
-        place_option("--source", help="A file, folder, glob, also s3://BUCKET/…, or hub:NAME; may be repeated."),
+        source_option("--source", help="A file, folder, glob, also s3://BUCKET/…, or hub:NAME; may be repeated."),
     ],
     out: Out,
-    format: Annotated[str, typer.Option()] = "auto",
-    section: Annotated[str | None, typer.Option()] = None,
-    max_refused_share: Annotated[float | None, typer.Option()] = None,
+    format: Annotated[str, text_option()] = "auto",
+    section: Annotated[str | None, text_option()] = None,
+    max_refused_share: Annotated[float | None, share_option()] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 1: read preference pairs, quarantine what cannot be used."""
@@ -77,7 +85,7 @@ def reward(
     if trust_remote_code:
         settings = settings.model_copy(update={"trust_remote_code": True})
     with one_stage(out, fresh, runner, config) as stages:
-        show_artifact(stages.reward(settings, open_input(pairs)))
+        show_artifact(stages.reward(settings, open_input("pairs", pairs)))
 
 
 @app.command()
@@ -97,8 +105,8 @@ def activations(
 
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")
-    settings, model = config_section(config, "activations", assignments), open_input(reward)
-    source = open_input(pairs) if pairs else None
+    settings, model = config_section(config, "activations", assignments), open_input("reward", reward)
+    source = open_input("pairs", pairs) if pairs else None
     with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         if source:
             show_artifact(stages.activations(settings, source, model))
@@ -113,7 +121,7 @@ def sae(
     start: Annotated[Path | None, path_option(help="An SAE to go on from, say one trained on general text.")] = None,
     pairs: Annotated[Path | None, path_option(help="With --reward: measure what reconstructions cost it.")] = None,
     reward: Annotated[Path | None, path_option(help="The model that the activations are of.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Of vectors from outside, which do not say it.")] = None,
+    layer: Annotated[int | None, count_option(help="Of vectors from outside, which do not say it.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
@@ -123,13 +131,14 @@ def sae(
     """Stage 4: train a sparse autoencoder on activations, or on a Parquet file with a column `x` of vectors."""
     if (pairs is None) != (reward is None):
         raise UserError("sae: pass --pairs and --reward together, or neither")
-    source = open_input(activations, "activations")
+    source = open_input("activations", activations)
     known = source.metrics.get("layer", layer)
     if layer not in (None, known):
         raise UserError(f"{activations} are of layer {known}, not {layer}; leave --layer out")
     if known is None:
         raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
-    first, judged, model = (open_input(path) if path else None for path in (start, pairs, reward))
+    roles = {"sae": start, "pairs": pairs, "reward": reward}
+    first, judged, model = (open_input(role, path) if path else None for role, path in roles.items())
     settings = config_section(config, "sae", assignments)
     with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
         show_artifact(stages.sae(settings, source, known, start=first, pairs=judged, reward=model))
@@ -148,15 +157,15 @@ def codes(
 ) -> None:
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
     with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
-        show_artifact(stages.codes(open_input(pairs), open_input(reward), open_input(sae)))
+        show_artifact(stages.codes(open_input("pairs", pairs), open_input("reward", reward), open_input("sae", sae)))
 
 
 @app.command()
 def salience(
     codes: ExistingPath,
     out: Out,
-    mode: Annotated[str, typer.Option(help="paper or response")] = "response",
-    latents: Annotated[int | None, typer.Option(help="SAE width, where the codes do not record it.")] = None,
+    mode: Annotated[str, text_option(help="paper or response")] = "response",
+    latents: Annotated[int | None, latents_option(help="SAE width, where the codes do not record it.")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 6: how differently each feature fires on chosen and rejected responses."""
@@ -164,7 +173,7 @@ def salience(
 
     config = build_config(SalienceConfig, mode=mode)
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.salience(open_input(codes), config.mode, latents))
+        show_artifact(stages.salience(open_input("codes", codes), config.mode, latents))
 
 
 @app.command()
@@ -182,7 +191,7 @@ def contexts(
     """Stage 7: the sentences on which each candidate feature fires most."""
     from safer_ray.findings import mode_of
 
-    ranked = open_input(salience, "salience")
+    ranked = open_input("salience", salience)
     counted = mode_of(ranked, checked_mode(mode), otherwise="response")
     with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
         config = config_section(None, "contexts", assignments)
@@ -190,9 +199,9 @@ def contexts(
             stages.contexts(
                 config,
                 ranked,
-                open_input(codes),
-                open_input(pairs),
-                open_input(reward),
+                open_input("codes", codes),
+                open_input("pairs", pairs),
+                open_input("reward", reward),
                 counted,
             )
         )
@@ -204,7 +213,7 @@ def verdicts(
     reward: ExistingPath,
     sae: ExistingPath,
     out: Out,
-    candidates: Annotated[int, typer.Option()] = 256,
+    candidates: Annotated[int, count_option()] = 256,
     assignments: Assignments = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
@@ -214,7 +223,12 @@ def verdicts(
         config = config_section(None, "judge", assignments)
         show_artifact(
             stages.verdicts(
-                config, open_input(salience, "salience"), open_input(reward), open_input(sae), candidates, None
+                config,
+                open_input("salience", salience),
+                open_input("reward", reward),
+                open_input("sae", sae),
+                candidates,
+                None,
             )
         )
 
@@ -234,14 +248,14 @@ def select(
         raise UserError("select: pass either --ratings FILE or --verdicts DIR")
     config = config_section(None, "select", assignments)
     with one_stage(out, fresh) as stages:
-        source = open_input(salience, "salience")
-        judged = open_input(verdicts, "verdicts") if verdicts else None
+        source = open_input("salience", salience)
+        judged = open_input("verdicts", verdicts) if verdicts else None
         show_artifact(
             stages.select(
                 config,
                 source,
                 verdicts=judged,
-                ratings=open_input(ratings, "ratings") if ratings else None,
+                ratings=open_input("ratings", ratings) if ratings else None,
                 mode=checked_mode(mode),
             )
         )
@@ -251,7 +265,7 @@ def select(
 def auditor(
     reward: ExistingPath,
     sae: ExistingPath,
-    features: Annotated[Path, path_option(help="The directory of stage select.")],
+    features: Annotated[Path, path_option(help="The directory of stage select, or a features.json.")],
     codes: ExistingPath,
     out: Out,
     detector: Annotated[Path | None, path_option(help="The directory of stage detector, where there is one.")] = None,
@@ -264,9 +278,10 @@ def auditor(
     if salience is None and (verdicts or contexts):
         raise UserError("auditor: --verdicts and --contexts need --salience, which the features' cards begin with")
     given = {"salience": salience, "verdicts": verdicts, "contexts": contexts}
-    known = {name: open_input(path, name) for name, path in given.items() if path}
-    model, coder, selected, reference = (open_input(path) for path in (reward, sae, features, codes))
-    fitted = open_input(detector, "detector") if detector else None
+    known = {name: open_input(name, path) for name, path in given.items() if path}
+    needed = {"reward": reward, "sae": sae, "features": features, "codes": codes}
+    model, coder, selected, reference = (open_input(role, path) for role, path in needed.items())
+    fitted = open_input("detector", detector) if detector else None
     with one_stage(out, fresh) as stages:
         show_artifact(stages.auditor(model, coder, selected, reference, fitted, known))
 
@@ -276,7 +291,11 @@ def scores(codes: ExistingPath, pairs: ExistingPath, auditor: ExistingPath, out:
     """Stage 11: score pairs from their codes against an auditor's reference."""
     config = config_section(None, "scores", None)
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.scores(config, open_input(codes), open_input(pairs), open_input(auditor, "auditor")))
+        show_artifact(
+            stages.scores(
+                config, open_input("codes", codes), open_input("pairs", pairs), open_input("auditor", auditor)
+            )
+        )
 
 
 @app.command()
@@ -284,26 +303,26 @@ def rescore(
     codes: ExistingPath,
     features: ExistingPath,
     out: Out,
-    mode: Annotated[str | None, typer.Option(help="paper or response; default: what the features file says")] = None,
+    mode: Annotated[str | None, text_option(help="paper or response; default: what the features file says")] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 11 with another selection of features, from codes alone."""
     checked = checked_mode(mode)
     with one_stage(out, fresh) as stages:
         scoring = config_section(None, "scores", None)
-        show_artifact(stages.rescore(scoring, open_input(codes), open_input(features), checked))
+        show_artifact(stages.rescore(scoring, open_input("codes", codes), open_input("features", features), checked))
 
 
 @app.command()
 def curate(
     pairs: ExistingPath,
     scores: ExistingPath,
-    strategy: Annotated[str, typer.Option(help="safer, reward_margin, random, length or suspicion")],
-    action: Annotated[str, typer.Option(help="drop, relabel or poison")],
-    percent: Annotated[float, typer.Option(help="Share of the eligible pairs, 0-100.")],
+    strategy: Annotated[str, text_option(help="safer, reward_margin, random, length or suspicion")],
+    action: Annotated[str, text_option(help="drop, relabel or poison")],
+    percent: Annotated[float, percent_option(help="Share of the eligible pairs, 0-100.")],
     out: Out,
-    where: Annotated[str | None, typer.Option(help="Limits the eligible pairs: section == safety")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    where: Annotated[str | None, text_option(help="Limits the eligible pairs: section == safety")] = None,
+    seed: Annotated[int, whole_option()] = 0,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Needed to poison.")] = False,
     fresh: Fresh = False,
 ) -> None:
@@ -320,7 +339,7 @@ def curate(
         red_team=red_team,
     )
     with one_stage(out, fresh) as stages:
-        show_artifact(stages.curate(config, open_input(pairs), open_input(scores)))
+        show_artifact(stages.curate(config, open_input("pairs", pairs), open_input("scores", scores)))
 
 
 @app.command()
@@ -335,7 +354,7 @@ def evaluate(
 ) -> None:
     """Stage 13: accuracy of a reward model by section."""
     with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
-        artifact = stages.evaluate(open_input(reward), open_input(pairs))
+        artifact = stages.evaluate(open_input("reward", reward), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():
         interval = f"[{values['low']:.3f}, {values['high']:.3f}]"

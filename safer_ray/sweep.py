@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safer_ray.artifacts import Artifact, Place, Result, read_parts
+from safer_ray.artifacts import Artifact, Result, read_parts
 from safer_ray.config import CurateConfig, RunConfig, SweepConfig
 from safer_ray.curation import CLEAN, WITHOUT_NOISE
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, sweep_part
 from safer_ray.files import write_json, write_text
-from safer_ray.inputs import lasting
+from safer_ray.inputs import place_of_run
 from safer_ray.lock import locked
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import Runner
@@ -184,8 +184,8 @@ def run_sweep(
     need_extra("lab", "matplotlib")
     with remembered():
         made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
-        directory = lasting(config.root) / config.name
-        with locked(directory):
-            stages = Sweep.of(Place(directory, fresh=fresh, on_stage=on_stage), runner, config)
+        place = place_of_run(config, fresh=fresh, on_stage=on_stage)
+        with locked(place.root):
+            stages = Sweep.of(place, runner, config)
             evaluation = stages.pairs(config.evaluation, made.get("corpus"))
             return stages.sweep(config, made["training_pairs"], made["pairs"], made["scores"], evaluation)

@@ -25,10 +25,12 @@ def parse_where(text: str | None) -> tuple[Condition, ...]:
     """Conditions joined by `and`: `column == value` or `column != value`, column one of `COLUMNS` or `labels.KEY`.
 
     Raises:
-        ValueError: the text does not parse or names an unknown column.
+        ValueError: the text is empty, does not parse or names an unknown column.
     """
     conditions = []
-    for part in _AND.split(text.strip()) if text and text.strip() else []:
+    if text is not None and not text.strip():
+        raise ValueError("the condition is empty, say of a variable that is not set; leave it out to take all rows")
+    for part in _AND.split(text.strip()) if text is not None else []:
         match = _CONDITION.match(part)
         if match is None:
             raise ValueError(f"cannot read the condition {part!r}; write it as `section == safety`")

@@ -110,7 +110,8 @@ def test_memory_that_others_take_is_not_the_works_fault(monkeypatch):
 
 
 def test_a_signal_from_outside_is_not_the_works_fault():
-    with pytest.raises(SaferError, match=f"row a#1 could not be tried: signal {signal.SIGUSR1.value} came from outside"):
+    number = signal.SIGUSR1.value
+    with pytest.raises(SaferError, match=f"row a#1 could not be tried: signal {number} came from outside"):
         how_it_ends(kill_self(signal.SIGUSR1), "row a#1")  # which nobody ignores, as `nohup` does SIGHUP
 
 

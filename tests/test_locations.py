@@ -14,7 +14,7 @@ from safer_ray.config import RunConfig, SourceConfig
 from safer_ray.config_values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
 from safer_ray.files import at
-from safer_ray.locations import anywhere, on_disk
+from safer_ray.locations import a_source, anywhere, on_disk
 from safer_ray.read_config import load_config
 from serve.arguments import ServiceConfig, read_args
 
@@ -63,6 +63,9 @@ NO_PATH_FIELDS = {
 }
 
 
+KINDS = (on_disk, anywhere, a_source)
+
+
 def options():
     """Every parameter of every command."""
     group = typer.main.get_command(cli.app)
@@ -83,7 +86,7 @@ def test_every_option_that_names_a_path_says_whether_it_takes_a_uri():
     undeclared = [
         f"{command} {parameter.name}"
         for command, parameter in options()
-        if is_text(parameter) and kind_of(parameter) not in (on_disk, anywhere) and parameter.name not in NO_PATHS
+        if is_text(parameter) and kind_of(parameter) not in KINDS and parameter.name not in NO_PATHS
     ]
     assert undeclared == []
     assert {p.name for _, p in options() if kind_of(p) is None and is_text(p)} <= NO_PATHS
@@ -189,9 +192,47 @@ def test_a_uri_that_lost_a_slash_is_no_folder():
 
 
 def test_names_that_are_looked_up_are_no_uris():
-    for name in ("hub:owner/name", "hub:/a/folder", "corpus:train.jsonl", "package:module/folder", "a:b", "C:x/y"):
+    for name in ("hub:owner/name", "hub:/a/folder", "corpus:train.jsonl", "package:module/folder"):
+        assert a_source(name) == name
+        for kind in (anywhere, on_disk):
+            with pytest.raises(UserError, match=rf"{name} is a name on the hub or the like.*write \./"):
+                kind(name)
+            assert str(kind(f"./{name}")).removeprefix("./") == name
+    for name in ("a:b", "C:x/y"):
         assert on_disk(name) == Path(name)
-        assert anywhere(name) == name
+        assert anywhere(name) == a_source(name) == name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tilde_that_no_shell_expanded_is_the_home_directory(kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(kind("~/x")) == str(kind(f"file://{tmp_path}/x")) == f"{tmp_path}/x"
+    assert str(kind("~")) == str(tmp_path)
+    assert str(kind("./~x")) == str(kind(str(kind("./~x")))) == f"{tmp_path}/~x"
+    assert str(kind("a/~x")) == "a/~x"
+    with pytest.raises(UserError, match=r"~nobody-here/x: no such user's home; write \./~nobody-here/x"):
+        kind("~nobody-here/x")
+    config = load_config(ROOT / "configs/demo.yaml", ["root=~/runs", "judge.exchanges=~/probe.yaml"])
+    assert (config.root, config.judge.exchanges) == (tmp_path / "runs", f"{tmp_path}/probe.yaml")
+    assert SourceConfig(path="~/a.jsonl").path == f"{tmp_path}/a.jsonl"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("a/b\0c", r"the path 'a/b\\x00c' holds a NUL"),
+        ("file:///a%00b", r"holds a NUL"),
+        ("a/\udcff", r"the path b'a/\\xff' is not UTF-8; rename it"),
+        ("a/" + "n" * 256, r"nnn… is a name of 256 characters; file systems take 255 bytes"),
+        ("ü" * 128, r"üüü… is a name of 128 characters; file systems take 255 bytes"),
+        (" ", r"a path is empty"),
+    ],
+)
+def test_what_can_be_no_path_is_refused_in_one_place(kind, path, told):
+    with pytest.raises(UserError, match=told):
+        kind(path)
 
 
 def test_the_benches_take_their_paths_by_the_same_rule():

@@ -273,8 +273,10 @@ def test_the_command_makes_keys_that_expire_and_are_limited(safer):
     assert (code, key.requests, key.pairs) == (0, 60, 1000)
     assert key.expires == pytest.approx(time.time() + 30 * 86_400, abs=60)
     for option, told in (
-        ("--days=0", "--days 0: wanted more than 0"),
-        ("--pairs=0", "key a: pairs 0 a minute; wanted"),
+        ("--days=0", "--days 0: wanted 0.001 (a minute and a half) or more"),
+        ("--days=1e-9", "--days 1e-09: wanted 0.001"),
+        ("--pairs=0", "--pairs 0: wanted 1 or more"),
+        ("--pairs=1000000000", "key a: pairs 1000000000 a minute; wanted"),
     ):
         code, _, err = safer("key", "a", option)
         assert (code, told in err) == (2, True)

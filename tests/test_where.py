@@ -20,7 +20,6 @@ ROWS = schema.table(
     ("text", "kept"),
     [
         (None, "abc"),
-        ("", "abc"),
         ("section == safety", "a"),
         ("section != safety", "bc"),
         ('section == "safety"', "a"),
@@ -48,6 +47,12 @@ def test_quoted_values_may_hold_spaces():
 @pytest.mark.parametrize("text", ["section", "section = safety", "section == ", "== safety", "section == a b"])
 def test_what_does_not_parse_is_named(text):
     with pytest.raises(ValueError, match=r"cannot read the condition.*section == safety"):
+        parse_where(text)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_condition_is_no_condition_that_all_rows_meet(text):
+    with pytest.raises(ValueError, match="the condition is empty"):
         parse_where(text)
 
 

@@ -1,0 +1,131 @@
+"""What a file or folder must hold to be taken for what a command calls it, seen before anything is read or made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safer_ray import schema
+from safer_ray.artifacts import Artifact, open_artifact, part_files
+from safer_ray.errors import UserError
+
+OF_STAGES = ("activations", "salience", "verdicts", "contexts", "detector", "auditor")  # made by the stage of that name
+STRICT = ("auditor", "detector")  # of which only an artifact will do, since its manifest is read
+PAIRS = ("pair_id", "prompt", "chosen", "rejected")
+COLUMNS = {
+    "pairs": PAIRS,
+    "codes": ("pair_id", "chosen_features", "rejected_features", "chosen_token", "rejected_token"),
+    "salience": tuple(schema.SALIENCE.names),
+    "verdicts": ("feature", "rating"),
+    "contexts": tuple(schema.CONTEXTS.names),
+    "scores": ("pair_id", "score"),
+    "activations": ("x",),
+}
+
+
+def open_as(role: str, path: Path) -> Artifact:
+    """Return the artifact, or the foreign file or folder, at `path`, which holds what `role` wants.
+
+    Raises:
+        UserError: nothing there, or something else.
+    """
+    if not path.exists():
+        raise UserError(f"no such {role}: {path}; check the path, or run the stage that writes it")
+    HOLDS[role](path)
+    artifact = open_artifact(path, role if role in OF_STAGES else None)
+    if role in STRICT and not artifact.manifest.get("stage"):
+        raise UserError(f"{path} holds no {role}: it has no manifest.json; pass the directory that stage {role} wrote")
+    return artifact
+
+
+def folder_of_pairs(path: Path) -> Path:
+    """Return where an artifact of `pairs`, `noise`, `curate` or `export` keeps its pairs."""
+    below = path / "pairs"
+    return below if below.is_dir() else path
+
+
+def check_columns(path: Path, columns: tuple[str, ...]) -> None:
+    """Raises UserError unless a Parquet file has these columns."""
+    try:
+        names = set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; write it again") from None
+    for name in columns:
+        if name not in names:
+            raise UserError(f"{path} has no column {name!r}; pass the directory of the stage that writes it")
+
+
+def _table(role: str) -> Callable[[Path], None]:
+    def check(path: Path) -> None:
+        if path.is_file() and role == "activations":
+            check_columns(path, COLUMNS[role])
+            return
+        _check_folder(path, role)
+        folder = folder_of_pairs(path) if role == "pairs" else path
+        check_columns(part_files(folder)[0], COLUMNS[role])
+
+    return check
+
+
+def _check_folder(path: Path, role: str) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; {role} is a folder, pass the directory that a stage wrote")
+
+
+def _check_reward(path: Path) -> None:
+    """Raises UserError unless a folder holds a checkpoint: its config, and every file of weights, none of them torn."""
+    _check_folder(path, "a reward model")
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model in {path} (config.json is missing); pass the directory that stage `reward` wrote")
+    index = path / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is not readable; copy the model again") from None
+    _check_weights(path, sorted(names) or ["model.safetensors"])
+
+
+def _check_sae(path: Path) -> None:
+    _check_folder(path, "an SAE")
+    if not (path / "cfg.json").is_file():
+        raise UserError(f"no SAE in {path}: cfg.json is missing; pass the directory that stage `sae` wrote")
+    _check_weights(path, ["sae_weights.safetensors"])
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    from safetensors import SafetensorError, safe_open  # slow to import
+
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; copy the model again, or export it with safetensors")
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            cause = " ".join(str(error).split())
+            raise UserError(f"corrupt weights: {folder / name}: {cause}; train or copy the model again") from None
+
+
+def _check_features(path: Path) -> None:
+    from safer_ray.auditor import read_features
+
+    read_features(path, "response")
+
+
+def _check_ratings(path: Path) -> None:
+    from safer_ray.judge import read_ratings
+
+    read_ratings(path)
+
+
+HOLDS: dict[str, Callable[[Path], None]] = {
+    **{role: _table(role) for role in COLUMNS},
+    "reward": _check_reward,
+    "sae": _check_sae,
+    "features": _check_features,
+    "ratings": _check_ratings,
+    "detector": lambda path: _check_folder(path, "a detector"),
+    "auditor": lambda path: _check_folder(path, "an auditor bundle"),
+}
