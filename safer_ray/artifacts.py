@@ -33,6 +33,7 @@ from safer_ray.files import (
     write_parquet,
 )
 from safer_ray.fingerprints import begins_as, digest_of, needs_digest
+from safer_ray.locations import check_utf8
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
 from safer_ray.recipes import Artifact, Recipe, Result
 from safer_ray.replacing import check_doomed, check_kind, check_outside
@@ -107,6 +108,8 @@ def part_files(directory: Path) -> list[Path]:
     files = tables_in(directory)
     if not files:
         raise UserError(f"no Parquet files in {directory}; pass the directory that a stage wrote")
+    for file in files:
+        check_utf8(file)
     return files
 
 

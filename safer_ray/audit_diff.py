@@ -297,7 +297,7 @@ def _is_difference(path: Path) -> bool:
     """Whether a file begins as `write_difference` writes it; it may be large."""
     try:
         with path.open(encoding="utf-8") as stream:
-            return stream.read(8) == '{\n "a": "'
+            return stream.read(9) == '{\n "a": "'
     except (OSError, UnicodeDecodeError):
         return False
 

@@ -1,6 +1,7 @@
 """What the commands share: options, the console, and turning values into configs and stages."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from safer_ray.errors import UserError
+from safer_ray.locations import check_utf8
 from safer_ray.options import path_option, text_option
 
 if TYPE_CHECKING:
@@ -81,14 +83,15 @@ def check_out(out: Path) -> Path:
     """Return where `--out` leads to, behind links.
 
     Raises:
-        UserError: it is a file.
+        UserError: it is a file, or no text.
     """
     if "://" in str(out):
         return out
     if out.is_symlink() or ".." in out.parts:
-        out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, and --out the folder to write; choose another --out")
+        out = Path(os.path.realpath(out))
+    check_utf8(out)
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"{out} is no folder, and --out is the folder to write; choose another --out")
     return out
 
 

@@ -217,15 +217,15 @@ class Findings(StageContext):
             features = read_features(selected.path)
             coder = load_sae(sae.path)
             check_width(features, coder.latents, str(sae.path))
-            for name, artifact in (("reward", reward), ("sae", sae)):
-                shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
-            shutil.copyfile(features_file(selected.path), out / "features.json")
             facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
             brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
             if brought:
                 facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
             elif (width := hidden_size(reward.path)) != coder.d:
                 raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
+            for name, artifact in (("reward", reward), ("sae", sae)):
+                shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
+            shutil.copyfile(features_file(selected.path), out / "features.json")
             if detector is not None:
                 shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
                 facts["vector_layers"] = detector.metrics["vector_layers"]

@@ -22,6 +22,7 @@ from safer_ray.config import (
     SaeConfig,
 )
 from safer_ray.corpus import write_corpus
+from safer_ray.errors import UserError
 from safer_ray.evaluation import section_accuracy
 from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.inputs import (
@@ -208,6 +209,8 @@ class Harvest(StageContext):
                 group_rows=schema.GROUP_ROWS,
             )
             counts = self.map(job, text_fragments(text, self.fragment_rows, config.limit), out)
+            if not counts["written"]:
+                raise UserError(f"activations: {text} holds no text of two tokens or more; pass more text")
             return Result(counts, {"layer": layer})
 
         shown = {"layer": layer, "tokens": "text", "limit": config.limit}

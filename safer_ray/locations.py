@@ -83,6 +83,14 @@ def _refuse_name(path: str | Path) -> None:
         )
 
 
+def check_utf8(path: str | Path) -> None:
+    """Raises UserError where a name is no text, which neither a table nor a manifest could hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the path {os.fsencode(path)!r} is not UTF-8; rename it") from None
+
+
 def _usable(path: str) -> str:
     """Return a path with the home directory in the place of `~`, which shells leave in `--out=~/x`.
 
@@ -91,10 +99,7 @@ def _usable(path: str) -> str:
     """
     if "\0" in path:
         raise UserError(f"the path {path!r} holds a NUL, which no file system takes; check where it comes from")
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the path {os.fsencode(path)!r} is not UTF-8; rename it, and what is in it") from None
+    check_utf8(path)
     if path.startswith("~"):
         expanded = os.path.expanduser(path)
         if expanded.startswith("~"):

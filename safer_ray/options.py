@@ -21,7 +21,7 @@ def _named(parameter: typer.CallbackParam) -> str:
 
 def _number(least: float, most: float) -> Callback:
     """Return a check that a number, where one is given, lies in a range; NaN lies in none."""
-    wanted = f"{least:g} or more" if most == MOST else f"a number from {least:g} to {most:g}"
+    wanted = f"{least} or more" if most == MOST else f"a number from {least} to {most}"
 
     def check(parameter: typer.CallbackParam, value: Any) -> Any:
         if value is not None and not least <= value <= most:

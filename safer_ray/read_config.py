@@ -13,14 +13,14 @@ from safer_ray.errors import UserError
 def explain_validation(error: ValidationError, where: str) -> UserError:
     """The first problem of a pydantic error as one line, with how many more there are."""
     first, *rest = error.errors()
-    place = ".".join(str(part) for part in first["loc"]) or "the config"
+    place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key; check the spelling against configs/demo.yaml"
     elif "input" in first and not isinstance(first["input"], dict | BaseModel):
         message = f"{message} (got {first['input']!r})"
     more = f" (and {len(rest)} more)" if rest else ""
-    return UserError(f"{where}: {place}: {message}{more}")
+    return UserError(": ".join(filter(None, (where, place, f"{message}{more}"))))
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:

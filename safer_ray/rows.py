@@ -27,6 +27,8 @@ RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
 
 _KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
+_BETWEEN_ROWS = re.compile(rb"\}[ \t]{0,9}\r[ \t]{0,9}\{")  # stands in no line of JSON
+_BARE_RETURN = re.compile(rb"\r[^\r\n]")
 _JSON_SPACE = re.compile(r"[\s,]*")
 
 
@@ -98,9 +100,19 @@ def _json_lines(path: Path, start: int, stop: int, offset: int) -> Iterator[RawR
         yield from _lines(at, path.name, stop)
 
 
+def _refuse_bare_returns(line: bytes, name: str) -> None:
+    """Raises UserError where what was read as the one line of a file is several, of which each ends with a CR alone."""
+    plain = kind_of(Path(name))[0] is None
+    if not line.endswith(b"\n") and (_BARE_RETURN if plain else _BETWEEN_ROWS).search(line[: 2**20]):
+        raise UserError(
+            f"{name}: its lines end with a CR alone; write them with LF, say by tr '\\r' '\\n' < FILE > OTHER"
+        )
+
+
 def _lines(at: At[io.BufferedReader], name: str, stop: int) -> Iterator[RawRow]:
     while at.position < stop and (line := at.reader.readline(MAX_ROW + 1)):
         if at.position == 0:
+            _refuse_bare_returns(line, name)
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > MAX_ROW and not line.endswith(b"\n"):
             length, line = len(line), line[:RAW_LIMIT]

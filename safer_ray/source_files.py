@@ -20,11 +20,13 @@ from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.files import at
 from safer_ray.hub import load_dataset
+from safer_ray.locations import check_utf8
 from safer_ray.marks import MANIFEST, MANIFEST_KEYS
 from safer_ray.remote import Remote, fits
 from safer_ray.rows import ENDINGS, kind_of
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
 WRITTEN = {*OWN, REVIEWS}  # by audits, beside which data may lie
 log = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
     if not path.is_dir() and not glob.has_magic(source.path):
         raise UserError(f"no file, folder or glob at {source.path}; check the path, or write hub:OWNER/NAME")
     kept, left_out = _Below(path, apart).part()
+    for file in kept:
+        check_utf8(file)
     if not kept:
         told = f", other than those in {next(iter(left_out))}, which is left out" if left_out else ""
         raise UserError(f"{source.path}: no data files there{told}; supported are {ENDINGS}")
@@ -125,8 +129,10 @@ class _Below:
 
     def _look_at_root(self) -> None:
         """See which names in the root are no data: what an audit wrote, or an artifact beside its rows."""
-        written = WRITTEN if self._is_audit(self.root) else set()
-        self.books = written or (BOOKS if _is_artifact(self.root, self.is_there) else set())
+        self.written = WRITTEN if self._is_audit(self.root) else set()
+        self.is_artifact = not self.written and _is_artifact(self.root, self.is_there)
+        rows = self.root / ROWS
+        self.has_pairs = self.is_artifact and any(file.is_relative_to(rows) for file in self.files)
         asked = {f"{folder}/{ASKED}" for folder in self.apart}  # of the command itself, which begins with that
         own = [f for f in self.files if f.name == ASKED and real_path(f) in asked and _holds(f, ASKED_KEYS)]
         self.files = [file for file in self.files if file not in own]
@@ -139,11 +145,13 @@ class _Below:
         return [file for file, folder in found.items() if folder is None], dict(left_out)
 
     def _book(self, file: Path) -> Path | None:
-        """Return what of a root that is an artifact or an audit a file belongs to, if that is no data."""
-        if not self.books or not file.is_relative_to(self.root):
+        """Return what of a root that is an audit or an artifact a file belongs to, if that is no data: what an audit wrote,
+        and beside the rows of an artifact all but `pairs/` where it has that, as `noise`, `curate` and `export` do."""
+        if not (self.written or self.is_artifact) or not file.is_relative_to(self.root):
             return None
         name = file.relative_to(self.root).parts[0]
-        return self.root / name if name in self.books else None
+        is_beside = name != ROWS if self.has_pairs else name in (self.written or BOOKS)
+        return self.root / name if is_beside else None
 
     def _behind_links(self) -> dict[str, int]:
         """Count the data files behind links to folders, which a listing does not follow: they may go in rings."""

@@ -495,8 +495,8 @@ def test_exports_by_the_command_are_found_again_and_never_overwrite_others(ok, r
     [
         (["--drop", "all"], "--drop 'all': choose flagged"),
         (["--drop", "flagged", "--percent", "5"], "choose one"),
-        (["--percent", "101"], "--percent 101.0: choose a number"),
-        (["--percent", "nan"], "--percent nan: choose a number"),
+        (["--percent", "101"], "--percent 101.0: wanted a number"),
+        (["--percent", "nan"], "--percent nan: wanted a number"),
     ],
 )
 def test_wrong_export_options_are_told(refused, audit, tmp_path, words, told):

@@ -366,7 +366,7 @@ def test_an_unknown_stage_or_runner_is_refused(refused, at, tmp_path):
         ("x", "--actors 'x': write it as MIN:MAX, say 1:8"),
         ("1:x", "--actors '1:x': write it as MIN:MAX"),
         (":4", "--actors ':4': write it as MIN:MAX"),
-        ("", "--actors '': write it as MIN:MAX"),
+        ("", "--actors is empty"),
         ("-1:4", "--actors '-1:4': write it as MIN:MAX"),
         ("2:1", "min_actors 2 is larger than max_actors 1"),
         ("0:3", "min_actors: Input should be greater than 0 (got 0)"),
@@ -471,7 +471,7 @@ def test_corrupt_weights_are_refused(refused, at, tmp_path):
     other = shutil.copytree(at["sae"], tmp_path / "sae")
     (other / "sae_weights.safetensors").write_bytes(b"not weights")
     words = ["codes", "--pairs", at["pairs"], "--reward", at["reward"], "--sae", other]
-    assert "corrupt SAE" in refused(*words, "--out", tmp_path / "out")
+    assert "corrupt weights" in refused(*words, "--out", tmp_path / "out")
     assert incomplete(tmp_path / "out")
 
 
