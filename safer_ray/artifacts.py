@@ -6,7 +6,6 @@ A stage works in `.partial-NAME/`, which survives a kill and is taken up again b
 
 import contextlib
 import importlib.metadata
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from safer_ray.files import (
 from safer_ray.fingerprints import begins_as, digest_of, needs_digest
 from safer_ray.locations import check_utf8
 from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
-from safer_ray.recipes import Artifact, Recipe, Result
+from safer_ray.recipes import Artifact, Recipe, Result, read_manifest
 from safer_ray.replacing import check_doomed, check_kind, check_outside
 
 DONE = "done"  # the folder of what is finished of a stage
@@ -70,19 +69,8 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
         raise UserError(f"no such {stage or 'input'}: {path}; check the path, or run the stage that writes it")
     if not (path / MANIFEST).is_file():
         return foreign(path, f"{stage or 'foreign'}:{content_hash(path)}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"corrupt artifact: {path / MANIFEST} is empty or torn; put it back from a copy, or move {path} away and "
-            "run the stage again that made it"
-        ) from None
-    known = manifest if isinstance(manifest, dict) else {}
-    found, name = known.get("stage"), known.get("name")
-    if not (isinstance(found, str) and isinstance(name, str)):
-        raise UserError(
-            f"{path / MANIFEST} is no manifest of ours: {path} is no artifact; pass a folder that a stage wrote"
-        )
+    manifest = read_manifest(path)
+    found, name = manifest["stage"], manifest["name"]
     if stage is not None and found != stage:
         raise UserError(f"{path} holds {found!r}, wanted {stage!r}; pass the directory of that stage")
     return Artifact(path, name, manifest)

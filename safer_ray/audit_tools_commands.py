@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
 from safer_ray.commands import (
@@ -92,12 +91,12 @@ def review_command(
     opened = open_audit(at(audit).absolute())
     with locked(opened.path):
         _show_review(review(opened, at(verdicts)))
-    console.print(f"\nreviews  {opened.path / 'reviews.json'}", markup=False)
+    console.print(f"\nreviews  {opened.path / 'reviews.json'}")
 
 
 def _show_review(found: "Reviewed") -> None:
     for line, reason in found.bad_lines:
-        console.print(f"line {line}: {reason}", markup=False)
+        console.print(f"line {line}: {reason}")
     console.print(f"{found.used:,} lines used, {len(found.bad_lines):,} not\n")
     table = Table("flagged pairs", "reviewed", "bad", "fine", "precision", "95% interval", box=None, pad_edge=False)
     for row in found.at:
@@ -134,7 +133,7 @@ def diff_command(
     found = write_difference(one, other, json.absolute()) if json else difference(one, other)
     _show_difference(found)
     if json:
-        console.print(f"\nall of it  {json}", markup=False)
+        console.print(f"\nall of it  {json}")
 
 
 def _show_difference(found: "Difference") -> None:
@@ -149,9 +148,9 @@ def _show_difference(found: "Difference") -> None:
     one, other = found.quarantine
     table.add_row("quarantined", f"{sum(one.values()):,}", f"{sum(other.values()):,}")
     for reason in sorted({*one, *other}):
-        table.add_row(f"  {escape(reason)}", f"{one.get(reason, 0):,}", f"{other.get(reason, 0):,}")
+        table.add_row(f"  {reason}", f"{one.get(reason, 0):,}", f"{other.get(reason, 0):,}")
     for name, (before, after) in found.config.items():
-        table.add_row(name, escape(str(before)), escape(str(after)))
+        table.add_row(name, str(before), str(after))
     console.print(table)
     share = "" if found.spearman_pairs == pairs.both else f" (of {found.spearman_pairs:,} pairs drawn by a hash)"
     shown = ", ".join(f"{name} {_number(value, '.3f')}" for name, value in found.spearman.items())
@@ -183,7 +182,7 @@ def gc_command(
     found: list[Leftover] = []
     for run in list(leftovers.find_runs(root.absolute())):
         if run.held:
-            console.print(f"{run.path} is in use and left alone", markup=False)
+            console.print(f"{run.path} is in use and left alone")
         elif delete:
             found += _delete(run, wanted)
         else:
@@ -192,7 +191,7 @@ def gc_command(
     size = decimal(sum(leftover.size for leftover in found))
     done = "deleted" if delete else "nothing is deleted without --delete"
     told = f"{len(found):,} leftovers, {size}; {done}" if found else f"nothing was left behind below {root}"
-    console.print(told, markup=False)
+    console.print(told)
 
 
 def _delete(run: "Run", wanted: "Wanted") -> list["Leftover"]:
@@ -202,13 +201,13 @@ def _delete(run: "Run", wanted: "Wanted") -> list["Leftover"]:
     try:
         return delete(run, wanted)
     except UserError as error:
-        console.print(f"left alone: {error}", markup=False)
+        console.print(f"left alone: {error}")
         return []
 
 
 def _show_leftovers(found: list["Leftover"]) -> None:
     table = Table("leftover", "what it is", "size", "days old", box=None, pad_edge=False)
     for path, kind, size, changed in found:
-        table.add_row(escape(str(path)), kind, decimal(size), f"{(time.time() - changed) / 86_400:.1f}")
+        table.add_row(str(path), kind, decimal(size), f"{(time.time() - changed) / 86_400:.1f}")
     if found:
         console.print(table, width=1000)  # whole paths

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from safer_ray import __version__
 from safer_ray.errors import SaferError, UserError, explained, one_line
@@ -154,11 +155,12 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
     table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
     table.add_column("model", overflow="fold")
     for section in sections:
-        table.add_column(section, justify="right", overflow="fold")
+        table.add_column(Text(section), justify="right", overflow="fold")
     for name, values in summary["sections"].items():
         tests = summary["tests"].get(f"{name} vs {base}", {})
-        told = {section: f"\n[dim]p {test['p']:.2g}[/]" for section, test in tests.items()}
-        table.add_row(name, *(f"{values[s]:.3f}{told.get(s, '')}" if s in values else "" for s in sections))
+        told = {section: Text(f"\np {test['p']:.2g}", "dim") for section, test in tests.items()}
+        cells = [Text.assemble(f"{values[s]:.3f}", told.get(s, "")) if s in values else "" for s in sections]
+        table.add_row(Text(name), *cells)
     return table
 
 
@@ -254,16 +256,21 @@ def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
     from safer_ray.artifacts import open_artifact
+    from safer_ray.source_files import is_artifact
 
     table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)
-    for path in sorted(root.glob("**/manifest.json"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(filter(Path.is_file, root.glob("**/manifest.json")), key=lambda p: p.stat().st_mtime):
         if path.parent.parent.name in ("auditor",) or "auditor-" in path.parent.parent.name:
             continue
+        if not is_artifact(path.parent):
+            console.print(f"{path} is no manifest of an artifact")
+            continue
         artifact = open_artifact(path.parent)
-        rows = " ".join(f"{k}={v}" for k, v in artifact.manifest["rows"].items())
-        mark = " [red]red team[/]" if artifact.red_team else ""
-        version = artifact.manifest["packages"].get("safer_ray", "?")
-        table.add_row(f"{path.parent}{mark}", rows, f"{artifact.manifest['wall_seconds']:.1f}", version)
+        rows = " ".join(f"{k}={v}" for k, v in artifact.manifest.get("rows", {}).items())
+        name = Text.assemble(str(path.parent), *([(" red team", "red")] if artifact.red_team else []))
+        version = str(artifact.manifest["packages"].get("safer_ray", "?"))
+        seconds = artifact.manifest.get("wall_seconds")
+        table.add_row(name, rows, f"{seconds:.1f}" if isinstance(seconds, int | float) else "?", version)
     console.print(table, width=1000)  # whole paths, also where they are longer than the terminal is wide
 
 
@@ -279,15 +286,15 @@ def inspect(
     found = look(path, format, rows)
     console.print(f"format    {found.format}\ncolumns   {', '.join(found.columns)}\nfiles     {len(found.files)}")
     for folder, count in found.left_out.items():
-        console.print(f"left out  {count:,} data files in {folder}", markup=False)
+        console.print(f"left out  {count:,} data files in {folder}")
     console.print(f"rows      {found.rows} read, {found.good} good, {found.rows - found.good} refused")
     for reason, count in found.refused.items():
-        console.print(f"  refused {count:>6}  {reason}", markup=False)
+        console.print(f"  refused {count:>6}  {reason}")
     for number, example in enumerate(found.examples, 1):
-        console.print(f"\n[bold]example {number}[/]")
+        console.print(f"\nexample {number}", style="bold")
         for name in ("prompt", "chosen", "rejected"):
             text = " / ".join(f"{m['role']}: {m['content']}" for m in example[name] or [])
-            console.print(f"{name:<9} {text[:300]}{'…' if len(text) > 300 else ''}", markup=False)
+            console.print(f"{name:<9} {text[:300]}{'…' if len(text) > 300 else ''}")
 
 
 @app.command()

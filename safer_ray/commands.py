@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from safer_ray.progress import Report
     from safer_ray.runner import Runner
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
 state = {"verbose": False}
 
 ExistingPath = Annotated[Path, path_option()]

@@ -89,7 +89,7 @@ def load_dataset(path: str, split: str) -> Path:
             f"cannot load {path} (split {split!r}): {cause}; check the name, the split and the network, "
             "or give a downloaded folder"
         ) from error
-    cache = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")).expanduser() / "hub"
+    cache = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "hub"
     text = schema.to_json([name, revision or "", split, data._fingerprint])
     folder = cache / f"{Path(name).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if not folder.exists():

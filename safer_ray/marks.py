@@ -137,7 +137,7 @@ def _tree(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where it is no object."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from safer_ray.background import repeated
 
@@ -152,7 +153,7 @@ class Terminal:
     def look(self) -> None:
         """Say that nothing moves, where nothing does."""
         if found := self.watch.still():
-            self.console.print(f"[dim]{self.watch.stage} is {found[1]}, unchanged for {found[0]:.0f} s[/]")
+            self.console.print(f"{self.watch.stage} is {found[1]}, unchanged for {found[0]:.0f} s", style="dim")
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         self.bar.update(self.task, visible=False)
@@ -160,9 +161,11 @@ class Terminal:
             self.begun.append(name)
         elif name in self.begun:
             self.begun.remove(name)
-            self.console.print(f"[green]made [/] {name:<26} {artifact.manifest['wall_seconds']:7.1f} s")
+            self.console.print(
+                Text.assemble(("made ", "green"), f" {name:<26} {artifact.manifest['wall_seconds']:7.1f} s")
+            )
         else:
-            self.console.print(f"[dim]found {name}[/]")
+            self.console.print(f"found {name}", style="dim")
         self.watch.sees(_stage(*self.begun[-1:]))
 
     def progress(self, stage: str, done: int, total: int, rows: int = 0) -> None:

@@ -1,16 +1,23 @@
 """What artifacts are and what they are made by: recipes take artifacts, not names, and hand on what these carry."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safer_ray.marks import NOTHING, Marks, together
+from safer_ray.errors import UserError
+from safer_ray.marks import MANIFEST, NOTHING, Marks, together
 from safer_ray.schema import to_json
 
 NAMED = re.compile(r"[a-z_]+-[0-9a-f]{12}(?![^/ ])")  # an artifact, or a file of one
+
+
+# Of what a manifest says, by key.
+KINDS: dict[str, type] = {"stage": str, "name": str, "version": int, "red_team": bool, "licence": list}
+KINDS |= dict.fromkeys(("config", "inputs", "packages", "rows", "metrics"), dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,23 @@ class Artifact:
     def marks(self) -> Marks:
         """What it hands on to all that is made of it."""
         return Marks(tuple(self.licence), self.red_team)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest in a folder says.
+
+    Raises:
+        UserError: it is none of ours, or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        tree = None
+    is_ours = isinstance(tree, dict) and tree.keys() >= {"stage", "name"}
+    if not is_ours or not all(isinstance(tree[key], kind) for key, kind in KINDS.items() if key in tree):
+        raise UserError(f"corrupt artifact: {path} is not a manifest; delete {folder} and run again")
+    return dict(tree)
 
 
 @dataclass(frozen=True)

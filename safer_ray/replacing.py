@@ -37,7 +37,7 @@ def check_kind(path: Path, stage: str) -> None:
     """Raises UserError unless the folder `path` holds an artifact of a stage."""
     try:
         found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
     ours = isinstance(found, dict) and found.keys() >= MANIFEST_KEYS
     if not ours or found["stage"] != stage:

@@ -130,7 +130,7 @@ class _Below:
     def _look_at_root(self) -> None:
         """See which names in the root are no data: what an audit wrote, or an artifact beside its rows."""
         self.written = WRITTEN if self._is_audit(self.root) else set()
-        self.is_artifact = not self.written and _is_artifact(self.root, self.is_there)
+        self.is_artifact = not self.written and is_artifact(self.root, self.is_there)
         rows = self.root / ROWS
         self.has_pairs = self.is_artifact and any(file.is_relative_to(rows) for file in self.files)
         asked = {f"{folder}/{ASKED}" for folder in self.apart}  # of the command itself, which begins with that
@@ -145,8 +145,8 @@ class _Below:
         return [file for file, folder in found.items() if folder is None], dict(left_out)
 
     def _book(self, file: Path) -> Path | None:
-        """Return what of a root that is an audit or an artifact a file belongs to, if that is no data: what an audit wrote,
-        and beside the rows of an artifact all but `pairs/` where it has that, as `noise`, `curate` and `export` do."""
+        """Return what of a root that is an audit or an artifact a file belongs to, if that is no data: what an audit
+        wrote; beside the rows of an artifact all but `pairs/` where it has that, as `noise`, `curate` and `export` do."""
         if not (self.written or self.is_artifact) or not file.is_relative_to(self.root):
             return None
         name = file.relative_to(self.root).parts[0]
@@ -172,13 +172,14 @@ class _Below:
     def _is_apart(self, folder: Path) -> bool:
         if (self.hidden and folder.name.startswith(".")) or real_path(folder) in self.apart:
             return True
-        return self._is_audit(folder) or _is_artifact(folder, self.is_there)
+        return self._is_audit(folder) or is_artifact(folder, self.is_there)
 
     def _is_audit(self, folder: Path) -> bool:
         return self.is_there(folder / ASKED) and _holds(folder / ASKED, ASKED_KEYS)
 
 
-def _is_artifact(folder: Path, is_there: Callable[[Path], bool]) -> bool:
+def is_artifact(folder: Path, is_there: Callable[[Path], bool] = Path.is_file) -> bool:
+    """Return whether a folder holds a manifest of ours."""
     return is_there(folder / MANIFEST) and _holds(folder / MANIFEST, MANIFEST_KEYS)
 
 
@@ -191,7 +192,7 @@ def _holds(path: Path, keys: set[str]) -> bool:
     """Return whether a file is a JSON object with these keys."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and tree.keys() >= keys
 

@@ -358,4 +358,4 @@ def evaluate(
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():
         interval = f"[{values['low']:.3f}, {values['high']:.3f}]"
-        console.print(f"  {name:<20} {values['accuracy']:.3f}  95% {interval}  n {values['n']}", markup=False)
+        console.print(f"  {name:<20} {values['accuracy']:.3f}  95% {interval}  n {values['n']}")

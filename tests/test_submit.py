@@ -743,3 +743,12 @@ def test_a_cluster_that_dies_is_lost_and_one_that_comes_back_without_the_job_say
                 module._follow(client, job, print, Patience())
         finally:
             stop_head(head.result())
+
+
+def test_a_home_directory_that_no_shell_expanded_is_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    words = ["audit", "--auditor", "B", "--pairs", "P", "--out=~/audit"]
+    assert complete(words, tmp_path, local=True)[-2:] == ["--out", f"{tmp_path}/home/audit"]
+    assert complete(["run", "--set", "root=~/runs"], tmp_path, local=False)[-1] == f"root={tmp_path}/home/runs"
+    with pytest.raises(UserError, match="hub:x/y is a name on the hub"):
+        complete([*words[:-1], "--out=hub:x/y"], tmp_path, local=True)

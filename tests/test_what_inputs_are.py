@@ -331,3 +331,36 @@ def test_a_refused_stage_leaves_work_that_is_done_and_nothing_else(refused, safe
     source.write_text(f"{ROW}\nx\n")
     line = refused("pairs", "--source", source, "--out", tmp_path / "out")
     assert (tmp_path / line.rpartition("see ")[2]).is_dir()
+
+
+# What is on the disk
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "[" * 100_000, '{"stage": "codes", "name": 1}', '{"stage": "codes", "name": "x", "metrics": []}'],
+)
+def test_a_manifest_that_is_none_is_one_line(refused, at, tmp_path, text):
+    folder = shutil.copytree(at["codes"], tmp_path / "codes")
+    (folder / "manifest.json").write_text(text)
+    line = refused("salience", "--codes", folder, "--out", tmp_path / "out")
+    assert f"corrupt artifact: {folder}/manifest.json is not a manifest" in line
+
+
+def test_ls_tells_a_manifest_of_somebody_else_and_goes_on(safer, at, tmp_path):
+    shutil.copytree(at["codes"], tmp_path / "codes")
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension/manifest.json").write_text('{"manifest_version": 3}')
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/manifest.json").write_text('{"stage": "x", "name": "x-0", "packages": {}}')
+    out = made(safer, "ls", tmp_path)
+    assert "extension/manifest.json is no manifest of an artifact" in out
+    assert f"{tmp_path}/codes" in out
+    assert f"{tmp_path}/small" in out
+
+
+@pytest.mark.parametrize("name", ["[/]", "[bold]", "[/red]x"])
+def test_brackets_in_a_path_are_shown_as_they_are(safer, at, tmp_path, name):
+    words = ["salience", "--codes", at["codes"], "--out", tmp_path / name / "out"]
+    assert f"{name}/out" in made(safer, *words)
+    assert f"{name}/out" in made(safer, "ls", tmp_path)

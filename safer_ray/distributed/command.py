@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from safer_ray.errors import UserError
+from safer_ray.locations import a_source, anywhere
 
 VALUE_OPTIONS = (
     "--runner",
@@ -57,13 +58,14 @@ def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:
         return [*args, *runner, *([] if kept == root else ["--set", f"root={kept}"])]
     paths = [("--out", _kept(given.out, working_dir, local, "--out DIR"))] if given.out else []
     for name, path in (("--auditor", given.auditor), ("--pairs", given.pairs)):
-        if local and path and (working_dir / path).exists():  # perhaps where nothing is uploaded from
-            paths.append((name, str(working_dir / path)))
+        if local and path and (working_dir / a_source(path)).exists():  # perhaps where nothing is uploaded from
+            paths.append((name, str(working_dir / a_source(path))))
     return [*args, *runner, *(word for pair in paths for word in pair)]
 
 
 def _kept(path: str, working_dir: Path, local: bool, option: str) -> str:
     """A path of results as it is if absolute or a URI, else the folder here that it means."""
+    path = anywhere(path)
     if "://" in path or Path(path).is_absolute():
         return path
     if not local:
