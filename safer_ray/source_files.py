@@ -146,7 +146,7 @@ class _Below:
 
     def _book(self, file: Path) -> Path | None:
         """Return what of a root that is an audit or an artifact a file belongs to, if that is no data: what an audit
-        wrote; beside the rows of an artifact all but `pairs/` where it has that, as `noise`, `curate` and `export` do."""
+        wrote; beside the rows of an artifact all but `pairs/` where it has that, as curated sets do."""
         if not (self.written or self.is_artifact) or not file.is_relative_to(self.root):
             return None
         name = file.relative_to(self.root).parts[0]
