@@ -39,7 +39,7 @@ from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.recipes import Input
-from safer_ray.runner import BatchFn, MapJob, TrainJob
+from safer_ray.runner import BatchFn, MapJob, TrainJob, Work
 from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
@@ -160,6 +160,20 @@ class Harvest(StageContext):
         group_rows: int | None = None,
     ) -> dict[str, int]:
         """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`); row counts."""
+        return self.map_all([self._work(stage, make, written, pairs, reward, out, blocks, group_rows)])[0]
+
+    def _work(
+        self,
+        stage: str,
+        make: Callable[..., BatchFn],
+        written: pa.Schema,
+        pairs: Artifact,
+        reward: Artifact,
+        out: Path,
+        blocks: int | None = None,
+        group_rows: int | None = None,
+    ) -> Work:
+        """What `_through` does."""
         trusted = {"trust_remote_code": self.trust_remote_code}
         shards = min(self.shards, blocks or self.shards)
         job = MapJob(
@@ -172,7 +186,7 @@ class Harvest(StageContext):
             shards=shards,
             group_rows=group_rows,
         )
-        return self.map(job, part_fragments(pairs_of(pairs)), out)
+        return Work(job, part_fragments(pairs_of(pairs)), out)
 
     def _width(self, reward: Artifact) -> int:
         return hidden_size(reward.path, self.trust_remote_code)
@@ -302,19 +316,37 @@ class Harvest(StageContext):
 
     def evaluate(self, reward: Artifact, pairs: Artifact) -> Artifact:
         """Rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
+        return self.evaluations([reward], pairs)[0]
 
-        def build(out: Path) -> Result:
-            counts = self._through("evaluate", partial(RewardPairs, reward.path), schema.REWARDS, pairs, reward, out)
-            rewards = read_parts(out)
-            metrics = {
-                "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
-                "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
-                "dtype": "float32",
-                "max_length": load_pair_tokenizer(reward.path, self.trust_remote_code).limit,
+    def evaluations(self, rewards: Sequence[Artifact], pairs: Artifact) -> list[Artifact]:
+        """As `evaluate`, of several models, by the same processes."""
+        recipes = [recipe("evaluate", {}, reward=reward, pairs=pairs) for reward in rewards]
+        models = {made.name: reward for made, reward in zip(recipes, rewards, strict=True)}
+
+        def build(partials: dict[str, Path]) -> dict[str, Result]:
+            works = [
+                self._work(
+                    "evaluate", partial(RewardPairs, models[name].path), schema.REWARDS, pairs, models[name], out
+                )
+                for name, out in partials.items()
+            ]
+            counted = self.map_all(works)
+            return {
+                name: Result(counts, self._measured(models[name], out))
+                for (name, out), counts in zip(partials.items(), counted, strict=True)
             }
-            return Result(counts, metrics)
 
-        return self.place.make(recipe("evaluate", {}, reward=reward, pairs=pairs), build)
+        return self.place.make_all(recipes, build)
+
+    def _measured(self, reward: Artifact, out: Path) -> dict[str, Any]:
+        """What the rewards in `out` say of their model."""
+        rewards = read_parts(out)
+        return {
+            "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
+            "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
+            "dtype": "float32",
+            "max_length": load_pair_tokenizer(reward.path, self.trust_remote_code).limit,
+        }
 
 
 def _trained(metrics: dict[str, Any], seed: int) -> Result:

@@ -19,9 +19,9 @@ from safer_ray.files import at, read_parquet, stamp, write_parquet
 from safer_ray.hub import PREFIX, pinned, split_name
 from safer_ray.judge import load_probe
 from safer_ray.marks import Marks
+from safer_ray.quarantine import quarantine_rows
 from safer_ray.recipes import Input
 from safer_ray.remote import Remote
-from safer_ray.runner import quarantine_rows
 from safer_ray.source_files import Found, file_name, find_files
 
 JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards

@@ -180,7 +180,6 @@ def _change(stages: Stages, run: Run, until: str | None) -> None:
     run.models |= zip(run.curated, stages.rewards(config.reward, list(run.curated.values())), strict=True)
     evaluation = stages.pairs(config.evaluation, made.get("corpus"))
     made["evaluation_pairs"] = evaluation
-    for name, model in run.models.items():
-        run.evaluations[name] = stages.evaluate(model, evaluation)
+    run.evaluations |= zip(run.models, stages.evaluations(list(run.models.values()), evaluation), strict=True)
     if until == "evaluate":
         raise _Until

@@ -1,7 +1,10 @@
 """Rows that a stage refuses, as its quarantine keeps them."""
 
+from pathlib import Path
+
 import pyarrow as pa
 
+from safer_ray.files import read_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 
 
@@ -23,6 +26,12 @@ def refused_rows(rows: pa.Table, stage: str) -> pa.Table:
             }
         )
     return pa.Table.from_pylist(refused, schema=QUARANTINE)
+
+
+def quarantine_rows(directory: Path) -> pa.Table:
+    """The quarantine of a stage, in fragment order; empty where nothing was refused."""
+    tables = [read_parquet(path) for path in sorted((directory / "quarantine").glob("*.parquet"))]
+    return pa.concat_tables([QUARANTINE.empty_table(), *tables])
 
 
 def _number(text: str) -> int | None:

@@ -36,7 +36,7 @@ from safer_ray.accounts import (
 )
 from safer_ray.artifacts import Fragment, part_name, save_plan
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, remove, write_json, write_parquet
+from safer_ray.files import remove, write_json, write_parquet
 from safer_ray.quarantine import refused_rows
 from safer_ray.schema import QUARANTINE
 from safer_ray.tokens import token_count
@@ -112,6 +112,14 @@ class TrainJob:
     out: Path
 
 
+class Work(NamedTuple):
+    """A job over fragments, into a directory."""
+
+    job: MapJob
+    fragments: Sequence[Fragment]
+    directory: Path
+
+
 class Runner(Protocol):
     """Where stages run: in this process, or on a cluster."""
 
@@ -121,11 +129,12 @@ class Runner(Protocol):
         Raises:
             SaferError: fragments are left that are not done, or entries of no planned fragment are there.
         """
-        ...
+
+    def map_all(self, works: Sequence[Work]) -> list[Counts]:
+        """As `map`, of several jobs of one stage, in the same processes, which hold one job's model at a time."""
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         """Run training loops one after another on the same workers; the metrics of each."""
-        ...
 
 
 class Prepared(NamedTuple):
@@ -349,12 +358,6 @@ def plan(job: MapJob, fragments: Sequence[Fragment], directory: Path) -> tuple[l
     return planned, pending(planned, directory)
 
 
-def quarantine_rows(directory: Path) -> pa.Table:
-    """The quarantine of a stage, in fragment order; empty where nothing was refused."""
-    tables = [read_parquet(path) for path in sorted((directory / "quarantine").glob("*.parquet"))]
-    return pa.concat_tables([QUARANTINE.empty_table(), *tables])
-
-
 def no_progress(stage: str, done: int, total: int, rows: int) -> None:
     """Says nothing."""
 
@@ -373,6 +376,9 @@ class LocalRunner:
                 done = commit(job, directory, work(read(fragment)))
                 self.on_progress(job.stage, number, len(planned), done["read"])
         return close(job.stage, planned, directory, job.parts(directory))
+
+    def map_all(self, works: Sequence[Work]) -> list[Counts]:
+        return [self.map(*work) for work in works]
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         return [self._train(job) for job in jobs]

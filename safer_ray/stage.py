@@ -8,13 +8,15 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
+from safer_ray.accounts import Counts
 from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
 from safer_ray.config import RunConfig
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
+from safer_ray.quarantine import quarantine_rows
 from safer_ray.recipes import Input
 from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
-from safer_ray.runner import MapJob, Runner, quarantine_rows
+from safer_ray.runner import MapJob, Runner, Work
 from safer_ray.schema import rows_of
 
 VERSIONS = {
@@ -107,16 +109,35 @@ class StageContext:
             UserError: more than `refused_share`, or else the configured share, of the rows failed; the commonest reason
                 is named, and a pair.
         """
-        job = replace(job, metadata={**(job.metadata or {}), **self.place.metadata(directory)} or None)
-        counts = self.runner.map(job, fragments, directory)
-        share = self.max_refused_share if refused_share is None else refused_share
-        if counts.quarantined > share * counts.read:
-            reason = max(counts.reasons, key=lambda name: counts.reasons[name])
-            (first,) = quarantine_rows(directory).slice(0, 1).to_pylist()
-            told = " ".join(first["reason"].split())[:200]
-            raise UserError(
-                f"{job.stage}: {counts.quarantined} of {counts.read} rows failed, more than pairs.max_refused_share "
-                f"{share:g}, most with {reason!r}, the first is pair {first['pair_id']!r} ({told}); see "
-                f"{directory / 'quarantine'}, and run with --fresh once the cause is mended"
+        return self.map_all([Work(job, fragments, directory)], refused_share=refused_share)[0]
+
+    def map_all(self, works: Sequence[Work], *, refused_share: float | None = None) -> list[dict[str, int]]:
+        """As `map`, of several jobs of one stage."""
+        marked = [
+            work._replace(
+                job=replace(
+                    work.job, metadata={**(work.job.metadata or {}), **self.place.metadata(work.directory)} or None
+                )
             )
-        return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
+            for work in works
+        ]
+        share = self.max_refused_share if refused_share is None else refused_share
+        return [_within(share, work, counts) for work, counts in zip(marked, self.runner.map_all(marked), strict=True)]
+
+
+def _within(share: float, work: Work, counts: Counts) -> dict[str, int]:
+    """The row counts of a map of which at most so large a share was refused.
+
+    Raises:
+        UserError: more was.
+    """
+    if counts.quarantined > share * counts.read:
+        reason = max(counts.reasons, key=lambda name: counts.reasons[name])
+        (first,) = quarantine_rows(work.directory).slice(0, 1).to_pylist()
+        told = " ".join(first["reason"].split())[:200]
+        raise UserError(
+            f"{work.job.stage}: {counts.quarantined} of {counts.read} rows failed, more than pairs.max_refused_share "
+            f"{share:g}, most with {reason!r}, the first is pair {first['pair_id']!r} ({told}); see "
+            f"{work.directory / 'quarantine'}, and run with --fresh once the cause is mended"
+        )
+    return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}

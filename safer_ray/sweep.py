@@ -96,7 +96,7 @@ class Sweep(Stages):
             mine = [i for i, cell in enumerate(cells) if cell.seed == seed]
             reward = config.reward.model_copy(update={"seed": config.reward.seed + seed})
             models |= zip(mine, self.rewards(reward, [inputs[i] for i in mine]), strict=True)
-        measured = [self.evaluate(models[i], evaluation) for i in range(len(cells))]
+        measured = self.evaluations([models[i] for i in range(len(cells))], evaluation)
 
         def build(out: Path) -> Result:
             assert config.sweep is not None

@@ -197,6 +197,17 @@ def reward_dir(pairs: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def other_reward_dir(reward_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that likes what that of `reward_dir` does not."""
+    directory = tmp_path_factory.mktemp("other") / "tiny"
+    reward = load_reward_model(reward_dir)
+    with torch.no_grad():
+        reward.model.score.weight *= -1
+    save_reward_model(reward, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def reward(reward_dir: Path) -> RewardModel:
     return load_reward_model(reward_dir)
 

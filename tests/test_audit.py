@@ -29,7 +29,8 @@ from safer_ray.audit_summary import close_audit, drift
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import read_json, write_json, write_parquet
-from safer_ray.runner import ENDED, Counts, LocalRunner, quarantine_rows
+from safer_ray.quarantine import quarantine_rows
+from safer_ray.runner import ENDED, Counts, LocalRunner
 
 ROWS = 60
 

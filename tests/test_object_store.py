@@ -36,7 +36,8 @@ from safer_ray.files import at, names_in, read_json, write_json, writing
 from safer_ray.harvest import Harvest
 from safer_ray.owners import this_process
 from safer_ray.pipeline import run as run_stages
-from safer_ray.runner import LocalRunner, quarantine_rows
+from safer_ray.quarantine import quarantine_rows
+from safer_ray.runner import LocalRunner
 from safer_ray.source_files import source_files
 from safer_ray.sources import plan_sources, read_raw
 

@@ -19,7 +19,8 @@ from safer_ray.contents import check_whole
 from safer_ray.errors import UserError
 from safer_ray.marks import RED_TEAM_MARK
 from safer_ray.pipeline import STAGES, Stages, run
-from safer_ray.runner import LocalRunner, quarantine_rows
+from safer_ray.quarantine import quarantine_rows
+from safer_ray.runner import LocalRunner
 from safer_ray.scoring import pair_scores, suspicion
 
 DETECTORS = {"safer", "reward_margin", "random", "length"}

@@ -29,7 +29,8 @@ from safer_ray.distributed.data import dataset
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import Stages
-from safer_ray.runner import LocalRunner, MapJob, quarantine_rows
+from safer_ray.quarantine import quarantine_rows
+from safer_ray.runner import LocalRunner, MapJob, Work
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
@@ -151,9 +152,10 @@ def test_a_stage_that_never_comes_to_its_end_says_what_is_missing(fragments, tmp
     monkeypatch.setattr(runner_module, "SEEN_SECONDS", 0.0)
     committed = runner_module.map_fragments
 
-    def loses_one(job, todo, *given):
-        if kept := [fragment for fragment in todo if fragment.number != 3]:
-            yield from committed(job, kept, *given)
+    def loses_one(todo, config):
+        (work,) = todo
+        if kept := [fragment for fragment in work.fragments if fragment.number != 3]:
+            yield from committed([work._replace(fragments=kept)], config)
 
     monkeypatch.setattr(runner_module, "map_fragments", loses_one)
     message = (
@@ -223,7 +225,7 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
 def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):
     config = RayConfig(task_cpus=0.5, max_actors=1)
     assert config.task_cpus == config.actor_cpus  # operators of equal shares are fused, if nothing is done about it
-    said = dataset(mortal(tmp_path), fragments[:2], tmp_path / "out", config).materialize().stats()
+    said = dataset([Work(mortal(tmp_path), fragments[:2], tmp_path / "out")], config).materialize().stats()
     assert "Map(run)->Map(Map)" not in said
     assert "Map(Map)" in said
 
@@ -256,6 +258,59 @@ def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
         assert found[stage].name == artifact.name
         assert found[stage].manifest["rows"] == artifact.manifest["rows"]
         assert_same_tables(found[stage].path, artifact.path)
+
+
+class Times:
+    """A batch function that holds a factor, and tells which process was built for it, and when it gave it back."""
+
+    def __init__(self, folder, factor):
+        self.folder, self.factor = folder, factor
+        self.tell("built")
+
+    def tell(self, what):
+        with (self.folder / f"told-{os.getpid()}").open("a") as file:
+            file.write(f"{what} {self.factor}\n")
+
+    def __call__(self, rows):
+        return pa.table({"pair_id": rows["pair_id"], "double": [self.factor * v for v in rows["value"].to_pylist()]})
+
+    def __del__(self):
+        self.tell("gone")
+
+
+@pytest.mark.parametrize("loads_model", [True, False])
+def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_time(fragments, tmp_path, loads_model):
+    def job(factor):
+        make = partial(Times, tmp_path, factor)
+        return MapJob("codes", read_fragment, make, WRITTEN, loads_model=loads_model, batch_rows=5)
+
+    done = LocalRunner().map(job(2), fragments, tmp_path / "2")  # of which nothing is left
+    for file in tmp_path.glob("told-*"):
+        file.unlink()
+    seen = []
+    runner = RayRunner(ONE, lambda *said: seen.append(said))
+    works = [Work(job(factor), fragments, tmp_path / str(factor)) for factor in (2, 3, 5)]
+    counts = runner.map_all(works)
+    assert [(c.read, c.written) for c in counts] == [(80, 80)] * 3
+    assert counts[0] == done
+    for factor in (2, 3, 5):
+        assert doubles(tmp_path / str(factor)) == [factor * i for i in range(80)]
+    assert [said[1:3] for said in seen] == [(n, 24) for n in range(9, 25)]
+    if loads_model:
+        (told,) = tmp_path.glob("told-*")
+        assert told.read_text().split("\n")[:3] == ["built 3", "gone 3", "built 5"]
+
+
+def test_several_models_are_evaluated_as_each_alone(local, tmp_path, pairs_dir, reward_dir, other_reward_dir):
+    pairs, models = open_artifact(pairs_dir), [open_artifact(reward_dir), open_artifact(other_reward_dir)]
+    found = Stages(Place(tmp_path / "ray"), RayRunner(TWO)).evaluations([*models, models[0]], pairs)
+    alone = Stages(Place(tmp_path / "local"), LocalRunner())
+    wanted = [alone.evaluate(model, pairs) for model in models]
+    assert [artifact.name for artifact in found] == [wanted[0].name, wanted[1].name, wanted[0].name]
+    for one, other in zip(found, wanted, strict=False):
+        assert one.metrics == other.metrics
+        assert_same_tables(one.path, other.path)
+    assert found[0].metrics["sections"] != found[1].metrics["sections"]
 
 
 def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_path):

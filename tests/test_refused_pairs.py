@@ -28,8 +28,9 @@ from safer_ray.config import ActivationsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
+from safer_ray.quarantine import quarantine_rows
 from safer_ray.reward import RewardModel
-from safer_ray.runner import LocalRunner, MapJob, quarantine_rows, whole_function
+from safer_ray.runner import LocalRunner, MapJob, whole_function
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import split_refused
 from safer_ray.tokens import TokenisePairs

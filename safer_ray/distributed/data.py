@@ -7,18 +7,16 @@ hidden states that go from part to part; the pieces meet again on disk, where th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from safer_ray.artifacts import Fragment
 from safer_ray.config import PoolConfig, RayConfig
 from safer_ray.distributed.pieces import CommitPiece, MapPiece, ReadPieces
 from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
 from safer_ray.progress import RUN_ID
-from safer_ray.runner import MapJob, Part
+from safer_ray.runner import Part, Work
 
 
 def _as_task(step: type[Step], *arguments: Any) -> Callable[[Row], Row]:
@@ -38,26 +36,29 @@ def _cluster_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 0))
 
 
-def dataset(job: MapJob, fragments: Sequence[Fragment], directory: Path, config: RayConfig) -> Dataset:
-    """The operators of a job over fragments; rows come out when they are committed."""
-    rows = [fragment_row(f) for f in fragments]
+def dataset(works: Sequence[Work], config: RayConfig) -> Dataset:
+    """The operators of jobs that are alike, over the fragments of one after another; rows come out when they are
+    committed."""
+    rows = [fragment_row(number, f) for number, work in enumerate(works) for f in work.fragments]
     source = ray.data.from_items(rows, override_num_blocks=len(rows))
-    reading, mapping = replace(job, make=_nothing), replace(job, read=_nothing, prepare=None)
-    committing = replace(mapping, make=_nothing)  # processes import only what their own step needs
+    job, given = works[0].job, [work._replace(fragments=()) for work in works]
+    reading = [work._replace(job=replace(work.job, make=_nothing)) for work in given]
+    mapping = [work._replace(job=replace(work.job, read=_nothing, prepare=None)) for work in given]
+    # Processes import only what their own step needs.
+    committing = [work._replace(job=replace(work.job, make=_nothing)) for work in mapping]
     cpus, tasks = config.task_cpus, TaskPoolStrategy(size=config.tasks or max(2, int(_cluster_cpus() / 2)))
     if not job.loads_model:
-        return source.map(_as_task(Whole, job, directory, RUN_ID), num_cpus=cpus, compute=tasks)
+        return source.map(_as_task(Whole, given, RUN_ID), num_cpus=cpus, compute=tasks)
     pools = config.pools(job.shards)
     apart = cpus + 0.001 * (cpus == pools[0].actor_cpus)  # operators of equal shares are fused into one process
     if job.shards == 1:
-        read = source.map(_as_task(Read, reading, directory, RUN_ID), num_cpus=apart, compute=tasks)
-        mapped = _in_pool(read, Map, (mapping, directory, RUN_ID), pools[0], len(rows))
-        return mapped.map(_as_task(Commit, committing, directory, RUN_ID), num_cpus=cpus, compute=tasks)
-    streamed = source.flat_map(_as_task(ReadPieces, reading, directory, RUN_ID), num_cpus=apart, compute=tasks)
+        read = source.map(_as_task(Read, reading, RUN_ID), num_cpus=apart, compute=tasks)
+        mapped = _in_pool(read, Map, (mapping, RUN_ID), pools[0], len(rows))
+        return mapped.map(_as_task(Commit, committing, RUN_ID), num_cpus=cpus, compute=tasks)
+    streamed = source.flat_map(_as_task(ReadPieces, reading, RUN_ID), num_cpus=apart, compute=tasks)
     for number, pool in enumerate(pools):
-        arguments = (mapping, directory, RUN_ID, Part(number, job.shards))
-        streamed = _in_pool(streamed, MapPiece, arguments, pool)
-    return streamed.map(_as_task(CommitPiece, committing, directory, RUN_ID), num_cpus=cpus, compute=tasks)
+        streamed = _in_pool(streamed, MapPiece, (mapping, RUN_ID, Part(number, job.shards)), pool)
+    return streamed.map(_as_task(CommitPiece, committing, RUN_ID), num_cpus=cpus, compute=tasks)
 
 
 def _in_pool(
@@ -76,13 +77,13 @@ def _in_pool(
     )
 
 
-def map_fragments(job: MapJob, fragments: Sequence[Fragment], directory: Path, config: RayConfig) -> Iterator[int]:
+def map_fragments(works: Sequence[Work], config: RayConfig) -> Iterator[int]:
     """Map and commit fragments; the rows of each, when it is done.
 
     Raises:
         SaferError: what a step explained; fragments under way are dropped, those committed stay.
     """
-    for row in dataset(job, fragments, directory, config).iter_rows():
+    for row in dataset(works, config).iter_rows():
         if row["error"]:
             raise_explained(row["error"])
         if row["committed"]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray.artifacts import Fragment
-from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, to_bytes
+from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, next_row, to_bytes
 from safer_ray.errors import UserError
 from safer_ray.files import names_in, read_json, read_parquet, remove, write_json, write_parquet
-from safer_ray.runner import Attempts, MapJob, Mapped, Part, Prepared
+from safer_ray.runner import Attempts, Mapped, Part, Prepared, Work
 from safer_ray.schema import QUARANTINE, SIDES
 
 
@@ -47,7 +47,7 @@ class ReadPieces(Read):
             counted = {name: getattr(prepared, name) if number == 0 else 0 for name in COUNTED}
             place = {"number": number, "of": max(1, len(pieces)), "start": start}
             held = {"rows": b"" if piece is None else to_bytes([piece]), "refused": to_bytes([refused])}
-            rows.append({"fragment": row["fragment"], "error": ""} | place | counted | held)
+            rows.append(next_row(row, **place, **counted, **held))
             start += 0 if piece is None else len(piece)
         return rows
 
@@ -55,8 +55,8 @@ class ReadPieces(Read):
 class MapPiece(Map):
     """Puts a piece through one part of the batch function."""
 
-    def __init__(self, job: MapJob, directory: Path, run: str, part: Part, threads: int) -> None:
-        super().__init__(job, directory, run, threads)
+    def __init__(self, works: Sequence[Work], run: str, part: Part, threads: int) -> None:
+        super().__init__(works, run, threads)
         self.part = part
 
     def build_function(self) -> Attempts:
@@ -88,7 +88,7 @@ class CommitPiece(Commit):
         write_parquet(rows, folder / f"{row['number']:05}.rows.parquet")
         write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
         write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
-        waits = {"fragment": row["fragment"], "error": "", "committed": False, "read": 0}
+        waits = next_row(row, committed=False, read=0)
         if sum(name.endswith(".json") for name in names_in(folder)) < row["of"]:
             return waits
         try:

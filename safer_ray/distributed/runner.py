@@ -18,7 +18,7 @@ from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
-from safer_ray.runner import MapJob, OnProgress, TrainJob, no_progress, plan
+from safer_ray.runner import MapJob, OnProgress, TrainJob, Work, no_progress, plan
 
 TRIES = 3  # of a stage with nothing committed between, when the cluster fails it in a way that Ray Data does not mend
 SEEN_SECONDS = 60.0  # for which a network file system may list a folder as it was before
@@ -33,41 +33,46 @@ class RayRunner:
     on_progress: OnProgress = field(default=no_progress)
 
     def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
-        """As `LocalRunner.map`; what is committed when the cluster fails is not done again.
+        """As `LocalRunner.map`; what is committed when the cluster fails is not done again."""
+        return self.map_all([Work(job, fragments, directory)])[0]
+
+    def map_all(self, works: Sequence[Work]) -> list[Counts]:
+        """As `LocalRunner.map_all`, one after another through the same actors, which start once.
 
         A failure counts while nothing is committed: one that comes after a fragment is the first again.
 
         Raises:
             SaferError: the cluster failed `TRIES` times and committed nothing between, or did nothing for half an hour.
         """
-        check_shared(directory)
-        planned, todo = plan(job, fragments, directory)
-        failures = 0
-        while todo:
-            why = self._failed(job, todo, directory, len(planned))
-            before, todo = len(todo), pending(planned, directory)
-            failures = failures + 1 if len(todo) == before else 1
+        for work in works:
+            check_shared(work.directory)
+        planned = [work._replace(fragments=plan(*work)[0]) for work in works]
+        todo, total, failures = _pending(planned), _count(planned), 0
+        while left := _count(todo):
+            why = self._failed(todo, total)
+            todo = _pending(planned)
+            failures = failures + 1 if _count(todo) == left else 1
             if todo and failures == TRIES:
-                raise SaferError(
-                    unfinished(job.stage, todo, len(planned), f": the cluster failed {TRIES} times, last with {why}")
-                )
+                missing = [fragment for work in todo for fragment in work.fragments]
+                told = f": the cluster failed {TRIES} times, last with {why}"
+                raise SaferError(unfinished(works[0].job.stage, missing, total, told))
             if todo:
-                log.warning("%s: %s; going on with what is not done", job.stage, why)
-        return close(job.stage, planned, directory, job.parts(directory))
+                log.warning("%s: %s; going on with what is not done", works[0].job.stage, why)
+        return [close(job.stage, made, directory, job.parts(directory)) for job, made, directory in planned]
 
-    def _failed(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> str:
+    def _failed(self, todo: Sequence[Work], total: int) -> str:
         """Map fragments; why some of them may not be done.
 
         Raises:
             SaferError: no fault of the cluster, or one that it does not mend.
         """
         try:
-            if self._once(job, todo, directory, total) == len(todo):
-                _wait_until_seen(todo, directory)
+            if self._once(todo, total) == _count(todo):
+                _wait_until_seen(todo)
         except ExecutionTimeoutError as error:
             raise SaferError(
-                f"{job.stage}: the cluster finished nothing for long; see `ray status` for lost nodes and for work "
-                "that holds the others, then run the same command again: finished work is kept"
+                f"{todo[0].job.stage}: the cluster finished nothing for long; see `ray status` for lost nodes and for "
+                "work that holds the others, then run the same command again: finished work is kept"
             ) from error
         except ray.exceptions.RayError as error:
             if isinstance(getattr(error, "cause", None), UserCodeException):
@@ -75,11 +80,11 @@ class RayRunner:
             return _reason(error)
         return "an end of its work before all of it was done"
 
-    def _once(self, job: MapJob, todo: Sequence[Fragment], directory: Path, total: int) -> int:
+    def _once(self, todo: Sequence[Work], total: int) -> int:
         """Map fragments; how many were said to be committed."""
-        number = 0
-        for number, rows in enumerate(map_fragments(job, todo, directory, self.config), 1):
-            self.on_progress(job.stage, total - len(todo) + number, total, rows)
+        number, before = 0, total - _count(todo)
+        for number, rows in enumerate(map_fragments(todo, self.config), 1):
+            self.on_progress(todo[0].job.stage, before + number, total, rows)
         return number
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
@@ -87,10 +92,20 @@ class RayRunner:
         return train(jobs, self.config, self.on_progress)
 
 
-def _wait_until_seen(fragments: Sequence[Fragment], directory: Path) -> None:
+def _pending(works: Sequence[Work]) -> list[Work]:
+    """What is not done of works, those left out that are done."""
+    left = [work._replace(fragments=pending(work.fragments, work.directory)) for work in works]
+    return [work for work in left if work.fragments]
+
+
+def _count(works: Sequence[Work]) -> int:
+    return sum(len(work.fragments) for work in works)
+
+
+def _wait_until_seen(works: Sequence[Work]) -> None:
     """Give a network file system time to list here what other nodes have committed."""
     end = time.monotonic() + SEEN_SECONDS
-    while pending(fragments, directory) and time.monotonic() < end:
+    while _pending(works) and time.monotonic() < end:
         time.sleep(1)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from safer_ray.artifacts import Fragment
 from safer_ray.distributed.metrics import count_fragment
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import MapFragment, MapJob, Mapped, Prepared, ReadFragment, commit
+from safer_ray.runner import MapFragment, MapJob, Mapped, Prepared, ReadFragment, Work, commit
 
 Row = dict[str, Any]
 COUNTED = ("read", "tokens", "seconds", "restarts")  # of a fragment, on its way
@@ -31,8 +31,14 @@ def from_bytes(data: bytes) -> list[pa.Table]:
         return [pa.Table.from_batches([batch]) for batch in stream] or [stream.schema.empty_table()]
 
 
-def fragment_row(fragment: Fragment) -> Row:
-    return {"fragment": json.dumps(vars(fragment))}
+def fragment_row(work: int, fragment: Fragment) -> Row:
+    """The row that a pipeline begins with: the number of the work, and a fragment of it."""
+    return {"work": work, "fragment": json.dumps(vars(fragment))}
+
+
+def next_row(row: Row, **facts: Any) -> Row:
+    """The row for the next operator, of the same fragment."""
+    return {"work": row["work"], "fragment": row["fragment"], "error": "", **facts}
 
 
 def fragment_of(row: Row) -> Fragment:
@@ -42,7 +48,7 @@ def fragment_of(row: Row) -> Fragment:
 def _failed(row: Row, error: SaferError) -> Row:
     """An error that is explained travels as a row: Ray would wrap it in its own and try again."""
     kind = "user" if isinstance(error, UserError) else "safer"
-    return {"fragment": row["fragment"], "error": json.dumps([kind, str(error)])}
+    return next_row(row, error=json.dumps([kind, str(error)]))
 
 
 def raise_explained(error: str) -> None:
@@ -53,7 +59,7 @@ def raise_explained(error: str) -> None:
 def _prepared_row(row: Row, prepared: Prepared) -> Row:
     pieces = to_bytes(prepared.pieces) if prepared.pieces else b""
     facts = {name: getattr(prepared, name) for name in COUNTED}
-    return {"fragment": row["fragment"], "error": "", **facts, "rows": pieces, "refused": to_bytes([prepared.refused])}
+    return next_row(row, **facts, rows=pieces, refused=to_bytes([prepared.refused]))
 
 
 def _prepared(row: Row) -> Prepared:
@@ -64,13 +70,7 @@ def _prepared(row: Row) -> Prepared:
 
 def _mapped_row(row: Row, mapped: Mapped) -> Row:
     facts = {name: getattr(mapped, name) for name in COUNTED}
-    return {
-        "fragment": row["fragment"],
-        "error": "",
-        **facts,
-        "rows": to_bytes([mapped.rows]),
-        "refused": to_bytes([mapped.refused]),
-    }
+    return next_row(row, **facts, rows=to_bytes([mapped.rows]), refused=to_bytes([mapped.refused]))
 
 
 def _mapped(row: Row) -> Mapped:
@@ -79,11 +79,21 @@ def _mapped(row: Row) -> Mapped:
 
 
 class Step(ABC):
-    """One operator: built in its process at the first row, passes on the errors of the operators before it."""
+    """One operator: built in its process at the first row, and anew at the first of another work, whose model takes the
+    place of the one before; passes on the errors of the operators before it."""
 
-    def __init__(self, job: MapJob, directory: Path, run: str) -> None:
-        self.job, self.directory, self.run = job, directory, run
+    def __init__(self, works: Sequence[Work], run: str) -> None:
+        self.works, self.run = works, run
+        self.number = 0  # of the work that it is built for
         self.built: Any = None
+
+    @property
+    def job(self) -> MapJob:
+        return self.works[self.number].job
+
+    @property
+    def directory(self) -> Path:
+        return self.works[self.number].directory
 
     def build(self) -> Any:
         return None
@@ -95,6 +105,8 @@ class Step(ABC):
     def __call__(self, row: Row) -> Row:
         if row.get("error"):
             return row
+        if row["work"] != self.number:
+            self.number, self.built = row["work"], None
         try:
             if self.built is None:
                 self.built = self.build()
@@ -112,8 +124,8 @@ class Read(Step):
 
 
 class Map(Step):
-    def __init__(self, job: MapJob, directory: Path, run: str, threads: int) -> None:
-        super().__init__(job, directory, run)
+    def __init__(self, works: Sequence[Work], run: str, threads: int) -> None:
+        super().__init__(works, run)
         self.threads = threads
 
     def build(self) -> Any:
@@ -136,7 +148,7 @@ class Commit(Step):
     def close(self, row: Row, mapped: Mapped) -> Row:
         done = commit(self.job, self.directory, mapped)
         count_fragment(self.job.stage, self.run, done)
-        return {"fragment": row["fragment"], "error": "", "committed": True, "read": done["read"]}
+        return next_row(row, committed=True, read=done["read"])
 
 
 class Whole(Commit):

@@ -32,7 +32,7 @@ from tiny_run import finished
 
 from safer_ray.artifacts import part_files, read_parts, read_plan
 from safer_ray.files import read_json
-from safer_ray.runner import quarantine_rows
+from safer_ray.quarantine import quarantine_rows
 
 NODES, ACTORS = 3, 3
 FRAGMENT = 60

@@ -21,7 +21,8 @@ from tiny_run import finished
 from safer_ray.artifacts import read_parts
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.runner import LocalRunner, quarantine_rows
+from safer_ray.quarantine import quarantine_rows
+from safer_ray.runner import LocalRunner
 
 LARGE = 10 * 2**20
 EVERY_LARGE = 5000  # one row in so many is 10 MB
