@@ -318,6 +318,15 @@ class RayConfig(PoolConfig):
             raise ValueError(f"offload_parameters needs deepspeed.stage 3, got {self.deepspeed.stage}")
         return self
 
+    @model_validator(mode="after")
+    def _gpus(self) -> Self:
+        if 0 < self.worker_gpus < 1 < self.train_workers:
+            raise ValueError(
+                f"worker_gpus {self.worker_gpus:g} for {self.train_workers} train_workers: NCCL refuses two workers on "
+                "one GPU; give each a whole one, or train with one worker"
+            )
+        return self
+
 
 class RunConfig(Frozen):
     """A whole run. `curate` names the retrained variants; `evaluation` the pairs that all models are measured on."""

@@ -85,6 +85,7 @@ def test_the_least_config_has_defaults_for_every_stage(write):
         ({"ray": {"min_actors": 3}}, "ray: min_actors 3 is larger than max_actors 2"),
         ({"ray": {"actor_cpus": 0}}, r"ray.actor_cpus: .*greater than 0 \(got 0\)"),
         ({"ray": {"worker_gpus": -1}}, "ray.worker_gpus: "),
+        ({"ray": {"worker_gpus": 0.5}}, "worker_gpus 0.5 for 2 train_workers: NCCL refuses two workers on one GPU"),
         ({"ray": {"deepspeed": {"stage": 4}}}, r"ray.deepspeed.stage: .*\(got 4\)"),
         (
             {"ray": {"deepspeed": {"stage": 2, "offload_parameters": True}}},

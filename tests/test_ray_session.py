@@ -282,9 +282,9 @@ def test_what_a_config_asks_for_is_what_must_be_there_at_once():
         ({"actor_gpus": 1}, "ray.min_actors: 1 of 0.5 CPU and 1 GPU, with 0.5 CPU beside them for tasks"),
         ({"worker_cpus": 8.5}, "ray.train_workers: 2 of 8.5 CPU and 0 GPU"),
         (
-            {"worker_gpus": 0.5, "actor_gpus": 1},
+            {"worker_gpus": 1, "actor_gpus": 1},
             "ray.min_actors: 1 of 0.5 CPU and 1 GPU, with 0.5 CPU beside them for tasks; "
-            "ray.train_workers: 2 of 0.75 CPU and 0.5 GPU",
+            "ray.train_workers: 2 of 0.75 CPU and 1 GPU",
         ),
     ],
     ids=["64 actors", "no room for tasks", "a GPU", "large workers", "two things"],

@@ -1,9 +1,14 @@
 """Training on a Ray Train worker group: the same models as in one process, whoever dies on the way."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +23,14 @@ from test_train_sae import (
     vectors_dir,  # noqa: F401  (a fixture)
     write,
 )
+from tiny_run import write_config
 
 import safer_ray.training
 from safer_ray import sae_data, sae_fit
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
-from safer_ray.distributed.zero import STALE_SECONDS, deepspeed_config, drop_stale_locks
+from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import LocalRunner, TrainJob
 from safer_ray.train_reward import engine_options, train_reward
@@ -304,15 +310,30 @@ def test_the_deepspeed_configuration_says_it_all():
     assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": on_host, "offload_param": on_host}
 
 
-def test_a_lock_that_a_killed_build_left_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    old = time.time() - STALE_SECONDS - 1
-    for name in ("left", "fresh", "at_work"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-        if name != "fresh":
-            os.utime(tmp_path / name / "lock", (old, old))
-    with subprocess.Popen(["sleep", "60"], cwd=tmp_path / "at_work") as builder:
-        drop_stale_locks()
-        builder.kill()
-    assert [p.parent.name for p in sorted(tmp_path.glob("*/lock"))] == ["at_work", "fresh"]
+def without_compilers(folder):
+    """A PATH of all programs that are there, but for C and C++ compilers."""
+    folder.mkdir()
+    compilers = re.compile(r"(.*-)?(c\+\+|g\+\+|gcc|cc|c89|c99|cpp|clang(\+\+)?)(-[\d.]+)?")
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(place).glob("*"):
+            if not compilers.fullmatch(program.name):
+                (folder / program.name).unlink(missing_ok=True)
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_a_machine_without_a_compiler_trains_and_nothing_is_compiled(pairs_dir, tmp_path):
+    path, built = without_compilers(tmp_path / "bin"), tmp_path / "extensions"
+    assert not any(shutil.which(name, path=path) for name in ("c++", "g++", "gcc", "cc"))
+    words = ["reward", "--pairs", pairs_dir, "--out", tmp_path / "out", "--config", write_config(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "safer_ray", *map(str, words), "--runner", "ray"],
+        env=os.environ | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(built)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["metrics"]["train_pairs"] > 0
+    assert not list(built.rglob("*"))

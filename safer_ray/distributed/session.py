@@ -26,6 +26,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config import RayConfig
+from safer_ray.cores import usable_cpus
 from safer_ray.distributed.own import asks_for_a_token, hushed, keep_node_messages_out, own_ray
 from safer_ray.errors import SaferError, UserError
 from safer_ray.remote import Remote
@@ -121,7 +122,7 @@ def _options(config: RayConfig, shards: int, verbose: bool) -> dict[str, Any]:
     """Return what `ray.init` is given for a Ray of the run's own."""
     most = max(math.ceil(n.processes * n.cpus + n.tasks) for n in needs(config, shards))
     return {
-        "num_cpus": max(most, os.cpu_count() or 1),
+        "num_cpus": max(most, usable_cpus()),
         "object_store_memory": OBJECT_STORE_BYTES,
         "_system_config": {"idle_worker_killing_time_threshold_ms": IDLE_MS},
         "include_dashboard": False,

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class GroupWorker:
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self.config = config
         self.state = state
-        self.device = torch.device("cuda", context.get_local_rank()) if config.worker_gpus else torch.device("cpu")
+        self.device = get_device() if config.worker_gpus else torch.device("cpu")
         self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch zero 1"})
         self.told = 0.0
         self.open: DeepSpeedEngine | None = None
@@ -60,7 +60,7 @@ class GroupWorker:
     def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
         stage = self.config.deepspeed.stage
         self.checkpoints.group |= {"engine": f"deepspeed zero {stage}", "dtype": _dtype(options)}
-        self.open = DeepSpeedEngine(module, options, self.config.deepspeed, self.size)
+        self.open = DeepSpeedEngine(module, options, self.config.deepspeed, self.size, self.device)
         return self.open
 
     def sum(self, values: Tensor) -> Tensor:

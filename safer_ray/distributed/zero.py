@@ -2,21 +2,18 @@
 
 import contextlib
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from safer_ray.background import repeated
 from safer_ray.config import DeepSpeedConfig
 from safer_ray.errors import UserError
 from safer_ray.training import EngineOptions, decay_groups
 
 TAG = "deepspeed"
-STALE_SECONDS = 300.0  # a build that nobody works on is given up after so long
+SHARED_MEMORY = "deepspeed_shm_comm"
 
 
 def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[str, Any]:
@@ -39,21 +36,12 @@ def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[st
     }
 
 
-def drop_stale_locks() -> None:
-    """Remove the locks of extensions that nobody builds: a process that was killed at it would let all others wait for
-    ever. A lock that is younger than `STALE_SECONDS` may be another host's."""
-    from torch.utils.cpp_extension import get_default_build_root
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its reduction over shared memory, for which each machine would need a C++ compiler
+    and a minute: it is the one extension that this configuration loads, on CPUs, and gloo does its work."""
+    import deepspeed.ops
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
-        with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime > STALE_SECONDS and not _at_work_in(lock.parent):
-                lock.unlink()
-
-
-def _at_work_in(directory: Path) -> bool:
-    """Whether a process of this host builds there: compilers run in the folder they write to."""
-    return any(process.info["cwd"] == str(directory.resolve()) for process in psutil.process_iter(["cwd"]))
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
 
 
 class DeepSpeedEngine:
@@ -61,7 +49,14 @@ class DeepSpeedEngine:
 
     autocast = False  # DeepSpeed computes in the dtype of its own configuration
 
-    def __init__(self, module: nn.Module, options: EngineOptions, config: DeepSpeedConfig, workers: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        options: EngineOptions,
+        config: DeepSpeedConfig,
+        workers: int,
+        device: torch.device,
+    ) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -70,10 +65,12 @@ class DeepSpeedEngine:
         self.options = options
         self.scale = workers * options.micro_batches  # DeepSpeed takes means where a step's losses are to be summed
         optimizer = torch.optim.AdamW(decay_groups(module, options.weight_decay), lr=options.learning_rate)
-        with repeated(STALE_SECONDS / 30, drop_stale_locks):
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
-            )
+        if device.index is not None:  # DeepSpeed takes it for its GPU's number, which is another where a worker has
+            os.environ["LOCAL_RANK"] = str(device.index)  # several GPUs, or a share of one
+        compile_nothing()
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
+        )
 
     @property
     def model(self) -> Any:
