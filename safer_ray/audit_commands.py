@@ -58,8 +58,9 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
+    from safer_ray.artifacts import ASKED
     from safer_ray.audit_parts import OWN
-    from safer_ray.audit_run import Audit, audit_corpus, check_settings
+    from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
     from safer_ray.config import ScoresConfig, SourceConfig
@@ -75,11 +76,10 @@ def audit(
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
     source = build_config(SourceConfig, path=pairs, format=format)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
-    check_settings(asked)
     if dry_run:
         _show_estimate(asked, actors)
         return
-    check_outside(folder, [bundle.path])
+    check_outside(folder / ASKED, [bundle.path])
     if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
         files = find_files(source, [folder]).files
         if fresh:

@@ -177,8 +177,8 @@ def _unfinished(file: Path, end: int, size: int) -> int:
         rest = stream.read(min(size - end, PEEK)).strip()
     if b"\r" in rest.replace(b"\r\n", b""):
         raise UserError(
-            f"{file}: behind byte {end:,} its lines end with a carriage return alone, which ends no line of JSON; "
-            "write it with newlines (tr '\\r' '\\n')"
+            f"{file}: behind byte {end:,} its lines end with a CR alone; write them with LF, say by "
+            "tr '\\r' '\\n' < FILE > OTHER"
         )
     return size - end if rest else 0
 

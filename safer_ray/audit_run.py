@@ -111,15 +111,6 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
     return AuditCounts(**vars(counts), files=notes)
 
 
-def check_settings(audit: Audit) -> None:
-    """Raises UserError where a number of an audit is none that it could go by."""
-    for name in ("max_chars", "fragment_rows", "shards"):
-        if (value := getattr(audit, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: choose a whole number from 1 on")
-    if not 0 <= audit.max_refused_share <= 1:
-        raise UserError(f"--max-refused-share {audit.max_refused_share:g}: choose a number from 0 to 1")
-
-
 def planned(audit: Audit, out: Path) -> list[Fragment]:
     """Return the fragments of an audit into `out`, written down there; raises as `plan_audit`."""
     return plan_audit(audit.source, audit.fragment_rows, out).fragments

@@ -56,10 +56,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        tree = None
+        raise UserError(
+            f"corrupt artifact: {path} is empty or torn; put it back from a copy, or move {folder} away and run the "
+            "stage again that made it"
+        ) from None
     is_ours = isinstance(tree, dict) and tree.keys() >= {"stage", "name"}
     if not is_ours or not all(isinstance(tree[key], kind) for key, kind in KINDS.items() if key in tree):
-        raise UserError(f"corrupt artifact: {path} is not a manifest; delete {folder} and run again")
+        raise UserError(
+            f"{path} is no manifest of ours: {folder} is no artifact; pass a folder that a stage wrote, or move it away"
+        )
     return dict(tree)
 
 

@@ -301,11 +301,15 @@ def test_a_folder_where_a_file_belongs_is_told_in_a_line(bundle, corpus, out, na
     assert (out / name / "mine").read_text() == "kept"
 
 
-@pytest.mark.parametrize("below", ["", "/deep/er"])
-def test_an_out_that_is_a_file_is_told(refused, bundle, corpus, tmp_path, below):
+@pytest.mark.parametrize(
+    ("below", "told"),
+    [("", "is no folder, and --out is"), ("/deep/er", "is a file where a folder belongs; move it away")],
+    [("", "is no folder, and --out is"), ("/deep/er", "is a file where a folder belongs; move it away")],
+)
+def test_an_out_that_is_a_file_is_told(refused, bundle, corpus, tmp_path, below, told):
     (tmp_path / "out").write_text("mine")
     words = ["audit", "--auditor", bundle.path, "--pairs", corpus, "--out", f"{tmp_path}/out{below}"]
-    assert f"{tmp_path}/out is a file where a folder belongs; move it away" in refused(*words)
+    assert f"{tmp_path}/out {told}" in refused(*words)
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -321,11 +325,11 @@ def test_a_folder_where_the_lock_belongs_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--shards", "0"], "--shards 0: choose a whole number from 1 on"),
-        (["--fragment-rows", "0"], "--fragment-rows 0: choose"),
-        (["--fragment-rows", "-1"], "--fragment-rows -1: choose"),
-        (["--max-chars", "0"], "--max-chars 0: choose"),
-        (["--max-refused-share", "nan"], "--max-refused-share nan: choose a number from 0 to 1"),
+        (["--shards", "0"], "--shards 0: wanted 1 or more"),
+        (["--fragment-rows", "0"], "--fragment-rows 0: wanted 1 or more"),
+        (["--fragment-rows", "-1"], "--fragment-rows -1: wanted 1 or more"),
+        (["--max-chars", "0"], "--max-chars 0: wanted 1 or more"),
+        (["--max-refused-share", "nan"], "--max-refused-share nan: wanted a number from 0 to 1"),
         (["--actors", "2"], "--actors 2: they work on a cluster; add --runner ray, or leave them out"),
     ],
 )

@@ -25,6 +25,7 @@ from safer_ray.audit_summary import close_audit
 from safer_ray.batches import NO_MEMORY
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import ActivationsConfig, ScoresConfig, SourceConfig
+from safer_ray.contents import artifact_hash
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
@@ -187,6 +188,8 @@ def bundle(tmp_path_factory) -> Artifact:
     folder = tmp_path_factory.mktemp("bundle") / "auditor"
     shutil.copytree(finished(tmp_path_factory.getbasetemp()).artifacts["auditor"].path, folder)
     break_token(folder / "reward")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"content_sha256": artifact_hash(folder)}))
     return open_artifact(folder, "auditor")
 
 
