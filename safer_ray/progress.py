@@ -37,6 +37,10 @@ class Report(Protocol):
         """So many fragments or training steps of a stage are done; the last fragment had so many rows."""
         ...
 
+    def note(self, event: str, **facts: str) -> None:
+        """Something that helps to see what goes on."""
+        ...
+
 
 def json_line(event: str, **facts: Any) -> None:
     """One event on stderr as a line of JSON."""
@@ -117,6 +121,9 @@ class JsonLines:
         if found := self.watch.still():
             json_line("waiting", stage=self.watch.stage, state=found[1], unchanged_s=round(found[0]))
 
+    def note(self, event: str, **facts: str) -> None:
+        json_line(event, **facts)
+
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         if artifact is None:
             self.begun.append(name)
@@ -154,6 +161,9 @@ class Terminal:
         """Say that nothing moves, where nothing does."""
         if found := self.watch.still():
             self.console.print(f"{self.watch.stage} is {found[1]}, unchanged for {found[0]:.0f} s", style="dim")
+
+    def note(self, event: str, **facts: str) -> None:
+        self.console.print(f"{event}: " + ", ".join(f"{name} {fact}" for name, fact in facts.items()), style="dim")
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         self.bar.update(self.task, visible=False)

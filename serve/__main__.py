@@ -76,7 +76,9 @@ def serve_until_told(args: dict[str, str]) -> None:
 @contextlib.contextmanager
 def own(host: str, port: int) -> Iterator[str]:
     """Start Ray and its Serve for this service alone; HOST:PORT of its front."""
-    from safer_ray.distributed.own import keep_node_messages_out, own_ray
+    from safer_ray.distributed.internals import on_node_messages
+    from safer_ray.distributed.node_messages import NodeMessages
+    from safer_ray.distributed.own import own_ray
 
     with TemporaryDirectory(prefix="sr-", dir="/tmp") as folder:  # paths of sockets have to be short
         for name, value in settings(Path(folder)).items():
@@ -85,7 +87,7 @@ def own(host: str, port: int) -> Iterator[str]:
         with own_ray(include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL):
             from ray import serve
 
-            keep_node_messages_out()
+            on_node_messages(NodeMessages())
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options={"host": host, "port": port})
             try:
@@ -106,13 +108,14 @@ def joined(address: str, host: str | None, port: str | None) -> Iterator[str]:
 
     with ray_session(RayConfig(address=address)):
         from ray import serve
-        from ray.serve.context import _get_global_client
+
+        from safer_ray.distributed.internals import serve_client
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        there = _get_global_client(raise_if_no_controller_running=False)
+        there = serve_client()
         if there is None:
             serve.start(http_options={"host": host or HOST, "port": read_port(port or str(PORT))})
-            there = _get_global_client()
+            there = serve_client()
         assert there is not None
         options: Any = there.http_config
         wanted = (host or options.host, read_port(port) if port else options.port)

@@ -10,10 +10,10 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from safer_ray.auditor import check_code
+from safer_ray.distributed.internals import serve_client
 from safer_ray.errors import UserError
 from safer_ray.keys import Key
 from serve.about import info_of, open_auditor, scores_config
@@ -56,7 +56,7 @@ class Ingress:
 
 def http_host() -> str:
     """The address that Serve's proxies listen on, or will."""
-    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    client = serve_client() if ray.is_initialized() else None
     host = client.http_config.host if client is not None else HTTPOptions().host
     return host or LOOPBACK[0]  # none: Serve has no proxies
 

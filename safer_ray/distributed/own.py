@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safer_ray.distributed.internals import quiet_driver, read_environment_again
 from safer_ray.errors import SaferError, UserError
 
 TOKEN_BYTES = 32
@@ -65,7 +66,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
-        _read_again()
+        read_environment_again(LOOPBACK)
         yield
     finally:
         for name, value in before.items():
@@ -73,48 +74,24 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        _read_again()
-
-
-def asks_for_a_token() -> bool:
-    """Return whether the Ray that this process uses, or is about to, asks for a token."""
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return is_token_auth_enabled()
-
-
-def _read_again() -> None:
-    """Let Ray read its variables again; it does so once, when it is imported."""
-    if "ray" in sys.modules:
-        from ray._private import ray_constants
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(LOOPBACK, not ray_constants.IS_WINDOWS_OR_OSX)
+        read_environment_again(LOOPBACK)
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Keep off standard error what Ray's C++ part writes there as it starts, and whenever an actor pool does."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    """Keep off standard error what Ray's C++ part writes there as this process begins to use it, and later but for what
+    is fatal: whenever an actor pool starts it writes a line."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)
-        yield
+        with quiet_driver():
+            yield
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
-
-
-def keep_node_messages_out() -> None:
-    """Keep what Ray tells of its nodes off standard output; it is printed there even without `log_to_driver`."""
-    import ray
-
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def own_folder() -> Path:

@@ -19,15 +19,20 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
 
 import grpc
 import ray.data  # sets the levels of its loggers as it is imported; `quiet` comes after
-from ray._private.gcs_utils import create_gcs_channel
-from ray._private.services import canonicalize_bootstrap_address, find_node_ids
 from ray.autoscaler.sdk import request_resources
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config import RayConfig
 from safer_ray.cores import usable_cpus
-from safer_ray.distributed.own import asks_for_a_token, hushed, keep_node_messages_out, own_ray
+from safer_ray.distributed.internals import (
+    asks_for_a_token,
+    cluster_here,
+    nodes_at,
+    nodes_here,
+    on_node_messages,
+)
+from safer_ray.distributed.node_messages import NodeMessages
+from safer_ray.distributed.own import hushed, own_ray
 from safer_ray.errors import SaferError, UserError
 from safer_ray.remote import Remote
 
@@ -112,7 +117,7 @@ def quiet(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
     if not verbose:
         warnings.filterwarnings("ignore", module=r"ray\.")
-        keep_node_messages_out()
+        on_node_messages(NodeMessages())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -160,7 +165,7 @@ def _head_of(address: str) -> str:
     """
     if address == "auto":
         try:
-            return str(canonicalize_bootstrap_address(address))
+            return cluster_here()
         except ConnectionError:
             raise UserError(
                 "ray.address is `auto`, but no Ray cluster runs on this machine; start one with `ray start --head`, or "
@@ -194,22 +199,19 @@ def _reach(address: str) -> None:
             f"no Ray cluster at {address}: {getattr(error, 'strerror', None) or error}; check the address, and that "
             "`ray status` works there"
         ) from None
-    with create_gcs_channel(address) as channel:
-        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            asked = gcs_service_pb2.GetAllNodeInfoRequest()  # type: ignore[attr-defined]
-            known = head.GetAllNodeInfo(asked, timeout=HEAD_SECONDS)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise UserError(
-                    f"the Ray cluster at {address} wants its token; set RAY_AUTH_MODE=token, and the cluster's "
-                    "token as RAY_AUTH_TOKEN or the file that holds it as RAY_AUTH_TOKEN_PATH"
-                ) from None
+    try:
+        known = nodes_at(address, HEAD_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(
-                f"no Ray cluster at {address}: what listens there does not answer as a head node does "
-                f"({error.code().name.lower()}); check the port, and that `ray status` works there"
+                f"the Ray cluster at {address} wants its token; set RAY_AUTH_MODE=token, and the cluster's "
+                "token as RAY_AUTH_TOKEN or the file that holds it as RAY_AUTH_TOKEN_PATH"
             ) from None
-    if not {node.node_id.hex() for node in known.node_info_list} & set(find_node_ids()):
+        raise UserError(
+            f"no Ray cluster at {address}: what listens there does not answer as a head node does "
+            f"({error.code().name.lower()}); check the port, and that `ray status` works there"
+        ) from None
+    if not known & nodes_here():
         raise UserError(
             f"this machine is no node of the Ray cluster at {address}; submit a job instead: "
             "`safer-ray submit --address URL -- run CONFIG`, or `ray start --address` here first"

@@ -19,18 +19,17 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 import requests
-from ray._private import ray_constants
-from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from safer_ray.distributed.command import check_names, complete, parse_env, require
+from safer_ray.distributed.internals import each_uploaded, upload_limit
 from safer_ray.errors import SaferError, UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-UPLOAD_LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes; the dashboard takes no larger request
+UPLOAD_LIMIT = upload_limit()  # bytes; the dashboard takes no larger request
 EXCLUDES = [".git", ".venv", "venv", "/runs", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
 EXCLUDES += [".hypothesis", ".ipynb_checkpoints", "*.egg-info", "node_modules"]
 FAULTS = (RuntimeError, OSError, ValueError, AuthenticationError)  # what a cluster that is away or restarting causes
@@ -169,8 +168,7 @@ def _check_upload(working_dir: Path) -> None:
         if path.is_file():
             sizes[path.relative_to(working_dir).parts[0]] += path.stat().st_size + 2 * len(str(path)) + 128
 
-    gitignore = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE) != "1"
-    packaging._dir_travel(working_dir, [packaging._get_excludes(working_dir, EXCLUDES)], add, gitignore)
+    each_uploaded(working_dir, EXCLUDES, add)
     if sizes.total() >= UPLOAD_LIMIT:
         largest = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.most_common(3))
         raise UserError(

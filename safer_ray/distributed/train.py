@@ -19,10 +19,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from torch import Tensor, nn
 
 from safer_ray.accounts import close_training, trained_already
@@ -203,7 +201,7 @@ def _fit(jobs: Sequence[TrainJob], config: RayConfig, state: Path) -> None:
         run_config=RunConfig(
             name=uuid.uuid4().hex[:8],
             storage_path=str(storage),
-            failure_config=FailureConfig(
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # mypy sees the class of the former version
                 max_failures=config.max_failures,
                 controller_failure_limit=START_TRIES + math.ceil(config.wait_seconds / 60),
             ),
