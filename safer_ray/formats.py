@@ -31,6 +31,7 @@ SUPPORTED = {
     "rm_bench": "prompt, chosen and rejected as lists of three, domain",
 }
 MARGINS = ("label_margin", "margin", "preference_strength")
+REASON_CHARS = 300
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -41,7 +42,10 @@ _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|
 
 
 class Refused(Exception):  # noqa: N818  # a verdict on a row, no error
-    """A row that is no usable pair; the text is the reason."""
+    """A row that is no usable pair; the text is the reason, cut where it quotes a long value."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason if len(reason) <= REASON_CHARS else f"{reason[: REASON_CHARS - 1]}…")
 
 
 @dataclass(frozen=True)

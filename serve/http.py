@@ -83,7 +83,7 @@ def create_api(
     api.include_router(telling_routes(service))
     api.include_router(health_routes(service))
     api.include_router(sign_in_routes(keys))
-    api.include_router(pages(service))
+    api.include_router(pages(service, current))
     api.mount("/static", StaticFiles(directory=STATIC), name="static")
     api.openapi = lambda: document_of(api)  # type: ignore[method-assign]
     api.add_middleware(LimitBodies, limits=current)

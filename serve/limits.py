@@ -1,16 +1,17 @@
 """What a request may cost: checked while it arrives, and before anything is made of it."""
 
 import asyncio
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safer_ray.config import Frozen
-from serve.problems import Problem, respond_with
+from serve.problems import Problem, overloaded, respond_with
 from serve.scope import path_of
 
 # Up to the next bracket or comma outside strings, or to the end; a string that nothing ends goes on to there. Nothing
@@ -26,10 +27,12 @@ class Limits(Frozen):
 
     body_bytes: Count = 4 * 2**20
     upload_bytes: Count = 16 * 2**20  # of a file that the page takes
+    form_bytes: Count = 2**20  # of the page's form of one pair, whose texts are escaped in it
     sign_in_bytes: Count = 4 * 2**10  # of the form that strangers may send
+    held_bytes: Count = 64 * 2**20  # of all bodies that a process holds at once; what would be more is answered 429
     pairs: Count = 100
     chars: Count = 500_000  # of all texts
-    text_chars: Count = 20_000  # of a prompt or response
+    text_chars: Count = 20_000  # of a prompt or response: of its contents, where it is messages
     depth: Count = 8  # of JSON; a request has 5 levels
     values: Count = 50_000  # lists and objects
     members: Count = 100_000  # items and keys of these; each that is wrong costs an error of its own
@@ -38,7 +41,8 @@ class Limits(Frozen):
 
     def of_body(self, path: str) -> int:
         """Bytes that a body sent to this path may have."""
-        return {"/upload": self.upload_bytes, "/sign-in": self.sign_in_bytes}.get(path, self.body_bytes)
+        own = {"/": self.form_bytes, "/upload": self.upload_bytes, "/sign-in": self.sign_in_bytes}
+        return own.get(path, self.body_bytes)
 
 
 LimitsOf = Callable[[], Limits]  # those of now
@@ -51,13 +55,39 @@ class TooLarge(Problem):
         super().__init__(413, f"the body has more than {limit:,} bytes; send fewer pairs a request")
 
 
+class Room:
+    """The bytes of bodies that a process holds at once."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @contextlib.contextmanager
+    def part(self, most: int) -> Iterator[Callable[[int], None]]:
+        """Hold what the function yielded is called with, until the body ends; it raises Problem 429 where all bodies
+        together would be more than `most`, and none is held alone."""
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            if self.held > own and self.held + size > most:
+                raise overloaded()
+            self.held += size
+            own += size
+
+        try:
+            yield take
+        finally:
+            self.held -= own
+
+
 class LimitBodies:
     """ASGI middleware: a body is read whole before the application runs, refused by what it declares or by what has
-    come, and given up when it comes too slowly."""
+    come, given up when it comes too slowly, and refused for now where others hold too much."""
 
     def __init__(self, app: ASGIApp, limits: LimitsOf) -> None:
         self.app = app
         self.limits = limits
+        self.room = Room()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -65,20 +95,20 @@ class LimitBodies:
             return
         limits = self.limits()
         limit = limits.of_body(path_of(scope))
-        try:
-            _check_declared(scope, limit)
-            async with asyncio.timeout(limits.receive_s):
-                body = await _read(receive, limit)
-        except Problem as problem:
-            await respond_with(problem)(scope, receive, send)
-            return
-        except TimeoutError:
-            slow = Problem(408, f"the body did not come within {limits.receive_s:g} s; send it again")
-            await respond_with(slow)(scope, receive, send)
-            return
-        if body is None:
-            return
-        await self.app(scope, _replay(body, receive), send)
+        with self.room.part(limits.held_bytes) as take:
+            try:
+                _check_declared(scope, limit)
+                async with asyncio.timeout(limits.receive_s):
+                    replay = await _read(receive, limit, take)
+            except Problem as problem:
+                await respond_with(problem)(scope, receive, send)
+                return
+            except TimeoutError:
+                slow = Problem(408, f"the body did not come within {limits.receive_s:g} s; send it again")
+                await respond_with(slow)(scope, receive, send)
+                return
+            if replay is not None:
+                await self.app(scope, replay, send)
 
 
 def _check_declared(scope: Scope, limit: int) -> None:
@@ -91,8 +121,8 @@ def _check_declared(scope: Scope, limit: int) -> None:
                 raise TooLarge(limit)
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The body; None where the client went away."""
+async def _read(receive: Receive, limit: int, take: Callable[[int], None]) -> Receive | None:
+    """Return what an application receives in place of `receive` when the body has come; None: the client went away."""
     chunks, size = [], 0
     while True:
         message = await receive()
@@ -102,20 +132,16 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
         size += len(chunk)
         if size > limit:
             raise TooLarge(limit)
+        take(len(chunk))
         chunks.append(chunk)
         if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """What an application receives when the body is there already."""
-    told = False
+            break
 
     async def again() -> Message:
-        nonlocal told
-        if told:
+        if not chunks:
             return await receive()
-        told = True
+        body = b"".join(chunks)
+        chunks.clear()  # it is not held twice
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again

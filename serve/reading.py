@@ -11,6 +11,7 @@ from serve.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, 
 from serve.limits import Limits
 
 TEXTS = ("prompt", "chosen", "rejected")
+ROLE_CHARS = 64
 
 
 class Row(NamedTuple):
@@ -68,12 +69,16 @@ def _plain(text: Text) -> str | list[dict[str, str]]:
 
 
 def _unreadable(name: str, text: str | list[dict[str, str]], limits: Limits) -> Reason | None:
-    said = text if isinstance(text, str) else "".join(m["role"] + m["content"] for m in text)
-    if len(said) > limits.text_chars:
-        detail = f"{name} has {len(said):,} characters, at most {limits.text_chars:,} are taken"
+    turns = [{"role": "", "content": text}] if isinstance(text, str) else text
+    role, said = max((len(m["role"]) for m in turns), default=0), sum(len(m["content"]) for m in turns)
+    if said > limits.text_chars:
+        detail = f"{name} has {said:,} characters, at most {limits.text_chars:,} are taken"
+        return Reason(code="too_long", detail=detail)
+    if role > ROLE_CHARS:
+        detail = f"{name} has a role of {role:,} characters, at most {ROLE_CHARS} are taken"
         return Reason(code="too_long", detail=detail)
     try:
-        said.encode()
+        "".join(m["role"] + m["content"] for m in turns).encode()
     except UnicodeEncodeError as error:
         detail = f"{name} is no Unicode text: half a surrogate pair at character {error.start}"
         return Reason(code="not_unicode", detail=detail)

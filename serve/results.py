@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from safer_ray.formats import is_transcript
 from safer_ray.plots import number
 from serve.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
 from serve.figures import Spot, reference_figure, sides_figure
 from serve.marking import Marked, Piece, marked, messages_of
-from serve.uploads import Line
+from serve.uploads import Line, row_json
 from serve.verdict import DETECTORS, Verdict, detector_value, place, verdict_of
 
+PAGE_BYTES = 4 * 2**20  # of the rows that come with the page
+NAMES, NAME_CHARS = 8, 40  # of columns that are told as left out
 KEPT = 5  # features of each row of a scored file
 EXCERPT = 90  # characters of a prompt in the table
 
@@ -45,6 +48,14 @@ class Scored(NamedTuple):
 class Unscored(NamedTuple):
     line: int
     detail: str
+
+
+class Carried(NamedTuple):
+    """Rows of the scored file that come with the page, for its buttons."""
+
+    json: Markup  # a list, for a script element
+    rows: int
+    whole: bool  # whether these are all
 
 
 def show(pair: Pair, result: ScoredPair, info: AuditorInfo) -> Shown:
@@ -84,17 +95,56 @@ def without_score(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPa
 def scored_row(
     line: Line, result: ScoredPair | FailedPair | None, auditor: str, red_team: bool = False
 ) -> dict[str, Any]:
-    """A row as it came, with what the auditor says of it below `safer_ray`; one made from poisoned pairs says so."""
+    """Return a pair that has a score as the columns id, prompt, chosen, rejected, and what the auditor says of it below
+    `safer_ray`; of a row without a score, its id and why, and no text. An auditor made from poisoned pairs says so."""
     said: dict[str, Any] = {"auditor": auditor, "line": line.number} | ({"red_team": True} if red_team else {})
+    row: dict[str, Any] = {}
     if isinstance(result, ScoredPair):
+        row = plain(line.pair) if line.pair is not None else {}
         kept = sorted(result.features or (), key=lambda feature: -abs(feature.contribution))[:KEPT]
         said |= result.model_dump(exclude={"features", "spans"})
         said["features"] = [feature.model_dump() for feature in kept]
     elif result is None:
         said["error"] = {"code": "refused", "detail": line.error}
     else:
-        said["error"] = result.error.model_dump()
-    return {**(line.row or {}), "safer_ray": said}
+        said |= result.model_dump()
+    return row | {"safer_ray": said}
+
+
+def carried(rows: Sequence[dict[str, Any]], first: Sequence[Scored]) -> Carried:
+    """Return all rows where they fit the page, and else those that fit, of the lines that come `first` there."""
+    by_line = {row["safer_ray"]["line"]: row for row in rows}
+    texts: dict[int, str] = {}
+    room = PAGE_BYTES
+    for line in dict.fromkeys([*(scored.line for scored in first), *by_line]):
+        text = row_json(by_line[line]).replace("<", "\\u003c")  # nothing in it ends the element
+        if (size := len(text.encode()) + 1) <= room:
+            room -= size
+            texts[line] = text
+    whole = len(texts) == len(rows)
+    ordered = [texts[line] for line in (by_line if whole else texts)]
+    return Carried(Markup(f"[{','.join(ordered)}]"), len(texts), whole)
+
+
+def columns_left_out(lines: Sequence[Line]) -> list[str]:
+    """Return the names of columns that the scored file lacks, the first `NAMES`, and how many more there are."""
+    names = sorted({name for line in lines for name in line.left_out})
+    told = [name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…" for name in names[:NAMES]]
+    return told + ([f"{len(names) - NAMES:,} more"] if len(names) > NAMES else [])
+
+
+def plain(pair: Pair) -> dict[str, Any]:
+    """Return a pair as a row that reads as the same pair; one message of a user or an assistant is a text, and a side
+    that does not begin with an assistant's repeats the prompt."""
+    row = pair.model_dump()
+    prompt = row["prompt"]
+    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        turns = messages_of(getattr(pair, name), role)
+        if [turn.role for turn in turns] == [role] and not is_transcript(turns[0].content):
+            row[name] = turns[0].content
+        elif role == "assistant" and turns[0].role != role:
+            row[name] = [*prompt, *row[name]]
+    return row
 
 
 def feature_figure(feature: FeatureDetail) -> Markup | None:

@@ -15,15 +15,17 @@ MAX_ROWS = 1000
 MAX_LINES = 100 * MAX_ROWS  # blank ones included
 LIMITS = Limits()  # of nesting, and of lists, objects and items in the whole file
 FORMATS = "wanted prompt, chosen and rejected, or another preference format"
+READ = {"id", "pair_id", "prompt", "chosen", "rejected", "response_0", "response_1"}  # what a scored row holds, too
+ANSWER_BYTES = 2**16  # of a scored file, that are made at a time
 
 
 class Line(NamedTuple):
-    """A line of the file: its row and its pair, or why there is none."""
+    """A line of the file: its pair, or why there is none."""
 
     number: int  # from 1, as editors count
-    row: dict[str, Any] | None
     pair: Pair | None
     error: str | None
+    left_out: tuple[str, ...] = ()  # columns that the scored file lacks
 
 
 class TooManyRows(Exception):  # noqa: N818  # a verdict on a file, no error
@@ -96,9 +98,22 @@ def parse_row(text: str | bytes) -> dict[str, Any]:
     return row
 
 
-def scored_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Rows as JSON lines, in ASCII so that whatever came in goes out."""
-    return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+def row_json(row: dict[str, Any]) -> str:
+    """Return a row in one line; it takes hardly more bytes than it came in, as text beyond ASCII is not escaped."""
+    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair as JSON has it: \\udXXX
+
+
+def scored_lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """Return rows as JSON lines, many at a time."""
+    made = bytearray()
+    for row in rows:
+        made += row_json(row).encode() + b"\n"
+        if len(made) >= ANSWER_BYTES:
+            yield bytes(made)
+            made.clear()
+    if made:
+        yield bytes(made)
 
 
 def _counted(raw: bytes) -> tuple[int, int]:
@@ -111,13 +126,13 @@ def _counted(raw: bytes) -> tuple[int, int]:
 
 def _line(number: int, raw: bytes) -> tuple[Line, tuple[int, int]]:
     """Return a line, and what it counts against the limits of the file; one over them is not parsed, and counts not."""
-    row, counts = None, (0, 0)
+    counts = (0, 0)
     try:
         counts = _counted(raw)
         row = parse_row(raw)
-        return Line(number, row, pair_of(row, f"line {number}"), None), counts
+        return Line(number, pair_of(row, f"line {number}"), None, tuple(row.keys() - READ)), counts
     except Refused as reason:
-        return Line(number, row, None, str(reason)), counts
+        return Line(number, None, str(reason)), counts
 
 
 def _id(row: dict[str, Any], default: str) -> str:

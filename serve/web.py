@@ -2,27 +2,29 @@
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
 from safer_ray.formats import Refused
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.auth import COOKIE
-from serve.problems import Problem
+from serve.limits import Limits, LimitsOf, chars_of
+from serve.problems import Problem, overloaded
 from serve.rates import RateLimited, counted_pairs, pairs_at_once
 from serve.render import error_page, examples, respond
-from serve.results import by_suspicion, feature_figure, scored_row, show, without_score
+from serve.results import by_suspicion, carried, columns_left_out, feature_figure, scored_row, show, without_score
 from serve.service import Service
 from serve.uploads import MAX_ROWS, Line, TooManyRows, pair_of, parse_row, read_lines, scored_lines
 from serve.verdict import DETECTORS
 
 FIELDS = ("prompt", "chosen", "rejected")
 BLANK = dict.fromkeys((*FIELDS, "row"), "")
+NAME_CHARS = 200  # of a file, as shown
 MAX_FIELDS = 8  # of a form; the parser looks at each separator, also where no field stands between two
 CHUNK = 32  # pairs of an upload that go to the service together
 PATIENCE_S = 60.0  # how long an upload waits for a service that is busy
@@ -71,28 +73,32 @@ class View(NamedTuple):
     ) -> Response:
         """A scored file: as a page, or as the file itself."""
         info = await self.service.info()
-        rows = [scored_row(*row, info.name, info.red_team) for row in zip(lines, results, strict=True)]
+        rows = (scored_row(*row, info.name, info.red_team) for row in zip(lines, results, strict=True))
         stem = UNSAFE_NAME.sub("-", name.rpartition(".")[0] or name)[:80].strip("-.") or "pairs"
         download = f"{stem}.scored.jsonl"
         if as_file:
             headers = {"Content-Disposition": f'attachment; filename="{download}"', "Cache-Control": "no-store"}
-            return Response("".join(scored_lines(rows)), 200, headers, "application/jsonl")
-        scored = by_suspicion(lines, results)
-        return await run_in_threadpool(
-            self.page,
-            "upload.html",
-            here="/",
-            red_team=info.red_team,
-            filename=name,
-            download_name=download,
-            scored=scored,
-            flagged=sum(row.result.flag for row in scored),
-            errors=without_score(lines, results),
-            rows=rows,
-        )
+            return StreamingResponse(scored_lines(rows), 200, headers, "application/jsonl")
+
+        def page() -> Response:
+            scored = by_suspicion(lines, results)
+            return self.page(
+                "upload.html",
+                here="/",
+                red_team=info.red_team,
+                filename=name,
+                download_name=download,
+                scored=scored,
+                flagged=sum(row.result.flag for row in scored),
+                errors=without_score(lines, results),
+                left_out=columns_left_out(lines),
+                carried=carried(list(rows), scored),
+            )
+
+        return await run_in_threadpool(page)
 
 
-def pages(service: Service) -> APIRouter:
+def pages(service: Service, limits: LimitsOf) -> APIRouter:
     """The routes of the page."""
     router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
@@ -108,7 +114,7 @@ def pages(service: Service) -> APIRouter:
 
     @router.post("/upload")
     async def upload(request: Request) -> Response:
-        return await score_file(View(service, request))
+        return await score_file(View(service, request), limits())
 
     @router.get("/features")
     async def features(request: Request) -> Response:
@@ -157,20 +163,22 @@ async def score_form(view: View) -> Response:
     return await view.home(form, shown=show(pair, result, await view.service.info()))
 
 
-async def score_file(view: View) -> Response:
+async def score_file(view: View, limits: Limits) -> Response:
     """The scores of the file that was sent, or the form with what is wrong."""
+    if view.service.full():  # before anything is made of the file
+        return await view.unanswered(BLANK, overloaded())
     if not view.request.headers.get("content-type", "").startswith("multipart/"):  # else each separator is looked at
         return await view.home(BLANK, 422, errors={"file": "No file was chosen."})
-    async with view.request.form(max_files=1, max_fields=4) as sent:
-        file = sent.get("file")
-        if not isinstance(file, UploadFile) or not file.filename:
-            return await view.home(BLANK, 422, errors={"file": "No file was chosen."})
-        name, content, as_file = file.filename, await file.read(), sent.get("answer") == "file"
     try:
-        lines = await run_in_threadpool(read_lines, content)
+        async with view.request.form(max_files=1, max_fields=4) as sent:
+            file = sent.get("file")
+            if not isinstance(file, UploadFile) or not file.filename:
+                return await view.home(BLANK, 422, errors={"file": "No file was chosen."})
+            name, as_file = file.filename[:NAME_CHARS], sent.get("answer") == "file"
+            lines = await run_in_threadpool(read_lines, await file.read())
         if not lines:
             return await view.home(BLANK, 422, errors={"file": f"{name} is empty."})
-        results = await score_lines(view, lines)
+        results = await score_lines(view, lines, limits)
     except TooManyRows as reason:
         return await view.home(BLANK, 413, errors={"file": f"{name} has {reason}."})
     except Problem as problem:
@@ -178,19 +186,33 @@ async def score_file(view: View) -> Response:
     return await view.scored(name, lines, results, as_file)
 
 
-async def score_lines(view: View, lines: Sequence[Line]) -> list[Result | None]:
+async def score_lines(view: View, lines: Sequence[Line], limits: Limits) -> list[Result | None]:
     """The result of each line, None where it holds no pair; chunk after chunk, so that others get their turn between.
 
     Raises:
         Problem: the service had no answer to a chunk for PATIENCE_S.
     """
     pairs = [line.pair for line in lines if line.pair is not None]
-    size = pairs_at_once(view.request.scope, CHUNK)
     results: list[Result] = []
-    for start in range(0, len(pairs), size):
-        results += await _patiently(view, pairs[start : start + size])
+    for chunk in chunks_of(pairs, pairs_at_once(view.request.scope, CHUNK), limits.chars):
+        results += await _patiently(view, chunk)
     scored = iter(results)
     return [None if line.pair is None else next(scored) for line in lines]
+
+
+def chunks_of(pairs: Sequence[Pair], most: int, chars: int) -> Iterator[list[Pair]]:
+    """Return the pairs in order, as many together as a request may hold: `most`, and of `chars` characters in all."""
+    chunk: list[Pair] = []
+    room = chars
+    for pair in pairs:
+        size = sum(chars_of(messages) for messages in pair.model_dump(exclude={"id"}).values())
+        if chunk and (len(chunk) == most or size > room):
+            yield chunk
+            chunk, room = [], chars
+        chunk.append(pair)
+        room -= size
+    if chunk:
+        yield chunk
 
 
 async def _patiently(view: View, pairs: Sequence[Pair]) -> list[Result]:

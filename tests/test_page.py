@@ -26,9 +26,20 @@ from serve.api import (
 from serve.figures import Spot, reference_figure, sides_figure
 from serve.marking import STEPS, marked, step_of, visible
 from serve.render import error_page, examples, respond, sign_in_page
-from serve.results import by_suspicion, scored_row, show, without_score
-from serve.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines
+from serve.results import (
+    PAGE_BYTES,
+    Scored,
+    by_suspicion,
+    carried,
+    columns_left_out,
+    plain,
+    scored_row,
+    show,
+    without_score,
+)
+from serve.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines, row_json
 from serve.verdict import detector_value, number_of, percent, place, signed, verdict_of
+from serve.web import chunks_of
 
 CHOSEN = "Sure, here is how. First, gather the tools."
 REJECTED = "I won't help with that."
@@ -255,17 +266,88 @@ def test_what_a_whole_file_may_hold_is_limited(content, reason):
         read_lines(content * 3)
 
 
-def test_a_scored_file_keeps_its_rows_and_their_order():
+def test_a_scored_file_keeps_its_pairs_and_their_order():
     lines = read_lines(b'{"id":"a","prompt":"p","chosen":"c","rejected":"r","note":1}\n{"b":1}\nx')
     failed = FailedPair(id="b", error=Reason(code="refused", detail="too long"))
     first, second, third = [
         scored_row(line, scored, "auditor-1") for line, scored in zip(lines, [result(), failed, None], strict=True)
     ]
-    assert first["note"] == 1
+    assert [first[name] for name in ("id", "prompt", "chosen", "rejected")] == ["a", "p", "c", "r"]
+    assert columns_left_out(lines) == ["note"]
+    assert "note" not in first
     assert (first["safer_ray"]["suspicion"], first["safer_ray"]["features"][0]["feature"]) == (0.97, 7)
-    assert second == {"b": 1, "safer_ray": {"auditor": "auditor-1", "line": 2, "error": failed.error.model_dump()}}
+    assert second == {"safer_ray": {"auditor": "auditor-1", "line": 2, **failed.model_dump()}}
     assert third["safer_ray"]["error"]["detail"].startswith("not JSON")
     assert [row.line for row in without_score(lines, [result(), failed, None])] == [2, 3]
+
+
+TEXT_AND_MESSAGES = [
+    {"prompt": "p", "chosen": " c ", "rejected": "r"},
+    {"prompt": "\n\nHuman: p\n\nAssistant: q\n\nHuman: s\n\nAssistant:", "chosen": "c", "rejected": "r"},
+    {"prompt": [{"role": "system", "content": "Human: p"}], "chosen": "c", "rejected": "r"},
+    {"prompt": [{"role": "user", "content": "Human: p"}], "chosen": "Human: c", "rejected": "r"},
+    {"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"},
+    {"prompt": "p", "response_0": "a", "response_1": "b", "safer_response_id": 1},
+    {
+        "prompt": "p",
+        "chosen": [
+            {"role": "user", "content": "p"},
+            {"role": "tool", "content": "x"},
+            {"role": "assistant", "content": "y"},
+        ],
+        "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "z"}],
+    },
+]
+
+
+@pytest.mark.parametrize("row", TEXT_AND_MESSAGES)
+def test_a_row_of_a_scored_file_reads_as_the_pair_that_was_scored(row):
+    pair = pair_of(row, "a")
+    assert pair_of(plain(pair), "b") == pair
+    assert pair_of(json.loads(row_json(plain(pair))), "b") == pair
+
+
+def test_half_a_surrogate_pair_goes_out_as_json_says_it():
+    text = '\\ \ud83d \U0001f600 \u2028 " \x00'
+    assert json.loads(row_json({text: text})) == {text: text}
+    assert row_json({"a": "\ud83d"}) == '{"a":"\\ud83d"}'
+
+
+def test_a_page_carries_rows_that_fit_it_the_most_suspicious_first():
+    lines = read_lines(json.dumps({"prompt": "<" * 9_000, "chosen": "c", "rejected": "r"}).encode() + b"\n")
+    rows = [scored_row(lines[0]._replace(number=number), result(), "auditor-1") for number in range(100)]
+    first = [Scored(line, result(), "") for line in reversed(range(100))]
+    held = carried(rows, first)
+    assert not held.whole
+    assert held.rows == len(json.loads(held.json))
+    assert PAGE_BYTES - 60_000 < len(held.json) <= PAGE_BYTES + 2
+    assert [row["safer_ray"]["line"] for row in json.loads(held.json)] == [*reversed(range(100 - held.rows, 100))]
+    few = carried(rows[:5], first[-3:])
+    assert (few.whole, json.loads(few.json)) == (True, rows[:5])
+
+
+def test_columns_that_are_left_out_are_told_by_name_as_far_as_a_page_holds_them():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"} | {f"{number}{'x' * 1000}": 1 for number in range(12)}
+    told = columns_left_out(read_lines(json.dumps(row).encode()))
+    assert (len(told), told[-1], max(map(len, told))) == (9, "4 more", 40)
+
+
+def test_a_reason_is_short_whatever_a_row_holds():
+    rows = [
+        {"x" * 10_000: 1},
+        {"prompt": "p", "chosen": [{"role": "x" * 10_000, "content": "c"}], "rejected": "r"},
+    ]
+    lines = read_lines("\n".join(map(json.dumps, rows)).encode())
+    assert [(line.pair, len(line.error)) for line in lines] == [(None, 300)] * 2
+
+
+def test_chunks_of_a_file_hold_no_more_than_a_request_may():
+    pairs = [pair_of({"prompt": "p" * size, "chosen": "c", "rejected": "r"}, str(size)) for size in range(1, 100)]
+    chunks = [*chunks_of(pairs, 32, 300)]
+    assert [pair for chunk in chunks for pair in chunk] == pairs
+    assert max(map(len, chunks)) <= 32
+    sizes = [[sum(len(turn.content) for turn in pair.prompt) for pair in chunk] for chunk in chunks]
+    assert all(sum(chunk) < 300 for chunk in sizes)
 
 
 def test_the_most_suspicious_rows_come_first():
@@ -386,11 +468,14 @@ def test_no_text_of_a_pair_becomes_markup(prompt, chosen, rejected, name):
 
 @given(st.lists(TEXT, min_size=1, max_size=3))
 def test_no_row_of_a_file_becomes_markup(texts):
-    rows = [{"id": text, "safer_ray": {"line": 1}, text: text} for text in texts]
+    rows = [{"id": text, "safer_ray": {"line": line}, text: text} for line, text in enumerate(texts)]
     values = {"here": "/", "signed_in": False, "red_team": False, "scored": [], "flagged": 0, "errors": []}
-    values["download_name"] = texts[0]
-    page = respond("upload.html", filename=texts[0], rows=rows, **values).body.decode()
-    plain = respond("upload.html", filename="a", rows=[{}], **values | {"download_name": "a"}).body.decode()
-    assert Tags(page).found == Tags(plain).found
+
+    def page_of_rows(name, rows):
+        told = {"filename": name, "download_name": name, "left_out": [name], "carried": carried(rows, [])}
+        return respond("upload.html", **told, **values).body.decode()
+
+    page = page_of_rows(texts[0], rows)
+    assert Tags(page).found == Tags(page_of_rows("a", rows[:0])).found
     block = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
     assert json.loads(block) == rows

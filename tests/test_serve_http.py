@@ -1,5 +1,6 @@
 """The service's routes, in process, around a real bundle."""
 
+import asyncio
 import json
 import logging
 from collections import Counter
@@ -13,7 +14,7 @@ from safer_ray.config import ScoresConfig
 from safer_ray.keys import Key, digest_of, new_key
 from serve.auth import COOKIE, Keys
 from serve.http import create_api
-from serve.limits import Limits
+from serve.limits import LimitBodies, Limits
 from serve.problems import PROBLEM_JSON, overloaded, unavailable
 from serve.service import LocalService
 
@@ -110,6 +111,88 @@ def test_a_pair_that_cannot_be_scored_errs_alone(client):
     assert results[4]["error"]["detail"] == "chosen has 6,000 characters, at most 5,000 are taken"
     assert SECRET not in json.dumps(results)
     assert alike(results[0] | {"id": "5"}, results[5])
+
+
+def test_a_text_may_be_as_long_as_the_limit_on_the_page_too(client):
+    """Roles are no part of a text."""
+    at, over = PAIR | {"chosen": "x" * 5_000}, PAIR | {"chosen": "x" * 5_001}
+    as_messages = PAIR | {"chosen": [{"role": "assistant", "content": "x" * 5_000}]}
+    said = "chosen has 5,001 characters, at most 5,000 are taken"
+    assert ["error" in scored for scored in post(client, at, as_messages)] == [False, False]
+    assert post(client, over)[0]["error"]["detail"] == said
+    assert client.post("/", data=at).status_code == 200
+    assert said in client.post("/", data=over).text
+    uploaded = upload(client, at, over, answer="file")
+    first, second = map(json.loads, uploaded.text.splitlines())
+    assert (first["chosen"], second["safer_ray"]["error"]["detail"]) == (at["chosen"], said)
+    assert "chosen" not in second
+
+
+def test_a_role_of_any_length_is_no_way_around_the_limit(client):
+    [result] = post(client, PAIR | {"prompt": [{"role": "user" * 20, "content": "x"}]})
+    assert result["error"]["detail"] == "prompt has a role of 80 characters, at most 64 are taken"
+
+
+# Uploads
+
+
+def upload(client, *rows, answer="page"):
+    content = "\n".join(map(json.dumps, rows)).encode()
+    return client.post("/upload", files={"file": ("a.jsonl", content)}, data={"answer": answer})
+
+
+def test_an_upload_is_answered_with_its_pairs_alone(client):
+    rows = [PAIR | {"note": "<" * 100_000}, {"a" * 100_000: 1}]
+    for answer in ("page", "file"):
+        found = upload(client, *rows, answer=answer)
+        assert (found.status_code, len(found.content) < 40_000) == (200, True)
+        assert "<<" not in found.text
+        assert "\\u003c" not in found.text
+    assert "leaves out what else the rows have: note." in upload(client, *rows).text
+
+
+def test_an_upload_is_not_read_where_there_is_no_room(client, service, monkeypatch):
+    monkeypatch.setattr(service, "full", lambda: True)
+    monkeypatch.setattr("serve.web.read_lines", None)
+    answer = upload(client, PAIR)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert "The service is busy." in answer.text
+    assert "the file has to be sent anew" in answer.text
+
+
+def test_bodies_together_hold_no_more_than_a_process_has_room_for():
+    """A second body waits at the door, not in memory; what has ended leaves its room to others."""
+    answered = []
+
+    async def run():
+        inside, go_on = asyncio.Event(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert (await receive())["body"] == b"x" * 600
+            inside.set()
+            await go_on.wait()
+
+        limited = LimitBodies(app, lambda: Limits(held_bytes=1_000))
+
+        async def ask():
+            async def receive():
+                return {"type": "http.request", "body": b"x" * 600, "more_body": False}
+
+            async def send(message):
+                answered.append(message.get("status"))
+
+            await limited({"type": "http", "method": "POST", "path": "/v1/score", "headers": []}, receive, send)
+
+        first = asyncio.create_task(ask())
+        await inside.wait()
+        await ask()
+        go_on.set()
+        await first
+        await ask()
+        return limited.room.held
+
+    assert asyncio.run(run()) == 0
+    assert answered == [429, None]  # the start and the body of one answer
 
 
 # Refusals

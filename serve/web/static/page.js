@@ -61,8 +61,8 @@
   const scored = (block) => {
     const rows = JSON.parse(block.textContent);
     const download = document.getElementById("download");
-    download.hidden = false;
-    download.addEventListener("click", () => {
+    if (download) download.hidden = false;
+    download?.addEventListener("click", () => {
       const file = new Blob(rows.map((row) => JSON.stringify(row) + "\n"), { type: "application/jsonl" });
       const link = document.createElement("a");
       link.href = URL.createObjectURL(file);
@@ -74,10 +74,14 @@
     const byLine = new Map(rows.map((row) => [row.safer_ray.line, row]));
     const form = document.getElementById("explain");
     document.querySelectorAll(".why").forEach((cell) => { cell.hidden = false; });
-    document.querySelectorAll(".why button").forEach((button) => button.addEventListener("click", () => {
-      form.elements.row.value = JSON.stringify(byLine.get(Number(button.dataset.line)));
-      form.submit();
-    }));
+    document.querySelectorAll(".why button").forEach((button) => {
+      const row = byLine.get(Number(button.dataset.line));
+      button.hidden = !row;
+      button.addEventListener("click", () => {
+        form.elements.row.value = JSON.stringify(row);
+        form.submit();
+      });
+    });
   };
 
   const busy = (form, waiting) => {
