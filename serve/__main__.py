@@ -8,19 +8,15 @@ import contextlib
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safer_ray.errors import SaferError, UserError
-from serve.arguments import read_args
-from serve.front import free_ports, settings
+from serve.ending import Ending
+from serve.front import free_ports, settings, socket_folder
 
 NAME = "safer-ray"  # of the application, among those of a cluster
 HOST, PORT = "127.0.0.1", 8000
@@ -29,84 +25,116 @@ ANSWER_S = 60.0  # until the front answers, once the scorers are there
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until told to end; print `ready: URL` when pairs can be scored. Return a status for the shell."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Serve until told to end; print `ready: URL` when pairs can be scored. Return a status for the shell: 0 where the
+    service was ready before it was told, 128 and the signal's number where it was not."""
+    ending = Ending()
     try:
-        serve_until_told(read_words(arguments))
-    except SaferError as error:
+        ending.listen()
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        serve_until_told(read_words(arguments), ending)
+        return 0
+    except BaseException as error:
+        if ending.number is not None:  # whatever came of it
+            ending.tell()
+            return ending.status
+        if not isinstance(error, SaferError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    finally:
+        ending.ignore()
 
 
-def serve_until_told(args: dict[str, str]) -> None:
+def serve_until_told(args: dict[str, str], ending: Ending) -> None:
     """Deploy the application, and take it away again on SIGINT or SIGTERM.
 
     Raises:
         UserError: the service cannot be as it is asked for.
         SaferError: Ray does not start, or nothing answers at the service's port.
+        Ended: it was told to end before it was ready.
     """
+    from serve.arguments import read_args
+
     host, port = args.pop("host", None), args.pop("port", None)
     address = args.pop("address", None) or os.environ.get("RAY_ADDRESS")
     read_args(args)  # what is wrong is said before Ray starts
-    ended = threading.Event()
     if address in (None, "local"):
-        session = own(host or HOST, own_port(host or HOST, port))
+        session = own(host or HOST, own_port(host or HOST, port), ending)
     else:
-        session = joined(address, host, port)
-    with session as front:
-        from ray import serve
+        session = joined(address, host, port, ending)
+    with session as front, deployed(args):
+        url = f"http://{front}"
+        wait_until_it_answers(url)
+        ending.check()
+        print(f"ready: {url}; logs are in {logs()}", flush=True)
+        ending.wait()
 
-        from serve.app import build
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
-        application = build(args)
+@contextlib.contextmanager
+def deployed(args: dict[str, str]) -> Iterator[None]:
+    """Deploy the application, and take it away again when the body ends, or where it is not deployed to the end.
+
+    Raises:
+        UserError: it cannot be as it is asked for.
+        SaferError: its replicas do not start.
+    """
+    from ray import serve
+
+    from serve.app import build
+
+    application = build(args)
+    try:
         try:
             serve.run(application, name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise SaferError(f"the service cannot be deployed: {_why(error)}; {logs()} say more") from error
-        url = f"http://{front}"
-        wait_until_it_answers(url)
-        print(f"ready: {url}; logs are in {logs()}", flush=True)
-        ended.wait()
+        yield
+    finally:
         serve.delete(NAME)
 
 
 @contextlib.contextmanager
-def own(host: str, port: int) -> Iterator[str]:
+def own(host: str, port: int, ending: Ending) -> Iterator[str]:
     """Start Ray and its Serve for this service alone; HOST:PORT of its front."""
-    from safer_ray.distributed.internals import on_node_messages
+    from safer_ray.distributed.internals import leave_signals_alone, on_node_messages
     from safer_ray.distributed.node_messages import NodeMessages
     from safer_ray.distributed.own import own_ray
+    from serve.ray_gone import RayGone
 
-    with TemporaryDirectory(prefix="sr-", dir="/tmp") as folder:  # paths of sockets have to be short
-        for name, value in settings(Path(folder)).items():
+    with socket_folder() as folder, contextlib.ExitStack() as started:
+        for name, value in settings(folder).items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with own_ray(include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL):
-            from ray import serve
+        leave_signals_alone()
+        with ending.held():  # half a Ray would be left behind
+            started.enter_context(own_ray(include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL))
+        started.callback(RayGone(ending, folder).close)
+        from ray import serve
 
-            on_node_messages(NodeMessages())
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        on_node_messages(NodeMessages())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
             serve.start(http_options={"host": host, "port": port})
-            try:
-                yield _front(host, port)
-            finally:
-                serve.shutdown()
+            yield _front(host, port)
+        finally:
+            serve.shutdown()
 
 
 @contextlib.contextmanager
-def joined(address: str, host: str | None, port: str | None) -> Iterator[str]:
+def joined(address: str, host: str | None, port: str | None, ending: Ending) -> Iterator[str]:
     """Join a cluster, whose other applications are left alone; HOST:PORT of its front.
 
     Raises:
         UserError: no such cluster, or another application stands where this one would.
     """
     from safer_ray.config import RayConfig
+    from safer_ray.distributed.internals import leave_signals_alone
     from safer_ray.distributed.session import ray_session
 
-    with ray_session(RayConfig(address=address)):
+    leave_signals_alone()
+    with contextlib.ExitStack() as joined:
+        with ending.held():
+            joined.enter_context(ray_session(RayConfig(address=address)))
         from ray import serve
 
         from safer_ray.distributed.internals import serve_client
@@ -116,6 +144,7 @@ def joined(address: str, host: str | None, port: str | None) -> Iterator[str]:
         if there is None:
             serve.start(http_options={"host": host or HOST, "port": read_port(port or str(PORT))})
             there = serve_client()
+            joined.callback(_tell_what_stays, address, there)
         assert there is not None
         options: Any = there.http_config
         wanted = (host or options.host, read_port(port) if port else options.port)
@@ -126,6 +155,15 @@ def joined(address: str, host: str | None, port: str | None) -> Iterator[str]:
             )
         _refuse_if_taken(address, serve.status().applications)
         yield _front(options.host or HOST, options.port)
+
+
+def _tell_what_stays(address: str, serve_there: Any) -> None:
+    options = serve_there.http_config
+    print(
+        f"Serve, which this command started on the cluster at {address}, stays there for other applications and "
+        f"listens on {options.host}:{options.port}; `serve shutdown` there ends it",
+        file=sys.stderr,
+    )
 
 
 def _refuse_if_taken(address: str, applications: dict[str, Any]) -> None:

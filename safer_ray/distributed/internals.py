@@ -119,3 +119,10 @@ def serve_client() -> Any:
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False)
+
+
+def leave_signals_alone() -> None:
+    """Keep Ray from taking SIGTERM; what it does then ends the process in the middle of anything."""
+    from ray._private import utils
+
+    utils.set_sigterm_handler = lambda *_: None
