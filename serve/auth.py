@@ -3,11 +3,13 @@
 import base64
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from safer_ray.errors import UserError
 from safer_ray.keys import Key, digest_of, parse_keys
@@ -17,48 +19,71 @@ SECRET_VARIABLE = "SAFER_RAY_SESSION_SECRET"  # without it, whoever reads the ke
 COOKIE = "safer_ray_session"
 SESSION_S = 12 * 3600
 NONCE_BYTES = 16
+SETTLED_S = 0.5  # without a change, after which a file that was written in place is whole
+GRACE_S = 10.0
+log = logging.getLogger("safer_ray.serve")
 OWN_SITES = ("same-origin", "none")  # of Sec-Fetch-Site: a form of this page, or typed by hand
 
 
 class Keys:
-    """The keys that open the service, from a file or the environment; a changed file counts from the next request on.
+    """The keys that open the service, from a file or the environment.
 
-    A file that becomes unreadable or wrong opens nothing until it is mended.
+    A file that is replaced whole counts from the next request on. One that is written in place counts when nothing has
+    changed in it for SETTLED_S, since it may be read half-written before. The keys before it hold meanwhile, and for
+    GRACE_S where the file is gone, empty or wrong; after that it opens nothing until it is mended. Both are logged.
     """
 
-    def __init__(self, file: Path | None = None, listed: tuple[Key, ...] = ()) -> None:
+    def __init__(
+        self, file: Path | None = None, listed: tuple[Key, ...] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.file = file
         self.secret = os.environ.get(SECRET_VARIABLE, "").encode()
-        self._stamp: tuple[int, int, int, int] | None = None
         self.listed = listed
-        self._keys = listed
+        self._clock = clock
+        self._stamp: Stamp | None = None
+        self._read_at: float | None = None  # when a changed file is read; None: it has been
+        self._closed_at: float | None = None  # when the keys before a file that cannot be used end
         if file is not None:
             self._stamp = _stamp(file)  # before it is read: what changes meanwhile is seen at the next request
-            self._keys = _read_file(file)
-            if not self._keys:
-                raise UserError(f"{file} holds no key; write the line there that `safer-ray key NAME` prints")
+            listed = _read_file(file)
+        self._use(listed)
 
     def __bool__(self) -> bool:
         """Whether a key is asked for at all."""
-        return self.file is not None or bool(self._keys)
+        return self.file is not None or bool(self._by_digest)
 
-    def current(self) -> tuple[Key, ...]:
-        """The keys of now."""
-        if self.file is not None and (stamp := _stamp(self.file)) != self._stamp:
-            self._stamp = stamp
+    def _use(self, keys: tuple[Key, ...]) -> None:
+        self._by_digest = {key.digest: key for key in keys}
+        self._by_name = {key.name: key for key in keys}
+
+    def _look(self, file: Path) -> None:
+        """Take over what has changed in the file, when it may."""
+        now, stamp = self._clock(), _stamp(file)
+        if stamp != self._stamp:
+            replaced = stamp is not None and self._stamp is not None and stamp.inode != self._stamp.inode
+            self._stamp, self._read_at = stamp, now if replaced else now + SETTLED_S - _age(file, SETTLED_S)
+        if self._read_at is not None and now >= self._read_at:
+            self._read_at = None
             try:
-                self._keys = _read_file(self.file)
-            except UserError:
-                self._keys = ()
-        return self._keys
+                self._use(_read_file(file))
+                self._closed_at = None
+            except UserError as error:
+                if self._closed_at is None:
+                    left = GRACE_S - _age(file, GRACE_S)
+                    self._closed_at = now + left
+                    log.warning("%s; the keys before it hold for %.0f s more", error, left)
+        if self._closed_at is not None and now >= self._closed_at and self._by_digest:
+            log.warning("keys file %s opens nothing until it is mended", file)
+            self._use(())
 
     def key_of(self, token: str) -> Key | None:
-        """Return the key that a token is of, expired or not, in constant time; None: of none."""
-        digest, found = digest_of(token), None
-        for key in self.current():
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+        """Return the key that a token is of, expired or not; None: of none.
+
+        It is found by its hash, of which nobody can choose a part: how long that takes tells nothing of a token.
+        """
+        if self.file is not None:
+            self._look(self.file)
+        return self._by_digest.get(digest_of(token))
 
     def name_of(self, token: str, now: float | None = None) -> str | None:
         """Return whose token it is; None: nobody's, or its key has expired."""
@@ -93,7 +118,9 @@ class Keys:
         return None if key is None else key.name
 
     def _named(self, name: str) -> Key | None:
-        return next((key for key in self.current() if key.name == name), None)
+        if self.file is not None:
+            self._look(self.file)
+        return self._by_name.get(name)
 
     def _sign(self, said: str, key: Key | None) -> str:
         if key is None:
@@ -108,19 +135,40 @@ def _now(now: float | None) -> float:
 
 def _read_file(path: Path) -> tuple[Key, ...]:
     try:
-        return parse_keys(path.read_text(encoding="utf-8"), str(path))
+        keys = parse_keys(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise UserError(f"keys file {path} cannot be read: {reason}") from None
+    if not keys:
+        raise UserError(f"{path} holds no key; write the line there that `safer-ray key NAME` prints")
+    return keys
 
 
-def _stamp(path: Path) -> tuple[int, int, int, int] | None:
-    """Return what differs once a file was written or replaced, also by one of its size and modification time."""
+class Stamp(NamedTuple):
+    """What differs once a file was written or replaced, also by one of its size and modification time."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def _stamp(path: Path) -> Stamp | None:
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns
+    return Stamp(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _age(path: Path, most: float) -> float:
+    """Return the seconds since a file was changed or, where it is gone, its folder was: 0 to `most`, also by a clock
+    that differs from this one."""
+    try:
+        changed = path.stat().st_ctime if path.exists() else path.parent.stat().st_mtime
+    except OSError:
+        return most
+    return min(max(time.time() - changed, 0.0), most)
 
 
 def find_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> Keys:

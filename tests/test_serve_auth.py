@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safer_ray.errors import UserError
 from safer_ray.keys import Key, digest_of, new_key, parse_keys
 from serve.access import host_of, own_path
-from serve.auth import SESSION_S, Keys, bearer_of, find_keys, is_own
+from serve.auth import GRACE_S, SESSION_S, SETTLED_S, Keys, bearer_of, find_keys, is_own
 from serve.problems import Problem
 from serve.rates import RateLimited, Rates, Window
 
@@ -36,17 +36,91 @@ def test_no_other_text_opens(token):
     assert Keys(listed=(Key("a", digest_of(new_key("a")[0])),)).name_of(token) is None
 
 
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 def test_a_key_taken_out_of_the_file_is_refused_from_then_on(tmp_path):
     tokens = write(tmp_path / "keys", "a", "b")
     keys = Keys(tmp_path / "keys")
     session = keys.open_session("a")
     lines = (tmp_path / "keys").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "keys").write_text("\n".join(line for line in lines if not line.startswith("a:")), encoding="utf-8")
+    (tmp_path / "new").write_text("\n".join(line for line in lines if not line.startswith("a:")), encoding="utf-8")
+    os.replace(tmp_path / "new", tmp_path / "keys")
     assert (keys.name_of(tokens["a"]), keys.session_of(session)) == (None, None)
     assert keys.name_of(tokens["b"]) == "b"
-    (tmp_path / "keys").unlink()
-    assert keys.name_of(tokens["b"]) is None
+
+
+@pytest.mark.parametrize("torn", ["", "a:sha256:", "half"])
+def test_a_file_written_in_place_is_not_taken_half_written(tmp_path, caplog, torn):
+    """Every valid key opens at any moment, and the new file counts when it stands still."""
+    file, clock = tmp_path / "keys", Clock()
+    tokens = write(file, "a", "b")
+    keys = Keys(file, clock=clock)
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole.splitlines()[2] + "\n" if torn == "half" else torn, encoding="utf-8")
+    assert [keys.name_of(tokens[name]) for name in ("a", "b")] == ["a", "b"]
+    clock.now += 0.2
+    file.write_text(whole.replace("a:sha", "new:sha"), encoding="utf-8")
+    assert [keys.name_of(tokens[name]) for name in ("a", "b")] == ["a", "b"]
+    clock.now += SETTLED_S
+    assert [keys.name_of(tokens[name]) for name in ("a", "b")] == ["new", "b"]
+    assert not caplog.records
+
+
+def test_what_was_written_long_ago_counts_at_the_first_request_that_sees_it(tmp_path, monkeypatch):
+    file, clock = tmp_path / "keys", Clock()
+    tokens = write(file, "a", "b")
+    keys = Keys(file, clock=clock)
+    write(file, "b")
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert keys.name_of(tokens["a"]) is None
+
+
+@pytest.mark.parametrize("wrong", ["", "# none", "a token", b"\xff", None], ids=str)
+def test_a_file_that_is_wrong_opens_nothing_after_a_while_and_both_are_logged(tmp_path, caplog, wrong):
+    file, clock = tmp_path / "keys", Clock()
+    tokens = write(file, "a")
+    keys = Keys(file, clock=clock)
+    session = keys.open_session("a")
+    right = file.read_bytes()
+    if wrong is None:
+        file.unlink()
+    else:
+        file.write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
+    for _ in range(8):
+        assert (keys.name_of(tokens["a"]), keys.session_of(session)) == ("a", "a")
+        clock.now += GRACE_S / 10
+    clock.now += GRACE_S
+    assert (keys.name_of(tokens["a"]), keys.session_of(session)) == (None, None)
     assert keys  # it stays closed
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("the keys before it hold for 10 s more")
+    assert second == f"keys file {file} opens nothing until it is mended"
+    assert "a token" not in first
+    file.write_bytes(right)
+    keys.name_of(tokens["a"])
+    clock.now += SETTLED_S
+    assert keys.name_of(tokens["a"]) == "a"
+
+
+def test_many_keys_cost_a_request_no_more_than_one(tmp_path):
+    lines = [f"k{number}:sha256:{number:064x}" for number in range(20_000)]
+    (tmp_path / "keys").write_text("\n".join(lines), encoding="utf-8")
+    keys = Keys(tmp_path / "keys")
+    session = keys.open_session("k19999")
+    began = time.process_time()
+    for _ in range(200):
+        assert keys.key_of("another") is None
+        assert keys.session_of(session) == "k19999"
+    assert (time.process_time() - began) / 200 < 1e-3
 
 
 def test_a_file_that_is_replaced_counts_though_its_size_and_time_are_the_same(tmp_path):
@@ -105,7 +179,8 @@ def test_every_process_with_the_same_key_accepts_a_session_whatever_other_keys_t
     assert two.session_of(session) == "a"
     line = next(line for line in (tmp_path / "keys").read_text(encoding="utf-8").splitlines() if line.startswith("a:"))
     assert find_keys(None, {"SAFER_RAY_KEYS": line}).session_of(session) == "a"
-    write(tmp_path / "keys", "a")  # another token of the same name
+    write(tmp_path / "new", "a")  # another token of the same name
+    os.replace(tmp_path / "new", tmp_path / "keys")
     assert two.session_of(session) is None
 
 
