@@ -79,7 +79,7 @@ class Account:
         self.statuses: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self.slowest_s = 0.0
+        self.slowest_s, self.slowest = 0.0, ""
 
     def note(self, what: str, example: str) -> None:
         self.wrong[what] += 1
@@ -87,7 +87,8 @@ class Account:
 
     def take(self, kind: str, status: int, text: str, seconds: float, asked: str) -> None:
         self.statuses[f"{kind} {status}"] += 1
-        self.slowest_s = max(self.slowest_s, seconds)
+        if seconds > self.slowest_s:
+            self.slowest_s, self.slowest = seconds, asked[:200]
         if status >= 500:
             self.note(f"answered {status}", asked)
         if seconds > HANG_S:
@@ -235,7 +236,7 @@ def main() -> None:
     for name, number in sorted(account.statuses.items()):
         print(f"{number:>7,}  {name}")
     total, seconds = account.statuses.total(), time.perf_counter() - began
-    print(f"{total:>7,}  requests in {seconds:.0f} s, the slowest {account.slowest_s:.2f} s")
+    print(f"{total:>7,}  requests in {seconds:.0f} s, the slowest {account.slowest_s:.2f} s: {account.slowest}")
     for what, number in account.wrong.most_common():
         print(f"WRONG {number:,} x {what}, for example: {account.examples[what]}")
     print("no 500, no hang, no stack trace, no undocumented answer" if not account.wrong else "that is not well")

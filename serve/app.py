@@ -23,6 +23,7 @@ from serve.auth import Keys, find_keys
 from serve.http import create_api
 from serve.limits import Limits
 from serve.measures import count_answer
+from serve.problems import log_at_once
 from serve.remote_service import RemoteService
 from serve.scorer import Scorer
 
@@ -37,6 +38,7 @@ class Ingress:
     """Keys, limits, reading and answering; imports neither torch nor the model."""
 
     def __init__(self, scorer: DeploymentHandle, config: ServiceConfig, listed: tuple[Key, ...]) -> None:
+        log_at_once()
         self.config = config
         self.keys = Keys(config.keys, listed)
         check_binding(http_host(), bool(self.keys), config.insecure)

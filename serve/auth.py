@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import hmac
-import logging
 import os
 import secrets
 import time
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from safer_ray.errors import UserError
 from safer_ray.keys import Key, digest_of, parse_keys
+from serve.problems import logger
 
 KEYS_VARIABLE = "SAFER_RAY_KEYS"  # lines of a keys file, or such separated by commas
 SECRET_VARIABLE = "SAFER_RAY_SESSION_SECRET"  # without it, whoever reads the keys' hashes can sign a session with them
@@ -21,7 +21,6 @@ SESSION_S = 12 * 3600
 NONCE_BYTES = 16
 SETTLED_S = 0.5  # without a change, after which a file that was written in place is whole
 GRACE_S = 10.0
-log = logging.getLogger("safer_ray.serve")
 OWN_SITES = ("same-origin", "none")  # of Sec-Fetch-Site: a form of this page, or typed by hand
 
 
@@ -71,9 +70,9 @@ class Keys:
                 if self._closed_at is None:
                     left = GRACE_S - _age(file, GRACE_S)
                     self._closed_at = now + left
-                    log.warning("%s; the keys before it hold for %.0f s more", error, left)
+                    logger.error("%s; the keys before it hold for %.0f s more", error, left)
         if self._closed_at is not None and now >= self._closed_at and self._by_digest:
-            log.warning("keys file %s opens nothing until it is mended", file)
+            logger.error("keys file %s opens nothing until it is mended", file)
             self._use(())
 
     def key_of(self, token: str) -> Key | None:

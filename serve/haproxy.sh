@@ -1,7 +1,7 @@
 #!/bin/sh
 # HAProxy (the binary SAFER_RAY_HAPROXY) as Ray Serve starts it by RAY_SERVE_HAPROXY_BINARY_PATH, less open than Ray's
-# settings leave it: its statistics are on loopback, its admin socket is its user's, and its own errors are problem
-# details (RFC 9457).
+# settings leave it: its statistics are on loopback, its admin socket is its user's, a request's headers have to come
+# within 20 s, and its own errors are problem details (RFC 9457).
 set -eu
 settings=
 previous=
@@ -28,6 +28,7 @@ if [ -n "$settings" ]; then
     -e '/^frontend prometheus/,/^ *mode/ s/bind :/bind 127.0.0.1:/' \
     -e '/^listen stats/,$ s/bind \*:/bind 127.0.0.1:/' \
     -e '/^ *stats socket/ s/mode 666/mode 600/' \
+    -e 's/^\( *\)timeout connect .*/&\n\1timeout http-request 20s/' \
     -e "/^ *errorfile 502/r $answers" \
     -e '/^ *errorfile/d' \
     "$settings"

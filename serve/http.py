@@ -1,7 +1,7 @@
 """HTTP around a service: routes, keys, limits, headers, errors. Knows no Ray, no torch."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -145,6 +145,7 @@ def telling_routes(service: Service) -> APIRouter:
 
 def health_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["health"])
+    is_ready = shared(service.ready)
 
     @router.get("/healthz", responses=documented(500, 503))
     async def healthz() -> Health:
@@ -156,16 +157,32 @@ def health_routes(service: Service) -> APIRouter:
     @router.get("/readyz", responses=documented(500, 503))
     async def readyz() -> Health:
         """200 where the bundle is loaded and a scorer answers in time."""
-        try:
-            async with asyncio.timeout(READY_S):
-                ready = await service.ready()
-        except TimeoutError:
-            ready = False
-        if not ready:
+        if not await is_ready():
             raise unavailable(f"no scorer answers within {READY_S:g} s; try again")
         return Health(status="ok")
 
     return router
+
+
+def shared(ask: Callable[[], Awaitable[bool]]) -> Callable[[], Awaitable[bool]]:
+    """Return the question such that all who ask while an answer is awaited get that one, False after READY_S seconds:
+    anybody may ask, and each question of its own would take room at a scorer."""
+    asked: asyncio.Task[bool] | None = None
+
+    async def answer() -> bool:
+        try:
+            async with asyncio.timeout(READY_S):
+                return await ask()
+        except TimeoutError:
+            return False
+
+    async def join() -> bool:
+        nonlocal asked
+        if asked is None or asked.done():
+            asked = asyncio.create_task(answer())
+        return await asyncio.shield(asked)  # whoever goes away does so alone
+
+    return join
 
 
 def document_of(api: FastAPI) -> dict[str, Any]:

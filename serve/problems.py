@@ -86,6 +86,13 @@ def log_without_texts(error: BaseException) -> None:
     logger.error("%s at %s", type(error).__name__, places)
 
 
+def log_at_once() -> None:
+    """Let this replica's errors reach its log file as they come; what goes to standard error instead lies in a buffer
+    of Serve's until a thousand lines have come."""
+    logger.handlers = logging.getLogger("ray.serve").handlers[:]
+    logger.propagate = False
+
+
 def handle_problems(api: FastAPI) -> None:
     """All errors of an application become problem details."""
 

@@ -15,6 +15,7 @@ from serve.about import details_of, open_auditor, scores_config
 from serve.arguments import ServiceConfig, Thresholds
 from serve.gate import Gate
 from serve.measures import measure_batch, measure_waiting, time_stage
+from serve.problems import log_at_once
 from serve.reading import Outcome, Row, Scored
 
 CHARS_PER_TOKEN = 4  # about; only batches are cut by it
@@ -62,6 +63,7 @@ class Scorer:
         from safer_ray.checkpoints import quiet_transformers
         from serve.scoring import ScorePairs, score_requests
 
+        log_at_once()
         quiet_transformers()
         os.nice(NICE)
         sys.setswitchinterval(SWITCH_S)

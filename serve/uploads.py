@@ -51,18 +51,26 @@ def read_lines(content: bytes) -> list[Line]:
             values, members = values + counts[0], members + counts[1]
             if values > LIMITS.values or members > LIMITS.members:
                 raise TooManyRows(
-                    f"more than {LIMITS.values:,} lists and objects, or {LIMITS.members:,} items; split the file, or "
-                    "use safer-ray audit"
+                    f"more than {LIMITS.values:,} lists, objects and turns, or {LIMITS.members:,} items; split the "
+                    "file, or use safer-ray audit"
                 )
     return lines
+
+
+def turns_in(row: dict[str, Any]) -> int:
+    """Return about how many messages are made of the row's texts, which may be transcripts."""
+    texts = [value for value in row.values() if isinstance(value, str)]
+    return sum(text.count(mark) for text in texts for mark in ("\n\nHuman:", "\n\nAssistant:"))
 
 
 def pair_of(row: dict[str, Any], default_id: str) -> Pair:
     """A row of any preference format as a pair of messages.
 
     Raises:
-        Refused: it is no usable pair; the text says why.
+        Refused: it is no usable pair, or one of more messages than a request may hold; the text says why.
     """
+    if turns_in(row) > LIMITS.values:
+        raise Refused(f"more than {LIMITS.values:,} turns of Human: and Assistant:")
     format = row_format(row)
     if format is None and not {"prompt", "chosen", "rejected"} & row.keys():
         raise Refused(f"{FORMATS}; got the keys {', '.join(sorted(row)[:8]) or '(none)'}")
@@ -130,6 +138,8 @@ def _line(number: int, raw: bytes) -> tuple[Line, tuple[int, int]]:
     try:
         counts = _counted(raw)
         row = parse_row(raw)
+        if (turns := turns_in(row)) <= LIMITS.values:
+            counts = counts[0] + turns, counts[1]
         return Line(number, pair_of(row, f"line {number}"), None, tuple(row.keys() - READ)), counts
     except Refused as reason:
         return Line(number, None, str(reason)), counts

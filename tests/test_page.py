@@ -244,6 +244,16 @@ def test_what_is_no_row_is_refused(text, reason):
         parse_row(text)
 
 
+@pytest.mark.parametrize("turn", ["\n\nHuman: a", "\n\nAssistant:"])
+def test_a_text_of_too_many_turns_is_refused_before_messages_are_made_of_it(turn, monkeypatch):
+    """A file of 16 MB held the service for seconds, to be told that its text is too long."""
+    row = {"prompt": turn * 50_001, "chosen": "c", "rejected": "r"}
+    monkeypatch.setattr("serve.uploads.read_pair", None)
+    assert read_lines(json.dumps(row).encode())[0].error == "more than 50,000 turns of Human: and Assistant:"
+    with pytest.raises(Refused, match="more than 50,000 turns"):
+        pair_of(row, "a")
+
+
 def test_a_file_of_too_many_rows_is_refused_by_name():
     row = b'{"prompt":"p","chosen":"c","rejected":"r"}\n'
     assert len(read_lines(row * MAX_ROWS)) == MAX_ROWS
@@ -254,11 +264,12 @@ def test_a_file_of_too_many_rows_is_refused_by_name():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": [' + b"{}," * 20_000 + b"{}]}\n", "more than 50,000 lists and objects"),
+        (b'{"a": [' + b"{}," * 20_000 + b"{}]}\n", "more than 50,000 lists, objects and turns"),
+        (json.dumps({"chosen": "\n\nHuman: a" * 20_000}).encode() + b"\n", "more than 50,000 lists, objects and turns"),
         (b'{"a": [' + b"0," * 40_000 + b"0]}\n", "or 100,000 items; split the file"),
         (b"\n" * 100_000, "more than 100,000 lines"),
     ],
-    ids=["values", "items", "blank lines"],
+    ids=["values", "turns", "items", "blank lines"],
 )
 def test_what_a_whole_file_may_hold_is_limited(content, reason):
     read_lines(content[:50_000])

@@ -29,6 +29,7 @@ from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import UserError
 from safer_ray.files import read_parquet
+from safer_ray.keys import new_key
 from serve.front import free_ports
 from serve.gate import Gate
 from serve.problems import PROBLEM_JSON, ProblemDetails
@@ -292,6 +293,9 @@ def test_haproxy_says_as_a_problem_that_nobody_answers(tmp_path):
     )
     assert ProblemDetails.model_validate(answer.json()).status == 503
     assert sorted(path.name for path in tmp_path.iterdir()) == ["admin.sock", "haproxy.cfg"]
+    assert "    timeout connect 1s\n    timeout http-request 20s\n" in (tmp_path / "haproxy.cfg").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
@@ -520,6 +524,27 @@ def test_the_command_serves_until_it_is_told_to_end(bundle):
                 assert isinstance(client.score([PAIR])[0], Scored)
                 page = client.http.post("/", data=PAIR)
             assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+@pytest.mark.long
+def test_what_is_wrong_with_the_keys_is_in_the_log_at_once(bundle, tmp_path):
+    """Serve keeps lines back until a thousand have come."""
+    (port,), (token, line), file = free_ports(1), new_key("a"), tmp_path / "keys"
+    file.write_text(line, encoding="utf-8")
+    asked = [sys.executable, "-m", "serve", f"auditor={bundle.path}", f"port={port}", f"keys={file}"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")}
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True, env=own | {"RAY_ADDRESS": "local"}) as process:
+        try:
+            logs = Path(process.stdout.readline().strip().rpartition("logs are in ")[2])
+            (tmp_path / "new").touch()
+            os.replace(tmp_path / "new", file)
+            with Client(f"http://127.0.0.1:{port}", token=token) as client:
+                assert client.auditor()
+            told = "".join(path.read_text(encoding="utf-8") for path in logs.glob("replica_*Ingress*"))
+            assert f"{file} holds no key; write the line there" in told
         finally:
             process.terminate()
             assert process.wait(60) == 0

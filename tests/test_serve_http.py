@@ -13,7 +13,7 @@ from served import PAIR, SECRET, alike, body, bundle_of, corpus_of
 from safer_ray.config import ScoresConfig
 from safer_ray.keys import Key, digest_of, new_key
 from serve.auth import COOKIE, Keys
-from serve.http import create_api
+from serve.http import create_api, shared
 from serve.limits import LimitBodies, Limits
 from serve.problems import PROBLEM_JSON, overloaded, unavailable
 from serve.service import LocalService
@@ -346,6 +346,41 @@ def test_health_and_readiness_tell_the_truth(client, service):
     absent = TestClient(create_api(Failing(service, ValueError())))
     assert absent.get("/healthz").status_code == 200
     assert_problem(absent.get("/readyz"), 503, "no scorer answers")
+
+
+def test_strangers_who_ask_for_readiness_together_take_no_more_room_than_one():
+    asked = []
+
+    async def ready():
+        asked.append(None)
+        await asyncio.sleep(0.01)
+        return len(asked) != 2
+
+    async def run():
+        ask = shared(ready)
+        together = asyncio.gather(*(ask() for _ in range(50)))
+        gone = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        gone.cancel()
+        return [await together, await ask(), await ask()]
+
+    assert asyncio.run(run()) == [[True] * 50, False, True]
+    assert len(asked) == 3
+
+
+def test_a_scorer_that_never_answers_is_asked_again(monkeypatch):
+    monkeypatch.setattr("serve.http.READY_S", 0.02)
+    waits = [3600, 0]
+
+    async def ready():
+        await asyncio.sleep(waits.pop(0))
+        return True
+
+    async def run():
+        ask = shared(ready)
+        return [await ask(), await ask()]
+
+    assert asyncio.run(run()) == [False, True]
 
 
 def test_every_answer_carries_the_security_headers(client):
