@@ -1,7 +1,6 @@
 """Preference formats in the wild: each is a pure function from one row to a pair, or a reason to refuse the row."""
 
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ SUPPORTED = {
 }
 MARGINS = ("label_margin", "margin", "preference_strength")
 REASON_CHARS = 300
+LARGEST = 3.4028234663852886e38  # number that float32 holds
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -75,14 +75,14 @@ def as_text(value: Any) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, also one written as text (CSV), else None."""
+    """A finite number that float32 can hold, also one written as text (CSV), else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # so is NaN
 
 
 def as_mapping(value: Any) -> dict[str, Any] | None:
@@ -345,7 +345,7 @@ def read_pair(row: Row, format: str, prefer: Prefer = "safer") -> Pair:
     for one, two in SCORES:
         high, low = as_number(row.get(one)), as_number(row.get(two))
         if margin is None and high is not None and low is not None:
-            margin = high - low
+            margin = as_number(high - low)
             used |= {one, two}
     for name in ("labels", "meta"):
         mapping = as_mapping(row.get(name))

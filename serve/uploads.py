@@ -1,8 +1,9 @@
 """An uploaded file of pairs: JSON lines in any preference format that the library reads, an error a line at most."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
@@ -92,7 +93,7 @@ def parse_row(text: str | bytes) -> dict[str, Any]:
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     _counted(raw)
     try:
-        row = json.loads(text, parse_constant=_no_number)
+        row = json.loads(text, parse_constant=_no_number, parse_float=_number)
     except RecursionError:
         raise Refused("nested too deeply") from None
     except UnicodeDecodeError:
@@ -153,5 +154,10 @@ def _id(row: dict[str, Any], default: str) -> str:
     return text
 
 
-def _no_number(name: str) -> None:
+def _number(text: str) -> float:
+    """A number; one too large for it would go out as an infinity, which is no JSON."""
+    return number if math.isfinite(number := float(text)) else _no_number(text)
+
+
+def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")

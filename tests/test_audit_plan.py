@@ -155,6 +155,16 @@ def test_other_bytes_of_the_same_size_and_time_are_seen_under_another_path(corpu
         audited(other)
 
 
+def test_a_file_that_grew_over_changed_rows_within_a_tick_of_the_clock_is_refused(corpus, audited):
+    audited(corpus)
+    file = corpus / "a.jsonl"
+    stat = file.stat()
+    file.write_text(lines(*range(6)).replace("Yes", "Yep"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match=r"a\.jsonl changed since it was planned"):
+        audited(corpus)
+
+
 def test_another_corpus_is_refused_by_name(corpus, audited, out, tmp_path):
     audited(corpus)
     (tmp_path / "other").mkdir()
@@ -471,12 +481,15 @@ def test_a_file_whose_name_another_took_over_is_refused(corpus, audited):
         audited(corpus)
 
 
-@pytest.mark.parametrize("first", ["", lines(1)])
-def test_lines_that_end_with_a_carriage_return_alone_are_told(tmp_path, audited, first):
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("", "mac.jsonl: its lines end with a CR alone; write them with"),
+        (lines(1), rf"mac.jsonl: behind byte {len(lines(1))} its lines end with a CR alone; write them"),
+    ],
+)
+def test_lines_that_end_with_a_carriage_return_alone_are_told(tmp_path, audited, first, told):
     (tmp_path / "mac.jsonl").write_bytes((first + lines(2, 3).replace("\n", "\r")).encode())
-    told = rf"mac.jsonl: behind byte {len(first)} its lines end with a CR alone; write them with LF, say by tr"
-    if not first:
-        told = "mac.jsonl: its lines end with a CR alone; write them with LF, say by tr"
     with pytest.raises(UserError, match=told):
         audited(tmp_path / "mac.jsonl")
 

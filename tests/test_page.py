@@ -233,11 +233,12 @@ def test_each_line_gets_a_pair_or_a_reason():
         ('{"a": [' + "[]," * 60_000 + "0]}", "more than 50,000 lists and objects"),
         ('{"a": [' + "0," * 150_000 + "0]}", "more than 100,000 items and keys"),
         ('{"a": NaN}', "not JSON: NaN is no JSON number"),
+        ('{"a": -1e999}', "not JSON: -1e999 is no JSON number"),
         (b"\xff{}", "not UTF-8|not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
         ("7", "not a JSON object"),
     ],
-    ids=["nesting", "values", "items", "nan", "bytes", "digits", "number"],
+    ids=["nesting", "values", "items", "nan", "infinity", "bytes", "digits", "number"],
 )
 def test_what_is_no_row_is_refused(text, reason):
     with pytest.raises(Refused, match=reason):

@@ -213,7 +213,12 @@ REFUSALS = [
     (["prompt"], "canonical", "wrong type: the row is list, wanted a mapping"),
     (TEXTS | {"chosen": "x" * 200}, "canonical", "too long: 212 characters, limit 100"),
     ("{broken", "canonical", "not JSON: "),
-    ("[" * 100_000, "canonical", "not JSON: "),
+    ("[" * 100_000, "canonical", "nested too deep: more than 200 levels"),
+    (
+        f'{{"a": {"[" * 200}{"]" * 200}, "prompt": "?", "chosen": "a", "rejected": "b"}}',
+        "canonical",
+        "nested too deep: ",
+    ),
     (r'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}', "canonical", "bad UTF-8: a lone surrogate"),
     ({"prompt": "?", "chosen": [USER, GOOD], "rejected": [BAD]}, "canonical", "prompts differ"),
     ({"chosen": f"{HH} a", "rejected": f"{HH} b\n\nHuman: c\n\nAssistant: d"}, "hh_rlhf", "prompts differ"),
@@ -238,6 +243,21 @@ def test_a_bad_row_is_refused_with_its_reason(tmp_path, row, format, reason):
     assert pair["source"] == "row.jsonl"
     assert pair["prompt"] is None
     assert 0 < len(pair["raw"]) <= schema.RAW_LIMIT
+
+
+def test_rows_as_deep_as_may_be_are_read(tmp_path):
+    deep = '{"a": ' * 199 + "1" + "}" * 199
+    row = f'{{"prompt": "?", "chosen": "a", "rejected": "b", "more": {deep}}}'
+    assert only(tmp_path, row)["extra"] == f'{{"more":{deep.replace(" ", "")}}}'
+
+
+def test_numbers_too_large_are_no_infinities_in_pairs(tmp_path):
+    row = '{"prompt": "?", "chosen": "a", "rejected": "b", "id": 1e999, "margin": 1e300, "more": [1e999, -1e999, 0.5]}'
+    pair = only(tmp_path, row)
+    assert pair["label_margin"] is None
+    assert pair["extra"] == '{"id":null,"margin":1e+300,"more":[null,null,0.5]}'
+    scores = '{"prompt": "?", "chosen": "a", "rejected": "b", "score_chosen": 3e38, "score_rejected": -3e38}'
+    assert only(tmp_path, scores)["label_margin"] is None
 
 
 def test_bad_utf8_is_refused_and_blank_lines_count_but_do_not_come(tmp_path):
