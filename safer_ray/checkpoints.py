@@ -100,7 +100,7 @@ def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str,
             f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
             "use the tokenizer that belongs to the model, or resize the embedding"
         )
-    return RewardModel(model, pairs, name)
+    return RewardModel(model, pairs, name, unread=tokenizer.pad_token_id)
 
 
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
@@ -148,13 +148,16 @@ def load_reward_model(
     """
     before, window = 0, None
     checkpoint = checkpoint_of(str(directory), trust_remote_code)
-    if part.of > 1 or (layers is not None and _splits_up(directory, open_config(checkpoint), layers)):
+    quiet_transformers()
+    config = open_config(checkpoint)
+    if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
     settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
-    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window)
+    unread = config.get_text_config().pad_token_id
+    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not before:
         log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))

@@ -100,8 +100,11 @@ def how_pairs_run(config: Any) -> str:
     return f"pairs run packed, as one sequence each{f' up to {window} tokens a side' if window else ''}"
 
 
-def last_token(ids: np.ndarray, pad: int) -> int:
-    """Whose state the reward is read from: the last token that is no padding, as transformers finds it."""
+def last_token(ids: np.ndarray, pad: int | None) -> int:
+    """Whose state the reward is read from: the last token that is not the pad token, as transformers finds it; where a
+    model has none, the last."""
+    if pad is None:
+        return max(0, len(ids) - 1)
     real = np.flatnonzero(ids != pad)
     return int(real[-1]) if len(real) else 0
 
@@ -127,7 +130,7 @@ def place_index(rows: Sequence[Packed], positions: Sequence[Sequence[np.ndarray]
     return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
 
 
-def end_index(rows: Sequence[Packed], pad: int, device: torch.device) -> Index:
+def end_index(rows: Sequence[Packed], pad: int | None, device: torch.device) -> Index:
     """Where the token of each side lies that its reward is read from."""
     ends = [[np.array([last_token(row.side(side), pad)]) for side in range(len(row.lengths))] for row in rows]
     return place_index(rows, ends, device)

@@ -29,6 +29,7 @@ from safer_ray.packing import (
     place_index,
     smallest_window,
 )
+from safer_ray.pretrained import runs_own_code
 from safer_ray.text import PairTokenizer, PairTokens
 from safer_ray.trunk import States, memory
 
@@ -78,6 +79,7 @@ class RewardModel:
     frozen_layers: int = 0  # blocks whose weights are the base's
     before: int = 0  # blocks that run before those here, in another part
     window: int | None = None  # of the whole model's shortest-sighted layer, where this is a part
+    unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 
     @property
     def device(self) -> torch.device:
@@ -312,7 +314,7 @@ class RewardModel:
         packed = len(rows[0].lengths) > 1
         batch = pack_batch(rows, self.pad, device, dtype) if packed else pad_batch(ids, self.pad, device)
         read = place_index(rows, positions, device) if positions is not None else None
-        ends = end_index(rows, self.pad, device)
+        ends = end_index(rows, self.unread, device)
         with contextlib.ExitStack() as stack:
             if given is not None:  # the first block here is handed them; some models scale embeddings before it
                 states = pad_sequence(given, batch_first=True).to(device, dtype)
@@ -326,12 +328,9 @@ class RewardModel:
                 heads = None if output is None else output.last_hidden_state[ends]
                 rewards = None if heads is None else self.model.score(heads)[:, 0]
             else:
-                inputs: list[Tensor] = []
-                stack.enter_context(hooks.before(self._head(), lambda given: inputs.append(given[0])))
-                blocks, output = self._through(self.model, batch, ask)
-                values = inputs.pop() if output is not None else None
-                heads = values[ends] if values is not None and values.ndim == 3 else values  # of every token: a decoder
-                rewards = None if output is None else output.logits[:, 0]
+                with self._read_by_head() as inputs:
+                    blocks, output = self._through(self.model, batch, ask)
+                heads, rewards = (None, None) if output is None else self._at_ends(inputs.pop(), output.logits, ends)
         layers = [blocks[layer][read].float().cpu() for layer in sorted(ask.layers) if layer in blocks and read]
         whole: Iterable[Tensor] = blocks[self.before + len(self.blocks())] if ask.states else ()
         return _Pass(
@@ -340,6 +339,28 @@ class RewardModel:
             heads.float().cpu() if heads is not None and ask.heads else None,
             [state[: len(row.ids)].cpu() for state, row in zip(whole, rows, strict=False)],
         )
+
+    def rewards_of(self, sequences: Sequence[np.ndarray]) -> Float[Tensor, " n"]:
+        """Rewards of sequences in one micro-batch, by the whole model as it is patched now."""
+        ends = end_index([alone(ids) for ids in sequences], self.unread, self.device)
+        with self._read_by_head() as inputs:
+            logits = self.model(**pad_batch(sequences, self.pad, self.device)).logits
+        return self._at_ends(inputs.pop(), logits, ends)[1]
+
+    @contextlib.contextmanager
+    def _read_by_head(self) -> Iterator[list[Tensor]]:
+        """What the reward head reads inside."""
+        inputs: list[Tensor] = []
+        with hooks.before(self._head(), lambda given: inputs.append(given[0])):
+            yield inputs
+
+    def _at_ends(self, values: Tensor, logits: Tensor, ends: Index) -> tuple[Tensor, Tensor]:
+        """What the head reads of each side, and the rewards; a decoder's head reads every token, and looks for the last
+        that is not the pad token it is called with."""
+        if values.ndim != 3:
+            return values, logits[:, 0]
+        by_itself = self.unread == self.pad or runs_own_code(self.model.config)
+        return values[ends], logits[:, 0] if by_itself else self._head()(values[ends])[:, 0]
 
     def _through(
         self, module: Any, batch: dict[str, Any], ask: Ask, read: Index | None = None, ends: Index | None = None

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.batches import micro_batches
 from safer_ray.errors import UserError
-from safer_ray.packing import pad_batch
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae, standardise
 from safer_ray.text import PairTokens, both_sides
@@ -167,7 +166,6 @@ def _rewards_behind(
     """Rewards of sequences of which the output of block `layer` is given."""
     rewards = torch.zeros(len(ids))
     for chunk in micro_batches([len(own) for own in ids], reward.budget):
-        batch = pad_batch([ids[i] for i in chunk], reward.pad, reward.device)
         with reward.behind(layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
-            rewards[chunk] = reward.model(**batch).logits[:, 0].float().cpu()
+            rewards[chunk] = reward.rewards_of([ids[i] for i in chunk]).float().cpu()
     return rewards

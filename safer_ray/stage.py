@@ -26,7 +26,7 @@ VERSIONS = {
     "fold": 1,
     "cross_fit": 1,
     "gathered": 1,
-    "heads": 1,
+    "heads": 2,
     "vectors": 1,
     "detector": 1,
     "suspected": 1,
@@ -34,7 +34,7 @@ VERSIONS = {
     "reward": 2,
     "activations": 2,
     "sae": 2,
-    "codes": 1,
+    "codes": 2,
     "salience": 1,
     "contexts": 1,
     "verdicts": 1,
@@ -43,7 +43,7 @@ VERSIONS = {
     "scores": 2,
     "curate": 1,
     "sweep": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "report": 1,
 }
 

@@ -58,7 +58,7 @@ def build(name):
         for name_, parameter in model.named_parameters():
             if "norm" not in name_:
                 parameter.normal_(0, 0.3)
-    return RewardModel(model, _Pairs(), name)
+    return RewardModel(model, _Pairs(), name, unread=PAD)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -277,3 +277,4 @@ def test_the_mask_is_a_float_one():
 def test_the_last_token_is_the_last_that_is_no_padding():
     assert last_token(np.array([5, 6, PAD]), PAD) == 1
     assert last_token(np.array([PAD]), PAD) == 0
+    assert last_token(np.array([5, 6, PAD]), None) == 2

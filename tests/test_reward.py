@@ -249,6 +249,37 @@ def test_a_missing_pad_token_reuses_eos(reward_dir, tmp_path):
     assert loaded.pad == tokenizer.eos_token_id == loaded.model.config.pad_token_id
 
 
+def small(kind, vocabulary, pad):
+    """A random decoder, of a family whose pairs are packed or of another."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocabulary, "num_labels": 1, "pad_token_id": pad}
+    if kind == "gpt2":
+        return GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **sizes))
+    sizes |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    return LlamaForSequenceClassification(LlamaConfig(hidden_size=32, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("pad", [None, 99, "eos"])
+def test_a_reward_is_read_where_the_checkpoint_reads_it_whatever_pads(tmp_path, kind, pad):
+    tokenizer = train_tokenizer(lambda: ["some text"], 300)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else None
+    eos = tokenizer.eos_token_id
+    small(kind, len(tokenizer), eos if pad == "eos" else pad).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sequences = [np.array(ids) for ids in ([5, 6, 7, eos], [8, 9, eos], [8, 9, 10, 11, 12])]
+    wanted = torch.stack([plainly(tmp_path, s)[0] for s in sequences])
+    reward = load_reward_model(tmp_path)
+    found = reward.forward(sequences, heads=True)
+    torch.testing.assert_close(found.rewards, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.heads @ reward.model.score.weight[0], wanted, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(reward.rewards_of(sequences), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(reward_dir, tmp_path):
     shutil.copytree(reward_dir, tmp_path / "model")
     tokenizer = train_tokenizer(lambda: ["some text"], 300)
