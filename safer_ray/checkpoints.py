@@ -25,6 +25,10 @@ from safer_ray.tiny_llama import make_tiny_llama
 
 log = logging.getLogger(__name__)
 TEMPLATES = ("auto", "plain", "chat")
+FROM_PAD = (  # count positions from behind that of the pad token, and have so many fewer
+    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
@@ -87,7 +91,11 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
 
 def _limit(config: Any, max_length: int) -> int:
     """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
-    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or max_length
+    if text.model_type in FROM_PAD:
+        positions -= 1 + (text.pad_token_id if text.pad_token_id is not None else -1)
+    return min(max_length, positions)
 
 
 def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str, before: int = 0) -> RewardModel:

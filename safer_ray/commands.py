@@ -85,13 +85,15 @@ def check_out(out: Path) -> Path:
     """Return where `--out` leads to, behind links.
 
     Raises:
-        UserError: it is a file, or no text.
+        UserError: it is a file, the root of the file system, or no text.
     """
     if "://" in str(out):
         return out
     if out.is_symlink() or ".." in out.parts:
         out = Path(os.path.realpath(out))
     check_utf8(out)
+    if not out.absolute().name:
+        raise UserError(f"{out} is the root of the file system; choose a folder in it as --out")
     if os.path.lexists(out) and not out.is_dir():
         raise UserError(f"{out} is no folder, and --out is the folder to write; choose another --out")
     return out

@@ -107,9 +107,14 @@ def wholly_marked(files: Iterable[Path]) -> set[Path]:
     """The files of which every row is marked, whatever it says itself: by their metadata, or by the artifact that they
     lie in."""
     files = list(files)
-    parents = {file: file.absolute().parent for file in files if not isinstance(file, Remote)}
-    marked_folders = {folder for folder in set(parents.values()) if enclosing([folder / MANIFEST]).red_team}
-    return {*tell_it(files), *(file for file, folder in parents.items() if folder in marked_folders)}
+    parents = {file: {path.parent for path in _lies_at(file)} for file in files}
+    marked_folders = {f for f in set().union(*parents.values()) if enclosing([f / MANIFEST]).red_team}
+    return {*tell_it(files), *(file for file, folders in parents.items() if folders & marked_folders)}
+
+
+def _lies_at(path: Path) -> set[Path]:
+    """Where a path says that it lies, and where it does behind links; an object lies in no folder."""
+    return set() if isinstance(path, Remote) else {path.absolute(), path.resolve()}
 
 
 def marks_of(path: Path) -> Marks:
@@ -120,9 +125,8 @@ def marks_of(path: Path) -> Marks:
 
 
 def enclosing(paths: Iterable[Path]) -> Marks:
-    """Of the artifacts that files lie in, up to two folders deep."""
-    local = {path.absolute() for path in paths if not isinstance(path, Remote)}
-    folders = {folder for path in local for folder in path.parents[:2]}
+    """Of the artifacts that files lie in, up to two folders deep, also behind links."""
+    folders = {folder for path in paths for place in _lies_at(path) for folder in place.parents[:2]}
     return together(*(_manifest_marks(folder / MANIFEST) for folder in folders))
 
 

@@ -749,3 +749,11 @@ def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
     assert "…" not in screen.file.getvalue()
     assert [line.split("│")[1].strip() for line in screen.file.getvalue().splitlines() if "0.900" in line] == [*names]
     assert screen.file.getvalue().count("p 0.00012") == 4
+
+
+def test_the_root_of_the_file_system_is_nowhere_to_write(safer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
+    for out in ("/", "//", "/x/.."):
+        code, _, told = safer("pairs", "--source", tmp_path / "a.jsonl", "--out", out, "--fresh")
+        assert code == 2
+        assert "the root of the file system; choose a folder in it as --out" in told

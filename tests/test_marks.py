@@ -41,7 +41,7 @@ from safer_ray.config import (
 from safer_ray.contents import check_whole
 from safer_ray.files import write_parquet
 from safer_ray.lab import run_lab
-from safer_ray.marks import RED_TEAM_MARK, Marks, marked
+from safer_ray.marks import RED_TEAM_MARK, Marks, marked, wholly_marked
 from safer_ray.pipeline import Stages, run
 from safer_ray.recipes import Input
 from safer_ray.runner import LocalRunner
@@ -405,6 +405,10 @@ def test_pairs_from_files_of_a_marked_artifact_are_marked_and_licensed(tmp_path)
     made = stages_in(tmp_path / "made").pairs(PairsConfig(sources=(source,)))
     assert (made.red_team, made.licence) == (True, [POISONED, CLEAN])
     assert made.manifest["red_team_from"] == ["itself"]
+    (tmp_path / "link.jsonl").symlink_to(folder / "trl/a.jsonl")
+    linked = SourceConfig(path=str(tmp_path / "link.jsonl"))
+    assert stages_in(tmp_path / "linked").pairs(PairsConfig(sources=(linked,))).marks == Marks((POISONED,), True)
+    assert wholly_marked([tmp_path / "link.jsonl"]) == {tmp_path / "link.jsonl"}
 
 
 # How it is handed on

@@ -289,6 +289,22 @@ def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(reward_dir, tmp_path):
         load_reward_model(tmp_path / "model")
 
 
+def test_positions_that_begin_behind_that_of_the_pad_token_limit_the_length(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = train_tokenizer(lambda: ["some text"], 300)
+    config = RobertaConfig(
+        vocab_size=300, pad_token_id=tokenizer.pad_token_id + 1, max_position_embeddings=40, num_labels=1, **sizes
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward_model(tmp_path)
+    assert reward.pairs.limit == load_pair_tokenizer(tmp_path).limit == 40 - 2 - tokenizer.pad_token_id
+    pair = make_pair("long", "words " * 99, "more " * 99, "other " * 99)
+    assert torch.isfinite(reward.forward_pairs(reward.pairs([pair])).rewards).all()
+
+
 def test_the_models_positions_limit_the_length(pairs):
     reward = new_reward_model(RewardConfig(base=TINY, max_length=4000), lambda: ["text"])
     assert reward.pairs.limit == TINY.positions
