@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from safer_ray.background import side_by_side
+from safer_ray.columnar import source_of
 from safer_ray.files import read_json, read_parquet, threads_for, write_json, write_parquet
 from safer_ray.remote import Remote
-from safer_ray.rows import explained, kind_of, source_of
+from safer_ray.rows import explained, kind_of
 
 MANIFEST = "manifest.json"  # of an artifact; it comes last
 MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours

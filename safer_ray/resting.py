@@ -1,7 +1,8 @@
-"""Readers of files that can be entered at their beginning alone, kept where a range of rows ended.
+"""Readers of files, kept where a range of rows ended.
 
-Fragments of a file are mostly read in their order: the next one goes on where the last one in this process stopped,
-so that a compressed file is unpacked once a process, and not once a fragment.
+Fragments of a file are mostly read in their order: the next one goes on where the last one in this process stopped, so
+that what cannot be entered at any row (a compressed file, a CSV, a JSON array, a row group) is unpacked, and what lies
+in an object store is fetched, once a process, and not once a fragment.
 """
 
 import contextlib
@@ -34,14 +35,15 @@ _kept: dict[tuple[str, int, str], At[Closable]] = {}
 
 
 @contextlib.contextmanager
-def resting(path: Path, start: int, stop: int, begin: Callable[[Path], Reader]) -> Iterator[At[Reader]]:
-    """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed."""
+def resting(path: Path, start: int, stop: int, begin: Callable[[Path], Reader], entry: int = 0) -> Iterator[At[Reader]]:
+    """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed. A new one
+    stands at row `entry`."""
     key = (str(path), *stamp(path))
     found = _kept.pop(key, None)
-    if found is not None and found.position > start:
+    if found is not None and not entry <= found.position <= start:
         found.reader.close()
         found = None
-    at: At[Reader] = At(begin(path), 0) if found is None else found  # type: ignore[assignment]  # `begin` is a path's
+    at: At[Reader] = At(begin(path), entry) if found is None else found  # type: ignore[assignment]  # `begin` is a path's
     try:
         yield at
     except BaseException:

@@ -6,14 +6,15 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from safer_ray import schema
+from safer_ray.columnar import RawRow, checked, columnar_rows, extent
 from safer_ray.errors import UserError
 from safer_ray.remote import BUFFER, Remote
 from safer_ray.resting import At, resting
@@ -22,8 +23,6 @@ from safer_ray.schema import RAW_LIMIT
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
 ENDINGS = ".jsonl, .json, .csv (these also .gz or .zst), .parquet, .arrow"
-
-RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
 
 _KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
@@ -60,11 +59,6 @@ def _explain_object(path: Remote, error: OSError) -> None:
         raise error
 
 
-def source_of(path: Path) -> Any:
-    """What pyarrow reads a file from."""
-    return path.native() if isinstance(path, Remote) else path
-
-
 def _open(path: Path) -> io.BufferedReader:
     if isinstance(path, Remote):
         compression = kind_of(path)[1]
@@ -85,19 +79,41 @@ def _skip_lines(stream: io.BufferedReader, count: int) -> None:
             return
 
 
-def _json_lines(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRow]:
-    if is_lines(path):
-        with _open(path) as stream:
-            if offset:
-                stream.seek(offset)
-            else:
-                _skip_lines(stream, start)
-            yield from _lines(At(stream, start), path.name, stop)
-        return
-    with resting(path, start, stop, _open) as at:
+class _Array:
+    """The elements of a file that is one JSON array."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+        self.elements = _elements(self.text)
+        self.close = self.text.close
+
+
+def _begin_json(path: Path, offset: int) -> io.BufferedReader | _Array:
+    stream = _open(path)
+    if offset:
+        stream.seek(offset)
+    elif kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        return _Array(stream)
+    return stream
+
+
+def _json_rows(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRow]:
+    offset = offset if is_lines(path) else 0
+    with resting(path, start, stop, partial(_begin_json, offset=offset), start if offset else 0) as at:
+        if isinstance(at.reader, _Array):
+            yield from _array_rows(at, at.reader.elements, start, stop)
+            return
         _skip_lines(at.reader, start - at.position)
         at.position = start
-        yield from _lines(at, path.name, stop)
+        yield from _lines(at, at.reader, path.name, stop)
+
+
+def _array_rows(at: At[Any], elements: Iterator[tuple[str, str | None]], start: int, stop: int) -> Iterator[RawRow]:
+    while at.position < stop and (element := next(elements, None)) is not None:
+        if at.position >= start:
+            text, refused = element
+            yield at.position, *(checked(text) if refused is None else (checked(text)[0], refused))
+        at.position += 1
 
 
 def _refuse_bare_returns(line: bytes, name: str) -> None:
@@ -109,14 +125,14 @@ def _refuse_bare_returns(line: bytes, name: str) -> None:
         )
 
 
-def _lines(at: At[io.BufferedReader], name: str, stop: int) -> Iterator[RawRow]:
-    while at.position < stop and (line := at.reader.readline(MAX_ROW + 1)):
+def _lines(at: At[Any], stream: io.BufferedReader, name: str, stop: int) -> Iterator[RawRow]:
+    while at.position < stop and (line := stream.readline(MAX_ROW + 1)):
         if at.position == 0:
             _refuse_bare_returns(line, name)
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > MAX_ROW and not line.endswith(b"\n"):
             length, line = len(line), line[:RAW_LIMIT]
-            while length <= MAX_SKIPPED and (rest := at.reader.readline(2**20)):
+            while length <= MAX_SKIPPED and (rest := stream.readline(2**20)):
                 length += len(rest)
                 if rest.endswith(b"\n"):
                     break
@@ -126,47 +142,29 @@ def _lines(at: At[io.BufferedReader], name: str, stop: int) -> Iterator[RawRow]:
                 return
             yield at.position, line.decode(errors="replace"), told
         elif line.strip():
-            yield at.position, *_checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
+            yield at.position, *checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
         at.position += 1
 
 
-def _checked(text: str) -> tuple[str, str | None]:
-    """A row's text and why it is refused: bytes that were no UTF-8 have become lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        replaced = text.encode(errors="surrogateescape").decode(errors="replace")
-        return replaced[:RAW_LIMIT], f"bad UTF-8: at character {error.start}"
-    return text, None
-
-
-def _is_array(path: Path) -> bool:
-    if kind_of(path)[0] != "json":
-        return False
-    with _open(path) as stream:
-        return stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def _json_array(path: Path) -> Iterator[RawRow]:
-    """The elements of one array; after one that is no JSON nothing more can be told apart."""
+def _elements(text: io.TextIOWrapper) -> Iterator[tuple[str, str | None]]:
+    """The elements of an array as they are written; after one that is no JSON nothing more can be told apart."""
     decoder = json.JSONDecoder()
-    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape") as text:
-        buffer, at, position, chunk = text.read(2**20).lstrip()[1:], 0, 0, 2**20
-        while True:
-            at = _JSON_SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # it matches the empty text
-            if buffer.startswith("]", at):
+    buffer, at, chunk = text.read(2**20).lstrip()[1:], 0, 2**20
+    while True:
+        at = _JSON_SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # it matches the empty text
+        if buffer.startswith("]", at):
+            return
+        try:
+            _, end = decoder.raw_decode(buffer, at)
+        except (ValueError, RecursionError) as error:
+            more = text.read(chunk) if len(buffer) - at <= MAX_ROW else ""
+            if not more:
+                yield buffer[at : at + RAW_LIMIT], f"not JSON: {error}"
                 return
-            try:
-                _, end = decoder.raw_decode(buffer, at)
-            except (ValueError, RecursionError) as error:
-                more = text.read(chunk) if len(buffer) - at <= MAX_ROW else ""
-                if not more:
-                    yield position, _checked(buffer[at : at + RAW_LIMIT])[0], f"not JSON: {error}"
-                    return
-                buffer, at, chunk = buffer[at:] + more, 0, chunk * 2
-                continue
-            yield position, *_checked(buffer[at:end])
-            at, position, chunk = end, position + 1, 2**20
+            buffer, at, chunk = buffer[at:] + more, 0, chunk * 2
+            continue
+        yield buffer[at:end], None
+        at, chunk = end, 2**20
 
 
 class _Csv:
@@ -192,67 +190,11 @@ def _csv_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
                 yield at.position, "", f"not CSV: {error}"
                 cells = []
             if cells and at.position >= start:
-                raw, refused = _checked(schema.to_json(dict(zip(header, cells, strict=False))))
+                raw, refused = checked(schema.to_json(dict(zip(header, cells, strict=False))))
                 if len(cells) > len(header) and refused is None:
                     refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
                 yield at.position, raw, refused
             at.position += 1
-
-
-def _batch_rows(batch: pa.RecordBatch, first: int, start: int, stop: int) -> Iterator[RawRow]:
-    low, high = max(0, start - first), min(batch.num_rows, stop - first)
-    for i in range(low, high, 100):
-        piece = batch.slice(i, min(100, high - i))
-        try:
-            rows = [_checked(schema.to_json(row)) for row in piece.to_pylist()]
-        except UnicodeDecodeError:
-            rows = [_one_row(piece.slice(j, 1)) for j in range(piece.num_rows)]
-        yield from ((first + i + j, *row) for j, row in enumerate(rows))
-
-
-def _one_row(row: pa.RecordBatch) -> tuple[str, str | None]:
-    try:
-        return _checked(schema.to_json(row.to_pylist()[0]))
-    except UnicodeDecodeError as error:
-        text = error.object.decode(errors="replace")
-        return text[:RAW_LIMIT], f"bad UTF-8: at byte {error.start}"
-
-
-def _parquet(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    with pq.ParquetFile(source_of(path), pre_buffer=isinstance(path, Remote)) as file:
-        groups: list[int] = []
-        first = seen = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if seen + rows > start and seen < stop:
-                first = first if groups else seen
-                groups.append(group)
-            seen += rows
-        for batch in file.iter_batches(batch_size=500, row_groups=groups) if groups else ():
-            yield from _batch_rows(batch, first, start, stop)
-            first += batch.num_rows
-            if first >= stop:
-                return
-
-
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with path.native() if isinstance(path, Remote) else pa.memory_map(str(path)) as memory:
-        magic = memory.read(6)
-        memory.seek(0)
-        if magic == b"ARROW1":
-            file = pa.ipc.open_file(memory)
-            yield from (file.get_batch(i) for i in range(file.num_record_batches))
-        else:
-            yield from pa.ipc.open_stream(memory)
-
-
-def _arrow(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    first = 0
-    for batch in _arrow_batches(path):
-        yield from _batch_rows(batch, first, start, stop)
-        first += batch.num_rows
-        if first >= stop:
-            return
 
 
 def read_rows(path: Path, start: int, stop: int, offset: int = 0) -> Iterator[RawRow]:
@@ -260,19 +202,12 @@ def read_rows(path: Path, start: int, stop: int, offset: int = 0) -> Iterator[Ra
     but do not come."""
     kind = kind_of(path)[0]
     with explained(path):
-        if kind == "parquet":
-            rows = _parquet(path, start, stop)
-        elif kind == "arrow":
-            rows = _arrow(path, start, stop)
+        if kind in ("parquet", "arrow"):
+            yield from columnar_rows(path, start, stop, kind)
         elif kind == "csv":
-            rows = _csv_rows(path, start, stop)
+            yield from _csv_rows(path, start, stop)
         else:
-            rows = _json_array(path) if _is_array(path) else _json_lines(path, start, stop, offset)
-        for row in rows:
-            if row[0] >= stop:
-                return
-            if row[0] >= start:
-                yield row
+            yield from _json_rows(path, start, stop, offset)
 
 
 class Cut(NamedTuple):
@@ -355,13 +290,7 @@ def cut_rows(
         return
     if kind in ("parquet", "arrow"):
         with explained(path):
-            if kind == "parquet":
-                metadata = pq.read_metadata(source_of(path))
-                sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-                total, held = metadata.num_rows, sum(sizes)
-            else:
-                counts = [(batch.num_rows, batch.nbytes) for batch in _arrow_batches(path)]
-                total, held = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
+            total, held = extent(path, kind)
         step = max(1, min(rows, size * total // max(held, 1)))
         total = min(total, limit)
         yield from (Cut(start, min(start + step, total)) for start in range(0, total, step))

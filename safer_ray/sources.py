@@ -177,7 +177,7 @@ def plan_file(
     """
     with explained(path):
         size_now, etag = stamp(path)
-    _format(path, source)
+    _format_as_stamped(path, etag, source)
     cuts = list(cut_rows(path, rows, size, source.limit or 2**62, after, size_now, whole_lines=whole_lines))
     planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
     name = file_name(path, source)
@@ -230,14 +230,17 @@ def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bo
 
 @functools.lru_cache(maxsize=1024)
 def _format_of_object(uri: str, etag: str, source: SourceConfig) -> str:
-    """As `_format`, asked once a process."""
     return _format(at(uri), source)
+
+
+def _format_as_stamped(path: Path, etag: str, source: SourceConfig) -> str:
+    """As `_format`, of an object asked once a process."""
+    return _format_of_object(str(path), etag, source) if isinstance(path, Remote) else _format(path, source)
 
 
 def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     name = fragment.file or file_name(path, source)
-    is_object = isinstance(path, Remote)
-    format = _format_of_object(fragment.path, fragment.etag, source) if is_object else _format(path, source)
+    format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
     expand = EXPANDERS.get(str(shared["format"]))
