@@ -1,9 +1,9 @@
 """Rows of Parquet and Arrow files as JSON text, a range at a time.
 
 A reader is kept where a range ended, and the next range goes on there: what is read in order is decoded, and fetched
-from an object store, once a process, however many ranges a row group is cut into. No large row group is ever held:
-of its bytes a process has `READ_AHEAD` at most, and of its rows a batch of about `BATCH_BYTES`. Of an Arrow file that
-lies in a store or is compressed it has one record batch, since there is no way into the middle of one.
+from an object store, once a process, however many ranges a row group is cut into. No large row group is ever held, but
+`READ_AHEAD` bytes of the file at most, the page at hand of each column, and a batch of about `BATCH_BYTES`. Of an Arrow
+file that lies in a store or is compressed a record batch is held, since there is no way into the middle of one.
 """
 
 from abc import ABC, abstractmethod

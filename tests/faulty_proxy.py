@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Proxy:
         self.rule: Rule = lambda request: None
         self.seen: list[Request] = []
         self.faults: list[Request] = []
+        self.fetched: Counter[str] = Counter()  # bytes of answers to GET, by path
         self._lock = threading.Lock()
         proxy = self
 
@@ -70,7 +72,7 @@ class Proxy:
 
     def reset(self) -> None:
         self.rule = lambda request: None
-        self.seen, self.faults = [], []
+        self.seen, self.faults, self.fetched = [], [], Counter()
 
     def fault_of(self, method: str, path: str) -> Fault:
         with self._lock:
@@ -98,6 +100,9 @@ class Proxy:
         reply = connection.getresponse()
         content = reply.read()
         connection.close()
+        if handler.command == "GET":
+            with self._lock:
+                self.fetched[handler.path.partition("?")[0]] += len(content)
         if fault.cut == "answer":
             _cut(handler)
         elif fault.cut == "reply":

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,33 @@ def write_input(folder: Path, count: int) -> Path:
 
 def fragments(folder: Path) -> list[Fragment]:
     return part_fragments(folder / "in")
+
+
+def one_file(folder: Path, count: int) -> list[Fragment]:
+    """So many fragments of ten numbered rows, all of one file."""
+    ids = range(ROWS * count)
+    columns = {"pair_id": [f"p{i}" for i in ids], "row_key": [f"in.jsonl#{i}" for i in ids], "value": list(ids)}
+    write_parquet(pa.table(columns), folder / "one" / part_name(0))
+    (whole,) = part_fragments(folder / "one")
+    return [replace(whole, number=i, start=ROWS * i, stop=ROWS * (i + 1)) for i in range(count)]
+
+
+def read_noted(fragment: Fragment, folder: Path, dies_once_at: int) -> pa.Table:
+    """As `read_fragment`, by a process that notes it, and dies once at a fragment."""
+    note(folder, "read", fragment.number)
+    if fragment.number == dies_once_at and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_fragment(fragment)
+
+
+def read_after_first(fragment: Fragment, folder: Path) -> pa.Table:
+    """As `read_fragment`, but any other than the first only when that has come to the model."""
+    end = time.monotonic() + 60
+    while fragment.number and not list(folder.glob("seen-*")):
+        assert time.monotonic() < end, "the first fragment waits for those behind it"
+        time.sleep(0.02)
+    return read_fragment(fragment)
 
 
 def dawdle(folder: Path, what: str, yes: bool) -> None:

@@ -4,13 +4,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
-from ray_work import WRITTEN, mortal, write_input
+from ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_noted, write_input
 from test_kill import assert_same_tables
 
 from safer_ray.accounts import count
@@ -25,7 +26,7 @@ from safer_ray.artifacts import (
 )
 from safer_ray.config import ActivationsConfig, RayConfig
 from safer_ray.distributed import runner as runner_module
-from safer_ray.distributed.data import dataset
+from safer_ray.distributed.data import LONGEST, dataset, following
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import Stages
@@ -220,6 +221,35 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
     )
     with pytest.raises(UserError, match=r"no model in .*gone \(config.json is missing\)"):
         stages.runner.map(made, fragments, tmp_path / "out")
+
+
+def test_fragments_of_a_file_that_follow_each_other_are_read_by_one_process(tmp_path):
+    runs = [[fragment.number for fragment in run] for run in following(one_file(tmp_path, 32), 2)]
+    assert runs == [[*range(start, start + 4)] for start in range(0, 32, 4)]
+
+
+def test_those_of_other_files_are_not_and_no_run_is_long(fragments, tmp_path):
+    assert [len(run) for run in following(fragments, 1)] == [1] * 8
+    assert max(len(run) for run in following(one_file(tmp_path / "in", 1000), 1)) == LONGEST
+    assert [len(run) for run in following(one_file(tmp_path / "more", 4), 2)] == [1] * 4
+
+
+@pytest.mark.parametrize("loads_model", [True, False])
+def test_a_reader_that_is_killed_among_them_loses_and_doubles_nothing(tmp_path, loads_model):
+    planned = one_file(tmp_path, 32)
+    job = replace(mortal(tmp_path, loads_model=loads_model), read=partial(read_noted, folder=tmp_path, dies_once_at=6))
+    counts = RayRunner(RayConfig(max_actors=1, tasks=2)).map(job, planned, tmp_path / "out")
+    assert (tmp_path / "died").exists()
+    assert doubles(tmp_path / "out") == [2 * i for i in range(320)]
+    assert (counts.read, counts.written) == (320, 320)
+    by = {n: {note.pid for note in notes(tmp_path, "read") if note.value == n} for n in range(32)}
+    assert all(by[n] == by[n + 1] for start in range(8, 32, 4) for n in range(start, start + 3))
+
+
+def test_each_of_them_goes_on_as_soon_as_it_is_read(tmp_path):
+    job = replace(mortal(tmp_path), read=partial(read_after_first, folder=tmp_path))
+    RayRunner(RayConfig(max_actors=1, tasks=1)).map(job, one_file(tmp_path, 8), tmp_path / "out")
+    assert doubles(tmp_path / "out") == [2 * i for i in range(80)]
 
 
 def test_the_read_step_is_not_fused_into_the_actors(fragments, tmp_path):

@@ -12,10 +12,14 @@ from safer_ray.rows import read_rows
 
 ROWS = [f'{{"n": {n}, "text": "a, b"}}' for n in range(200)]
 LINES = "".join(f"{row}\n" * (n != 50) + "\n" * (n == 50) for n, row in enumerate(ROWS)).encode()
+ARRAY = f"[{', '.join(ROWS)}]".encode()
 CELLS = ("n,text\n" + "".join(f'{n},"two\nlines"\n' for n in range(200))).encode()
 KINDS = {
     "a.jsonl.gz": gzip.compress(LINES),
     "a.jsonl.zst": zstandard.compress(LINES),
+    "a.json": ARRAY,
+    "a.json.gz": gzip.compress(ARRAY),
+    "lines.json": LINES,
     "a.csv": CELLS,
     "a.csv.gz": gzip.compress(CELLS),
 }

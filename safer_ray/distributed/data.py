@@ -3,6 +3,9 @@
 A row between operators is one fragment: what is committed whole travels whole, and the driver sees nothing but its
 accounts. Of a model in several parts, each has a pool of actors, and a row is a micro-batch of a fragment, with the
 hidden states that go from part to part; the pieces meet again on disk, where they are committed.
+
+A task reads fragments of one file that follow each other, since what they lie in (a row group, a compressed file) is
+unpacked from its beginning; each goes on as soon as it is read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +21,8 @@ from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fra
 from safer_ray.progress import RUN_ID
 from safer_ray.runner import Part, Work
 
+LONGEST = 16  # fragments that a task reads one after another
+
 
 def _as_task(step: type[Step], *arguments: Any) -> Callable[[Row], Row]:
     """A step as a function for tasks; what it builds lives as long as a task."""
@@ -26,6 +31,28 @@ def _as_task(step: type[Step], *arguments: Any) -> Callable[[Row], Row]:
         return step(*arguments)(row)
 
     return run
+
+
+def _one_by_one(step: type[Step], *arguments: Any) -> Callable[[Row], Iterator[Row]]:
+    """A step as a function for tasks that are given several fragments."""
+
+    def run(row: Row) -> Iterator[Row]:
+        made = step(*arguments)
+        yield from (made({"work": row["work"], "fragment": fragment}) for fragment in row["fragments"])
+
+    return run
+
+
+def following(fragments: Sequence[Fragment], tasks: int) -> list[list[Fragment]]:
+    """Return fragments as runs of one file each, so short that every one of `tasks` gets several."""
+    most = max(1, min(LONGEST, len(fragments) // (4 * tasks)))
+    runs: list[list[Fragment]] = []
+    for fragment in fragments:
+        if runs and runs[-1][-1].path == fragment.path and len(runs[-1]) < most:
+            runs[-1].append(fragment)
+        else:
+            runs.append([fragment])
+    return runs
 
 
 def _nothing(*_: Any) -> Any:
@@ -39,20 +66,30 @@ def _cluster_cpus() -> float:
 def dataset(works: Sequence[Work], config: RayConfig) -> Dataset:
     """The operators of jobs that are alike, over the fragments of one after another; rows come out when they are
     committed."""
-    rows = [fragment_row(number, f) for number, work in enumerate(works) for f in work.fragments]
-    source = ray.data.from_items(rows, override_num_blocks=len(rows))
     job, given = works[0].job, [work._replace(fragments=()) for work in works]
     reading = [work._replace(job=replace(work.job, make=_nothing)) for work in given]
     mapping = [work._replace(job=replace(work.job, read=_nothing, prepare=None)) for work in given]
     # Processes import only what their own step needs.
     committing = [work._replace(job=replace(work.job, make=_nothing)) for work in mapping]
-    cpus, tasks = config.task_cpus, TaskPoolStrategy(size=config.tasks or max(2, int(_cluster_cpus() / 2)))
+    size = config.tasks or max(2, int(_cluster_cpus() / 2))
+    cpus, tasks = config.task_cpus, TaskPoolStrategy(size=size)
+    rows = [fragment_row(number, f) for number, work in enumerate(works) for f in work.fragments]
+    if job.shards == 1:
+        runs = [
+            {"work": number, "fragments": [fragment_row(number, f)["fragment"] for f in run]}
+            for number, work in enumerate(works)
+            for run in following(work.fragments, size)
+        ]
+        source = ray.data.from_items(runs, override_num_blocks=len(runs))
+        source.context.target_max_block_size = 1  # byte: a block for each fragment
+    else:
+        source = ray.data.from_items(rows, override_num_blocks=len(rows))
     if not job.loads_model:
-        return source.map(_as_task(Whole, given, RUN_ID), num_cpus=cpus, compute=tasks)
+        return source.flat_map(_one_by_one(Whole, given, RUN_ID), num_cpus=cpus, compute=tasks)
     pools = config.pools(job.shards)
     apart = cpus + 0.001 * (cpus == pools[0].actor_cpus)  # operators of equal shares are fused into one process
     if job.shards == 1:
-        read = source.map(_as_task(Read, reading, RUN_ID), num_cpus=apart, compute=tasks)
+        read = source.flat_map(_one_by_one(Read, reading, RUN_ID), num_cpus=apart, compute=tasks)
         mapped = _in_pool(read, Map, (mapping, RUN_ID), pools[0], len(rows))
         return mapped.map(_as_task(Commit, committing, RUN_ID), num_cpus=cpus, compute=tasks)
     streamed = source.flat_map(_as_task(ReadPieces, reading, RUN_ID), num_cpus=apart, compute=tasks)
