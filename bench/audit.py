@@ -1,8 +1,10 @@
-"""What an audit carries: `python -m bench.audit [--pairs 2000] [--rows 50000 500000] [--files 10 1000] [--json OUT]`.
+"""What an audit carries: `python -m bench.audit [--pairs 2000] [--rows 50000 500000] [--files 10 1000]
+[--group-rows 100000] [--rounds 3] [--json OUT]`.
 
 The real engine, a random Llama of hidden 256 behind a bundle, audits pairs of hh-rlhf harmless on Ray with 1 and 2
 actors, beside the bare engine on the same pairs and as many cores. A trivial engine, which looks at lengths alone, then
-shows what reading, checking, moving and committing rows costs without any model. Every audit has a process of its own,
+shows what reading, checking, moving and committing rows costs without any model, also of Parquet in one large row
+group, and what a process fetches of that where it lies in a store. Every audit has a process of its own,
 whose memory is the driver's.
 """
 
@@ -27,6 +29,7 @@ import torch
 
 from bench.common import local_path, write
 from bench.engine import SIZES, prepare, read_pairs
+from bench.groups import counted, groups, known_store
 from bench.growth import held_at_most
 from safer_ray import schema
 from safer_ray.artifacts import Artifact, Place, open_artifact, part_files, read_plan
@@ -51,6 +54,8 @@ GOALS = {
     "driver_rss_mb": "<= 1,000",
     "driver_rss_growth": "about 1: does not grow",
     "files_10_to_1000": "<= 1.3",
+    "one_group_vs_many": "<= 1.3, with one actor and with two",
+    "store_bytes_vs_file": "<= 1.1 for each process that reads it",
 }
 
 
@@ -134,6 +139,14 @@ class Plumbing(Audit):
         return replace(super().job(), make=Lengths, prepare=lambda: NormalisePairs((self.source,), self.max_chars))
 
 
+class StoredPlumbing(Plumbing):
+    """The same of a corpus in a store that counts."""
+
+    def job(self) -> MapJob:
+        job = super().job()
+        return replace(job, **counted(job))
+
+
 class Watched:
     """A batch function that writes down when it worked."""
 
@@ -171,16 +184,23 @@ def busy(notes: Path) -> float:
 
 # Measuring
 
+KINDS = {  # what is audited, and rows of a fragment
+    "real": (WatchedAudit, FRAGMENT),
+    "trivial": (Plumbing, 1000),
+    "groups": (Plumbing, 5000),
+    "stored": (StoredPlumbing, 5000),
+}
 
-def one_audit(folder: Path, bundle: Path, corpus: Path, actors: int, trivial: bool) -> dict[str, Any]:
+
+def one_audit(folder: Path, bundle: Path, corpus: str, actors: int, kind: str) -> dict[str, Any]:
     """An audit on Ray in this process; what it took."""
     from safer_ray.distributed.runner import RayRunner
     from safer_ray.distributed.session import ray_session
 
-    source = SourceConfig(path=str(corpus), format="canonical")
-    rows = 1000 if trivial else FRAGMENT
-    kind = Plumbing if trivial else WatchedAudit
-    audit = kind(open_artifact(bundle, "auditor"), source, ScoresConfig(detector="safer"), fragment_rows=rows)
+    source = SourceConfig(path=corpus, format="canonical")
+    known_store()
+    audits, rows = KINDS[kind]
+    audit = audits(open_artifact(bundle, "auditor"), source, ScoresConfig(detector="safer"), fragment_rows=rows)
     config = RayConfig(min_actors=actors, max_actors=actors)
     out = folder / "out"
     out.mkdir(parents=True)
@@ -200,7 +220,7 @@ def one_audit(folder: Path, bundle: Path, corpus: Path, actors: int, trivial: bo
         "seconds": seconds,
         "pairs_per_s": counts.read / seconds,
         "steady": steady,
-        "device_busy": None if trivial else busy(corpus.parent / "busy"),
+        "device_busy": busy(Path(corpus).parent / "busy") if kind == "real" else None,
         "driver_mb": held_at_most(),
     }
 
@@ -273,19 +293,22 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000])
     parser.add_argument("--files", type=int, nargs="+", default=[10, 1000])
+    parser.add_argument("--group-rows", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3, help="of one row group beside many")
     parser.add_argument("--json", type=local_path)
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet_transformers()
     if given.child:
         folder, bundle, corpus, actors, kind = given.child
-        print(json.dumps(one_audit(Path(folder), Path(bundle), Path(corpus), int(actors), kind == "trivial")))
+        print(json.dumps(one_audit(Path(folder), Path(bundle), corpus, int(actors), kind)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engines = real(folder, given.pairs)
         bundle = next((folder / "made").glob("auditor-*"))
         moved = plumbing(folder, bundle, given.rows, given.files)
+        grouped, of_groups = groups(folder / "groups", partial(apart, bundle), given.group_rows, given.rounds)
     largest, smallest = max(given.rows), min(given.rows)
     by = {(found["rows"], found["files"]): found for found in moved}
     few, many = min(given.files), max(given.files)
@@ -296,10 +319,11 @@ def main() -> None:
         "driver_rss_mb": max(found["driver_mb"] for found in moved),
         "driver_rss_growth": by[largest, few]["driver_mb"] / by[smallest, few]["driver_mb"],
         "files_10_to_1000": by[largest, many]["seconds"] / by[largest, few]["seconds"],
+        **of_groups,
     }
     for figure, goal in GOALS.items():
         print(f"{figure:<24} {figures[figure]:10.2f}   {goal}")
-    write(given.json, figures, [*engines, *moved])
+    write(given.json, figures, [*engines, *moved, *grouped])
 
 
 if __name__ == "__main__":
