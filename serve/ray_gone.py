@@ -3,15 +3,14 @@
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from safer_ray.distributed.internals import own_processes
 from serve.ending import Ending
 
 LOOK_S = 0.2
@@ -23,11 +22,7 @@ class RayGone:
     or for ever: as when a signal goes to all processes of a group, or something kills one of them."""
 
     def __init__(self, ending: Ending, folder: Path) -> None:
-        import ray
-
-        node: Any = ray._private.worker._global_node
-        started = [info.process for infos in node.all_processes.values() for info in infos]
-        self.parts: list[subprocess.Popen[bytes]] = started
+        self.parts = own_processes()
         self.ending = ending
         self.folder = folder
         self.children: set[psutil.Process] = set()

@@ -328,7 +328,11 @@ def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_t
     assert [said[1:3] for said in seen] == [(n, 24) for n in range(9, 25)]
     if loads_model:
         (told,) = tmp_path.glob("told-*")
-        assert told.read_text().split("\n")[:3] == ["built 3", "gone 3", "built 5"]
+        what = [line.split() for line in told.read_text().splitlines()]
+        built = [factor for done, factor in what if done == "built"]
+        assert set(built) == {"3", "5"}
+        assert len(built) <= 6  # fragments of two works may overtake each other where one follows the other
+        assert all(before == ["gone", was] for before, was in zip(what[1::2], built, strict=False))  # one at a time
 
 
 def test_several_models_are_evaluated_as_each_alone(local, tmp_path, pairs_dir, reward_dir, other_reward_dir):

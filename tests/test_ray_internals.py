@@ -58,6 +58,7 @@ def test_the_cluster_of_this_machine_is_found_with_its_nodes_and_logs(ray_sessio
     assert (internals.logs_folder() / "raylet.out").exists()
     assert internals.asks_for_a_token()
     assert internals.serve_client() is None
+    assert {"gcs_server", "raylet"} <= {Path(part.args[0]).name for part in internals.own_processes()}
     with pytest.raises(grpc.RpcError):
         internals.nodes_at("127.0.0.1:9", 1)
 

@@ -3,6 +3,7 @@ held to the minor version that was tested."""
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,14 @@ def logs_folder() -> Path:
     from ray._private import worker
 
     return Path(worker.global_worker.node.get_logs_dir_path())
+
+
+def own_processes() -> list["subprocess.Popen[bytes]"]:
+    """Return the processes of the Ray that this process started."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return [info.process for infos in node.all_processes.values() for info in infos]
 
 
 def cluster_here() -> str:
