@@ -175,7 +175,8 @@ def test_a_file_is_scored_sorted_explained_and_downloaded(browser: Browser, uplo
     browser.until(path.exists, "the download")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["safer_ray"]["line"] for row in rows] == list(range(1, ROWS + 1))
-    assert (rows[0]["note"], rows[4].keys()) == (0, {"safer_ray"})
+    assert (rows[0]["id"], "note" in rows[0], rows[4].keys()) == ("row-0", False, {"safer_ray"})
+    assert "leaves out what else the rows have: note." in browser.text("main")
     assert sorted(row["safer_ray"].get("suspicion", -1.0) for row in rows)[3:] == sorted(suspicion)
 
     line = browser.one(".why button").get_attribute("data-line")
