@@ -33,6 +33,19 @@ if [ -n "$settings" ]; then
     -e '/^ *errorfile/d' \
     "$settings"
   rm "$answers"
+  # Another Ray may write other settings, of which these lines would leave something open without a word.
+  wanted() { grep -Eq "$1" "$settings" || refuse "has no line $1"; }
+  unwanted() { if grep -Eq "$1" "$settings"; then refuse "still has a line $1"; fi; }
+  refuse() {
+    echo "haproxy.sh: $settings $1; Ray writes it otherwise than 2.60 does: install the Ray of pyproject.toml" >&2
+    exit 1
+  }
+  wanted '^ *stats socket .* mode 600 '
+  wanted '^ *timeout http-request 20s$'
+  wanted '^ *http-error status 50[234] '
+  unwanted '^ *bind +(:|[^ ]*\*)'
+  unwanted 'mode 666'
+  unwanted '^ *errorfile'
 fi
 if [ -n "${SAFER_RAY_PYTHON:-}" ]; then  # it ends with the process that started it, also where that one is killed
   exec "$SAFER_RAY_PYTHON" -ISc 'import ctypes, os, sys

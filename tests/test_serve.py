@@ -298,6 +298,30 @@ def test_haproxy_says_as_a_problem_that_nobody_answers(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "otherwise"),
+    [
+        ("stats socket", "stats  bind-socket"),
+        ("mode 666", "mode 0666"),
+        ("bind *:", "bind ipv4@*:"),
+        ("bind *:", "bind  *:"),
+        ("bind :", "bind  :"),
+        ("errorfile 502", "errorfiles 502"),
+        ("timeout connect", "timeout  connect"),
+    ],
+)
+def test_settings_that_are_written_otherwise_are_refused(tmp_path, written, otherwise):
+    text = AS_RAY_WRITES.format(folder=tmp_path, ports=[1, 2, 3, 4])
+    assert written in text
+    (tmp_path / "haproxy.cfg").write_text(text.replace(written, otherwise), encoding="utf-8")
+    script = os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    done = subprocess.run(
+        [script, "-c", "-f", str(tmp_path / "haproxy.cfg")], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 1
+    assert "Ray writes it otherwise than 2.60 does" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7])
 def test_http_scores_equal_those_of_an_audit_in_any_batch(http, bundle, corpus, expected, size):
