@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from safer_ray.cores import own_groups
 from safer_ray.errors import SaferError
 
 HARMLESS = 87  # exit code of a child that has come to its end, whether the function returned or raised
@@ -30,7 +31,6 @@ OF_ROOM, OF_TOTAL = 1 / 2, 1 / 8  # memory that a row takes for itself: of what 
 STOP_AT = 0.9  # of the free memory, and
 LOW = 0.07  # of all that is still free, before the kernel, or Ray, looks for somebody to kill
 PDEATHSIG = 1  # of prctl: the child ends with its parent
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Memory(NamedTuple):
@@ -169,27 +169,16 @@ def memory_of_this_process() -> Memory:
 
 
 def _groups() -> Iterator[Memory]:
-    """The limits of the control groups that this process is in, of both versions, as a container sees them."""
-    for line in _lines(Path("/proc/self/cgroup")):
-        _, kinds, path = line.split(":", 2)
-        second = kinds == ""
-        if not second and "memory" not in kinds.split(","):
-            continue
-        root = CGROUPS if second else CGROUPS / "memory"
-        own = root / path.strip("/")
+    """The limits of the control groups that this process is in."""
+    for group, second in own_groups("memory"):
         names = ("memory.max", "memory.current", "inactive_file")
         limit, used, cache = (
             names if second else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         )
-        for group in (own, *own.parents):
-            if not group.is_relative_to(root):
-                break
-            total, current = _number(group / limit), _number(group / used)
-            if total is not None and current is not None:
-                held = sum(
-                    int(words[1]) for words in map(str.split, _lines(group / "memory.stat")) if words[0] == cache
-                )
-                yield Memory(total, max(0, total - current + held))
+        total, current = _number(group / limit), _number(group / used)
+        if total is not None and current is not None:
+            held = sum(int(words[1]) for words in map(str.split, _lines(group / "memory.stat")) if words[0] == cache)
+            yield Memory(total, max(0, total - current + held))
 
 
 def _kills() -> int | None:

@@ -15,22 +15,26 @@ def usable_cpus() -> int:
     return max(1, int(min([own, *_quotas()])))
 
 
-def _quotas() -> Iterator[float]:
-    """Yield what the control groups of this process allow, in CPUs; of both versions, as a container sees them."""
+def own_groups(kind: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the control groups of this process that limit `kind`, from its own up, as a container sees
+    them, each with whether it is of version 2."""
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, kinds, path = line.split(":", 2)
         second = kinds == ""
-        if not second and "cpu" not in kinds.split(","):
+        if not second and kind not in kinds.split(","):
             continue
-        root = CGROUPS if second else CGROUPS / "cpu"
+        root = CGROUPS if second else CGROUPS / kind
         own = root / path.strip("/")
-        for group in (own, *own.parents):
-            if not group.is_relative_to(root):
-                break
-            names = ("cpu.max",) if second else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            match " ".join(_read(group / name) for name in names).split():
-                case [quota, period] if quota.isdigit() and int(period) > 0:
-                    yield int(quota) / int(period)
+        yield from ((group, second) for group in (own, *own.parents) if group.is_relative_to(root))
+
+
+def _quotas() -> Iterator[float]:
+    """Yield what the control groups of this process allow, in CPUs."""
+    for group, second in own_groups("cpu"):
+        names = ("cpu.max",) if second else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        match " ".join(_read(group / name) for name in names).split():
+            case [quota, period] if quota.isdigit() and int(period) > 0:
+                yield int(quota) / int(period)
 
 
 def _read(path: Path) -> str:

@@ -148,20 +148,6 @@ class Harvest(StageContext):
 
         return self.place.make_all(recipes, build)
 
-    def _through(
-        self,
-        stage: str,
-        make: Callable[..., BatchFn],
-        written: pa.Schema,
-        pairs: Artifact,
-        reward: Artifact,
-        out: Path,
-        blocks: int | None = None,
-        group_rows: int | None = None,
-    ) -> dict[str, int]:
-        """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`); row counts."""
-        return self.map_all([self._work(stage, make, written, pairs, reward, out, blocks, group_rows)])[0]
-
     def _work(
         self,
         stage: str,
@@ -173,7 +159,7 @@ class Harvest(StageContext):
         blocks: int | None = None,
         group_rows: int | None = None,
     ) -> Work:
-        """What `_through` does."""
+        """Every pair, tokenised for `reward`, through a function that holds it (its first `blocks`)."""
         trusted = {"trust_remote_code": self.trust_remote_code}
         shards = min(self.shards, blocks or self.shards)
         job = MapJob(
@@ -193,15 +179,17 @@ class Harvest(StageContext):
 
     def activations(self, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
         def build(out: Path) -> Result:
-            counts = self._through(
-                "activations",
-                partial(EncodeActivations, reward.path, config.layer, config.tokens),
-                schema.activations(self._width(reward)),
-                pairs,
-                reward,
-                out,
-                blocks=config.layer,
-                group_rows=schema.GROUP_ROWS,
+            counts = self.map(
+                *self._work(
+                    "activations",
+                    partial(EncodeActivations, reward.path, config.layer, config.tokens),
+                    schema.activations(self._width(reward)),
+                    pairs,
+                    reward,
+                    out,
+                    blocks=config.layer,
+                    group_rows=schema.GROUP_ROWS,
+                )
             )
             return Result(counts, {"layer": config.layer})
 
@@ -282,8 +270,8 @@ class Harvest(StageContext):
 
     def codes(self, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
         def build(out: Path) -> Result:
-            counts = self._through(
-                "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, pairs, reward, out
+            counts = self.map(
+                *self._work("codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, pairs, reward, out)
             )
             loaded = load_sae(sae.path)
             metrics = {"latents": loaded.latents, "k": loaded.k}
@@ -295,8 +283,10 @@ class Harvest(StageContext):
         """What the reward head reads of the two responses of every pair, as a difference."""
 
         def build(out: Path) -> Result:
-            counts = self._through(
-                "heads", partial(HeadPairs, reward.path), schema.heads(self._width(reward)), pairs, reward, out
+            counts = self.map(
+                *self._work(
+                    "heads", partial(HeadPairs, reward.path), schema.heads(self._width(reward)), pairs, reward, out
+                )
             )
             return Result(counts)
 
@@ -308,7 +298,9 @@ class Harvest(StageContext):
         def build(out: Path) -> Result:
             width = self._width(reward) * len(layers)
             make = partial(MeanVectors, reward.path, layers)
-            counts = self._through("vectors", make, schema.vectors(width), pairs, reward, out, blocks=max(layers))
+            counts = self.map(
+                *self._work("vectors", make, schema.vectors(width), pairs, reward, out, blocks=max(layers))
+            )
             return Result(counts)
 
         shown = {"layers": list(layers)}

@@ -101,7 +101,7 @@ class StageContext:
         return cls(place, runner, config.fragment_rows, reward.shards, reward.trust_remote_code, share)
 
     def map(
-        self, job: MapJob, fragments: list[Fragment], directory: Path, *, refused_share: float | None = None
+        self, job: MapJob, fragments: Sequence[Fragment], directory: Path, *, refused_share: float | None = None
     ) -> dict[str, int]:
         """Map a job; its row counts. What it writes is marked as the inputs of what is built in `directory` are.
 

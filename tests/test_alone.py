@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from safer_ray import alone
+from safer_ray import alone, cores
 from safer_ray.alone import Memory, how_it_ends
 from safer_ray.errors import SaferError
 
@@ -143,7 +143,7 @@ def test_the_memory_of_a_control_group_counts(monkeypatch, tmp_path):
     for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 5\ninactive_file 300\n")):
         (group / f"memory.{name}").write_text(text)
     (tmp_path / "memory.max").write_text("max\n")
-    lines = alone._lines
-    monkeypatch.setattr(alone, "CGROUPS", tmp_path)
-    monkeypatch.setattr(alone, "_lines", lambda path: ["0::/job/"] if path.name == "cgroup" else lines(path))
+    read = cores._read
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "_read", lambda path: "0::/job/\n" if path.name == "cgroup" else read(path))
     assert alone.memory_of_this_process() == Memory(1000, 400)
