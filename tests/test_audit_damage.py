@@ -304,7 +304,6 @@ def test_a_folder_where_a_file_belongs_is_told_in_a_line(bundle, corpus, out, na
 @pytest.mark.parametrize(
     ("below", "told"),
     [("", "is no folder, and --out is"), ("/deep/er", "is a file where a folder belongs; move it away")],
-    [("", "is no folder, and --out is"), ("/deep/er", "is a file where a folder belongs; move it away")],
 )
 def test_an_out_that_is_a_file_is_told(refused, bundle, corpus, tmp_path, below, told):
     (tmp_path / "out").write_text("mine")

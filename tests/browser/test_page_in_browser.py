@@ -107,7 +107,7 @@ def test_what_cannot_be_scored_is_told_at_its_field(browser: Browser):
     assert browser.one("#chosen").get_property("value") == same
     browser.fill(rejected="x" * 20_001)
     browser.one("#pair button.primary").click()
-    browser.until(lambda: "20,010 characters" in browser.text("#rejected-error"))
+    browser.until(lambda: "20,001 characters" in browser.text("#rejected-error"))
 
 
 # Features
