@@ -1,6 +1,7 @@
 """The stages that read texts or run models. Inputs are artifacts, the output of each is one."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -322,9 +323,11 @@ class Harvest(StageContext):
                 )
                 for name, out in partials.items()
             ]
+            began = time.monotonic()
             counted = self.map_all(works)
+            share = (time.monotonic() - began) / len(works)  # the processes that read one model read them all
             return {
-                name: Result(counts, self._measured(models[name], out))
+                name: Result(counts, self._measured(models[name], out), wall_seconds=share)
                 for (name, out), counts in zip(partials.items(), counted, strict=True)
             }
 

@@ -141,7 +141,7 @@ class JsonLines:
         pace = self.paces[stage] = _pace(self.paces.get(stage), now, done)
         pace.rows += rows
         told = pace.told(now, done, total)
-        if now - self.said.setdefault(stage, pace.began) >= LINE_SECONDS:
+        if now - max(self.said.get(stage, pace.began), pace.began) >= LINE_SECONDS:
             self.said[stage] = now
             json_line("progress", stage=stage, done=done, total=total, **told)
 

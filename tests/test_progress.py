@@ -94,10 +94,10 @@ def test_the_rate_and_the_time_left_are_those_since_the_first_news(lines, clock)
 
 def test_a_stage_that_begins_again_with_another_model_has_a_pace_of_its_own(lines, clock):
     report = JsonLines()
-    for second, done in ((0, 90), (60, 95), (120, 1), (180, 5)):
+    for second, done in ((0, 90), (60, 95), (500, 1), (560, 5)):
         clock[0] = second
         report.progress("audit", done, 100)
-    first, *_, last = lines()
+    first, last = lines()
     assert first["seconds_left"] == 60
     assert last["seconds_left"] == 1425
 

@@ -337,7 +337,9 @@ def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_t
 
 def test_several_models_are_evaluated_as_each_alone(local, tmp_path, pairs_dir, reward_dir, other_reward_dir):
     pairs, models = open_artifact(pairs_dir), [open_artifact(reward_dir), open_artifact(other_reward_dir)]
+    began = time.monotonic()
     found = Stages(Place(tmp_path / "ray"), RayRunner(TWO)).evaluations([*models, models[0]], pairs)
+    assert sum(artifact.manifest["wall_seconds"] for artifact in found[:2]) <= time.monotonic() - began
     alone = Stages(Place(tmp_path / "local"), LocalRunner())
     wanted = [alone.evaluate(model, pairs) for model in models]
     assert [artifact.name for artifact in found] == [wanted[0].name, wanted[1].name, wanted[0].name]
