@@ -238,7 +238,7 @@ def forward_flops(bench: Bench, layers: int) -> float:
 
 
 def shares(engine: Engine, bench: Bench) -> dict[str, float]:
-    """Where the time of an audit's forward pass goes, as shares of 1."""
+    """Return where the time of an audit's forward pass goes, as shares of 1."""
     spent = dict.fromkeys(SHARES, 0.0)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:

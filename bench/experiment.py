@@ -59,7 +59,7 @@ def remedies_part(found: dict[str, Any]) -> Part:
 
 
 def goals(found: dict[str, Any]) -> Table:
-    """What was hoped for before the first run, and what came."""
+    """Return what was hoped for before the first run, and what came."""
     rows: list[tuple[str, ...]] = []
 
     def add(goal: str, value: str, met: bool) -> None:

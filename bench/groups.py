@@ -76,7 +76,7 @@ def read_counted(fragment: Fragment, read: Callable[[Fragment], pa.Table]) -> pa
 
 
 def counted(job: MapJob) -> dict[str, Any]:
-    """What is other in a job that reads `counted://`."""
+    """Return what is other in a job that reads `counted://`."""
     return {"read": partial(read_counted, read=job.read)}
 
 

@@ -232,7 +232,7 @@ def measure(size: Size, device: str, rounds: int, names: list[str], kinds: list[
 
 
 def ratio(found: dict[str, Any], other: str, work: str = "passes") -> float | None:
-    """How many times as long `other` takes as ours: the median over rounds."""
+    """Return how many times as long `other` takes as ours: the median over rounds."""
     if work not in found["seconds"].get(other, {}):
         return None
     pairs = zip(found["seconds"][other][work], found["seconds"]["ours"][work], strict=True)

@@ -149,7 +149,7 @@ class Served:
             raise SystemExit("the service did not start; what it says stands above")
 
     def load(self, requests: Sequence[Sequence[Pair]], seconds: float, **pace: Any) -> dict[str, Any]:
-        """What a loop in another process found."""
+        """Return what a loop in another process found."""
         asked = {"host": "127.0.0.1", "port": self.port, "requests": requests, "seconds": seconds, **pace}
         found = subprocess.run(
             [sys.executable, "-m", "bench.load"], input=json.dumps(asked), capture_output=True, text=True, check=True

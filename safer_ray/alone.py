@@ -182,7 +182,7 @@ def _groups() -> Iterator[Memory]:
 
 
 def _kills() -> int | None:
-    """How often the kernel has killed a process for want of memory; None where it does not tell."""
+    """Return how often the kernel has killed a process for want of memory; None where it does not tell."""
     counts = [int(words[1]) for words in map(str.split, _lines(Path("/proc/vmstat"))) if words[0] == "oom_kill"]
     return counts[0] if counts else None
 

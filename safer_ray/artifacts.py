@@ -161,7 +161,7 @@ def check_unplanned(directory: Path, folders: Sequence[str] = ()) -> None:
 
 
 def _identity(fragment: Fragment) -> tuple[int, str, int]:
-    """What a file is known by, but for its bytes."""
+    """Return what a file is known by, but for its bytes."""
     return fragment.source, fragment.file, fragment.size
 
 
@@ -237,7 +237,7 @@ def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> Non
 
 
 def _is_closed(partial: Path) -> bool:
-    """Whether a whole manifest is there."""
+    """Return whether a whole manifest is there."""
     try:
         return (partial / MANIFEST).is_file() and bool(open_artifact(partial).manifest)
     except UserError:
@@ -266,7 +266,7 @@ class Place:
         return self.out or self.root / recipe.name
 
     def partial(self, recipe: Recipe) -> Path:
-        """Where it is built."""
+        """Return where it is built."""
         return self.path(recipe).with_name(f".partial-{recipe.name}")
 
     def find(self, recipe: Recipe) -> Artifact | None:

@@ -174,7 +174,7 @@ class Matched(NamedTuple):
     at_b: np.ndarray
 
     def values(self, name: str) -> np.ndarray:
-        """What A and B say of each pair, [2, n]."""
+        """Return what A and B say of each pair, [2, n]."""
         return np.stack([self.a[name].to_numpy()[self.at_a], self.b[name].to_numpy()[self.at_b]])
 
     def flags(self) -> dict[str, np.ndarray]:
@@ -227,7 +227,7 @@ def _matched(a: pa.Table, b: pa.Table, key: Key) -> Matched:
 
 
 def _added(a: Artifact, b: Artifact, key: Key, shares: Iterable[Matched], tell: Tell) -> Difference:
-    """What is found share by share, together."""
+    """Return what is found share by share, together."""
     both, flags = 0, Counter(dict.fromkeys(Flags._fields, 0))
     changes = np.zeros(2)  # how many, and their sum
     spearman: dict[str, float | None] = {}
@@ -294,7 +294,7 @@ def write_difference(a: Artifact, b: Artifact, path: Path, most: int = MOST) -> 
 
 
 def _is_difference(path: Path) -> bool:
-    """Whether a file begins as `write_difference` writes it; it may be large."""
+    """Return whether a file begins as `write_difference` writes it; it may be large."""
     try:
         with path.open(encoding="utf-8") as stream:
             return stream.read(9) == '{\n "a": "'

@@ -46,7 +46,7 @@ class Audit(NamedTuple):
     max_refused_share: float = MAX_REFUSED_SHARE  # of the rows, before an audit counts as failed
 
     def asked(self) -> dict[str, Any]:
-        """What an audit must have in common with its earlier half; never paths or worker counts."""
+        """Return what an audit must have in common with its earlier half; never paths or worker counts."""
         source = self.source.model_dump(mode="json", exclude={"path"})
         return {
             "auditor": self.auditor.name,

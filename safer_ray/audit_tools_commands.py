@@ -195,7 +195,7 @@ def gc_command(
 
 
 def _delete(run: "Run", wanted: "Wanted") -> list["Leftover"]:
-    """What was deleted of a run; nothing, which is told, where somebody has begun to work there meanwhile."""
+    """Return what was deleted of a run; nothing, which is told, where somebody has begun to work there meanwhile."""
     from safer_ray.leftovers import delete
 
     try:

@@ -57,7 +57,7 @@ def last_of_worst(parts: Callable[[], Iterable[pa.Table]], count: int, most: int
 
 
 def _shared(digits: np.ndarray, known: list[int]) -> np.ndarray:
-    """Whether rows begin with the known digits, bool [n]."""
+    """Return whether rows begin with the known digits, bool [n]."""
     return (digits[:, : len(known)] == np.array(known, dtype=np.int64)).all(axis=1)
 
 

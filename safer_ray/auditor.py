@@ -65,7 +65,7 @@ def check_code(auditor: Artifact, trust_remote_code: bool) -> None:
 
 
 def best_detector(auditor: Artifact) -> DetectorOf:
-    """What finds most errors of all that a bundle can suspect pairs by (docs/experiment.md)."""
+    """Return what finds most errors of all that a bundle can suspect pairs by (docs/experiment.md)."""
     return "combined" if (auditor.path / DETECTOR).is_dir() else "reward_margin"
 
 
@@ -81,7 +81,7 @@ def scorer(auditor: Artifact, config: ScoresConfig) -> ScoreCodes:
 
 
 def reference_values(auditor: Artifact, detector: DetectorOf) -> np.ndarray:
-    """What a detector says of the reference pairs, float64 [n]; low: suspicious.
+    """Return what a detector says of the reference pairs, float64 [n]; low: suspicious.
 
     Raises:
         UserError: the bundle holds no such detector.
@@ -122,7 +122,7 @@ def _fitted(auditor: Artifact) -> Path:
 
 
 def _value(auditor: Artifact, detector: DetectorOf) -> Value | None:
-    """What a pair is valued by; None: its score."""
+    """Return what a pair is valued by; None: its score."""
     if detector == "safer":
         return None
     if detector == "reward_margin":

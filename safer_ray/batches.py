@@ -76,7 +76,7 @@ def passes(
 
 
 def _unless_too_large(run: Callable[[list[int]], Result], chunk: list[int]) -> Result | None:
-    """What is made of a micro-batch; None where the memory did not suffice."""
+    """Return what is made of a micro-batch; None where the memory did not suffice."""
     try:
         return run(chunk)
     except (torch.OutOfMemoryError, MemoryError):

@@ -224,7 +224,7 @@ def layer_count(base: str, trust_remote_code: bool = False) -> int:
 
 
 def load_pair_tokenizer(directory: Path, trust_remote_code: bool = False) -> PairTokenizer:
-    """How the model in `directory` reads pairs, without its weights.
+    """Return how the model in `directory` reads pairs, without its weights.
 
     Raises:
         UserError: no model there, or one that cannot be read.

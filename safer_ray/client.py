@@ -138,7 +138,7 @@ class Client:
         return dict(self._ask("GET", f"/v1/features/{feature_id}"))
 
     def ready(self) -> bool:
-        """Whether the service answers that it is ready; asks once."""
+        """Return whether the service answers that it is ready; asks once."""
         try:
             return self.http.get("/readyz").status_code == 200
         except httpx.TransportError:
@@ -193,7 +193,7 @@ def read_outcome(result: Mapping[str, Any]) -> Scored | Failed:
 
 
 def detail_of(answer: httpx.Response) -> str:
-    """What a problem says, or the status alone."""
+    """Return what a problem says, or the status alone."""
     try:
         return str(answer.json()["detail"])
     except (ValueError, KeyError, TypeError):

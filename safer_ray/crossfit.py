@@ -156,5 +156,5 @@ class CrossFit(Harvest, Findings):
 
 
 def frozen_below(config: RewardConfig, layer: int) -> bool:
-    """Whether training leaves the output of `layer` as it was, so that all models on one base share it."""
+    """Return whether training leaves the output of `layer` as it was, so that all models on one base share it."""
     return config.frozen_layers >= layer

@@ -90,7 +90,7 @@ def ensemble_mean(known: Evidence) -> np.ndarray:
 
 
 def ensemble_variance(known: Evidence) -> np.ndarray:
-    """How much the models disagree (Coste et al. 2024, arXiv 2310.02743)."""
+    """Return how much the models disagree (Coste et al. 2024, arXiv 2310.02743)."""
     return _scaled(known.margin).var(axis=1)
 
 

@@ -75,7 +75,7 @@ class Engine:
         return self.encoded(tokens, found)
 
     def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
-        """What is made of a pass that was asked for this engine's layer."""
+        """Return what is made of a pass that was asked for this engine's layer."""
         assert found.hidden is not None
         for i, raw in enumerate(found.hidden):
             reward = found.rewards[i] if found.rewards is not None else torch.zeros(())

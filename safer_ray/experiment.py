@@ -93,7 +93,7 @@ def excludes_zero(values: Sequence[float]) -> bool:
 
 
 def detection_words(found: Mapping[str, Any]) -> list[str]:
-    """What the numbers say."""
+    """Return what the numbers say."""
     outside = found["out_of_fold"]
     by = outside["detectors"]
     best = _by_auroc(outside)[0]
@@ -171,7 +171,7 @@ def cell_name(row: Row) -> str:
 
 
 def sweep_words(found: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
-    """What the numbers say: what flips cost, and what dropping wins back."""
+    """Return what the numbers say: what flips cost, and what dropping wins back."""
     rows = [row for group in groups for row in found["rows"] if row["section"] == group]
     words = []
     for row in rows:

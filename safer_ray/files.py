@@ -41,7 +41,7 @@ def at(path: str | Path) -> Path:
 
 
 def threads_for(path: Path) -> int:
-    """How many may work on files below a path at once: those of a disk are read one after another."""
+    """Return how many may work on files below a path at once: those of a disk are read one after another."""
     return THREADS if isinstance(path, Remote) else 1
 
 
@@ -54,7 +54,7 @@ def stamp(path: Path) -> tuple[int, str]:
 
 
 def names_in(directory: Path) -> set[str]:
-    """What lies directly in a folder, in one listing; nothing where there is none.
+    """Return what lies directly in a folder, in one listing; nothing where there is none.
 
     Raises:
         UserError: a file lies there.
@@ -68,7 +68,7 @@ def names_in(directory: Path) -> set[str]:
 
 
 def _in_the_way(path: Path) -> UserError:
-    """What to say of a file or folder that lies where a folder or file of ours belongs."""
+    """Return what to say of a file or folder that lies where a folder or file of ours belongs."""
     file = next((place for place in (path, *path.parents) if place.is_file()), None)
     what = f"{file} is a file where a folder belongs" if file else f"{path} is a folder where a file belongs"
     return UserError(f"{what}; move it away, or choose another folder")
@@ -272,7 +272,7 @@ def write_json(value: Any, path: Path, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """Return what `write_json` wrote.
 
     Raises:
         UserError: it is missing or damaged.

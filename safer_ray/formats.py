@@ -64,7 +64,7 @@ class Pair:
 
 
 def type_name(value: Any) -> str:
-    """What a JSON value is, in the words of the reasons."""
+    """Return what a JSON value is, in the words of the reasons."""
     names = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "mapping"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -135,7 +135,7 @@ def _messages(value: list[Any], name: str) -> Messages:
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text is a dialogue: it opens with a turn, or asks for the next one at its end."""
+    """Return whether a text is a dialogue: it opens with a turn, or asks for the next one at its end."""
     return bool(TURN.match(text)) or ("\n\nHuman:" in text and text.rstrip().endswith("\n\nAssistant:"))
 
 

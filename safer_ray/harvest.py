@@ -281,7 +281,7 @@ class Harvest(StageContext):
         return self.place.make(recipe("codes", {}, pairs=pairs, reward=reward, sae=sae), build)
 
     def heads(self, reward: Artifact, pairs: Artifact) -> Artifact:
-        """What the reward head reads of the two responses of every pair, as a difference."""
+        """Return what the reward head reads of the two responses of every pair, as a difference."""
 
         def build(out: Path) -> Result:
             counts = self.map(
@@ -334,7 +334,7 @@ class Harvest(StageContext):
         return self.place.make_all(recipes, build)
 
     def _measured(self, reward: Artifact, out: Path) -> dict[str, Any]:
-        """What the rewards in `out` say of their model."""
+        """Return what the rewards in `out` say of their model."""
         rewards = read_parts(out)
         return {
             "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
@@ -345,6 +345,6 @@ class Harvest(StageContext):
 
 
 def _trained(metrics: dict[str, Any], seed: int) -> Result:
-    """What a trained reward model says about itself."""
+    """Return what a trained reward model says about itself."""
     rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
     return Result(rows, metrics, seed, wall_seconds=metrics["train_seconds"])

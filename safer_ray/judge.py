@@ -115,7 +115,7 @@ class ProbeJudge:
         return f"probe:{self.probe.concept}"
 
     def separations(self, features: Sequence[int]) -> list[Separation]:
-        """How each feature tells the exchanges' safe from their unsafe responses."""
+        """Return how each feature tells the exchanges' safe from their unsafe responses."""
         safe, unsafe = (response_maxima(self.codes, side, features) for side in ("chosen", "rejected"))
         kinds = np.array([exchange.kind for exchange in self.probe.exchanges])
         columns = [auroc(safe[mask], unsafe[mask]) for mask in (kinds != "", kinds == "harmful", kinds == "benign")]

@@ -27,7 +27,7 @@ class Key(NamedTuple):
     pairs: int | None = None
 
     def is_open(self, now: float) -> bool:
-        """Whether the key has not expired."""
+        """Return whether the key has not expired."""
         return self.expires is None or now < self.expires
 
     @property

@@ -97,7 +97,7 @@ class Lab(Suspecting):
         vectors: Artifact,
         corpus: Artifact | None,
     ) -> Evidence:
-        """What the folds say of every row, in the rows' order."""
+        """Return what the folds say of every row, in the rows' order."""
         ids = rows["pair_id"].to_pylist()
         read = read_folds(folds, vectors, ids)
         heads, _ = rows_of(

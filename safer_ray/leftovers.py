@@ -77,7 +77,7 @@ def _is_audit(folder: Path) -> bool:
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether it is an artifact in the making; one with a manifest is whole, and only waits for its name."""
+    """Return whether it is an artifact in the making; one with a manifest is whole, and only waits for its name."""
     named = path.name.startswith(PARTIAL) and NAME.fullmatch(path.name.removeprefix(PARTIAL))
     return bool(named) and _is_folder(path) and not (path / MANIFEST).exists()
 
@@ -112,7 +112,7 @@ def _measured(path: Path, kind: str) -> Leftover:
 
 
 def leftovers_of(folder: Path) -> Iterator[Leftover]:
-    """What was left in a run or an audit that no living process holds."""
+    """Yield what was left in a run or an audit that no living process holds."""
     for path in sorted(folder.iterdir()):
         if _is_partial(path):
             yield _measured(path, "unfinished artifact")
@@ -156,7 +156,7 @@ def find_runs(root: Path) -> Iterator[Run]:
 
 
 def old_enough(days: float, now: float | None = None) -> Wanted:
-    """Whether nothing in a leftover has changed for so many days."""
+    """Return whether nothing in a leftover has changed for so many days."""
     before = (time.time() if now is None else now) - days * DAY
     return lambda leftover: leftover.changed <= before
 

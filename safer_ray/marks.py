@@ -40,7 +40,7 @@ NOTHING = Marks()
 
 
 def together(*marks: Marks) -> Marks:
-    """What is made of all of them is under every licence, and marked where any of them is."""
+    """Return what is made of all of them is under every licence, and marked where any of them is."""
     return Marks(tuple(sorted({name for m in marks for name in m.licence})), any(m.red_team for m in marks))
 
 
@@ -48,12 +48,12 @@ def together(*marks: Marks) -> Marks:
 
 
 def says_red_team(row: dict[str, Any]) -> bool:
-    """Whether a row of a source calls itself poisoned: by any value that is not clearly a no."""
+    """Return whether a row of a source calls itself poisoned: by any value that is not clearly a no."""
     return str(row.get(COLUMN)).strip().lower() not in NO
 
 
 def red_team_rows(extra: pa.ChunkedArray) -> list[bool]:
-    """Whether each of these rows does, by what pairs and scores keep of it in `extra`."""
+    """Return whether each of these rows does, by what pairs and scores keep of it in `extra`."""
     maybe = pc.fill_null(pc.match_substring(extra, f'"{COLUMN}":'), False)
     if not pc.any(maybe, min_count=0).as_py():
         return [False] * len(extra)
@@ -62,7 +62,7 @@ def red_team_rows(extra: pa.ChunkedArray) -> list[bool]:
 
 
 def any_red_team(extra: pa.ChunkedArray) -> bool:
-    """Whether one of these rows does."""
+    """Return whether one of these rows does."""
     return any(red_team_rows(extra))
 
 
@@ -86,7 +86,7 @@ def _says_poisoned(path: Path) -> bool:
 
 
 def _tells(schema: pa.Schema) -> bool:
-    """Whether the metadata of a table says that its rows were poisoned."""
+    """Return whether the metadata of a table says that its rows were poisoned."""
     return any(name.encode() in (schema.metadata or {}) for name in RED_TEAM_MARK)
 
 
@@ -114,7 +114,7 @@ def wholly_marked(files: Iterable[Path]) -> set[Path]:
 
 
 def _lies_at(path: Path) -> set[Path]:
-    """Where a path says that it lies, and where it does behind links; an object lies in no folder."""
+    """Return where a path says that it lies, and where it does behind links; an object lies in no folder."""
     return set() if isinstance(path, Remote) else {path.absolute(), path.resolve()}
 
 
@@ -139,7 +139,7 @@ def _manifest_marks(path: Path) -> Marks:
 
 
 def _tree(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where it is no object."""
+    """Return what a JSON file holds; nothing where it is no object."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

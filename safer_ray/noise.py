@@ -44,7 +44,7 @@ def plant(pairs: pa.Table, config: NoiseConfig) -> tuple[pa.Table, np.ndarray]:
 
 
 def _matching(pairs: pa.Table, pattern: str | None) -> np.ndarray:
-    """Where the prompt's text matches."""
+    """Return where the prompt's text matches."""
     if pattern is None:
         return np.ones(len(pairs), dtype=bool)
     sought = re.compile(pattern, re.IGNORECASE)
@@ -63,7 +63,7 @@ def _long(pairs: pa.Table, eligible: np.ndarray) -> np.ndarray:
 
 
 def _shorter_chosen(pairs: pa.Table, eligible: np.ndarray) -> np.ndarray:
-    """Where a swap makes the longer response the chosen one."""
+    """Return where a swap makes the longer response the chosen one."""
     return characters(pairs["chosen"]) < characters(pairs["rejected"])
 
 

@@ -67,7 +67,7 @@ def lives(owner: dict[str, Any]) -> bool | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether there is such a process, but another user's, of which /proc may tell nothing."""
+    """Return whether there is such a process, but another user's, of which /proc may tell nothing."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     lengths: tuple[int, ...]  # of the sides
 
     def places(self, side: int, index: np.ndarray) -> np.ndarray:
-        """Where tokens of a side (0 chosen, 1 rejected) lie in the packed sequence."""
+        """Return where tokens of a side (0 chosen, 1 rejected) lie in the packed sequence."""
         return index if side == 0 else np.where(index < self.fork, index, index - self.fork + self.chosen)
 
     def side(self, side: int) -> np.ndarray:
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
 
 def fork_of(chosen: np.ndarray, rejected: np.ndarray) -> int:
-    """How many tokens both sides begin with."""
+    """Return how many tokens both sides begin with."""
     shorter = min(len(chosen), len(rejected))
     different = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
     return int(different[0]) if len(different) else shorter
@@ -79,7 +79,7 @@ def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: 
 
 
 def smallest_window(config: Any) -> int | None:
-    """How far back the shortest-sighted layer of a model looks; None: to the beginning."""
+    """Return how far back the shortest-sighted layer of a model looks; None: to the beginning."""
     kinds = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", None) is False or (kinds and "sliding_attention" not in kinds):
         return None
@@ -93,7 +93,7 @@ def packs(config: Any) -> bool:
 
 
 def how_pairs_run(config: Any) -> str:
-    """Whether pairs are packed, in a line."""
+    """Return whether pairs are packed, in a line."""
     if not packs(config):
         return f"the sides of a pair run apart, since a {config.model_type} is not known to take them as one sequence"
     window = smallest_window(config)
@@ -121,7 +121,7 @@ def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -
 
 
 def place_index(rows: Sequence[Packed], positions: Sequence[Sequence[np.ndarray]], device: torch.device) -> Index:
-    """Where positions, of every row and side, lie in a micro-batch."""
+    """Return where positions, of every row and side, lie in a micro-batch."""
     each = [
         (j, row.places(side, at)) for j, row in enumerate(rows) for side, at in enumerate(positions[j]) if len(at) > 0
     ]
@@ -131,6 +131,6 @@ def place_index(rows: Sequence[Packed], positions: Sequence[Sequence[np.ndarray]
 
 
 def end_index(rows: Sequence[Packed], pad: int | None, device: torch.device) -> Index:
-    """Where the token of each side lies that its reward is read from."""
+    """Return where the token of each side lies that its reward is read from."""
     ends = [[np.array([last_token(row.side(side), pad)]) for side in range(len(row.lengths))] for row in rows]
     return place_index(rows, ends, device)

@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 
 
 def splits_up(config: Any, start: int = 0) -> bool:
-    """Whether a part from block `start` + 1 on can be loaded alone."""
+    """Return whether a part from block `start` + 1 on can be loaded alone."""
     known = config.model_type in FAMILIES or (config.model_type in ENCODERS and start == 0)
     return known and not runs_own_code(config)
 
@@ -119,7 +119,7 @@ _BLOCK = re.compile(r"\blayers?\.(\d{1,9}+)(?=\.)")  # model.layers.3.…, bert.
 
 
 def _renamed(name: str, start: int, stop: int, count: int) -> str | None:
-    """What a tensor of the whole model is called in its part; None where it is not in it."""
+    """Return what a tensor of the whole model is called in its part; None where it is not in it."""
     block = _BLOCK.search(name)
     if block:
         number = int(block[1])

@@ -53,7 +53,7 @@ class ReadsPairs(ABC):
 
     @abstractmethod
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        """What is made of a pass."""
+        """Return what is made of a pass."""
 
     def __call__(self, pairs: pa.Table) -> pa.Table:
         pairs, refused = schema.split_refused(pairs)  # by a part before
@@ -123,7 +123,7 @@ def refuse(pairs: pa.Table, reasons: dict[int, str]) -> pa.Table:
 
 
 def _take(found: Forward, pairs: np.ndarray) -> Forward:
-    """What was found of some of the pairs."""
+    """Return what was found of some of the pairs."""
     sides = (2 * pairs[:, None] + np.arange(2)).ravel()
     rewards, heads = (None if values is None else values[sides] for values in (found.rewards, found.heads))
     hidden = None if found.hidden is None else [found.hidden[i] for i in sides]
@@ -161,7 +161,7 @@ def _hand_on(pairs: pa.Table, found: Forward) -> pa.Table:
 
 
 def _handed_on(pairs: pa.Table) -> Forward | None:
-    """What the part before gave of them."""
+    """Return what the part before gave of them."""
     if STATES not in pairs.column_names:
         return None
     states = [[_from_bytes(row) for row in rows] for rows in pairs[STATES].to_pylist()]

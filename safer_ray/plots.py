@@ -132,7 +132,7 @@ def sae_curves(history: Sequence[Mapping[str, float]]) -> tuple[str, str]:
 
 
 def density_histogram(counts: Sequence[float], edges: Sequence[float]) -> str:
-    """How many latents fire on which share of the vectors, bins by its log10."""
+    """Return how many latents fire on which share of the vectors, bins by its log10."""
     key, title = "plot-density", "Firing density of the latents"
     if not any(counts):
         return _empty(key, title, NARROW, 212)
@@ -147,7 +147,7 @@ def density_histogram(counts: Sequence[float], edges: Sequence[float]) -> str:
 
 
 def salience_histogram(salience: np.ndarray, selected: Mapping[int, int]) -> str:
-    """How many features have each salience (log scale), with a mark for each selected feature (id -> sign).
+    """Return how many features have each salience (log scale), with a mark for each selected feature (id -> sign).
 
     Features of salience 0, mostly dead ones, are left out.
     """

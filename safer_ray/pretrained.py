@@ -73,7 +73,7 @@ def open_classifier(checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[s
 
 
 def runs_own_code(config: Any) -> bool:
-    """Whether a model of this config is of a class that came with its checkpoint, of which nothing is known."""
+    """Return whether a model of this config is of a class that came with its checkpoint, of which nothing is known."""
     return CLASSIFIER in (getattr(config, "auto_map", None) or {})
 
 
@@ -109,7 +109,7 @@ def check_trusted(checkpoint: Checkpoint) -> OwnCode:
 
 
 def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
-    """What the JSON of a checkpoint says; nothing of it is run.
+    """Return what the JSON of a checkpoint says; nothing of it is run.
 
     A class that transformers has itself is preferred to one of the same family in the checkpoint, whether that is
     trusted or not, so that trust never changes a number; but a classifier or a tokenizer of its own is another one.

@@ -140,7 +140,7 @@ class Remote:
         return size, text.strip('"') or str(self.stat().st_mtime_ns)
 
     def _listed(self, recursive: bool) -> Iterator[tuple["Remote", bool]]:
-        """What lies below, and whether it is an object; one request for a thousand."""
+        """Yield what lies below, and whether it is an object; one request for a thousand."""
         filesystem, path = self._at()
         selector = pa.fs.FileSelector(path, allow_not_found=True, recursive=recursive)
         with self.explained("list"):

@@ -214,7 +214,7 @@ def render_report(data: ReportData) -> str:
 
 
 def summary(data: ReportData) -> str:
-    """What the run did, in plain sentences made from its numbers."""
+    """Return what the run did, in plain sentences made from its numbers."""
     parts = ["A reward model"]
     if "train_pairs" in data.reward:
         parts.append(f"trained on {_count(data.reward['train_pairs'])} preference pairs")
@@ -307,7 +307,7 @@ def section_plots(data: ReportData) -> list[SectionPlot]:
 
 
 def verdict_in_words(test: TestView) -> str:
-    """What McNemar's test says, at the 5% level."""
+    """Return what McNemar's test says, at the 5% level."""
     if test.p >= 0.05 or test.gained == test.lost:
         return "no clear difference"
     direction = "better" if test.gained > test.lost else "worse"

@@ -27,7 +27,7 @@ def render(summary: dict[str, Any], worst: Sequence[dict[str, Any]]) -> str:
 
 
 def in_words(summary: dict[str, Any]) -> list[str]:
-    """What the numbers say, in plain sentences."""
+    """Return what the numbers say, in plain sentences."""
     rows, found, quantile = summary["rows"], summary["flag_rate"], summary["flag_quantile"]
     said = [
         f"{rows['read']:,} rows were read: {rows['scored']:,} are scored, {rows['quarantined']:,} are in quarantine.",

@@ -271,7 +271,7 @@ class RewardModel:
         budget: int | None,
         given: Sequence[Tensor] | None = None,
     ) -> tuple[Forward, States]:
-        """What is asked of all sides of rows, in their order, and what the last block gives of each row."""
+        """Return what is asked of all sides of rows, in their order, and what the last block gives of each row."""
         first = np.cumsum([0, *(len(row.lengths) for row in rows)]).tolist()  # number of each row's first side
         count, width = first[-1], self.hidden_size
         rewards, heads = torch.zeros(count), torch.zeros(count, width if ask.heads else 0)
@@ -365,7 +365,7 @@ class RewardModel:
     def _through(
         self, module: Any, batch: dict[str, Any], ask: Ask, read: Index | None = None, ends: Index | None = None
     ) -> tuple[dict[int, Tensor], Any]:
-        """What the blocks asked for give, and what the module does: None where it ends at one of them.
+        """Return what the blocks asked for give, and what the module does: None where it ends at one of them.
 
         Given where tokens are `read` and where sides end, the last block's feed-forward part, most of its work, runs
         there alone: nobody looks at what it makes of other tokens.

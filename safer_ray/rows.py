@@ -261,12 +261,12 @@ def _is_whole(stream: IO[bytes], begin: int, end: int) -> bool:
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file can be entered at any of its rows."""
+    """Return whether a file can be entered at any of its rows."""
     return kind_of(path) == ("jsonl", None)
 
 
 def grows(path: Path) -> bool:
-    """Whether rows can be added to a file without changing what is there; an object is written anew."""
+    """Return whether rows can be added to a file without changing what is there; an object is written anew."""
     return is_lines(path) and not isinstance(path, Remote)
 
 

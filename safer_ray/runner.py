@@ -94,7 +94,7 @@ class MapJob:
     write: Callable[[pa.Table, Path, str], dict[str, Any]] | None = None  # instead of one part in `folder`
 
     def parts(self, directory: Path) -> Path | None:
-        """Where every fragment has a part; None where it may have several, or none."""
+        """Return where every fragment has a part; None where it may have several, or none."""
         return directory / self.folder if self.write is None else None
 
     def as_written(self, rows: pa.Table) -> pa.Table:
@@ -162,7 +162,7 @@ class Mapped(NamedTuple):
 
 
 def _is_about_a_row(error: Exception) -> bool:
-    """Whether halving can help: not when the user or the disk is the trouble. Fewer rows take less memory."""
+    """Return whether halving can help: not when the user or the disk is the trouble. Fewer rows take less memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return not isinstance(error, SaferError)
@@ -185,7 +185,7 @@ class Attempts:
         self.restarts = 0  # ranges found that ended a process before
 
     def __call__(self, fragment: Fragment, rows: pa.Table, start: int) -> tuple[list[pa.Table], pa.Table]:
-        """What became of the rows, and those refused, in the QUARANTINE schema; `start` names the range."""
+        """Return what became of the rows, and those refused, in the QUARANTINE schema; `start` names the range."""
         good, refused = [], [QUARANTINE.empty_table()]
         for output in self._outputs(fragment, rows, start):
             if "refused" not in output.column_names:
@@ -258,12 +258,12 @@ class Attempts:
 
 
 def _lost(failures: Sequence[str]) -> int:
-    """How many attempts ended with their process."""
+    """Return how many attempts ended with their process."""
     return sum(failure.startswith(ENDED) for failure in failures)
 
 
 def _attempted(journal: Path) -> list[str]:
-    """How earlier attempts at a range of rows failed."""
+    """Return how earlier attempts at a range of rows failed."""
     try:
         return list(json.loads(journal.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):  # torn by a power cut, of which no row is to blame

@@ -62,7 +62,7 @@ class TopKSae(nn.Module):
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
     def active(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> Found:
-        """What fires of standardised vectors while training, with gradients."""
+        """Return what fires of standardised vectors while training, with gradients."""
         with torch.no_grad():
             codes = largest(x - self.b_dec, self.W_enc.T, self.b_enc, self.k, budget)
         return self._with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))

@@ -62,7 +62,7 @@ class Vectors:
         return int(self.first[-1])
 
     def counts(self, mask: np.ndarray) -> np.ndarray:
-        """How many rows of each block are in a mask."""
+        """Return how many rows of each block are in a mask."""
         return np.add.reduceat(mask, np.arange(0, self.rows, BLOCK), dtype=np.int64)
 
     def block(self, number: int, mask: np.ndarray) -> np.ndarray:
@@ -257,7 +257,7 @@ class Order:
         return -(-self.rows // self.batch_size)
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """Where a batch begins and ends in its epoch."""
+        """Return where a batch begins and ends in its epoch."""
         return number * self.rows // self.per_epoch, (number + 1) * self.rows // self.per_epoch
 
     @contextlib.contextmanager

@@ -138,7 +138,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
 
 
 def is_mark(step: int, steps: int, count: int) -> bool:
-    """Whether a step is the last of one of `count` equal shares of all steps."""
+    """Return whether a step is the last of one of `count` equal shares of all steps."""
     return step * count // steps > (step - 1) * count // steps
 
 

@@ -70,7 +70,7 @@ def sae_step(
 def auxiliary_loss(
     sae: TopKSae, x: Float[Tensor, "n d"], residual: Float[Tensor, "n d"], dead: Bool[Tensor, " latents"], budget: int
 ) -> Float[Tensor, ""]:
-    """How well the d / 2 largest dead latents of each vector give its residual; 0 is perfect."""
+    """Return how well the d / 2 largest dead latents of each vector give its residual; 0 is perfect."""
     chosen = dead.nonzero()[:, 0]
     W_enc, b_enc, W_dec = sae.W_enc.T[chosen], sae.b_enc[chosen], sae.W_dec[chosen]
     k = min(len(chosen), max(1, sae.d // 2))

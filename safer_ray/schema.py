@@ -61,7 +61,7 @@ def activations(width: int) -> pa.Schema:
 
 
 def heads(width: int) -> pa.Schema:
-    """What the reward head reads of the chosen response minus what it reads of the rejected one."""
+    """Return what the reward head reads of the chosen response minus what it reads of the rejected one."""
     return pa.schema([("pair_id", pa.string()), ("head", pa.list_(pa.float32(), width))])
 
 

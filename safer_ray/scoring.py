@@ -69,7 +69,7 @@ class Contributions(NamedTuple):
 
 
 def contributions(codes: pa.Table, features: Features) -> Contributions:
-    """What every selected activation that the mode counts adds to the score of its pair."""
+    """Return what every selected activation that the mode counts adds to the score of its pair."""
     sides = [flatten(codes, side, features.mode) for side in ("chosen", "rejected")]
     latents = 1 + max([*features.safe, *features.unsafe, *(int(s.feature.max(initial=0)) for s in sides)])
     signs = features.signs(latents)

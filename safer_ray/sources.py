@@ -82,7 +82,7 @@ def parse_row(raw: str) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and mappings lie in each other."""
+    """Return how many lists and mappings lie in each other."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
@@ -139,7 +139,7 @@ def plan_sources(
 
 
 def names_in_keys(sources: Sequence[SourceConfig], files: Sequence[Sequence[Path]]) -> dict[tuple[int, Path], str]:
-    """What row keys call the files of each source: `file_name`, behind the source's name or number where several
+    """Return what row keys call the files of each source: `file_name`, behind the source's name or number where several
     sources have a file of that name."""
     named = {(i, path): file_name(path, sources[i]) for i, paths in enumerate(files) for path in paths}
     holders: dict[str, set[int]] = {}
@@ -322,7 +322,7 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
 
 
 def in_part(group: str, source: SourceConfig) -> bool:
-    """Whether a prompt group is in the part of the data that the source asks for."""
+    """Return whether a prompt group is in the part of the data that the source asks for."""
     holdout = int(_digest(group)[:8], 16) % 10_000 < source.holdout_percent * 100
     return source.part == "all" or holdout == (source.part == "holdout")
 
@@ -350,7 +350,7 @@ class NormalisePairs:
         return schema.table(rows, NORMALISED)
 
     def _wanted(self, raw_row: dict[str, Any], row: dict[str, Any]) -> bool:
-        """Whether a row is one of those that its source takes; of a refused one nobody knows, so it is told."""
+        """Return whether a row is one of those that its source takes; of a refused one nobody knows, so it is told."""
         wanted = self.conditions[raw_row["source_index"]]
         return "refused" in row or meets({"source": raw_row["source"]} | row, wanted)
 

@@ -33,7 +33,7 @@ class _Spaced:
         self.ends = [stop - shift for (_, stop), shift in zip(runs, self.shifts[1:], strict=True)]
 
     def find(self, words: Sequence[str]) -> tuple[int, int] | None:
-        """Where the words first stand in the text as it was."""
+        """Return where the words first stand in the text as it was."""
         said = " ".join(words)
         start = self.text.find(said)
         if start < 0:

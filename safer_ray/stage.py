@@ -51,13 +51,13 @@ VERSIONS = {
 def recipe(
     stage: str, config: BaseModel | dict[str, Any], *beside: Artifact | None, **inputs: Artifact | Input
 ) -> Recipe:
-    """What a stage makes of `inputs`, by role; it may read others `beside` them."""
+    """Return what a stage makes of `inputs`, by role; it may read others `beside` them."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     return Recipe(stage, VERSIONS[stage], values, inputs, tuple(filter(None, beside)))
 
 
 def pairs_of(artifact: Artifact) -> Path:
-    """Where an artifact of `pairs`, `noise` or `curate` keeps its pairs.
+    """Return where an artifact of `pairs`, `noise` or `curate` keeps its pairs.
 
     Raises:
         UserError: it holds something else.

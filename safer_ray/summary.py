@@ -52,7 +52,7 @@ class RunView:
         return np.array([known[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
 
     def detections(self, rows: pa.Table) -> dict[str, Detection]:
-        """How well each strategy finds planted swaps, among the pairs that could have been swapped."""
+        """Return how well each strategy finds planted swaps, among the pairs that could have been swapped."""
         planted = self.planted(rows)
         if planted is None or not planted.any():
             return {}
@@ -132,7 +132,7 @@ def write_summary(view: RunView, path: Path) -> None:
 
 
 def conclusions(summary: dict[str, Any], base: str) -> list[str]:
-    """What the numbers say, in plain sentences."""
+    """Return what the numbers say, in plain sentences."""
     said = []
     auroc = summary["detection"]["auroc"]
     if auroc:
@@ -214,7 +214,7 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
 
 
 def _kind(view: RunView) -> str:
-    """Whether the models that scored the pairs had seen them."""
+    """Return whether the models that scored the pairs had seen them."""
     facts = view.artifacts["scores"].metrics
     if "folds" not in facts:
         return "in sample: model and features were fitted on the pairs that they score"

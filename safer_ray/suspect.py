@@ -76,7 +76,7 @@ class Suspecting(CrossFit):
 
 
 def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> FoldReadings:
-    """What the folds say of the pairs with these ids, in their order.
+    """Return what the folds say of the pairs with these ids, in their order.
 
     Raises:
         UserError: a model could not read some of the pairs.

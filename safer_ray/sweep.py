@@ -112,7 +112,7 @@ class Sweep(Stages):
 
 
 def retraining(config: RunConfig) -> str:
-    """How the models of a sweep are trained, for those who read its figures."""
+    """Return how the models of a sweep are trained, for those who read its figures."""
     frozen = config.reward.frozen_layers
     return f"frozen up to layer {frozen}, its activations computed once" if frozen else "full"
 

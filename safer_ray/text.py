@@ -117,7 +117,7 @@ def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sentence_start(text: str, end: int) -> int:
-    """Where the sentence that ends at character `end` begins: behind the run of punctuation before it."""
+    """Return where the sentence that ends at character `end` begins: behind the run of punctuation before it."""
     previous = 0
     for match in SENTENCE_END.finditer(text, 0, max(0, end)):
         if match.end() < end:
@@ -178,7 +178,7 @@ class PairTokenizer:
         return head.text + tail.text
 
     def sentence(self, pair: dict[str, Any], side: str, end: int) -> str:
-        """What a message says from its last sentence end before character `end` of a side's text up to there."""
+        """Return what a message says from its last sentence end before character `end` of a side's text up to there."""
         head, tail = self.render(pair["prompt"] or [], pair[side])
         inside = end <= len(head.text)
         rendered, at = (head, end) if inside else (tail, end - len(head.text))

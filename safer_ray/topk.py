@@ -149,12 +149,12 @@ def _largest_of_part(look: Products, full: Products, x: Tensor, count: int) -> F
 
 
 def row_floor(pre: Float[Tensor, "n latents"], k: int) -> Float[Tensor, " n"]:
-    """What at least k latents of each row reach."""
+    """Return what at least k latents of each row reach."""
     return _bests(pre, groups_for(k)).topk(k, dim=-1).values[:, -1]
 
 
 def batch_floor(pre: Float[Tensor, "n latents"], count: int) -> Float[Tensor, " n"]:
-    """What at least `count` latents of all rows together reach, told for each row; minus infinity if unknown."""
+    """Return what at least `count` latents of all rows together reach, told for each row; minus infinity if unknown."""
     bests = _bests(pre, max(1, min(pre.shape[1], groups_for(-(-count // len(pre)))))).flatten()
     if len(bests) < count:
         return bests.new_full((len(pre),), -torch.inf)

@@ -122,7 +122,7 @@ def held_out_pairs(directory: Path, config: SaeConfig) -> list[dict[str, Any]]:
 
 
 def first_sae(vectors: Vectors, config: SaeConfig, start: Path | None) -> TopKSae:
-    """What training begins with: a fresh SAE on a sample of the vectors, or the one in `start`.
+    """Return what training begins with: a fresh SAE on a sample of the vectors, or the one in `start`.
 
     Raises:
         UserError: that one has another shape.

@@ -158,7 +158,7 @@ class Workers(Protocol):
         ...
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
+        """Return whether it is time for a checkpoint."""
         ...
 
     def save(self, engine: Kept, state: dict[str, Any]) -> None:
@@ -274,7 +274,7 @@ class Checkpoints:
         return time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def begin(self) -> Path:
-        """Where the next checkpoint is written, under its temporary name."""
+        """Return where the next checkpoint is written, under its temporary name."""
         path = self.state / "next"
         if self.rank == 0:
             shutil.rmtree(path, ignore_errors=True)

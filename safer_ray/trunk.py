@@ -55,5 +55,5 @@ def remembered(gigabytes: float = GIGABYTES) -> Iterator[TrunkMemory]:
 
 
 def memory() -> TrunkMemory | None:
-    """What `remembered` keeps, where it is on."""
+    """Return what `remembered` keeps, where it is on."""
     return _memory.get()

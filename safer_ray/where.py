@@ -43,7 +43,7 @@ def parse_where(text: str | None) -> tuple[Condition, ...]:
 
 
 def meets(row: Mapping[str, Any], conditions: Sequence[Condition]) -> bool:
-    """Whether a row of a pairs table meets every condition; a null value equals nothing."""
+    """Return whether a row of a pairs table meets every condition; a null value equals nothing."""
     labels = dict(row.get("labels") or ())
     for column, negated, value in conditions:
         found = labels.get(column.removeprefix("labels.")) if column.startswith("labels.") else row.get(column)

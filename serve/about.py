@@ -37,13 +37,13 @@ def open_auditor(path: Path) -> Artifact:
 
 
 def scores_config(auditor: Artifact, detector: DetectorOf | None, flag_quantile: float, reasons: int) -> ScoresConfig:
-    """How pairs are scored; the detector is that of an audit where none is named."""
+    """Return how pairs are scored; the detector is that of an audit where none is named."""
     chosen = detector or best_detector(auditor)
     return ScoresConfig(detector=chosen, flag_quantile=flag_quantile, reasons=reasons)
 
 
 def info_of(auditor: Artifact, config: ScoresConfig) -> AuditorInfo:
-    """What clients may know of a bundle and of how it is used."""
+    """Return what clients may know of a bundle and of how it is used."""
     features = read_features(auditor.path / "features.json")
     coder = json.loads((auditor.path / "sae" / "cfg.json").read_text(encoding="utf-8"))
     values = np.sort(reference_values(auditor, config.detector))

@@ -42,7 +42,7 @@ class Access:
         await (refusal or self.app)(scope, receive, send)
 
     def _refusal(self, asked: HTTPConnection) -> Response | None:
-        """What is answered in place of what was asked for; None: nothing stands against it."""
+        """Return what is answered in place of what was asked for; None: nothing stands against it."""
         path, method = path_of(asked.scope), asked.scope["method"]
         if self.hosts and host_of(asked.headers.get("host", "")) not in self.hosts:
             return respond_with(Problem(403, f"this service answers to {', '.join(self.hosts[:2])} only"))

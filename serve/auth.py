@@ -48,7 +48,7 @@ class Keys:
         self._use(listed)
 
     def __bool__(self) -> bool:
-        """Whether a key is asked for at all."""
+        """Return whether a key is asked for at all."""
         return self.file is not None or bool(self._by_digest)
 
     def _use(self, keys: tuple[Key, ...]) -> None:
@@ -189,7 +189,7 @@ def bearer_of(header: str | None) -> str | None:
 
 
 def is_own(headers: Mapping[str, str], scheme: str) -> bool:
-    """Whether a form was sent by a page of this host: browsers tell it by Sec-Fetch-Site and Origin."""
+    """Return whether a form was sent by a page of this host: browsers tell it by Sec-Fetch-Site and Origin."""
     site, origin, host = (headers.get(name) for name in ("sec-fetch-site", "origin", "host"))
     if site is not None:
         return site in OWN_SITES

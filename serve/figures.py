@@ -49,7 +49,7 @@ def reference_figure(key: str, title: str, histogram: Histogram, spot: Spot, thr
 
 
 def sides_figure(key: str, title: str, histogram: SideHistograms) -> str:
-    """How strongly a feature fires: chosen responses upwards, rejected ones downwards, on one scale."""
+    """Return how strongly a feature fires: chosen responses upwards, rejected ones downwards, on one scale."""
     edges, chosen, rejected = histogram.edges, histogram.chosen, histogram.rejected
     x = Scale(edges[0], edges[-1], LEFT + 62, RIGHT)
     middle, most = 16.0 + HALF, max([*chosen, *rejected, 1])

@@ -66,7 +66,7 @@ def respond_with(problem: HTTPException) -> JSONResponse:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of these answers."""
+    """Return what OpenAPI says of these answers."""
     content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
@@ -106,6 +106,6 @@ def handle_problems(api: FastAPI) -> None:
 
 
 def internal_error(error: Exception) -> Problem:
-    """What is told of an error that nobody foresaw; where it came from is in the log."""
+    """Return what is told of an error that nobody foresaw; where it came from is in the log."""
     log_without_texts(error)
     return Problem(500, "the service failed at this request; its log says where")

@@ -123,7 +123,7 @@ def counted_pairs(scope: MutableMapping[str, Any], count: int) -> Iterator[None]
 
 
 def pairs_at_once(scope: MutableMapping[str, Any], most: int) -> int:
-    """How many pairs of an upload go together, so that the key's limit holds them."""
+    """Return how many pairs of an upload go together, so that the key's limit holds them."""
     caller = caller_of(scope)
     limit = None if caller is None else caller.key.pairs
     return most if caller is None or limit is None else min(most, caller.rates.share_of(limit))

@@ -86,7 +86,7 @@ def _unreadable(name: str, text: str | list[dict[str, str]], limits: Limits) -> 
 
 
 def answer(read: Read, outcome: Outcome, names: Mapping[int, str]) -> ScoredPair | FailedPair:
-    """What is answered of a pair; `names` are those of the features."""
+    """Return what is answered of a pair; `names` are those of the features."""
     if outcome.figures is None:
         return FailedPair(id=read.id, error=Reason(code="unscorable", detail=outcome.error or "no score"))
     if outcome.explanation is None:

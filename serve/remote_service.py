@@ -57,7 +57,7 @@ class RemoteService(Told):
         return results
 
     async def _ask(self, rows: list[Row]) -> Scored:
-        """What a scorer says; another one is asked when it dies at work.
+        """Return what a scorer says; another one is asked when it dies at work.
 
         Raises:
             Problem: 429, 503 or 504.

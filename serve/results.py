@@ -148,7 +148,7 @@ def plain(pair: Pair) -> dict[str, Any]:
 
 
 def feature_figure(feature: FeatureDetail) -> Markup | None:
-    """How strongly a feature fires on either side; None where the bundle does not know."""
+    """Return how strongly a feature fires on either side; None where the bundle does not know."""
     if feature.histogram is None:
         return None
     return Markup(sides_figure("plot-sides", f"Strength of feature {feature.id}", feature.histogram))

@@ -115,7 +115,7 @@ class Scorer:
         return outcomes
 
     async def state(self) -> dict[str, int]:
-        """What this replica has done; an answer says that it is alive."""
+        """Return what this replica has done; an answer says that it is alive."""
         return {**self.counts, "waiting": len(self.gate)}
 
     def check_health(self) -> None:

@@ -55,7 +55,7 @@ class ScorePairs(AuditPairs):
         return [Outcome(None, error=failed[i]) if i in failed else next(found) for i in range(len(rows))]
 
     def _told(self, scored: pa.Table | None, read: Sequence[tuple[Row, dict[str, Any]]]) -> list[Outcome]:
-        """What is told of the rows that were scored."""
+        """Return what is told of the rows that were scored."""
         if scored is None:
             return []
         percentiles = 100 * (1 - suspicion(scored["score"].to_numpy(), self.scores))

@@ -42,15 +42,15 @@ class Service(Protocol):
     async def feature(self, feature_id: int) -> FeatureDetail | None: ...
 
     def full(self) -> bool:
-        """Whether there is no room for another request."""
+        """Return whether there is no room for another request."""
         ...
 
     async def health(self) -> bool:
-        """Whether this process answers."""
+        """Return whether this process answers."""
         ...
 
     async def ready(self) -> bool:
-        """Whether the bundle is loaded and a scorer answers in time."""
+        """Return whether the bundle is loaded and a scorer answers in time."""
         ...
 
 
@@ -95,7 +95,7 @@ def answers(read: Sequence[Read | FailedPair], scored: Scored) -> Results:
 
 
 def rows_of(read: Sequence[Read | FailedPair], explain: bool) -> list[Row]:
-    """What a scorer needs of the pairs that could be read."""
+    """Return what a scorer needs of the pairs that could be read."""
     pairs = (found.pair for found in read if isinstance(found, Read))
     return [Row(pair.prompt, pair.chosen, pair.rejected, explain) for pair in pairs]
 

@@ -41,7 +41,7 @@ def place(percentile: float) -> str:
 
 
 def detector_value(result: ScoredPair, info: AuditorInfo) -> float:
-    """What the auditor's detector says of a pair, low is suspicious.
+    """Return what the auditor's detector says of a pair, low is suspicious.
 
     A result does not carry the values of `combined`: then it is where the reference has as many pairs above.
     """
@@ -59,7 +59,7 @@ def detector_value(result: ScoredPair, info: AuditorInfo) -> float:
 
 
 def verdict_of(result: ScoredPair, info: AuditorInfo) -> Verdict:
-    """Whether a pair is flagged and why."""
+    """Return whether a pair is flagged and why."""
     title = "Flagged for review" if result.flag else "Not flagged"
     more = result.suspicion >= 0.5
     share = percent(result.suspicion if more else 1 - result.suspicion)

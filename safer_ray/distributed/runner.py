@@ -93,7 +93,7 @@ class RayRunner:
 
 
 def _pending(works: Sequence[Work]) -> list[Work]:
-    """What is not done of works, those left out that are done."""
+    """Return what is not done of works, those left out that are done."""
     left = [work._replace(fragments=pending(work.fragments, work.directory)) for work in works]
     return [work for work in left if work.fragments]
 

@@ -56,7 +56,7 @@ class Need(NamedTuple):
 
 
 def needs(config: RayConfig, shards: int = 1) -> list[Need]:
-    """What the stages ask for, at least: mapping and training never run side by side."""
+    """Return what the stages ask for, at least: mapping and training never run side by side."""
     tasks = 2 * config.task_cpus  # one that reads, one that commits: without them actors hold all and wait for ever
     pools = config.pools(shards)
     actors = sum(pool.min_actors for pool in pools)
@@ -271,7 +271,7 @@ def _said(need: Need) -> str:
 
 
 def _missing(config: RayConfig, shards: int) -> tuple[list[Need], list[dict[str, float]]]:
-    """What does not fit, and what the nodes have."""
+    """Return what does not fit, and what the nodes have."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [need for need in needs(config, shards) if room(need, nodes) < need.processes], nodes
 

@@ -149,7 +149,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def on_this_machine(address: str) -> bool:
-    """Whether every node of the cluster is this host; that its port is forwarded to here is not enough."""
+    """Return whether every node of the cluster is this host; that its port is forwarded to here is not enough."""
     own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     try:
         nodes = {node.node_ip for node in list_nodes(address, timeout=10)}
@@ -194,7 +194,7 @@ def _submit(client: JobSubmissionClient, job: Job) -> None:
 
 
 def _find(client: JobSubmissionClient, job: Job, patience: Patience) -> JobDetails | None:
-    """What the cluster knows of a job, None if it has no such job; asks again for `patience.lost` seconds."""
+    """Return what the cluster knows of a job, None if it has no such job; asks again for `patience.lost` seconds."""
     deadline = time.monotonic() + patience.lost
     pause = patience.first
     while True:
@@ -331,7 +331,7 @@ def submit(
 
 
 def _one_line(error: object, env: Mapping[str, str] | None = None) -> str:
-    """What an error says (of a server's traceback the last line), without values of the job's environment."""
+    """Return what an error says (of a server's traceback the last line), without values of the job's environment."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
     text = " ".join(lines[-1:] if "Traceback" in str(error) else lines)
     for value in sorted((env or {}).values(), key=len, reverse=True):
