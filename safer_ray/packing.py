@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from safer_ray.pretrained import runs_own_code
 
@@ -90,6 +90,15 @@ def packs(config: Any) -> bool:
     """Whether pairs of a model can be packed: it is causal, and known to take a mask and positions of its caller's."""
     known = config.model_type in FAMILIES and not runs_own_code(config)
     return known and not getattr(config, "use_bidirectional_attention", None)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a model in training would drop what it computes at random."""
+    return any(
+        getattr(module, "p", 0) > 0 if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0) > 0
+        for module in model.modules()
+        if isinstance(module, nn.Dropout) or isinstance(getattr(module, "attention_dropout", None), float)
+    )
 
 
 def how_pairs_run(config: Any) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from safer_ray.packing import (
     alone,
     end_index,
     fork_of,
+    has_dropout,
     pack,
     pack_batch,
     packs,
@@ -34,6 +35,7 @@ from safer_ray.text import PairTokenizer, PairTokens
 from safer_ray.trunk import States, memory
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
+MASK = 2**26  # entries of a micro-batch's mask where pairs are packed for training: 256 MB
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
 
 
@@ -340,12 +342,36 @@ class RewardModel:
             [state[: len(row.ids)].cpu() for state, row in zip(whole, rows, strict=False)],
         )
 
-    def rewards_of(self, sequences: Sequence[np.ndarray]) -> Float[Tensor, " n"]:
-        """Rewards of sequences in one micro-batch, by the whole model as it is patched now."""
-        ends = end_index([alone(ids) for ids in sequences], self.unread, self.device)
-        with self._read_by_head() as inputs:
-            logits = self.model(**pad_batch(sequences, self.pad, self.device)).logits
-        return self._at_ends(inputs.pop(), logits, ends)[1]
+    def packed(self, pairs: Sequence[PairTokens]) -> list[Packed] | None:
+        """Return a micro-batch of pairs as one row each, to train on; None where not all can be packed, or where
+        dropout acts on each side by itself."""
+        if not all(self.packs(pair) for pair in pairs) or (self.model.training and has_dropout(self.model)):
+            return None
+        rows = [pack(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+        return rows if len(rows) * max(len(row.ids) for row in rows) ** 2 <= MASK else None
+
+    def rewards_of(self, rows: Sequence[Packed], run: Callable[..., Any] | None = None) -> Float[Tensor, " sides"]:
+        """Return the rewards of all sides of rows, each row's in turn; with gradients.
+
+        The rows are one micro-batch, and all have as many sides. The whole model runs as it is patched now, by `run`
+        where something wraps it.
+        """
+        ids, kind, config = [row.ids for row in rows], self.device.type, self.model.config
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        packed = len(rows[0].lengths) > 1
+        batch = pack_batch(rows, self.pad, self.device, dtype) if packed else pad_batch(ids, self.pad, self.device)
+        ends = end_index(rows, self.unread, self.device)
+        outputs: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hooks.after(self._head(), outputs.append))
+            again = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+            if packs(config) and not again:  # blocks that backward runs a second time have lost their hooks by then
+                stack.enter_context(hooks.only_at(self.blocks()[-1].get_submodule("mlp"), ends))
+            logits = (run or self.model)(**batch).logits
+        if runs_own_code(config):
+            return logits[:, 0]
+        output = outputs.pop()  # of a decoder's head, at every token
+        return output[ends][:, 0] if output.ndim == 3 else output[:, 0]
 
     @contextlib.contextmanager
     def _read_by_head(self) -> Iterator[list[Tensor]]:

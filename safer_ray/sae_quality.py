@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.batches import micro_batches
 from safer_ray.errors import UserError
+from safer_ray.packing import alone
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae, standardise
 from safer_ray.text import PairTokens, both_sides
@@ -167,5 +168,5 @@ def _rewards_behind(
     rewards = torch.zeros(len(ids))
     for chunk in micro_batches([len(own) for own in ids], reward.budget):
         with reward.behind(layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
-            rewards[chunk] = reward.rewards_of([ids[i] for i in chunk]).float().cpu()
+            rewards[chunk] = reward.rewards_of([alone(ids[i]) for i in chunk]).float().cpu()
     return rewards

@@ -31,7 +31,7 @@ VERSIONS = {
     "detector": 1,
     "suspected": 1,
     "detection": 3,
-    "reward": 2,
+    "reward": 3,
     "activations": 2,
     "sae": 2,
     "codes": 2,

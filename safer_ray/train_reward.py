@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class _Batches:
 class _Training:
     """What a step needs."""
 
-    reward: RewardModel  # its `model` is the engine's
+    reward: RewardModel
     engine: TrainEngine
     workers: Workers
     config: RewardConfig
@@ -110,7 +110,7 @@ def engine_options(config: RewardConfig, workers: int) -> EngineOptions:
 def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     """Pairwise accuracy (ties are wrong) and Bradley-Terry loss of held-out pairs, measured by all workers together."""
     workers, size = training.workers, training.config.micro_batch_size
-    training.reward.model.eval()
+    training.engine.model.eval()
     order = np.argsort(batches.lengths, kind="stable")
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     right = loss = 0.0
@@ -125,7 +125,8 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
 
 
 def _pass(training: _Training, batches: _Batches, rows: np.ndarray) -> RewardStep:
-    return reward_step(training.reward, batches[rows], training.engine.autocast, batches.known(rows))
+    engine = training.engine
+    return reward_step(training.reward, batches[rows], engine.autocast, batches.known(rows), engine.model)
 
 
 def _schedule(config: RewardConfig, rows: int) -> tuple[int, int]:
@@ -186,7 +187,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     parameters = sum(p.numel() for p in reward.model.parameters())
     options = engine_options(config, workers.size)
     engine = workers.engine(reward.model, options)
-    training = _Training(replace(reward, model=engine.model), engine, workers, config, options)
+    training = _Training(reward, engine, workers, config, options)
     progress = _fit(training, train, validation, out)
     return {
         "train_pairs": len(train.tokens),

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.files import make_folder, move
-from safer_ray.packing import pad_batch
+from safer_ray.packing import alone
 from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokens
 
@@ -47,16 +47,21 @@ class KnownStates(NamedTuple):
 
 
 def reward_step(
-    reward: RewardModel, batch: list[PairTokens], bfloat16: bool = False, known: KnownStates | None = None
+    reward: RewardModel,
+    batch: list[PairTokens],
+    bfloat16: bool = False,
+    known: KnownStates | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> RewardStep:
-    """Both sides of a batch through the model at once; `bfloat16` computes in it and keeps the weights as they are.
-    With `known` states only the blocks behind them run."""
-    sequences = [p.chosen.ids for p in batch] + [p.rejected.ids for p in batch]
+    """Both sides of a batch through the model at once, by `run` where something wraps it; `bfloat16` computes in it and
+    keeps the weights as they are. With `known` states only the blocks behind them run."""
+    rows = reward.packed(batch) if known is None else None
+    apart = [alone(pair.chosen.ids) for pair in batch] + [alone(pair.rejected.ids) for pair in batch]
     behind = contextlib.nullcontext() if known is None else reward.behind(known.layer, pad_sequence(known.sides, True))
     with behind, torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
-        logits = reward.model(**pad_batch(sequences, reward.pad, reward.device)).logits[:, 0].float()
-    margin = logits[: len(batch)] - logits[len(batch) :]
-    return RewardStep(bradley_terry(margin), margin.detach())
+        rewards = reward.rewards_of(rows or apart, run).float()
+    chosen, rejected = rewards.view(2, -1) if rows is None else rewards.view(-1, 2).T
+    return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:

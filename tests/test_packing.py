@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safer_ray import reward
 from safer_ray.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward import RewardModel
 from safer_ray.text import PairTokens, Side
+from safer_ray.training import bradley_terry, reward_step
 from safer_ray.trunk import remembered
 
 PAD = 0
@@ -137,6 +139,61 @@ def test_a_packed_pair_is_its_two_sequences(model, case):
 def test_a_batch_is_its_pairs(model):
     check(model, list(cases().values()))
     check(model, list(cases().values()), budget=64)
+
+
+def gradients(model, loss):
+    model.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["short", "all"])
+def test_a_training_step_on_packed_pairs_has_the_gradients_of_plain_transformers(model, kind, checkpointing):
+    """One sequence after another, without padding. Past a window, "all" run apart."""
+    pairs = [p for p in cases().values() if kind == "all" or len(p.chosen.ids) <= 16 >= len(p.rejected.ids)]
+    assert len(pairs) > 3
+    assert (model.packed(pairs) is None) == ("window" in model.name and kind == "all")
+    model.model.train()
+    if checkpointing:
+        model.model.activation_checkpointing_enable()
+    try:
+        step = reward_step(model, pairs)
+        found = gradients(model, step.loss)
+        sides = [[torch.from_numpy(side.ids)[None] for side in (p.chosen, p.rejected)] for p in pairs]
+        margin = torch.stack(
+            [model.model(input_ids=c).logits[0, 0] - model.model(input_ids=r).logits[0, 0] for c, r in sides]
+        )
+        wanted = gradients(model, bradley_terry(margin))
+    finally:
+        model.model.activation_checkpointing_disable()
+        model.model.eval()
+    torch.testing.assert_close(step.margin, margin.detach(), rtol=1e-4, atol=1e-4)
+    assert set(found) == set(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
+
+
+def test_with_dropout_the_sides_of_a_pair_are_trained_on_apart():
+    model = build("LlamaConfig")
+    pairs = [cases()["plain"]]
+    model.model.train()
+    assert model.packed(pairs) is not None
+    for module in model.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    assert model.packed(pairs) is None
+    model.model.eval()
+    assert model.packed(pairs) is not None
+
+
+def test_a_batch_whose_mask_would_fill_the_memory_is_trained_on_apart(llama, monkeypatch):
+    pairs = [cases()["plain"], cases()["long"]]
+    width = max(len(pack(p.chosen.ids, p.rejected.ids).ids) for p in pairs)
+    monkeypatch.setattr(reward, "MASK", 2 * width**2)
+    assert llama.packed(pairs) is not None
+    monkeypatch.setattr(reward, "MASK", 2 * width**2 - 1)
+    assert llama.packed(pairs) is None
 
 
 @pytest.mark.parametrize("rewards", [True, False])

@@ -35,6 +35,22 @@ def test_the_handler_of_ctrl_c_that_is_left_out_is_called_so():
     assert list(inspect.signature(base._register_sigint_handler).parameters) == ["self", "controller"]
 
 
+def test_the_callbacks_that_start_idle_processes_are_called_so(monkeypatch):
+    """On a cluster that was joined, what a dead controller held is still given back."""
+    (base,) = train._Trainer.__bases__
+    assert list(inspect.signature(base._create_default_callbacks).parameters) == ["self"]
+    config = {"scaling_config": train.ScalingConfig(num_workers=1), "run_config": train.RunConfig(name="callbacks")}
+    names = {}
+    for own in ([], ["a process"]):
+        monkeypatch.setattr(internals, "own_processes", lambda own=own: own)
+        names[bool(own)] = [
+            type(each).__name__ for each in train._Trainer(train.work, **config)._create_default_callbacks()
+        ]
+    all_of_them = [type(each).__name__ for each in base(train.work, **config)._create_default_callbacks()]
+    assert names[False] == [name for name in all_of_them if name != "DatasetsCallback"] != all_of_them
+    assert set(names[False]) - set(names[True]) == {"PlacementGroupCleanerCallback"}
+
+
 def test_what_is_uploaded_is_seen(tmp_path):
     for name in ("kept.txt", "deep/kept.txt", "left.txt", "ignored.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -80,6 +80,16 @@ def own_processes() -> list["subprocess.Popen[bytes]"]:
     return [info.process for infos in node.all_processes.values() for info in infos]
 
 
+def needed_callbacks(callbacks: list[Any]) -> list[Any]:
+    """Return the callbacks of a Ray Train group without those that start processes which have nothing to do here: no
+    loop takes Ray's data sets, and a Ray that this process started ends with it, with all that groups hold of it."""
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    idle = (DatasetsCallback, PlacementGroupCleanerCallback) if own_processes() else (DatasetsCallback,)
+    return [callback for callback in callbacks if not isinstance(callback, idle)]
+
+
 def cluster_here() -> str:
     """Return HOST:PORT of the cluster whose node this machine is; raises ConnectionError where there is none."""
     from ray._private.services import canonicalize_bootstrap_address

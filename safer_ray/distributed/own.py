@@ -23,6 +23,7 @@ LONGEST = 103  # bytes of a Unix socket's path, on the system that allows least
 SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # Ray's longest below its folder
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: as on a laptop, every process of Ray listens on 127.0.0.1
 FAILURES = (RuntimeError, OSError, ValueError, TimeoutError)  # what `ray.init` raises where a part does not start
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # a process beside each worker group
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +43,8 @@ def own_ray(*, hush: bool = True, **options: Any) -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         log.warning("RAY_AUTH_MODE=disabled does not count here: a Ray of this command's own asks for a token")
     closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(TOKEN_BYTES), LOOPBACK: "0"}
-    with _environment(closed):
+    alone = {WATCHER: os.environ.get(WATCHER, "0")}  # nobody takes this machine from under its own Ray
+    with _environment(closed | alone):
         import ray
 
         try:

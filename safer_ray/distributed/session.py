@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # also until it is seen that a group has ended
 
 import grpc
 import ray.data  # sets the levels of its loggers as it is imported; `quiet` comes after

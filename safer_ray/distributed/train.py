@@ -28,6 +28,7 @@ from safer_ray.background import repeated
 from safer_ray.config import RayConfig
 from safer_ray.digests import record_digests
 from safer_ray.distributed.group import GroupConfig
+from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
@@ -178,9 +179,13 @@ def train(jobs: Sequence[TrainJob], config: RayConfig, on_progress: OnProgress) 
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C alone: Ray Train's own handler stays for the rest of the process, and exits without a word."""
+    """Leaves Ctrl-C alone: Ray Train's own handler stays for the rest of the process, and exits without a word. Starts
+    no process that a group does without."""
 
     controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return needed_callbacks(super()._create_default_callbacks())  # type: ignore[misc]  # as for FailureConfig
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
