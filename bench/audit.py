@@ -40,11 +40,12 @@ from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SelectConfig,
 from safer_ray.engine import Engine
 from safer_ray.files import read_json, write_json
 from safer_ray.pipeline import Stages
-from safer_ray.runner import BatchFn, LocalRunner, MapJob
+from safer_ray.runner import LocalRunner
 from safer_ray.sae_formats import save_sae
 from safer_ray.salience import candidates
 from safer_ray.scoring import pair_scores
 from safer_ray.sources import NormalisePairs
+from safer_ray.work import BatchFn, MapJob
 
 FRAGMENT = 100  # rows, of the real engine's audits, so that two actors have equal shares
 GOALS = {

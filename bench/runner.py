@@ -21,13 +21,14 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.harvest import Harvest
 from safer_ray.passes import EncodePairs
-from safer_ray.runner import LocalRunner, MapJob, Runner, TrainJob
+from safer_ray.runner import LocalRunner, Runner
 from safer_ray.sae import TopKSae
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import CODES
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import pair_texts
 from safer_ray.training import Workers
+from safer_ray.work import MapJob, TrainJob
 
 MODEL = TinyLlamaConfig(hidden=192, layers=4, heads=4, intermediate=512, vocabulary=4000, positions=256)
 FRAGMENTS = 50  # so many that two actors end together

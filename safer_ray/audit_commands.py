@@ -59,7 +59,7 @@ def audit(
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
     from safer_ray.artifacts import ASKED
-    from safer_ray.audit_parts import OWN
+    from safer_ray.audit_files import OWN
     from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
-from safer_ray.audit_parts import REVIEWS, SCORES
+from safer_ray.audit_files import REVIEWS, SCORES
 from safer_ray.audit_read import Pair, pairs_in, read_asked, scored_rows, scores
 from safer_ray.audit_review import BAD, FINE, decided, load_reviews
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
@@ -30,8 +30,9 @@ from safer_ray.fingerprints import begins_as
 from safer_ray.marks import Marks, enclosing, is_marked, together
 from safer_ray.recipes import Input
 from safer_ray.rows import grows
-from safer_ray.runner import MapJob, Runner
+from safer_ray.runner import Runner
 from safer_ray.sources import NormalisePairs, read_raw
+from safer_ray.work import MapJob
 
 VERSION = 1
 PAIRS, TRL, DECISIONS = "pairs", "trl", "decisions"  # folders

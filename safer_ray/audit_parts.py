@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH
+from safer_ray.audit_files import FLAGGED, SCORES
 from safer_ray.files import DIGITS, remove, write_parquet, write_text
 from safer_ray.marks import COLUMN, marked_by_row, red_team_rows
 
@@ -28,10 +28,6 @@ AUDITED = pa.schema(
         ("texts", pa.string()),  # of a flagged pair, as JSON: prompt, chosen, rejected, and the sentence of each reason
     ]
 )
-SCORES, FLAGGED = "scores", "flagged"  # folders
-LISTED, SUMMARY, PAGE = "flagged.jsonl", "summary.json", "report.html"
-REVIEWS = "reviews.json"
-OWN = (ASKED, PLAN, MANIFEST, LISTED, SUMMARY, PAGE, SCORES, FLAGGED, "quarantine", "done", *SCRATCH)
 BINS = 200  # of suspicion, over [0, 1]
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)  # tokens of the longer response, upper ends
 GROUPS = 200  # kinds of a facet that are told apart; later ones are counted together

@@ -20,7 +20,7 @@ from safer_ray.artifacts import (
     with_digests,
     write_plan,
 )
-from safer_ray.audit_parts import FLAGGED, SCORES
+from safer_ray.audit_files import FLAGGED, SCORES
 from safer_ray.background import side_by_side
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError

@@ -19,7 +19,7 @@ from safer_ray.artifacts import (
     part_name,
     read_plan,
 )
-from safer_ray.audit_parts import SCORES
+from safer_ray.audit_files import SCORES
 from safer_ray.errors import UserError
 from safer_ray.files import names_in, parquet_footer, read_parquet
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray.artifacts import Artifact
-from safer_ray.audit_parts import REVIEWS
+from safer_ray.audit_files import REVIEWS
 from safer_ray.audit_read import Pair, pairs_in, scores
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson

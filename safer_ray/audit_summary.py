@@ -15,20 +15,8 @@ from scipy.special import kolmogorov
 from safer_ray import report_audit
 from safer_ray.accounts import entry_name, read_entry
 from safer_ray.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
-from safer_ray.audit_parts import (
-    BINS,
-    FLAGGED,
-    LISTED,
-    PAGE,
-    SCORES,
-    SUMMARY,
-    WORST,
-    Figures,
-    Group,
-    added,
-    from_tree,
-    text_digest,
-)
+from safer_ray.audit_files import FLAGGED, LISTED, PAGE, SCORES, SUMMARY
+from safer_ray.audit_parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
 from safer_ray.audit_run import Audit, AuditCounts
 from safer_ray.background import side_by_side
 from safer_ray.errors import UserError

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.stats import rankdata
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CURVE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, *(round(0.05 * i, 2) for i in range(2, 21)))  # budgets of a recall curve
@@ -34,6 +35,15 @@ class Interval(NamedTuple):
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """P(positive > negative) + P(equal) / 2 of each column; 0.5 is chance and what an empty side gives."""
+    n, m = len(positive), len(negative)
+    if not n or not m:
+        return np.full(positive.shape[1:], 0.5)
+    ranks = rankdata(np.concatenate([positive, negative]), axis=0)[:n].sum(axis=0)
+    return (ranks - n * (n + 1) / 2) / (n * m)
 
 
 def measure(suspicion: np.ndarray, planted: np.ndarray, weights: np.ndarray | None = None) -> Measures:

@@ -10,8 +10,8 @@ from scipy.stats import binomtest, norm
 
 from safer_ray.config import StrategyName
 from safer_ray.curation import STRATEGIES, StrategyInput
+from safer_ray.detection import auroc
 from safer_ray.errors import UserError
-from safer_ray.judge import auroc
 
 
 class Accuracy(NamedTuple):

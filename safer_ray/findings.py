@@ -44,12 +44,12 @@ from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
 from safer_ray.marks import Marks
 from safer_ray.pretrained import Checkpoint, own_code
 from safer_ray.recipes import Input
-from safer_ray.runner import MapJob
 from safer_ray.sae_formats import load_sae
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.where import where_mask
+from safer_ray.work import MapJob
 
 log = logging.getLogger(__name__)
 

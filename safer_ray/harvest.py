@@ -40,7 +40,6 @@ from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.recipes import Input
-from safer_ray.runner import BatchFn, MapJob, TrainJob, Work
 from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
@@ -49,6 +48,7 @@ from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
 from safer_ray.where import where_mask
+from safer_ray.work import BatchFn, MapJob, TrainJob, Work
 
 log = logging.getLogger(__name__)
 

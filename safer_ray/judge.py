@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from scipy.stats import rankdata
 
 from safer_ray.codes import flatten
 from safer_ray.config import JudgeConfig
+from safer_ray.detection import auroc
 from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
 from safer_ray.read_config import explain_validation
@@ -91,15 +91,6 @@ def response_maxima(codes: pa.Table, side: str, features: Sequence[int]) -> np.n
     maxima = np.zeros((len(codes), int(max([*features, *flat.feature.tolist()], default=0)) + 1))
     np.maximum.at(maxima, (flat.row, flat.feature), flat.value)
     return maxima[:, list(features)]
-
-
-def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """P(positive > negative) + P(equal) / 2 of each column; 0.5 is chance and what an empty side gives."""
-    n, m = len(positive), len(negative)
-    if not n or not m:
-        return np.full(positive.shape[1:], 0.5)
-    ranks = rankdata(np.concatenate([positive, negative]), axis=0)[:n].sum(axis=0)
-    return (ranks - n * (n + 1) / 2) / (n * m)
 
 
 class ProbeJudge:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.artifacts import ASKED, ASKED_KEYS, SCRATCH
-from safer_ray.audit_parts import FLAGGED, LISTED, SCORES
+from safer_ray.audit_files import FLAGGED, LISTED, SCORES
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.lock import is_held, is_lock, locked
 from safer_ray.marks import MANIFEST, MANIFEST_KEYS

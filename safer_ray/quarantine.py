@@ -7,6 +7,8 @@ import pyarrow as pa
 from safer_ray.files import read_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
 
+KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what is kept of a row, where it is known
+
 
 def refused_rows(rows: pa.Table, stage: str) -> pa.Table:
     """Return rows with a reason in `refused` as the quarantine keeps them, in the QUARANTINE schema."""

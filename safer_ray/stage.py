@@ -16,8 +16,9 @@ from safer_ray.files import read_parquet
 from safer_ray.quarantine import quarantine_rows
 from safer_ray.recipes import Input
 from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
-from safer_ray.runner import MapJob, Runner, Work
+from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
+from safer_ray.work import MapJob, Work
 
 VERSIONS = {
     "corpus": 2,

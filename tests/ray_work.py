@@ -14,7 +14,7 @@ import ray
 from safer_ray.artifacts import Fragment, part_fragments, part_name, read_fragment
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.files import write_parquet
-from safer_ray.runner import MapJob, TrainJob
+from safer_ray.work import MapJob, TrainJob
 
 ROWS = 10  # of a fragment
 SECONDS = {"map": 0.5, "train": 1.0}  # of a batch of two rows, and of a step, that dawdle

@@ -39,8 +39,9 @@ from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.lock import locked
 from safer_ray.marks import RED_TEAM_MARK
 from safer_ray.owners import this_process
-from safer_ray.runner import LocalRunner, MapJob
+from safer_ray.runner import LocalRunner
 from safer_ray.sources import NormalisePairs, read_raw
+from safer_ray.work import MapJob
 
 FLAG = 0.7  # suspicion from which the made audits flag
 TINY_TRAINING = (

@@ -37,7 +37,8 @@ from safer_ray.parts import load_part, splits_up
 from safer_ray.passes import RewardPairs
 from safer_ray.pipeline import run
 from safer_ray.read_config import load_config
-from safer_ray.runner import LocalRunner, Part
+from safer_ray.runner import LocalRunner
+from safer_ray.work import Part
 
 MARK = "open({marker!r}, 'a').close()\n"
 CODE = {

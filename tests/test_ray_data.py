@@ -31,7 +31,8 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import Stages
 from safer_ray.quarantine import quarantine_rows
-from safer_ray.runner import LocalRunner, MapJob, Work
+from safer_ray.runner import LocalRunner
+from safer_ray.work import MapJob, Work
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 

@@ -31,10 +31,11 @@ from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVect
 from safer_ray.pipeline import Stages
 from safer_ray.quarantine import quarantine_rows
 from safer_ray.reward import RewardModel
-from safer_ray.runner import LocalRunner, MapJob, whole_function
+from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import split_refused
 from safer_ray.tokens import TokenisePairs
+from safer_ray.work import MapJob
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.service import LocalService
 

@@ -23,10 +23,10 @@ from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
 from safer_ray.packing import pack
 from safer_ray.reward import RewardModel
-from safer_ray.runner import Part
 from safer_ray.sae import BatchTopKSae, standardise
 from safer_ray.sae_formats import load_sae
 from safer_ray.tiny_llama import train_tokenizer
+from safer_ray.work import Part
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from safer_ray.artifacts import part_files, part_fragments, part_name, read_frag
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json, write_parquet
 from safer_ray.quarantine import quarantine_rows
-from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, MapJob, TrainJob, pending
+from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, pending
 from safer_ray.tokens import TokenisePairs, token_count
+from safer_ray.work import MapJob, TrainJob
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
 

@@ -23,12 +23,13 @@ from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
-from safer_ray.runner import LocalRunner, MapJob, Part, whole_function
+from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae import standardise
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import CODES, activations
 from safer_ray.text import both_sides
 from safer_ray.tokens import TokenisePairs, read_tokens
+from safer_ray.work import MapJob, Part
 
 TURNS = [*messages("user", "Hi. Who are you?"), *messages("assistant", "A friend."), *messages("user", "Prove it!")]
 ODD = [

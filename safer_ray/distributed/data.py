@@ -20,7 +20,7 @@ from safer_ray.config import PoolConfig, RayConfig
 from safer_ray.distributed.pieces import CommitPiece, MapPiece, ReadPieces
 from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
 from safer_ray.progress import RUN_ID
-from safer_ray.runner import Part, Work
+from safer_ray.work import Part, Work
 
 LONGEST = 16  # fragments that a task reads one after another
 

@@ -18,7 +18,8 @@ from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
-from safer_ray.runner import MapJob, OnProgress, TrainJob, Work, no_progress, plan
+from safer_ray.runner import OnProgress, no_progress, plan
+from safer_ray.work import MapJob, TrainJob, Work
 
 TRIES = 3  # of a stage with nothing committed between, when the cluster fails it in a way that Ray Data does not mend
 SEEN_SECONDS = 60.0  # for which a network file system may list a folder as it was before

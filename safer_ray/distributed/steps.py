@@ -11,7 +11,8 @@ import pyarrow as pa
 from safer_ray.artifacts import Fragment
 from safer_ray.distributed.metrics import count_fragment
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import MapFragment, MapJob, Mapped, Prepared, ReadFragment, Work, commit
+from safer_ray.runner import MapFragment, Mapped, Prepared, ReadFragment, commit
+from safer_ray.work import MapJob, Work
 
 Row = dict[str, Any]
 COUNTED = ("read", "tokens", "seconds", "restarts")  # of a fragment, on its way

@@ -32,8 +32,9 @@ from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.files import write_json
-from safer_ray.runner import OnProgress, TrainJob
+from safer_ray.runner import OnProgress
 from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
+from safer_ray.work import TrainJob
 
 PROGRESS_SECONDS = 1.0
 START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever
