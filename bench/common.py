@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from safer_ray.errors import UserError
-from safer_ray.locations import on_disk
+from safer_ray.storage.locations import on_disk
 
 
 def local_path(text: str) -> Path:

@@ -24,7 +24,6 @@ import torch
 
 from bench.common import local_path, write
 from bench.growth import growth
-from safer_ray.background import repeated
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config import RewardConfig, TinyLlamaConfig
 from safer_ray.contexts import FindContexts
@@ -35,6 +34,7 @@ from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae
 from safer_ray.salience import SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.scoring import Features, pair_scores
+from safer_ray.storage.background import repeated
 from safer_ray.text import PairTokens, both_sides
 
 DATA = Path(__file__).parents[1] / "../shared/data/hh_harmless_test.jsonl.gz"

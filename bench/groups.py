@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from bench.engine import read_pairs
-from safer_ray.artifacts import Fragment
-from safer_ray.work import MapJob
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.work import MapJob
 
 GROUPS = 20
 FETCHED = "fetched"  # folder beside that of a file: how much a process fetched, a file each, a line a request

@@ -16,7 +16,6 @@ from statistics import median
 import torch
 
 from bench.common import local_path, write
-from safer_ray.artifacts import Place, read_parts
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.corpus import write_corpus
@@ -24,6 +23,7 @@ from safer_ray.packing import pack
 from safer_ray.pipeline import Stages
 from safer_ray.reward import RewardModel
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.artifacts import Place, read_parts
 from safer_ray.text import PairTokens
 from safer_ray.train_reward import pair_texts
 from safer_ray.training import bucketed_batches, reward_step

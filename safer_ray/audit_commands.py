@@ -19,8 +19,8 @@ from safer_ray.commands import (
     ray_config,
 )
 from safer_ray.errors import UserError
-from safer_ray.locations import is_name
 from safer_ray.options import count_option, path_option, place_option, share_option, source_option, text_option
+from safer_ray.storage.locations import is_name
 
 if TYPE_CHECKING:
     from safer_ray.audit_run import Audit
@@ -58,16 +58,16 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
-    from safer_ray.artifacts import ASKED
     from safer_ray.audit_files import OWN
     from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
     from safer_ray.config import ScoresConfig, SourceConfig
     from safer_ray.inputs import lasting
-    from safer_ray.lock import locked
-    from safer_ray.replacing import check_doomed, check_outside
     from safer_ray.source_files import find_files
+    from safer_ray.storage.artifacts import ASKED
+    from safer_ray.storage.lock import locked
+    from safer_ray.storage.replacing import check_doomed, check_outside
 
     folder = check_out(lasting(out))
     if actors is not None and runner == "local" and not dry_run:

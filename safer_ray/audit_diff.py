@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
-from safer_ray.accounts import count
-from safer_ray.artifacts import Artifact
 from safer_ray.audit_read import read_asked, scored_rows, scores
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.files import beside, make_folder
-from safer_ray.replacing import check_outside
+from safer_ray.storage.accounts import count
+from safer_ray.storage.artifacts import Artifact
+from safer_ray.storage.files import beside, make_folder
+from safer_ray.storage.replacing import check_outside
 
 MOST = 5_000_000  # rows of both audits that are held at once; more are matched share by share
 Key = Literal["row_key", "pair_id"]

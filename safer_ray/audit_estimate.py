@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from safer_ray.artifacts import Fragment
 from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
@@ -19,6 +18,7 @@ from safer_ray.errors import UserError
 from safer_ray.schema import split_refused
 from safer_ray.source_files import find_files
 from safer_ray.sources import plan_file, read_raw
+from safer_ray.storage.artifacts import Fragment
 from safer_ray.tokens import token_count
 
 PLACES, ROWS = 16, 16  # of the sample: fragments, and rows of each

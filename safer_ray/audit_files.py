@@ -1,6 +1,6 @@
 """The files of an audit: beside them, in the same folder, data may lie."""
 
-from safer_ray.artifacts import ASKED, MANIFEST, PLAN, SCRATCH
+from safer_ray.storage.artifacts import ASKED, MANIFEST, PLAN, SCRATCH
 
 SCORES, FLAGGED = "scores", "flagged"  # folders
 LISTED, SUMMARY, PAGE = "flagged.jsonl", "summary.json", "report.html"

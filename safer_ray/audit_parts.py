@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.audit_files import FLAGGED, SCORES
-from safer_ray.files import DIGITS, remove, write_parquet, write_text
-from safer_ray.marks import COLUMN, marked_by_row, red_team_rows
+from safer_ray.storage.files import DIGITS, remove, write_parquet, write_text
+from safer_ray.storage.marks import COLUMN, marked_by_row, red_team_rows
 
 AUDITED = pa.schema(
     [

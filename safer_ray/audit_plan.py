@@ -10,7 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import (
+from safer_ray.audit_files import FLAGGED, SCORES
+from safer_ray.config import SourceConfig
+from safer_ray.errors import UserError
+from safer_ray.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
+from safer_ray.sources import plan_file
+from safer_ray.storage.artifacts import (
     MANIFEST,
     PLAN,
     Fragment,
@@ -20,15 +25,10 @@ from safer_ray.artifacts import (
     with_digests,
     write_plan,
 )
-from safer_ray.audit_files import FLAGGED, SCORES
-from safer_ray.background import side_by_side
-from safer_ray.config import SourceConfig
-from safer_ray.errors import UserError
-from safer_ray.files import at, names_in, read_parquet, remove, stamp, threads_for
-from safer_ray.fingerprints import begins_as, digests_of, is_at
-from safer_ray.rows import Cut, grows
-from safer_ray.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
-from safer_ray.sources import plan_file
+from safer_ray.storage.background import side_by_side
+from safer_ray.storage.files import at, names_in, read_parquet, remove, stamp, threads_for
+from safer_ray.storage.fingerprints import begins_as, digests_of, is_at
+from safer_ray.storage.rows import Cut, grows
 
 TOLD = 5  # files that a line names
 PEEK = 2**20  # bytes

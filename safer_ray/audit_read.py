@@ -7,8 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from safer_ray.accounts import DONE
-from safer_ray.artifacts import (
+from safer_ray.audit_files import SCORES
+from safer_ray.errors import UserError
+from safer_ray.storage.accounts import DONE
+from safer_ray.storage.artifacts import (
     ASKED,
     ASKED_KEYS,
     MANIFEST,
@@ -19,9 +21,7 @@ from safer_ray.artifacts import (
     part_name,
     read_plan,
 )
-from safer_ray.audit_files import SCORES
-from safer_ray.errors import UserError
-from safer_ray.files import names_in, parquet_footer, read_parquet
+from safer_ray.storage.files import names_in, parquet_footer, read_parquet
 
 Pair = tuple[str, str]  # row_key and pair_id: one pair, also where a row of the source gives several
 

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.artifacts import Artifact
 from safer_ray.audit_files import REVIEWS
 from safer_ray.audit_read import Pair, pairs_in, scores
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
-from safer_ray.files import write_json
-from safer_ray.rows import read_rows
+from safer_ray.storage.artifacts import Artifact
+from safer_ray.storage.files import write_json
+from safer_ray.storage.rows import read_rows
 
 BAD, FINE, UNSURE = "bad", "fine", "unsure"
 VERDICTS = (BAD, FINE, UNSURE)

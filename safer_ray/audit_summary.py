@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
 from safer_ray import report_audit
-from safer_ray.accounts import entry_name, read_entry
-from safer_ray.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
 from safer_ray.audit_files import FLAGGED, LISTED, PAGE, SCORES, SUMMARY
 from safer_ray.audit_parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
 from safer_ray.audit_run import Audit, AuditCounts
-from safer_ray.background import side_by_side
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
-from safer_ray.files import at, names_in, read_parquet, threads_for, write_json, write_text, writing
-from safer_ray.marks import Marks, enclosing, tell_it, together
 from safer_ray.schema import to_json
+from safer_ray.storage.accounts import entry_name, read_entry
+from safer_ray.storage.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
+from safer_ray.storage.background import side_by_side
+from safer_ray.storage.files import at, names_in, read_parquet, threads_for, write_json, write_text, writing
+from safer_ray.storage.marks import Marks, enclosing, tell_it, together
 
 IDS = 5_000_000  # pair ids that are compared at once; of more, a known share of all ids is
 DECILES = 10

@@ -54,7 +54,7 @@ def export_command(
     """
     from safer_ray.audit_export import export
     from safer_ray.audit_read import open_audit
-    from safer_ray.files import at
+    from safer_ray.storage.files import at
 
     if drop not in (None, "flagged"):
         raise UserError(f"--drop {drop!r}: choose flagged, or give --percent")
@@ -85,8 +85,8 @@ def review_command(
     """
     from safer_ray.audit_read import open_audit
     from safer_ray.audit_review import review
-    from safer_ray.files import at
-    from safer_ray.lock import locked
+    from safer_ray.storage.files import at
+    from safer_ray.storage.lock import locked
 
     opened = open_audit(at(audit).absolute())
     with locked(opened.path):
@@ -127,7 +127,7 @@ def diff_command(
     """
     from safer_ray.audit_diff import difference, write_difference
     from safer_ray.audit_read import open_audit
-    from safer_ray.files import at
+    from safer_ray.storage.files import at
 
     one, other = (open_audit(at(folder).absolute()) for folder in (a, b))
     found = write_difference(one, other, json.absolute()) if json else difference(one, other)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.artifacts import Artifact
 from safer_ray.codes import contrasts, matrix_of
 from safer_ray.combined import Readings, load_combined
 from safer_ray.config import DetectorOf, Mode, ScoresConfig
-from safer_ray.contents import check_whole
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet
 from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
+from safer_ray.storage.artifacts import Artifact
+from safer_ray.storage.contents import check_whole
+from safer_ray.storage.files import read_parquet
 
 log = logging.getLogger(__name__)
 AUDITOR_FORMAT = 2  # a bundle of another one is refused

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import torch
 
-from safer_ray.background import side_by_side
 from safer_ray.errors import TooLargeError
 from safer_ray.packing import Packed
+from safer_ray.storage.background import side_by_side
 
 Result = TypeVar("Result")
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

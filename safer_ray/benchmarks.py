@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.formats import Refused, as_mapping, as_number, as_text
-from safer_ray.marks import COLUMN
+from safer_ray.storage.marks import COLUMN
 
 REWARDBENCH_COUNTS = {
     "alpacaeval-easy": 100,

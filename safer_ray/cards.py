@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.codes import flatten
-from safer_ray.files import read_parquet
 from safer_ray.schema import SIDES, table
 from safer_ray.scoring import Features, parse_features
+from safer_ray.storage.files import read_parquet
 
 FILE = "features.parquet"
 NAME_CHARS = 60

@@ -19,9 +19,9 @@ from safer_ray.packing import how_pairs_run, smallest_window
 from safer_ray.parts import check_loaded, load_part, splits_up
 from safer_ray.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
 from safer_ray.reward import RewardModel
+from safer_ray.storage.work import WHOLE, Part
 from safer_ray.text import PairTokenizer
 from safer_ray.tiny_llama import make_tiny_llama
-from safer_ray.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
 TEMPLATES = ("auto", "plain", "chat")

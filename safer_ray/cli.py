@@ -16,7 +16,7 @@ from safer_ray import __version__
 from safer_ray.errors import SaferError, UserError, explained, one_line
 
 if TYPE_CHECKING:
-    from safer_ray.artifacts import Artifact
+    from safer_ray.storage.artifacts import Artifact
 
 from safer_ray import audit_commands, audit_tools_commands, sae_commands, stage_commands
 from safer_ray.commands import (
@@ -255,8 +255,8 @@ def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one
     """List the artifacts of runs."""
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
-    from safer_ray.artifacts import open_artifact
     from safer_ray.source_files import is_artifact
+    from safer_ray.storage.artifacts import open_artifact
 
     table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)
     for path in sorted(filter(Path.is_file, root.glob("**/manifest.json")), key=lambda p: p.stat().st_mtime):

@@ -10,15 +10,15 @@ import typer
 from rich.console import Console
 
 from safer_ray.errors import UserError
-from safer_ray.locations import check_utf8
 from safer_ray.options import path_option, text_option
+from safer_ray.storage.locations import check_utf8
 
 if TYPE_CHECKING:
-    from safer_ray.artifacts import Artifact
     from safer_ray.config import RayConfig
     from safer_ray.pipeline import Stages
     from safer_ray.progress import Report
     from safer_ray.runner import Runner
+    from safer_ray.storage.artifacts import Artifact
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
 state = {"verbose": False}
@@ -65,10 +65,10 @@ def one_stage(
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.
     """
-    from safer_ray.artifacts import Place
     from safer_ray.inputs import lasting
-    from safer_ray.lock import locked
     from safer_ray.pipeline import Stages
+    from safer_ray.storage.artifacts import Place
+    from safer_ray.storage.lock import locked
 
     out = check_out(lasting(out))
     ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from safer_ray.errors import UserError
-from safer_ray.locations import a_source, is_name, on_disk
+from safer_ray.storage.locations import a_source, is_name, on_disk
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -11,16 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import (
-    MANIFEST,
-    Artifact,
-    Result,
-    part_files,
-    part_fragments,
-    part_name,
-    read_fragment,
-    read_parts,
-)
 from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
 from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
@@ -38,18 +28,28 @@ from safer_ray.contexts import FindContexts, merge_contexts
 from safer_ray.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
-from safer_ray.marks import Marks
 from safer_ray.pretrained import Checkpoint, own_code
-from safer_ray.recipes import Input
 from safer_ray.sae_formats import load_sae
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
+from safer_ray.storage.artifacts import (
+    MANIFEST,
+    Artifact,
+    Result,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parts,
+)
+from safer_ray.storage.files import read_parquet, write_json, write_parquet
+from safer_ray.storage.marks import Marks
+from safer_ray.storage.recipes import Input
+from safer_ray.storage.work import MapJob
 from safer_ray.where import where_mask
-from safer_ray.work import MapJob
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Result, part_files, part_fragments, part_name, read_fragment, read_parts
 from safer_ray.benchmarks import benchmark_scores
 from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.config import (
@@ -25,7 +24,6 @@ from safer_ray.config import (
 from safer_ray.corpus import write_corpus
 from safer_ray.errors import UserError
 from safer_ray.evaluation import section_accuracy
-from safer_ray.files import at, read_parquet, write_parquet
 from safer_ray.inputs import (
     base_input,
     close_pairs,
@@ -35,20 +33,30 @@ from safer_ray.inputs import (
     source_input,
     with_lasting_base,
 )
-from safer_ray.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
-from safer_ray.recipes import Input
 from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.stage import StageContext, pairs_of, recipe
+from safer_ray.storage.artifacts import (
+    Artifact,
+    Result,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parts,
+)
+from safer_ray.storage.files import at, read_parquet, write_parquet
+from safer_ray.storage.marks import Marks, any_red_team, enclosing, is_marked, together
+from safer_ray.storage.recipes import Input
+from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
 from safer_ray.where import where_mask
-from safer_ray.work import BatchFn, MapJob, TrainJob, Work
 
 log = logging.getLogger(__name__)
 

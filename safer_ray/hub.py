@@ -12,8 +12,8 @@ from typing import Literal
 
 from safer_ray import schema
 from safer_ray.errors import UserError
-from safer_ray.files import move
-from safer_ray.locations import on_disk
+from safer_ray.storage.files import move
+from safer_ray.storage.locations import on_disk
 
 PREFIX = "hub:"
 COMMIT = re.compile(r"[0-9a-f]{40}")

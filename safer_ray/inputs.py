@@ -10,19 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.checkpoints import resolve_base
 from safer_ray.config import PairsConfig, RewardConfig, RunConfig, SourceConfig
-from safer_ray.contents import content_hash
 from safer_ray.errors import UserError
-from safer_ray.files import at, read_parquet, stamp, write_parquet
 from safer_ray.hub import PREFIX, pinned, split_name
 from safer_ray.judge import load_probe
-from safer_ray.marks import Marks
-from safer_ray.quarantine import quarantine_rows
-from safer_ray.recipes import Input
-from safer_ray.remote import Remote
 from safer_ray.source_files import Found, file_name, find_files
+from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
+from safer_ray.storage.contents import content_hash
+from safer_ray.storage.files import at, read_parquet, stamp, write_parquet
+from safer_ray.storage.marks import Marks
+from safer_ray.storage.quarantine import quarantine_rows
+from safer_ray.storage.recipes import Input
+from safer_ray.storage.remote import Remote
 
 JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards
 log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.artifacts import ASKED, ASKED_KEYS, SCRATCH
 from safer_ray.audit_files import FLAGGED, LISTED, SCORES
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.lock import is_held, is_lock, locked
-from safer_ray.marks import MANIFEST, MANIFEST_KEYS
+from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, SCRATCH
+from safer_ray.storage.lock import is_held, is_lock, locked
+from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
 
 LOCK = "run.lock"
 NAME = re.compile(r"[a-z][a-z_]*-[0-9a-f]{12}")  # STAGE-HASH

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safer_ray.files import write_text
+from safer_ray.storage.files import write_text
 
 CARD = """---
 library_name: saelens

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from safer_ray.background import repeated
+from safer_ray.storage.background import repeated
 
 if TYPE_CHECKING:
-    from safer_ray.artifacts import Artifact
+    from safer_ray.storage.artifacts import Artifact
 
 RUN_ID = os.environ.get("SAFER_RAY_RUN_ID") or uuid.uuid4().hex[:8]
 LINE_SECONDS = 60.0  # between two lines of a stage that takes so long

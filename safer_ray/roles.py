@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, open_artifact, part_files
 from safer_ray.errors import UserError
+from safer_ray.storage.artifacts import Artifact, open_artifact, part_files
 
 OF_STAGES = ("activations", "salience", "verdicts", "contexts", "detector", "auditor")  # made by the stage of that name
 STRICT = ("auditor", "detector")  # of which only an artifact will do, since its manifest is read

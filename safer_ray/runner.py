@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import alone
-from safer_ray.accounts import (
+from safer_ray.errors import SaferError, UserError
+from safer_ray.schema import QUARANTINE
+from safer_ray.storage.accounts import (
     DONE,
     Counts,
     close,
@@ -31,13 +33,11 @@ from safer_ray.accounts import (
     rows_of,
     trained_already,
 )
-from safer_ray.artifacts import Fragment, part_name, save_plan
-from safer_ray.errors import SaferError, UserError
-from safer_ray.files import remove, write_json, write_parquet
-from safer_ray.quarantine import KNOWN, refused_rows
-from safer_ray.schema import QUARANTINE
+from safer_ray.storage.artifacts import Fragment, part_name, save_plan
+from safer_ray.storage.files import remove, write_json, write_parquet
+from safer_ray.storage.quarantine import KNOWN, refused_rows
+from safer_ray.storage.work import BatchFn, MapJob, Part, TrainJob, Work
 from safer_ray.tokens import token_count
-from safer_ray.work import BatchFn, MapJob, Part, TrainJob, Work
 
 OnProgress = Callable[[str, int, int, int], None]  # stage, done, total, rows in what was done last
 ENDED = "the process ended while it worked on these rows"

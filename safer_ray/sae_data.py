@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from safer_ray.artifacts import part_files
-from safer_ray.background import ahead
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import standardise
+from safer_ray.storage.artifacts import part_files
+from safer_ray.storage.background import ahead
 from safer_ray.train_reward import validation_split
 from safer_ray.training import permutation, share
 

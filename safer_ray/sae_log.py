@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safer_ray.errors import need_extra
-from safer_ray.files import write_text
+from safer_ray.storage.files import write_text
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

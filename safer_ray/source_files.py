@@ -14,16 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safer_ray.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH
 from safer_ray.audit_files import OWN, REVIEWS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import at
 from safer_ray.hub import load_dataset
-from safer_ray.locations import check_utf8
-from safer_ray.marks import MANIFEST, MANIFEST_KEYS
-from safer_ray.remote import Remote, fits
-from safer_ray.rows import ENDINGS, kind_of
+from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH
+from safer_ray.storage.files import at
+from safer_ray.storage.locations import check_utf8
+from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
+from safer_ray.storage.remote import Remote, fits
+from safer_ray.storage.rows import ENDINGS, kind_of
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too

@@ -15,17 +15,17 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.artifacts import Fragment
 from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import at, stamp
-from safer_ray.fingerprints import still_holds
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
-from safer_ray.remote import Remote
-from safer_ray.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.source_files import Found, file_name, find_files
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.files import at, stamp
+from safer_ray.storage.fingerprints import still_holds
+from safer_ray.storage.remote import Remote
+from safer_ray.storage.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
 from safer_ray.where import meets, parse_where
 
 RAW = pa.schema(

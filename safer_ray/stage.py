@@ -8,17 +8,17 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from safer_ray.accounts import Counts
-from safer_ray.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
 from safer_ray.config import RunConfig
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet
-from safer_ray.quarantine import quarantine_rows
-from safer_ray.recipes import Input
 from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
 from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
-from safer_ray.work import MapJob, Work
+from safer_ray.storage.accounts import Counts
+from safer_ray.storage.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
+from safer_ray.storage.files import read_parquet
+from safer_ray.storage.quarantine import quarantine_rows
+from safer_ray.storage.recipes import Input
+from safer_ray.storage.work import MapJob, Work
 
 VERSIONS = {
     "corpus": 2,

@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import report
-from safer_ray.artifacts import Artifact, read_parts
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import RunConfig, StrategyName
 from safer_ray.contexts import cut_context
 from safer_ray.curation import JOINED, have_scores, join_scores
 from safer_ray.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
-from safer_ray.files import write_json, write_text
-from safer_ray.marks import together
 from safer_ray.stage import pairs_of
+from safer_ray.storage.artifacts import Artifact, read_parts
+from safer_ray.storage.files import write_json, write_text
+from safer_ray.storage.marks import together
 from safer_ray.text import sentence_start
 from safer_ray.where import where_mask
 

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.files import make_folder, move
 from safer_ray.packing import alone
 from safer_ray.reward import RewardModel
+from safer_ray.storage.digests import check_digests, record_digests
+from safer_ray.storage.files import make_folder, move
 from safer_ray.text import PairTokens
 
 CHECKPOINT_SECONDS = 60.0

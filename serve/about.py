@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from safer_ray.artifacts import MANIFEST, Artifact, open_artifact
 from safer_ray.auditor import best_detector, check_auditor, read_features, reference_values
 from safer_ray.cards import read_cards
 from safer_ray.config import DetectorOf, ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet
+from safer_ray.storage.artifacts import MANIFEST, Artifact, open_artifact
+from safer_ray.storage.files import read_parquet
 from serve.api import (
     AuditorInfo,
     FeatureContext,

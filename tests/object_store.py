@@ -17,7 +17,7 @@ import pytest
 from faulty_proxy import Proxy, proxied
 from ray_processes import free_port, wait_until
 
-from safer_ray.work import MapJob
+from safer_ray.storage.work import MapJob
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "build/s3-server"

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from safer_ray.artifacts import Fragment, part_fragments, part_name, read_fragment
 from safer_ray.config import RewardConfig, TinyLlamaConfig
-from safer_ray.files import write_parquet
-from safer_ray.work import MapJob, TrainJob
+from safer_ray.storage.artifacts import Fragment, part_fragments, part_name, read_fragment
+from safer_ray.storage.files import write_parquet
+from safer_ray.storage.work import MapJob, TrainJob
 
 ROWS = 10  # of a fragment
 SECONDS = {"map": 0.5, "train": 1.0}  # of a batch of two rows, and of a step, that dawdle

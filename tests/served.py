@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_run import finished
 
-from safer_ray.artifacts import Artifact, read_parts
+from safer_ray.storage.artifacts import Artifact, read_parts
 
 SECRET = "the moon is a lantern"
 PAIR = {"prompt": "How are you today?", "chosen": "Very well, thank you.", "rejected": "Go away, will you."}

@@ -9,8 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from safer_ray import artifacts as module
-from safer_ray.artifacts import (
+from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
+from safer_ray.errors import SaferError, UserError
+from safer_ray.harvest import Harvest
+from safer_ray.runner import LocalRunner
+from safer_ray.stage import recipe
+from safer_ray.storage import artifacts as module
+from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
     Fragment,
@@ -25,15 +30,10 @@ from safer_ray.artifacts import (
     read_parts,
     save_plan,
 )
-from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
-from safer_ray.contents import artifact_hash, check_whole, content_hash
-from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_parquet, stamp, write_json, write_parquet, write_text
-from safer_ray.harvest import Harvest
-from safer_ray.marks import Marks
-from safer_ray.recipes import Input
-from safer_ray.runner import LocalRunner
-from safer_ray.stage import recipe
+from safer_ray.storage.contents import artifact_hash, check_whole, content_hash
+from safer_ray.storage.files import read_parquet, stamp, write_json, write_parquet, write_text
+from safer_ray.storage.marks import Marks
+from safer_ray.storage.recipes import Input
 
 RECIPE = Recipe("salience", 1, {"mode": "paper"}, {"codes": Input("codes-1")})
 ROWS = pa.table({"a": [1, 2, 3]})

@@ -20,7 +20,6 @@ from scipy.stats import ks_1samp, uniform
 from tiny_run import finished
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, read_parts, read_plan
 from safer_ray.audit import AuditPairs
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_parts import AUDITED, BINS, added, figures_of, flagged_line, from_tree, to_tree
@@ -28,9 +27,10 @@ from safer_ray.audit_run import Audit, audit_corpus, check_accounts
 from safer_ray.audit_summary import close_audit, drift
 from safer_ray.config import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_json, write_json, write_parquet
-from safer_ray.quarantine import quarantine_rows
 from safer_ray.runner import ENDED, Counts, LocalRunner
+from safer_ray.storage.artifacts import Artifact, read_parts, read_plan
+from safer_ray.storage.files import read_json, write_json, write_parquet
+from safer_ray.storage.quarantine import quarantine_rows
 
 ROWS = 60
 

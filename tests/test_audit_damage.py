@@ -9,18 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_run import finished
 
-from safer_ray.artifacts import open_artifact, read_parts
 from safer_ray.audit_read import open_audit
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
 from safer_ray.auditor import check_auditor
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.contents import artifact_hash
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import read_json, write_json, write_parquet
-from safer_ray.lock import locked
-from safer_ray.marks import RED_TEAM_MARK, says_red_team
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.artifacts import open_artifact, read_parts
+from safer_ray.storage.contents import artifact_hash
+from safer_ray.storage.files import read_json, write_json, write_parquet
+from safer_ray.storage.lock import locked
+from safer_ray.storage.marks import RED_TEAM_MARK, says_red_team
 
 ROWS = 40
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from safer_ray.artifacts import ASKED, part_name, read_plan
 from safer_ray.audit_plan import FileNotes, in_words, plan_audit
 from safer_ray.audit_read import open_audit
 from safer_ray.config import SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet, write_json, write_parquet
 from safer_ray.source_files import find_files
 from safer_ray.sources import read_raw
+from safer_ray.storage.artifacts import ASKED, part_name, read_plan
+from safer_ray.storage.files import read_parquet, write_json, write_parquet
 
 OLD_COLUMNS = ("number", "source", "path", "start", "stop", "size", "etag", "offset", "digest")  # before `file`
 

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from safer_ray import audit_export, cli, schema
-from safer_ray.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.audit_diff import difference, write_difference
 from safer_ray.audit_export import export, trl_line
 from safer_ray.audit_parts import AUDITED, write_part
@@ -31,17 +30,18 @@ from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
 from safer_ray.auditor import AUDITOR_FORMAT
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.contents import artifact_hash
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
-from safer_ray.files import at, read_json, remove, write_json, write_parquet, write_text
 from safer_ray.leftovers import delete, find_runs, old_enough
-from safer_ray.lock import locked
-from safer_ray.marks import RED_TEAM_MARK
-from safer_ray.owners import this_process
 from safer_ray.runner import LocalRunner
 from safer_ray.sources import NormalisePairs, read_raw
-from safer_ray.work import MapJob
+from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
+from safer_ray.storage.contents import artifact_hash
+from safer_ray.storage.files import at, read_json, remove, write_json, write_parquet, write_text
+from safer_ray.storage.lock import locked
+from safer_ray.storage.marks import RED_TEAM_MARK
+from safer_ray.storage.owners import this_process
+from safer_ray.storage.work import MapJob
 
 FLAG = 0.7  # suspicion from which the made audits flag
 TINY_TRAINING = (

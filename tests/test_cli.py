@@ -18,13 +18,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
-from safer_ray import cli, files, progress
-from safer_ray.artifacts import open_artifact, read_parts
+from safer_ray import cli, progress
 from safer_ray.commands import console, ray_config
-from safer_ray.files import write_parquet
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
 from safer_ray.sae_formats import sae_layer
+from safer_ray.storage import files
+from safer_ray.storage.artifacts import open_artifact, read_parts
+from safer_ray.storage.files import write_parquet
 
 COMMANDS = (
     "run",

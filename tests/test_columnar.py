@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from safer_ray import columnar, resting
-from safer_ray.rows import read_rows
+from safer_ray.storage import columnar, resting
+from safer_ray.storage.rows import read_rows
 
 ROWS = 2000
 TABLE = pa.table({"n": range(ROWS), "text": [f"text {n}" for n in range(ROWS)]})

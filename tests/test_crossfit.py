@@ -10,7 +10,6 @@ from scipy.stats import spearmanr
 from test_kill import assert_same_rows
 from tiny_run import audited, tables, tiny_config
 
-from safer_ray.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.auditor import best_detector
 from safer_ray.codes import contrasts, matrix_of
 from safer_ray.combined import Readings, load_combined
@@ -34,6 +33,7 @@ from safer_ray.pipeline import Stages, run
 from safer_ray.runner import LocalRunner
 from safer_ray.scoring import KIND, margins
 from safer_ray.stage import pairs_of
+from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 
 FOLDS = 3
 EXCHANGE = (

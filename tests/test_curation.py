@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.config import CurateConfig
 from safer_ray.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
 from safer_ray.errors import UserError
-from safer_ray.files import write_parquet
 from safer_ray.findings import Findings
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
+from safer_ray.storage.files import write_parquet
 
 N = 20
 

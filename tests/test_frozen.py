@@ -13,11 +13,11 @@ from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.work import TrainJob
 from safer_ray.text import both_sides
 from safer_ray.train_reward import train_reward
 from safer_ray.training import KnownStates, reward_step
 from safer_ray.trunk import remembered
-from safer_ray.work import TrainJob
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_run import finished, tables, write_config
 
-from safer_ray.artifacts import open_artifact
-from safer_ray.contents import check_whole
+from safer_ray.storage.artifacts import open_artifact
+from safer_ray.storage.contents import check_whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

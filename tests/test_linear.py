@@ -12,12 +12,13 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray import keys, leftovers, parts, rows, spaced, text, where
+from safer_ray import keys, leftovers, parts, spaced, text, where
 from safer_ray.contexts import cut_context
 from safer_ray.errors import UserError
 from safer_ray.formats import Refused, is_transcript, read_pair
 from safer_ray.places import Piece, pieces_of, sent_span
-from safer_ray.rows import read_rows
+from safer_ray.storage import rows
+from safer_ray.storage.rows import read_rows
 from serve import access, auth, limits, uploads, web
 from serve.api import ScoreRequest
 from serve.http import create_api

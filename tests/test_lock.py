@@ -13,15 +13,15 @@ import time
 import psutil
 import pytest
 
-from safer_ray import lock as module
-from safer_ray import owners
 from safer_ray.errors import UserError
-from safer_ray.lock import LockLost, locked
+from safer_ray.storage import lock as module
+from safer_ray.storage import owners
+from safer_ray.storage.lock import LockLost, locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from safer_ray.lock import locked
+from safer_ray.storage.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,7 +16,6 @@ from test_crossfit import EXCHANGE
 from tiny_run import tiny_config
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, Result, open_artifact, part_files, read_parts
 from safer_ray.audit_diff import write_difference
 from safer_ray.audit_export import export
 from safer_ray.audit_read import open_audit
@@ -38,14 +37,15 @@ from safer_ray.config import (
     SweepConfig,
     SweepGrid,
 )
-from safer_ray.contents import check_whole
-from safer_ray.files import write_parquet
 from safer_ray.lab import run_lab
-from safer_ray.marks import RED_TEAM_MARK, Marks, marked, wholly_marked
 from safer_ray.pipeline import Stages, run
-from safer_ray.recipes import Input
 from safer_ray.runner import LocalRunner
 from safer_ray.stage import VERSIONS, recipe
+from safer_ray.storage.artifacts import Artifact, Place, Result, open_artifact, part_files, read_parts
+from safer_ray.storage.contents import check_whole
+from safer_ray.storage.files import write_parquet
+from safer_ray.storage.marks import RED_TEAM_MARK, Marks, marked, wholly_marked
+from safer_ray.storage.recipes import Input
 from safer_ray.sweep import run_sweep
 
 PARQUET = ("ParquetFile", "read_table", "read_metadata", "read_schema")

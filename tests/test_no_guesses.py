@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from test_salience import HAND
 
 from safer_ray import schema
-from safer_ray.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.auditor import read_features, reference_values, vector_layers
 from safer_ray.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.codes import flatten
@@ -20,12 +19,13 @@ from safer_ray.config import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.curation import StrategyInput, reward_margin
 from safer_ray.errors import UserError
 from safer_ray.evaluation import mcnemar, on_the_same
-from safer_ray.files import write_json, write_parquet
 from safer_ray.findings import Findings
 from safer_ray.runner import LocalRunner
 from safer_ray.sae_formats import load_sae, save_sae
 from safer_ray.sae_quality import spliced
 from safer_ray.scoring import Features, ScoreCodes, margins
+from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
+from safer_ray.storage.files import write_json, write_parquet
 from safer_ray.where import where_mask
 
 FEATURES = Features([0], [1], "response")

@@ -24,23 +24,23 @@ from object_store import KEY, SECRET, Store, knowing, object_store
 from ray_processes import kill, wait_until
 from tiny_run import tiny_config
 
-from safer_ray import lock
-from safer_ray import remote as remote_module
-from safer_ray.artifacts import Artifact, Place, read_parts
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
 from safer_ray.cli import main
 from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import at, names_in, read_json, write_json, writing
 from safer_ray.harvest import Harvest
-from safer_ray.owners import this_process
 from safer_ray.pipeline import run as run_stages
-from safer_ray.quarantine import quarantine_rows
 from safer_ray.runner import LocalRunner
 from safer_ray.source_files import source_files
 from safer_ray.sources import plan_sources, read_raw
+from safer_ray.storage import lock
+from safer_ray.storage import remote as remote_module
+from safer_ray.storage.artifacts import Artifact, Place, read_parts
+from safer_ray.storage.files import at, names_in, read_json, write_json, writing
+from safer_ray.storage.owners import this_process
+from safer_ray.storage.quarantine import quarantine_rows
 
 SMALL = ("corpus.train_per_section=80", "corpus.heldout_per_section=20", "sae.steps=30")
 

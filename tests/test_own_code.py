@@ -17,7 +17,6 @@ import torch
 from conftest import make_pairs, write_parts
 from tiny_run import CONFIG
 
-from safer_ray.artifacts import open_artifact, read_parts
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.auditor import check_code
@@ -30,7 +29,6 @@ from safer_ray.checkpoints import (
     save_reward_model,
 )
 from safer_ray.config import RewardConfig, ScoresConfig, SourceConfig
-from safer_ray.contents import artifact_hash
 from safer_ray.errors import UserError
 from safer_ray.packing import packs
 from safer_ray.parts import load_part, splits_up
@@ -38,7 +36,9 @@ from safer_ray.passes import RewardPairs
 from safer_ray.pipeline import run
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
-from safer_ray.work import Part
+from safer_ray.storage.artifacts import open_artifact, read_parts
+from safer_ray.storage.contents import artifact_hash
+from safer_ray.storage.work import Part
 
 MARK = "open({marker!r}, 'a').close()\n"
 CODE = {

@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_run import write_config
 
 from safer_ray import progress
-from safer_ray.artifacts import Artifact
 from safer_ray.progress import JsonLines, JsonLog, Terminal, json_line, report_on
+from safer_ray.storage.artifacts import Artifact
 
 MADE = Artifact(Path("codes-abc"), "codes-abc", {"wall_seconds": 12.34, "rows": {"read": 5, "written": 4}})
 

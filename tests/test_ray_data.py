@@ -14,8 +14,15 @@ import ray
 from ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_noted, write_input
 from test_kill import assert_same_tables
 
-from safer_ray.accounts import count
-from safer_ray.artifacts import (
+from safer_ray.config import ActivationsConfig, RayConfig
+from safer_ray.distributed import runner as runner_module
+from safer_ray.distributed.data import LONGEST, dataset, following
+from safer_ray.distributed.runner import RayRunner
+from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline import Stages
+from safer_ray.runner import LocalRunner
+from safer_ray.storage.accounts import count
+from safer_ray.storage.artifacts import (
     Place,
     open_artifact,
     part_files,
@@ -24,15 +31,8 @@ from safer_ray.artifacts import (
     read_fragment,
     read_parts,
 )
-from safer_ray.config import ActivationsConfig, RayConfig
-from safer_ray.distributed import runner as runner_module
-from safer_ray.distributed.data import LONGEST, dataset, following
-from safer_ray.distributed.runner import RayRunner
-from safer_ray.errors import SaferError, UserError
-from safer_ray.pipeline import Stages
-from safer_ray.quarantine import quarantine_rows
-from safer_ray.runner import LocalRunner
-from safer_ray.work import MapJob, Work
+from safer_ray.storage.quarantine import quarantine_rows
+from safer_ray.storage.work import MapJob, Work
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 

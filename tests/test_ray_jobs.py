@@ -12,8 +12,8 @@ from test_kill import assert_same_rows
 from test_submit import cluster  # noqa: F401  (a fixture)
 from tiny_run import tables
 
-from safer_ray.artifacts import open_artifact
 from safer_ray.distributed.session import quiet  # noqa: F401  (sets what Ray reads when it is imported)
+from safer_ray.storage.artifacts import open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

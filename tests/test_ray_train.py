@@ -33,10 +33,10 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.work import TrainJob
 from safer_ray.train_reward import engine_options, train_reward
 from safer_ray.train_sae import train_sae
 from safer_ray.training import OneProcess
-from safer_ray.work import TrainJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import shared
 from tiny_run import every
 
-from safer_ray.artifacts import read_parts
 from safer_ray.pipeline import run
 from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.artifacts import read_parts
 
 REPOSITORY = Path(__file__).parents[1]
 SECTIONS = {"safety_pku", "safety_hh", "xstest_refuse", "xstest_respond", "jbb", "chat"}

@@ -17,7 +17,6 @@ from test_packing import COMMON, FAMILIES
 from tiny_run import finished
 
 from safer_ray import packing
-from safer_ray.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.audit import AuditPairs
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
@@ -25,17 +24,18 @@ from safer_ray.audit_summary import close_audit
 from safer_ray.batches import NO_MEMORY
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config import ActivationsConfig, ScoresConfig, SourceConfig
-from safer_ray.contents import artifact_hash
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
-from safer_ray.quarantine import quarantine_rows
 from safer_ray.reward import RewardModel
 from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import split_refused
+from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
+from safer_ray.storage.contents import artifact_hash
+from safer_ray.storage.quarantine import quarantine_rows
+from safer_ray.storage.work import MapJob
 from safer_ray.tokens import TokenisePairs
-from safer_ray.work import MapJob
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.service import LocalService
 

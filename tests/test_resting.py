@@ -7,8 +7,8 @@ import os
 import pytest
 import zstandard
 
-from safer_ray import resting, rows
-from safer_ray.rows import read_rows
+from safer_ray.storage import resting, rows
+from safer_ray.storage.rows import read_rows
 
 ROWS = [f'{{"n": {n}, "text": "a, b"}}' for n in range(200)]
 LINES = "".join(f"{row}\n" * (n != 50) + "\n" * (n == 50) for n, row in enumerate(ROWS)).encode()

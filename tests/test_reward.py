@@ -25,8 +25,8 @@ from safer_ray.packing import pack
 from safer_ray.reward import RewardModel
 from safer_ray.sae import BatchTopKSae, standardise
 from safer_ray.sae_formats import load_sae
+from safer_ray.storage.work import Part
 from safer_ray.tiny_llama import train_tokenizer
-from safer_ray.work import Part
 
 
 @pytest.fixture

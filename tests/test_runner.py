@@ -12,15 +12,16 @@ import textwrap
 import pyarrow as pa
 import pytest
 
-from safer_ray import alone, files, schema
-from safer_ray.accounts import count
-from safer_ray.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
+from safer_ray import alone, schema
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import write_json, write_parquet
-from safer_ray.quarantine import quarantine_rows
 from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, pending
+from safer_ray.storage import files
+from safer_ray.storage.accounts import count
+from safer_ray.storage.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
+from safer_ray.storage.files import write_json, write_parquet
+from safer_ray.storage.quarantine import quarantine_rows
+from safer_ray.storage.work import MapJob, TrainJob
 from safer_ray.tokens import TokenisePairs, token_count
-from safer_ray.work import MapJob, TrainJob
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
 
@@ -283,7 +284,7 @@ import ctypes, os, signal, sys
 from pathlib import Path
 import pyarrow as pa
 from safer_ray import alone
-from safer_ray.artifacts import part_fragments, read_fragment
+from safer_ray.storage.artifacts import part_fragments, read_fragment
 from safer_ray.runner import LocalRunner, MapJob
 
 ends = {
@@ -330,7 +331,7 @@ STRANGER = """
 import sys, time
 from pathlib import Path
 import pyarrow as pa
-from safer_ray.artifacts import part_fragments, read_fragment
+from safer_ray.storage.artifacts import part_fragments, read_fragment
 from safer_ray.runner import LocalRunner, MapJob
 
 def slow(rows):

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safer_ray import sae_data, schema
-from safer_ray.artifacts import part_name
-from safer_ray.background import ahead
 from safer_ray.config import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.files import write_parquet
 from safer_ray.sae import standardise
 from safer_ray.sae_data import Order, held_out_vectors, open_vectors, sample
+from safer_ray.storage.artifacts import part_name
+from safer_ray.storage.background import ahead
+from safer_ray.storage.files import write_parquet
 
 WIDTH = 4
 CONFIG = SaeConfig(latents=8, k=2, batch_size=64, validation_percent=10)

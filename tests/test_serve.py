@@ -23,13 +23,13 @@ from served import PAIR, SECRET, body, bundle_of, corpus_of
 from tiny_run import audited, finished
 
 from safer_ray import schema
-from safer_ray.artifacts import open_artifact
 from safer_ray.auditor import best_detector
 from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet
 from safer_ray.keys import new_key
+from safer_ray.storage.artifacts import open_artifact
+from safer_ray.storage.files import read_parquet
 from serve.front import free_ports
 from serve.gate import Gate
 from serve.problems import PROBLEM_JSON, ProblemDetails

@@ -273,7 +273,7 @@ def test_bad_utf8_is_refused_and_blank_lines_count_but_do_not_come(tmp_path):
 
 
 def test_a_line_over_the_limit_is_refused_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("safer_ray.rows.MAX_ROW", 1000)
+    monkeypatch.setattr("safer_ray.storage.rows.MAX_ROW", 1000)
     path = write_lines(tmp_path / "a.jsonl", [TEXTS, TEXTS | {"chosen": "x" * 5000}, TEXTS])
     assert [(row["refused"] or "good")[:12] for row in pairs_of(path)] == ["good", "too long: 50", "good"]
 
@@ -533,7 +533,7 @@ def test_real_canonical_rows_are_all_read(name, rows):
 
 def test_a_small_file_that_unpacks_to_much_is_cut_off(tmp_path, monkeypatch):
     """What lies behind the limit is not read, and the row says so."""
-    from safer_ray import rows
+    from safer_ray.storage import rows
 
     monkeypatch.setattr(rows, "MAX_ROW", 2**20)
     monkeypatch.setattr(rows, "MAX_SKIPPED", 2**23)

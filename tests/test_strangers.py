@@ -14,7 +14,7 @@ from served import PAIR, bundle_of
 from tiny_run import finished
 
 from safer_ray.client import Client
-from safer_ray.files import read_json
+from safer_ray.storage.files import read_json
 from serve.front import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from safer_ray import train_reward as module
 from safer_ray import training
-from safer_ray.artifacts import part_name
 from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config import RewardConfig
-from safer_ray.digests import check_digests, record_digests
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import write_parquet
+from safer_ray.storage.artifacts import part_name
+from safer_ray.storage.digests import check_digests, record_digests
+from safer_ray.storage.files import write_parquet
 from safer_ray.train_reward import (
     _Batches,
     _one_step,

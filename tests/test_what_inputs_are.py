@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import audited, finished, write_config
 
-from safer_ray.artifacts import content_hash, read_parts
 from safer_ray.audit_read import open_audit
 from safer_ray.config import ScoresConfig
 from safer_ray.errors import UserError, explained, one_line
-from safer_ray.files import write_parquet
+from safer_ray.storage.artifacts import content_hash, read_parts
+from safer_ray.storage.files import write_parquet
 
 ROW = '{"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}'
 
@@ -242,7 +242,7 @@ def test_of_an_artifact_with_a_folder_of_pairs_these_are_its_rows(name, safer, a
 
 
 def audited_at(at, out):
-    from safer_ray.artifacts import open_artifact
+    from safer_ray.storage.artifacts import open_artifact
 
     audited(ScoresConfig(), at["corpus"] / "heldout.jsonl", open_artifact(at["auditor"]), out)
     (out / "manifest.json").write_text('{"stage": "audit", "name": "audit-0", "packages": {}}')

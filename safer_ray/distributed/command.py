@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from safer_ray.errors import UserError
-from safer_ray.locations import a_source, anywhere
+from safer_ray.storage.locations import a_source, anywhere
 
 VALUE_OPTIONS = (
     "--runner",

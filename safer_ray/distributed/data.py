@@ -15,12 +15,12 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from safer_ray.artifacts import Fragment
 from safer_ray.config import PoolConfig, RayConfig
 from safer_ray.distributed.pieces import CommitPiece, MapPiece, ReadPieces
 from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
 from safer_ray.progress import RUN_ID
-from safer_ray.work import Part, Work
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.work import Part, Work
 
 LONGEST = 16  # fragments that a task reads one after another
 

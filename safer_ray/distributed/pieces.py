@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.artifacts import Fragment
 from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, next_row, to_bytes
 from safer_ray.errors import UserError
-from safer_ray.files import names_in, read_json, read_parquet, remove, write_json, write_parquet
 from safer_ray.runner import Attempts, Mapped, Prepared
 from safer_ray.schema import QUARANTINE, SIDES
-from safer_ray.work import Part, Work
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.files import names_in, read_json, read_parquet, remove, write_json, write_parquet
+from safer_ray.storage.work import Part, Work
 
 
 def cut(rows: pa.Table, tokens: int) -> Iterator[pa.Table]:

@@ -11,15 +11,15 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import UserCodeException
 
-from safer_ray.accounts import Counts, close, pending, unfinished
-from safer_ray.artifacts import Fragment
 from safer_ray.config import RayConfig
 from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
 from safer_ray.runner import OnProgress, no_progress, plan
-from safer_ray.work import MapJob, TrainJob, Work
+from safer_ray.storage.accounts import Counts, close, pending, unfinished
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.work import MapJob, TrainJob, Work
 
 TRIES = 3  # of a stage with nothing committed between, when the cluster fails it in a way that Ray Data does not mend
 SEEN_SECONDS = 60.0  # for which a network file system may list a folder as it was before

@@ -35,7 +35,7 @@ from safer_ray.distributed.internals import (
 from safer_ray.distributed.node_messages import NodeMessages
 from safer_ray.distributed.own import hushed, own_ray
 from safer_ray.errors import SaferError, UserError
-from safer_ray.remote import Remote
+from safer_ray.storage.remote import Remote
 
 CONNECT_SECONDS = 5.0
 IDLE_MS = 300_000  # task processes of a Ray of our own wait so long for the next stage: they have loaded torch

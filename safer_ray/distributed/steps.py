@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from safer_ray.artifacts import Fragment
 from safer_ray.distributed.metrics import count_fragment
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import MapFragment, Mapped, Prepared, ReadFragment, commit
-from safer_ray.work import MapJob, Work
+from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.work import MapJob, Work
 
 Row = dict[str, Any]
 COUNTED = ("read", "tokens", "seconds", "restarts")  # of a fragment, on its way

@@ -23,18 +23,18 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from safer_ray.accounts import close_training, trained_already
-from safer_ray.background import repeated
 from safer_ray.config import RayConfig
-from safer_ray.digests import record_digests
 from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import write_json
 from safer_ray.runner import OnProgress
+from safer_ray.storage.accounts import close_training, trained_already
+from safer_ray.storage.background import repeated
+from safer_ray.storage.digests import record_digests
+from safer_ray.storage.files import write_json
+from safer_ray.storage.work import TrainJob
 from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
-from safer_ray.work import TrainJob
 
 PROGRESS_SECONDS = 1.0
 START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever

@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 from tiny_run import finished
 
-from safer_ray.artifacts import part_files, read_parts, read_plan
-from safer_ray.files import read_json
-from safer_ray.quarantine import quarantine_rows
+from safer_ray.storage.artifacts import part_files, read_parts, read_plan
+from safer_ray.storage.files import read_json
+from safer_ray.storage.quarantine import quarantine_rows
 
 NODES, ACTORS = 3, 3
 FRAGMENT = 60

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  # sets what torch reads from the environment
 from tiny_run import finished
 
-from safer_ray.artifacts import read_parts
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.config import ScoresConfig, SourceConfig
-from safer_ray.quarantine import quarantine_rows
 from safer_ray.runner import LocalRunner
+from safer_ray.storage.artifacts import read_parts
+from safer_ray.storage.quarantine import quarantine_rows
 
 LARGE = 10 * 2**20
 EVERY_LARGE = 5000  # one row in so many is 10 MB

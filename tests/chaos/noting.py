@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from safer_ray import audit_run, cli
-from safer_ray.work import BatchFn, MapJob
+from safer_ray.storage.work import BatchFn, MapJob
 
 NOTES = "SAFER_RAY_TEST_NOTES"  # the folder where they do
 _job = audit_run.Audit.job

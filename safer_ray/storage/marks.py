@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from safer_ray.background import side_by_side
-from safer_ray.columnar import source_of
-from safer_ray.files import read_json, read_parquet, threads_for, write_json, write_parquet
-from safer_ray.remote import Remote
-from safer_ray.rows import explained, kind_of
+from safer_ray.storage.background import side_by_side
+from safer_ray.storage.columnar import source_of
+from safer_ray.storage.files import read_json, read_parquet, threads_for, write_json, write_parquet
+from safer_ray.storage.remote import Remote
+from safer_ray.storage.rows import explained, kind_of
 
 MANIFEST = "manifest.json"  # of an artifact; it comes last
 MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.locations import a_source
-from safer_ray.remote import Remote, remote
+from safer_ray.storage.locations import a_source
+from safer_ray.storage.remote import Remote, remote
 
 THREADS = 32  # that wait for an object store
 BLOCK = 8 * 2**20  # bytes that an upload takes at once

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from safer_ray.files import read_parquet
 from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
+from safer_ray.storage.files import read_parquet
 
 KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what is kept of a row, where it is known
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safer_ray.errors import UserError
-from safer_ray.marks import MANIFEST, NOTHING, Marks, together
 from safer_ray.schema import to_json
+from safer_ray.storage.marks import MANIFEST, NOTHING, Marks, together
 
 NAMED = re.compile(r"[a-z_]+-[0-9a-f]{12}(?![^/ ])")  # an artifact, or a file of one
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray import schema
-from safer_ray.remote import BUFFER, Remote
-from safer_ray.resting import resting
 from safer_ray.schema import RAW_LIMIT
+from safer_ray.storage.remote import BUFFER, Remote
+from safer_ray.storage.resting import resting
 
 BATCH_ROWS, BATCH_BYTES = 500, 32 * 2**20  # decoded at a time
 READ_AHEAD = 64 * 2**20  # bytes, of all columns together

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from safer_ray.files import at
-from safer_ray.remote import Remote
+from safer_ray.storage.files import at
+from safer_ray.storage.remote import Remote
 
 MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object that was uploaded in one piece
 BLOCK = 2**20

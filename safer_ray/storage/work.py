@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from safer_ray.artifacts import Fragment
+from safer_ray.storage.artifacts import Fragment
 
 BatchFn = Callable[[pa.Table], pa.Table]
 

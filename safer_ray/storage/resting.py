@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from safer_ray.files import stamp
+from safer_ray.storage.files import stamp
 
 KEPT = 4  # readers, of as many files
 

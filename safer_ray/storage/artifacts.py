@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from safer_ray.contents import PLAN, SCRATCH, artifact_hash, content_hash, tables_in
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.files import (
+from safer_ray.storage.contents import PLAN, SCRATCH, artifact_hash, content_hash, tables_in
+from safer_ray.storage.files import (
     PLAN_LOST,
     at,
     damaged,
@@ -31,11 +31,11 @@ from safer_ray.files import (
     write_json,
     write_parquet,
 )
-from safer_ray.fingerprints import begins_as, digest_of, needs_digest
-from safer_ray.locations import check_utf8
-from safer_ray.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
-from safer_ray.recipes import Artifact, Recipe, Result, read_manifest
-from safer_ray.replacing import check_doomed, check_kind, check_outside
+from safer_ray.storage.fingerprints import begins_as, digest_of, needs_digest
+from safer_ray.storage.locations import check_utf8
+from safer_ray.storage.marks import MANIFEST, RED_TEAM_MARK, mark_files, marks_of, together
+from safer_ray.storage.recipes import Artifact, Recipe, Result, read_manifest
+from safer_ray.storage.replacing import check_doomed, check_kind, check_outside
 
 DONE = "done"  # the folder of what is finished of a stage
 ASKED = "audit.json"  # in the folder of an audit

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from safer_ray.errors import UserError
-from safer_ray.files import read_parquet, stamp
-from safer_ray.marks import MANIFEST
-from safer_ray.recipes import Artifact
+from safer_ray.storage.files import read_parquet, stamp
+from safer_ray.storage.marks import MANIFEST
+from safer_ray.storage.recipes import Artifact
 
 PLAN = "plan.parquet"
 SCRATCH = ("journal", "state")  # of a stage at work; gone when it is whole

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safer_ray.errors import UserError
-from safer_ray.marks import MANIFEST, MANIFEST_KEYS
-from safer_ray.remote import Remote
+from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
+from safer_ray.storage.remote import Remote
 
 
 def check_outside(out: Path, read: Iterable[Path]) -> None:

@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safer_ray.artifacts import DONE, Fragment, part_name
-from safer_ray.background import side_by_side
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import names_in, read_json, remove, sync_tree, threads_for, write_json
-from safer_ray.remote import Remote
+from safer_ray.storage.artifacts import DONE, Fragment, part_name
+from safer_ray.storage.background import side_by_side
+from safer_ray.storage.files import names_in, read_json, remove, sync_tree, threads_for, write_json
+from safer_ray.storage.remote import Remote
 
 METRICS = "metrics.json"  # of a training that ended, in its state
 ENTRY = re.compile(r"\d{8}\.json")

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.columnar import RawRow, checked, columnar_rows, extent
 from safer_ray.errors import UserError
-from safer_ray.remote import BUFFER, Remote
-from safer_ray.resting import At, resting
 from safer_ray.schema import RAW_LIMIT
+from safer_ray.storage.columnar import RawRow, checked, columnar_rows, extent
+from safer_ray.storage.remote import BUFFER, Remote
+from safer_ray.storage.resting import At, resting
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read

@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil
 
-from safer_ray import owners
-from safer_ray.background import repeated
 from safer_ray.errors import SaferError, UserError
-from safer_ray.files import make_folder, write_json
-from safer_ray.remote import Remote
+from safer_ray.storage import owners
+from safer_ray.storage.background import repeated
+from safer_ray.storage.files import make_folder, write_json
+from safer_ray.storage.remote import Remote
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0

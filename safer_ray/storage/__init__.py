@@ -1,0 +1,1 @@
+"""Files, objects of stores, artifacts and the accounts of what is done."""
