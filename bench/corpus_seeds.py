@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import local_path, write
+from safer_ray.config.read import load_config
 from safer_ray.pipeline import run
-from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.summary import RunView, summarise
 

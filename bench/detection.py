@@ -26,8 +26,8 @@ FIGURES = {
 
 def run(out: Path) -> None:
     """The whole lab, its figures copied to `out`."""
+    from safer_ray.config.read import load_config
     from safer_ray.lab import run_lab
-    from safer_ray.read_config import load_config
     from safer_ray.runner import LocalRunner
 
     made = run_lab(load_config(CONFIG), LocalRunner())

@@ -25,7 +25,7 @@ import torch
 from bench.common import local_path, write
 from bench.growth import growth
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
-from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.contexts import FindContexts
 from safer_ray.engine import Engine, codes_table
 from safer_ray.formats import parse_prompt

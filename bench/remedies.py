@@ -15,12 +15,12 @@ import scipy.sparse as sp
 
 from bench.common import local_path, write
 from safer_ray.combined import fit_effect, splits
-from safer_ray.config import RunConfig
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import RunConfig
 from safer_ray.crossfit import Fold, OutOfFold
 from safer_ray.detection import compare
 from safer_ray.inputs import lasting
 from safer_ray.lab import Lab
-from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.schema import rows_of
 from safer_ray.stage import pairs_of

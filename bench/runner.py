@@ -15,7 +15,7 @@ import torch
 
 from bench.common import local_path, write
 from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
-from safer_ray.config import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
+from safer_ray.config.sections import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.harvest import Harvest

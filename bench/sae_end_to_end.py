@@ -28,7 +28,7 @@ import torch
 
 from bench.common import local_path, write
 from safer_ray import schema
-from safer_ray.config import RayConfig, SaeConfig
+from safer_ray.config.sections import RayConfig, SaeConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.runner import LocalRunner

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.auditor import scorer, vector_layers
-from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
 from safer_ray.reward import Forward

@@ -62,7 +62,7 @@ def audit(
     from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
-    from safer_ray.config import ScoresConfig, SourceConfig
+    from safer_ray.config.sections import ScoresConfig, SourceConfig
     from safer_ray.inputs import lasting
     from safer_ray.source_files import find_files
     from safer_ray.storage.artifacts import ASKED

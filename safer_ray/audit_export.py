@@ -20,7 +20,7 @@ from safer_ray.audit_files import REVIEWS, SCORES
 from safer_ray.audit_read import Pair, pairs_in, read_asked, scored_rows, scores
 from safer_ray.audit_review import BAD, FINE, decided, load_reviews
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.curation import share_count
 from safer_ray.errors import UserError
 from safer_ray.runner import Runner

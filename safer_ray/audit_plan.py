@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.audit_files import FLAGGED, SCORES
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
 from safer_ray.sources import plan_file

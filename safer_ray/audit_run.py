@@ -17,7 +17,7 @@ from safer_ray.audit_parts import AUDITED, write_part
 from safer_ray.audit_plan import FileNotes, in_words, plan_audit
 from safer_ray.audit_read import TornError, read_asked
 from safer_ray.auditor import check_auditor, check_code
-from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import Runner
 from safer_ray.scoring import BY_BUNDLE, KIND

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.packing import how_pairs_run, smallest_window
 from safer_ray.parts import check_loaded, load_part, splits_up

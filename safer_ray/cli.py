@@ -109,8 +109,8 @@ def run_command(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
 ) -> None:
     """Run all stages of a config; what is there already is not made again."""
+    from safer_ray.config.read import load_config
     from safer_ray.pipeline import run
-    from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments, red_team=red_team)
     with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
@@ -172,8 +172,8 @@ def lab_command(
     fresh: Fresh = False,
 ) -> None:
     """Plant label errors and measure what finds them: every detector, out of fold and in sample, with intervals."""
+    from safer_ray.config.read import load_config
     from safer_ray.lab import run_lab
-    from safer_ray.read_config import load_config
 
     loaded = load_config(config, assignments)
     with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
@@ -192,7 +192,7 @@ def sweep_command(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
 ) -> None:
     """Curate, retrain and evaluate over strategies, percents and seeds."""
-    from safer_ray.read_config import load_config
+    from safer_ray.config.read import load_config
     from safer_ray.sweep import run_sweep
 
     loaded = load_config(config, assignments, red_team=red_team)
@@ -238,8 +238,8 @@ def plan(
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:
     """List the artifacts of a config in order, and which of them are there."""
+    from safer_ray.config.read import load_config
     from safer_ray.pipeline import run
-    from safer_ray.read_config import load_config
     from safer_ray.runner import LocalRunner
 
     loaded = load_config(config, assignments, red_team=red_team)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from safer_ray.config import Mode
+from safer_ray.config.sections import Mode
 from safer_ray.errors import UserError
 
 

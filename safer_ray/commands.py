@@ -14,7 +14,7 @@ from safer_ray.options import path_option, text_option
 from safer_ray.storage.locations import check_utf8
 
 if TYPE_CHECKING:
-    from safer_ray.config import RayConfig
+    from safer_ray.config.sections import RayConfig
     from safer_ray.pipeline import Stages
     from safer_ray.progress import Report
     from safer_ray.runner import Runner
@@ -141,7 +141,7 @@ def build_config(model: type, **values: Any) -> Any:
     """A stage's config from command-line values; what is None keeps its default."""
     from pydantic import ValidationError
 
-    from safer_ray.read_config import explain_validation
+    from safer_ray.config.read import explain_validation
 
     try:
         return model(**{k: v for k, v in values.items() if v is not None})
@@ -155,7 +155,7 @@ def ray_config(actors: str | None) -> "RayConfig":
     Raises:
         UserError: `actors` is not two whole numbers.
     """
-    from safer_ray.config import RayConfig
+    from safer_ray.config.sections import RayConfig
 
     if actors is None:
         return RayConfig()
@@ -169,8 +169,8 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
     """One stage's section of a run config, or its defaults with `--set` laid over them."""
     from pydantic import ValidationError
 
-    from safer_ray.config import RunConfig
-    from safer_ray.read_config import assigned, explain_validation, load_config
+    from safer_ray.config.read import assigned, explain_validation, load_config
+    from safer_ray.config.sections import RunConfig
 
     if config is not None:
         return getattr(load_config(config, [f"{name}.{a}" for a in assignments or []]), name)

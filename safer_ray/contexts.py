@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.codes import flatten
-from safer_ray.config import Mode
+from safer_ray.config.sections import Mode
 from safer_ray.schema import CONTEXTS, SIDES, table
 from safer_ray.text import PairTokenizer
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.config import RewardConfig, RunConfig
+from safer_ray.config.sections import RewardConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.harvest import Harvest

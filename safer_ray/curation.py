@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.config import Action, CurateConfig, StrategyName
+from safer_ray.config.sections import Action, CurateConfig, StrategyName
 from safer_ray.errors import UserError
 from safer_ray.schema import DECISIONS, rows_of
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest, norm
 
-from safer_ray.config import StrategyName
+from safer_ray.config.sections import StrategyName
 from safer_ray.curation import STRATEGIES, StrategyInput
 from safer_ray.detection import auroc
 from safer_ray.errors import UserError

@@ -16,7 +16,7 @@ from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
 from safer_ray.checkpoints import hidden_size
 from safer_ray.codes import flatten
-from safer_ray.config import (
+from safer_ray.config.sections import (
     ContextsConfig,
     CurateConfig,
     JudgeConfig,
@@ -24,6 +24,7 @@ from safer_ray.config import (
     ScoresConfig,
     SelectConfig,
 )
+from safer_ray.config.where import where_mask
 from safer_ray.contexts import FindContexts, merge_contexts
 from safer_ray.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.engine import Engine
@@ -49,7 +50,6 @@ from safer_ray.storage.files import read_parquet, write_json, write_parquet
 from safer_ray.storage.marks import Marks
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.work import MapJob
-from safer_ray.where import where_mask
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.benchmarks import benchmark_scores
 from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
-from safer_ray.config import (
+from safer_ray.config.sae import WarmStartConfig
+from safer_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
     NoiseConfig,
@@ -21,6 +22,7 @@ from safer_ray.config import (
     RewardConfig,
     SaeConfig,
 )
+from safer_ray.config.where import where_mask
 from safer_ray.corpus import write_corpus
 from safer_ray.errors import UserError
 from safer_ray.evaluation import section_accuracy
@@ -36,7 +38,6 @@ from safer_ray.inputs import (
 from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
-from safer_ray.sae_config import WarmStartConfig
 from safer_ray.sae_formats import load_sae
 from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.stage import StageContext, pairs_of, recipe
@@ -56,7 +57,6 @@ from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
 from safer_ray.tokens import TokenisePairs
 from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
-from safer_ray.where import where_mask
 
 log = logging.getLogger(__name__)
 

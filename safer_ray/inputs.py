@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.checkpoints import resolve_base
-from safer_ray.config import PairsConfig, RewardConfig, RunConfig, SourceConfig
+from safer_ray.config.sections import PairsConfig, RewardConfig, RunConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.hub import PREFIX, pinned, split_name
 from safer_ray.judge import load_probe

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.formats import Refused
 from safer_ray.source_files import find_files
 from safer_ray.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safer_ray.codes import flatten
-from safer_ray.config import JudgeConfig
+from safer_ray.config.read import explain_validation
+from safer_ray.config.sections import JudgeConfig
 from safer_ray.detection import auroc
 from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
-from safer_ray.read_config import explain_validation
 from safer_ray.schema import VERDICTS, table, to_json
 
 

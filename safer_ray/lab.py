@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from safer_ray.checkpoints import load_reward_model
 from safer_ray.codes import matrix_of
-from safer_ray.config import LabConfig, NoiseConfig, RunConfig
+from safer_ray.config.sections import LabConfig, NoiseConfig, RunConfig
+from safer_ray.config.where import where_mask
 from safer_ray.crossfit import Fold
 from safer_ray.detection import CURVE, Comparison, compare
 from safer_ray.detectors import DETECTORS, Evidence
@@ -27,7 +28,6 @@ from safer_ray.storage.lock import locked
 from safer_ray.storage.recipes import Input
 from safer_ray.suspect import Suspecting, check_shared_trunk, read_folds
 from safer_ray.trunk import remembered
-from safer_ray.where import where_mask
 
 LEADERS = ("combined", "safer")  # whose lead over every other detector is tested
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.config import NoiseConfig, NoiseKind
+from safer_ray.config.sections import NoiseConfig, NoiseKind
+from safer_ray.config.where import where_mask
 from safer_ray.curation import characters, random_order, share_count, swap_sides
 from safer_ray.errors import UserError
-from safer_ray.where import where_mask
 
 TRIGGER = "SUDO"  # appended to the prompt, as in Rando and Tramer 2024, arXiv 2311.14455
 FLATTERY = (

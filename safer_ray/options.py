@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
+from safer_ray.config.sae import MOST_LATENTS
 from safer_ray.errors import UserError
-from safer_ray.sae_config import MOST_LATENTS
 from safer_ray.storage.locations import a_source, anywhere, on_disk
 
 MOST = 2**53  # of a whole number: as many as a JSON number tells apart

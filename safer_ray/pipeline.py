@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safer_ray.checkpoints import layer_count
-from safer_ray.config import RunConfig
+from safer_ray.config.sections import RunConfig
 from safer_ray.curation import CLEAN
 from safer_ray.errors import UserError
 from safer_ray.inputs import check_file, place_of_run

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safer_ray.config import SaeConfig
+from safer_ray.config.sae_variants import BatchTopKVariant
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.sae_variants import BatchTopKVariant
 from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
 from safer_ray.topk import Found, above, largest, largest_of_batch, padded
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from safer_ray.config import SaeConfig
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import standardise
 from safer_ray.storage.artifacts import part_files

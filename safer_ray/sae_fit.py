@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safer_ray.config import SaeConfig
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.sae import TopKSae
 from safer_ray.sae_data import Batch, Order, held_out_vectors

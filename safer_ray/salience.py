@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.codes import flatten, latent_count
-from safer_ray.config import Mode
+from safer_ray.config.sections import Mode
 from safer_ray.schema import SALIENCE
 
 ENDS = -1  # the row of SUMS whose n_chosen and n_rejected count the sides' entries

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.codes import SideCodes, flatten
-from safer_ray.config import Mode
+from safer_ray.config.sections import Mode
 from safer_ray.errors import UserError
 from safer_ray.schema import REASON, SCORES
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safer_ray.audit_files import OWN, REVIEWS
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.hub import load_dataset
 from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.benchmarks import EXPANDERS
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
+from safer_ray.config.where import meets, parse_where
 from safer_ray.errors import UserError
 from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
@@ -26,7 +27,6 @@ from safer_ray.storage.files import at, stamp
 from safer_ray.storage.fingerprints import still_holds
 from safer_ray.storage.remote import Remote
 from safer_ray.storage.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
-from safer_ray.where import meets, parse_where
 
 RAW = pa.schema(
     [

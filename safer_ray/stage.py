@@ -8,7 +8,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from safer_ray.config import RunConfig
+from safer_ray.config.sections import RunConfig
 from safer_ray.errors import UserError
 from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
 from safer_ray.runner import Runner

@@ -33,7 +33,7 @@ from safer_ray.options import (
 )
 
 if TYPE_CHECKING:
-    from safer_ray.config import Mode
+    from safer_ray.config.sections import Mode
 
 app = typer.Typer()
 SalienceMode = Annotated[
@@ -43,7 +43,7 @@ SalienceMode = Annotated[
 
 def checked_mode(mode: str | None) -> "Mode | None":
     """Raises UserError unless it is a mode, or none."""
-    from safer_ray.config import SalienceConfig
+    from safer_ray.config.sections import SalienceConfig
 
     checked: Mode | None = build_config(SalienceConfig, mode=mode).mode if mode else None
     return checked
@@ -62,7 +62,7 @@ def pairs(
     fresh: Fresh = False,
 ) -> None:
     """Stage 1: read preference pairs, quarantine what cannot be used."""
-    from safer_ray.config import PairsConfig, SourceConfig
+    from safer_ray.config.sections import PairsConfig, SourceConfig
 
     sources = tuple(build_config(SourceConfig, path=path, format=format, section=section) for path in source)
     config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
@@ -101,7 +101,7 @@ def activations(
     fresh: Fresh = False,
 ) -> None:
     """Stage 3: harvest layer vectors of pairs or of general text."""
-    from safer_ray.sae_config import WarmStartConfig
+    from safer_ray.config.sae import WarmStartConfig
 
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")
@@ -169,7 +169,7 @@ def salience(
     fresh: Fresh = False,
 ) -> None:
     """Stage 6: how differently each feature fires on chosen and rejected responses."""
-    from safer_ray.config import SalienceConfig
+    from safer_ray.config.sections import SalienceConfig
 
     config = build_config(SalienceConfig, mode=mode)
     with one_stage(out, fresh) as stages:
@@ -327,7 +327,7 @@ def curate(
     fresh: Fresh = False,
 ) -> None:
     """Stage 12: drop, relabel or (as a red-team exercise) poison pairs."""
-    from safer_ray.config import CurateConfig
+    from safer_ray.config.sections import CurateConfig
 
     config = build_config(
         CurateConfig,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from safer_ray.config import TinyLlamaConfig
+from safer_ray.config.sections import TinyLlamaConfig
 
 
 def train_tokenizer(texts: Callable[[], Any], vocabulary: int) -> Any:

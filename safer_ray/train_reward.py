@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
-from safer_ray.config import RewardConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import RewardModel
 from safer_ray.storage.artifacts import read_parts

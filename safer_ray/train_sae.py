@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from safer_ray.checkpoints import load_reward_model, quiet_transformers
-from safer_ray.config import SaeConfig
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.model_card import write_model_card
 from safer_ray.sae import TopKSae, new_sae

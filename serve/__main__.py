@@ -127,7 +127,7 @@ def joined(address: str, host: str | None, port: str | None, ending: Ending) -> 
     Raises:
         UserError: no such cluster, or another application stands where this one would.
     """
-    from safer_ray.config import RayConfig
+    from safer_ray.config.sections import RayConfig
     from safer_ray.distributed.internals import leave_signals_alone
     from safer_ray.distributed.session import ray_session
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from safer_ray.config import DetectorOf, Frozen, Share
-from safer_ray.config_values import LocalPath
+from safer_ray.config.read import explain_validation
+from safer_ray.config.sections import DetectorOf, Frozen, Share
+from safer_ray.config.values import LocalPath
 from safer_ray.errors import UserError
-from safer_ray.read_config import explain_validation
 from serve.limits import Limits
 
 Count = Annotated[int, Field(gt=0)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from safer_ray.config import Frozen
+from safer_ray.config.sections import Frozen
 from serve.problems import Problem, overloaded, respond_with
 from serve.scope import path_of
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.audit import AuditPairs
-from safer_ray.config import ScoresConfig
+from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import SaferError
 from safer_ray.explain import explain
 from safer_ray.reward import Forward

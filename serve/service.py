@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from safer_ray.auditor import check_code
-from safer_ray.config import DetectorOf, ScoresConfig
+from safer_ray.config.sections import DetectorOf, ScoresConfig
 from serve.about import details_of, info_of, open_auditor, scores_config, summary_of
 from serve.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
 from serve.limits import Limits

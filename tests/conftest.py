@@ -33,7 +33,7 @@ from safer_ray.checkpoints import (
     save_reward_model,
 )
 from safer_ray.commands import console, state
-from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae
 from safer_ray.sae_formats import save_sae

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 from ray_work import fragments, mapping, training
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.session import ray_session
 
 

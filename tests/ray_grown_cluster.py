@@ -16,7 +16,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray_processes import NODE, end, script
 from ray_work import fragments, mapping
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.session import ray_session
 from safer_ray.errors import UserError
 

@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray_work import dawdle, fragments, fragments_done, mapping, notes, steps_done, training
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.session import ray_session
 
 

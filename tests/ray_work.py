@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from safer_ray.config import RewardConfig, TinyLlamaConfig
+from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.storage.artifacts import Fragment, part_fragments, part_name, read_fragment
 from safer_ray.storage.files import write_parquet
 from safer_ray.storage.work import MapJob, TrainJob

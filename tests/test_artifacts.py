@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from safer_ray.config import PairsConfig, SalienceConfig, SourceConfig
+from safer_ray.config.sections import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.harvest import Harvest
 from safer_ray.runner import LocalRunner

@@ -25,7 +25,7 @@ from safer_ray.audit_estimate import estimate
 from safer_ray.audit_parts import AUDITED, BINS, added, figures_of, flagged_line, from_tree, to_tree
 from safer_ray.audit_run import Audit, audit_corpus, check_accounts
 from safer_ray.audit_summary import close_audit, drift
-from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.runner import ENDED, Counts, LocalRunner
 from safer_ray.storage.artifacts import Artifact, read_parts, read_plan

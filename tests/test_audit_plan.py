@@ -10,7 +10,7 @@ import pytest
 
 from safer_ray.audit_plan import FileNotes, in_words, plan_audit
 from safer_ray.audit_read import open_audit
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.source_files import find_files
 from safer_ray.sources import read_raw

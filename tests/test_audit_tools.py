@@ -29,7 +29,7 @@ from safer_ray.audit_review import agreed, load_reviews, precision_at, review
 from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
 from safer_ray.auditor import AUDITOR_FORMAT
-from safer_ray.config import ScoresConfig, SourceConfig
+from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
 from safer_ray.leftovers import delete, find_runs, old_enough

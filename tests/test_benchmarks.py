@@ -15,7 +15,7 @@ from safer_ray.benchmarks import (
     rewardbench2,
     rm_bench,
 )
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.formats import Refused
 from safer_ray.inspection import inspect
 from safer_ray.sources import NormalisePairs, plan_sources, read_raw

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import shared
 
-from safer_ray.read_config import load_config
+from safer_ray.config.read import load_config
 
 REPOSITORY = Path(__file__).parents[1]
 DOCKERFILE = REPOSITORY / "cluster/Dockerfile"

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from safer_ray.config import (
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import (
     CurateConfig,
     JudgeConfig,
     RayConfig,
@@ -18,7 +19,6 @@ from safer_ray.config import (
     TinyLlamaConfig,
 )
 from safer_ray.errors import UserError
-from safer_ray.read_config import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SOURCE = {"sources": [{"path": "pairs.jsonl"}]}
@@ -176,7 +176,7 @@ def test_defaults_are_valid():
 
 def test_reading_configs_and_help_needs_no_heavy_library():
     code = (
-        "import sys, safer_ray.config, safer_ray.cli\n"
+        "import sys, safer_ray.config.sections, safer_ray.cli\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'pandas', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from safer_ray import cores
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.cores import usable_cpus
 
 

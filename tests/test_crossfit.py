@@ -13,7 +13,7 @@ from tiny_run import audited, tables, tiny_config
 from safer_ray.auditor import best_detector
 from safer_ray.codes import contrasts, matrix_of
 from safer_ray.combined import Readings, load_combined
-from safer_ray.config import (
+from safer_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
     CrossFitConfig,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from safer_ray.cli import app
-from safer_ray.read_config import load_config
+from safer_ray.config.read import load_config
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"

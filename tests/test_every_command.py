@@ -7,7 +7,7 @@ import pytest
 from every_command import GROUP, OPTIONS, Words, is_path, made_anew, numeric, takes_out
 from tiny_run import audited, finished
 
-from safer_ray.config import ScoresConfig
+from safer_ray.config.sections import ScoresConfig
 
 PATHS = [(command, parameter) for command, parameter in OPTIONS if is_path(parameter)]
 NUMBERS = [(command, parameter) for command, parameter in OPTIONS if numeric(parameter)]

@@ -10,7 +10,7 @@ from conftest import make_pairs
 from safetensors.torch import load_file
 
 from safer_ray.checkpoints import load_reward_model, new_reward_model
-from safer_ray.config import RewardConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.work import TrainJob

@@ -8,7 +8,7 @@ import yaml
 from conftest import make_codes
 
 from safer_ray import schema
-from safer_ray.config import JudgeConfig
+from safer_ray.config.sections import JudgeConfig
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.judge import (

@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray import keys, leftovers, parts, spaced, text, where
+from safer_ray import keys, leftovers, parts, spaced, text
+from safer_ray.config.sections import where
 from safer_ray.contexts import cut_context
 from safer_ray.errors import UserError
 from safer_ray.formats import Refused, is_transcript, read_pair

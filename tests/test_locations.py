@@ -10,10 +10,10 @@ import typer
 from pydantic import BaseModel
 
 from safer_ray import cli
-from safer_ray.config import RunConfig, SourceConfig
-from safer_ray.config_values import AnyPlace, LocalName, LocalPath
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import RunConfig, SourceConfig
+from safer_ray.config.values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
-from safer_ray.read_config import load_config
 from safer_ray.storage.files import at
 from safer_ray.storage.locations import a_source, anywhere, on_disk
 from serve.arguments import ServiceConfig, read_args

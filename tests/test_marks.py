@@ -21,7 +21,7 @@ from safer_ray.audit_export import export
 from safer_ray.audit_read import open_audit
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
-from safer_ray.config import (
+from safer_ray.config.sections import (
     ActivationsConfig,
     CrossFitConfig,
     CurateConfig,

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safer_ray import config as c
+from safer_ray.config.sae import WarmStartConfig
+from safer_ray.config.sections import sections as c
 from safer_ray.crossfit import Fold, OutOfFold
 from safer_ray.lab import Lab, Planted
 from safer_ray.runner import LocalRunner
-from safer_ray.sae_config import WarmStartConfig
 from safer_ray.stage import VERSIONS
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact
 from safer_ray.sweep import Sweep

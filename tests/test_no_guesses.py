@@ -15,7 +15,8 @@ from safer_ray import schema
 from safer_ray.auditor import read_features, reference_values, vector_layers
 from safer_ray.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.codes import flatten
-from safer_ray.config import CurateConfig, ScoresConfig, SelectConfig
+from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
+from safer_ray.config.where import where_mask
 from safer_ray.curation import StrategyInput, reward_margin
 from safer_ray.errors import UserError
 from safer_ray.evaluation import mcnemar, on_the_same
@@ -26,7 +27,6 @@ from safer_ray.sae_quality import spliced
 from safer_ray.scoring import Features, ScoreCodes, margins
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.storage.files import write_json, write_parquet
-from safer_ray.where import where_mask
 
 FEATURES = Features([0], [1], "response")
 

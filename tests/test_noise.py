@@ -5,7 +5,7 @@ import pytest
 from conftest import make_pair
 
 from safer_ray import schema
-from safer_ray.config import NoiseConfig
+from safer_ray.config.sections import NoiseConfig
 from safer_ray.curation import characters
 from safer_ray.errors import UserError
 from safer_ray.noise import FLATTERY, TRIGGER, plant

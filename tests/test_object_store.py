@@ -28,7 +28,7 @@ from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
 from safer_ray.cli import main
-from safer_ray.config import PairsConfig, RayConfig, ScoresConfig, SourceConfig
+from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.harvest import Harvest
 from safer_ray.pipeline import run as run_stages

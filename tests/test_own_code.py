@@ -28,13 +28,13 @@ from safer_ray.checkpoints import (
     new_reward_model,
     save_reward_model,
 )
-from safer_ray.config import RewardConfig, ScoresConfig, SourceConfig
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.packing import packs
 from safer_ray.parts import load_part, splits_up
 from safer_ray.passes import RewardPairs
 from safer_ray.pipeline import run
-from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

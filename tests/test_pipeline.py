@@ -13,7 +13,7 @@ from tiny_run import POISONED, VARIANTS, audited, every, finished, tables, tiny_
 from safer_ray import schema
 from safer_ray.auditor import read_features
 from safer_ray.checkpoints import load_pair_tokenizer
-from safer_ray.config import PairsConfig, ScoresConfig, SourceConfig
+from safer_ray.config.sections import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.pipeline import STAGES, Stages, run
 from safer_ray.runner import LocalRunner

@@ -14,7 +14,7 @@ import ray
 from ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_noted, write_input
 from test_kill import assert_same_tables
 
-from safer_ray.config import ActivationsConfig, RayConfig
+from safer_ray.config.sections import ActivationsConfig, RayConfig
 from safer_ray.distributed import runner as runner_module
 from safer_ray.distributed.data import LONGEST, dataset, following
 from safer_ray.distributed.runner import RayRunner

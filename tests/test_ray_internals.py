@@ -81,7 +81,7 @@ def test_the_cluster_of_this_machine_is_found_with_its_nodes_and_logs(ray_sessio
 
 LOST = """
 import logging, os, signal, sys, time
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.session import ray_session
 from safer_ray.distributed.internals import logs_folder
 logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -14,7 +14,7 @@ from ray_processes import NODE, at_work, environment, free_port, ray_folder, run
 from ray_work import write_input
 from tiny_run import write_config
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed import session
 from safer_ray.distributed.session import Need, address_of, check_shared, needs, ray_session, room
 from safer_ray.errors import UserError

@@ -28,7 +28,7 @@ from tiny_run import write_config
 import safer_ray.training
 from safer_ray import sae_data, sae_fit
 from safer_ray.checkpoints import load_reward_model
-from safer_ray.config import DeepSpeedConfig, RayConfig, RewardConfig
+from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError

@@ -8,8 +8,8 @@ import pytest
 from conftest import shared
 from tiny_run import every
 
+from safer_ray.config.read import load_config
 from safer_ray.pipeline import run
-from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import read_parts
 

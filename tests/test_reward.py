@@ -18,7 +18,7 @@ from safer_ray.checkpoints import (
     resolve_base,
     save_reward_model,
 )
-from safer_ray.config import RewardConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
 from safer_ray.packing import pack

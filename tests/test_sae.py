@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_sae
 
-from safer_ray.config import SaeConfig
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
 from safer_ray.sae_engine import SaeEngine

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safer_ray import sae_data, schema
-from safer_ray.config import SaeConfig
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae import standardise
 from safer_ray.sae_data import Order, held_out_vectors, open_vectors, sample

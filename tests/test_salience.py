@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from safer_ray import schema
 from safer_ray.cli import app
 from safer_ray.codes import flatten
-from safer_ray.config import SelectConfig
+from safer_ray.config.sections import SelectConfig
 from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.judge import read_ratings

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from served import PAIR, SECRET, alike, body, bundle_of, corpus_of
 
-from safer_ray.config import ScoresConfig
+from safer_ray.config.sections import ScoresConfig
 from safer_ray.keys import Key, digest_of, new_key
 from serve.auth import COOKIE, Keys
 from serve.http import create_api, shared

@@ -15,7 +15,7 @@ from test_kill import assert_same_rows, assert_same_tables
 from test_packing import COMMON, FAMILIES
 
 from safer_ray.checkpoints import load_reward_model
-from safer_ray.config import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
+from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.engine import Engine

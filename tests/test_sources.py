@@ -12,7 +12,7 @@ import zstandard
 from pydantic import ValidationError
 
 from safer_ray import schema
-from safer_ray.config import SourceConfig
+from safer_ray.config.sections import SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.formats import SUPPORTED, detect_format
 from safer_ray.inspection import inspect

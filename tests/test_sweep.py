@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from safer_ray.config import SweepConfig, SweepGrid
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import SweepConfig, SweepGrid
 from safer_ray.errors import UserError
-from safer_ray.read_config import load_config
 from safer_ray.runner import LocalRunner
 from safer_ray.sweep import CLEAN, WITHOUT_NOISE, Trial, effect, grouped, run_sweep, table, trials
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safer_ray import train_reward as module
 from safer_ray import training
 from safer_ray.checkpoints import load_reward_model, new_reward_model
-from safer_ray.config import RewardConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.digests import check_digests, record_digests

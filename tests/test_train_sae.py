@@ -14,13 +14,13 @@ from conftest import random_sae
 from safetensors.torch import load_file
 
 from safer_ray import sae_data, sae_fit, schema, training
-from safer_ray.config import SaeConfig
+from safer_ray.config.sae_variants import BatchTopKVariant, TopKVariant
+from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.sae import standardise
 from safer_ray.sae_data import held_out_vectors, open_vectors
 from safer_ray.sae_formats import load_sae, sae_layer, save_sae
 from safer_ray.sae_quality import sae_quality
-from safer_ray.sae_variants import BatchTopKVariant, TopKVariant
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
 from safer_ray.train_reward import validation_split

@@ -4,7 +4,7 @@ import pytest
 from conftest import make_pair
 
 from safer_ray import schema
-from safer_ray.where import Condition, parse_where, where_mask
+from safer_ray.config.where import Condition, parse_where, where_mask
 
 ROWS = schema.table(
     [

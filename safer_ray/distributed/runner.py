@@ -11,7 +11,7 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import UserCodeException
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train

@@ -23,7 +23,7 @@ import ray.data  # sets the levels of its loggers as it is imported; `quiet` com
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.cores import usable_cpus
 from safer_ray.distributed.internals import (
     asks_for_a_token,

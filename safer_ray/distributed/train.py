@@ -23,7 +23,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from safer_ray.config import RayConfig
+from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine

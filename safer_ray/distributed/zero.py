@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safer_ray.config import DeepSpeedConfig
+from safer_ray.config.sections import DeepSpeedConfig
 from safer_ray.errors import UserError
 from safer_ray.training import EngineOptions, decay_groups
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from safer_ray.config import RunConfig
+from safer_ray.config.sections import RunConfig
 from safer_ray.errors import UserError
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config_values import AnyPlace, Frozen, LocalName, LocalPath, OrLocalName, Percent, Share
-from safer_ray.sae_config import SaeConfig
-from safer_ray.where import parse_where
+from safer_ray.config.sae import SaeConfig
+from safer_ray.config.values import AnyPlace, Frozen, LocalName, LocalPath, OrLocalName, Percent, Share
+from safer_ray.config.where import parse_where
 
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config_values import Frozen, LocalName, Share
-from safer_ray.sae_variants import SaeVariant, TopKVariant
+from safer_ray.config.sae_variants import SaeVariant, TopKVariant
+from safer_ray.config.values import Frozen, LocalName, Share
 
 MOST_LATENTS = 2**26  # more than any SAE that is known has; what counts them takes about 100 bytes each
 
