@@ -27,8 +27,8 @@ from bench.growth import growth
 from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.contexts import FindContexts
+from safer_ray.data.formats import parse_prompt
 from safer_ray.engine import Engine, codes_table
-from safer_ray.formats import parse_prompt
 from safer_ray.packing import pack, pad_batch
 from safer_ray.reward import RewardModel
 from safer_ray.sae import TopKSae

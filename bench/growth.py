@@ -17,7 +17,7 @@ import torch
 from bench.common import local_path, write
 from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
-from safer_ray.corpus import write_corpus
+from safer_ray.data.corpus import write_corpus
 from safer_ray.pipeline import Stages
 from safer_ray.runner import LocalRunner
 from safer_ray.sae import TopKSae

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from bench.common import local_path, write
-from safer_ray.formats import Refused, read_pair
+from safer_ray.data.formats import Refused, read_pair
 from serve.front import free_ports
 from serve.limits import Limits, check_nesting
 from serve.problems import Problem

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.auditor import scorer, vector_layers
 from safer_ray.config.sections import ScoresConfig, SourceConfig
+from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
 from safer_ray.reward import Forward
-from safer_ray.sources import NormalisePairs
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.work import WHOLE, Part
 from safer_ray.text import PairTokens

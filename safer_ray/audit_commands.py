@@ -58,13 +58,13 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
-    from safer_ray.audit_files import OWN
     from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
     from safer_ray.auditor import best_detector
     from safer_ray.config.sections import ScoresConfig, SourceConfig
+    from safer_ray.data.audit_files import OWN
+    from safer_ray.data.source_files import find_files
     from safer_ray.inputs import lasting
-    from safer_ray.source_files import find_files
     from safer_ray.storage.artifacts import ASKED
     from safer_ray.storage.lock import locked
     from safer_ray.storage.replacing import check_doomed, check_outside

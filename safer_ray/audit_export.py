@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.audit_files import REVIEWS, SCORES
 from safer_ray.audit_read import Pair, pairs_in, read_asked, scored_rows, scores
 from safer_ray.audit_review import BAD, FINE, decided, load_reviews
 from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config.sections import SourceConfig
-from safer_ray.curation import share_count
+from safer_ray.data.audit_files import REVIEWS, SCORES
+from safer_ray.data.curation import share_count
+from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.errors import UserError
 from safer_ray.runner import Runner
-from safer_ray.sources import NormalisePairs, read_raw
 from safer_ray.storage.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.files import at, read_json, read_parquet, stamp, write_parquet, write_text

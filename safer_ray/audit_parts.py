@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.audit_files import FLAGGED, SCORES
+from safer_ray.data.audit_files import FLAGGED, SCORES
 from safer_ray.storage.files import DIGITS, remove, write_parquet, write_text
 from safer_ray.storage.marks import COLUMN, marked_by_row, red_team_rows
 

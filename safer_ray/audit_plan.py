@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.audit_files import FLAGGED, SCORES
 from safer_ray.config.sections import SourceConfig
+from safer_ray.data.audit_files import FLAGGED, SCORES
+from safer_ray.data.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
+from safer_ray.data.sources import plan_file
 from safer_ray.errors import UserError
-from safer_ray.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
-from safer_ray.sources import plan_file
 from safer_ray.storage.artifacts import (
     MANIFEST,
     PLAN,

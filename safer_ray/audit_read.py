@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from safer_ray.audit_files import SCORES
+from safer_ray.data.audit_files import SCORES
 from safer_ray.errors import UserError
 from safer_ray.storage.accounts import DONE
 from safer_ray.storage.artifacts import (

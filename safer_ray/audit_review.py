@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.audit_files import REVIEWS
 from safer_ray.audit_read import Pair, pairs_in, scores
+from safer_ray.data.audit_files import REVIEWS
 from safer_ray.errors import UserError
 from safer_ray.evaluation import wilson
 from safer_ray.storage.artifacts import Artifact

@@ -255,7 +255,7 @@ def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one
     """List the artifacts of runs."""
     if not root.is_dir():
         raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
-    from safer_ray.source_files import is_artifact
+    from safer_ray.data.source_files import is_artifact
     from safer_ray.storage.artifacts import open_artifact
 
     table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
-from safer_ray.curation import random_order
+from safer_ray.data.curation import random_order
 
 LOCAL = 5.0  # how much more the pairs of a like prompt count
 FILE = "combined.safetensors"

@@ -15,7 +15,7 @@ from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from safer_ray.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
-from safer_ray.curation import random_order
+from safer_ray.data.curation import random_order
 
 DetectorName = Literal[
     "safer",

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from scipy.stats import binomtest, norm
 
 from safer_ray.config.sections import StrategyName
-from safer_ray.curation import STRATEGIES, StrategyInput
+from safer_ray.data.curation import STRATEGIES, StrategyInput
 from safer_ray.detection import auroc
 from safer_ray.errors import UserError
 

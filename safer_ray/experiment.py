@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from safer_ray.curation import CLEAN, WITHOUT_NOISE
+from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
 
 SHOWN = ("combined", "local_probe", "reward_margin", "tfidf", "safer", "length")  # in the figure of recall
 RIVALS = ("reward_margin", "confident_learning", "tfidf")

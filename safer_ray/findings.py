@@ -26,7 +26,7 @@ from safer_ray.config.sections import (
 )
 from safer_ray.config.where import where_mask
 from safer_ray.contexts import FindContexts, merge_contexts
-from safer_ray.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
+from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.inputs import resolve_exchanges

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.benchmarks import benchmark_scores
 from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import (
@@ -23,7 +22,10 @@ from safer_ray.config.sections import (
     SaeConfig,
 )
 from safer_ray.config.where import where_mask
-from safer_ray.corpus import write_corpus
+from safer_ray.data.benchmarks import benchmark_scores
+from safer_ray.data.corpus import write_corpus
+from safer_ray.data.noise import plant
+from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.errors import UserError
 from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import (
@@ -35,11 +37,9 @@ from safer_ray.inputs import (
     source_input,
     with_lasting_base,
 )
-from safer_ray.noise import plant
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.sae_formats import load_sae
-from safer_ray.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.storage.artifacts import (
     Artifact,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.audit_files import FLAGGED, LISTED, SCORES
+from safer_ray.data.audit_files import FLAGGED, LISTED, SCORES
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, SCRATCH
 from safer_ray.storage.lock import is_held, is_lock, locked

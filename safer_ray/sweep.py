@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safer_ray.config.sections import CurateConfig, RunConfig, SweepConfig
-from safer_ray.curation import CLEAN, WITHOUT_NOISE
+from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, sweep_part
 from safer_ray.inputs import place_of_run

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from safer_ray.data.formats import Pair as ReadPair
+from safer_ray.data.formats import Refused, read_pair
+from safer_ray.data.places import Pieces, pieces_of, sent_span
 from safer_ray.explain import Explanation
-from safer_ray.formats import Pair as ReadPair
-from safer_ray.formats import Refused, read_pair
-from safer_ray.places import Pieces, pieces_of, sent_span
 from serve.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
 from serve.limits import Limits
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from safer_ray.formats import is_transcript
+from safer_ray.data.formats import is_transcript
 from safer_ray.plots import number
 from serve.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
 from serve.figures import Spot, reference_figure, sides_figure

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
-from safer_ray.formats import Refused, read_pair, row_format
+from safer_ray.data.formats import Refused, read_pair, row_format
 from serve.api import MAX_ID_CHARS, Message, Pair
 from serve.limits import Limits, check_nesting
 from serve.problems import Problem

@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from safer_ray.formats import Refused
+from safer_ray.data.formats import Refused
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.auth import COOKIE
 from serve.limits import Limits, LimitsOf, chars_of

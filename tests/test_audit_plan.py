@@ -11,9 +11,9 @@ import pytest
 from safer_ray.audit_plan import FileNotes, in_words, plan_audit
 from safer_ray.audit_read import open_audit
 from safer_ray.config.sections import SourceConfig
+from safer_ray.data.source_files import find_files
+from safer_ray.data.sources import read_raw
 from safer_ray.errors import UserError
-from safer_ray.source_files import find_files
-from safer_ray.sources import read_raw
 from safer_ray.storage.artifacts import ASKED, part_name, read_plan
 from safer_ray.storage.files import read_parquet, write_json, write_parquet
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from safer_ray import schema
-from safer_ray.benchmarks import (
+from safer_ray.config.sections import SourceConfig
+from safer_ray.data.benchmarks import (
     REWARDBENCH_COUNTS,
     REWARDBENCH_SECTIONS,
     TIES,
@@ -15,10 +16,9 @@ from safer_ray.benchmarks import (
     rewardbench2,
     rm_bench,
 )
-from safer_ray.config.sections import SourceConfig
-from safer_ray.formats import Refused
+from safer_ray.data.formats import Refused
+from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.inspection import inspect
-from safer_ray.sources import NormalisePairs, plan_sources, read_raw
 
 
 def rewards(rows):

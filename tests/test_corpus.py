@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from safer_ray import corpus
+from safer_ray.data import corpus
 from safer_ray.errors import UserError
 
 SHIPPED_PROBE = Path(corpus.__file__).parent / "data" / "probes" / "safety.yaml"

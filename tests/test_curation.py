@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from safer_ray import schema
 from safer_ray.config.sections import CurateConfig
-from safer_ray.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
+from safer_ray.data.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
 from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.runner import LocalRunner

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_text import CHAT_TEMPLATE, LONG
 
+from safer_ray.data.formats import Refused, read_pair
+from safer_ray.data.places import pieces_of, sent_span
 from safer_ray.explain import SidePlaces, explain
-from safer_ray.formats import Refused, read_pair
-from safer_ray.places import pieces_of, sent_span
 from safer_ray.schema import SIDES
 from safer_ray.scoring import Features, pair_scores
 from safer_ray.text import PairTokenizer

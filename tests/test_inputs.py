@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from safer_ray import hub
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig
+from safer_ray.data import hub
 from safer_ray.errors import UserError
 from safer_ray.harvest import Harvest
 from safer_ray.inputs import base_input, file_input, with_lasting_base

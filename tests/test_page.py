@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray.formats import Refused
+from safer_ray.data.formats import Refused
 from safer_ray.plots import MINUS
 from serve.api import (
     AuditorInfo,

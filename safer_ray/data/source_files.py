@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safer_ray.audit_files import OWN, REVIEWS
 from safer_ray.config.sections import SourceConfig
+from safer_ray.data.audit_files import OWN, REVIEWS
+from safer_ray.data.hub import load_dataset
 from safer_ray.errors import UserError
-from safer_ray.hub import load_dataset
 from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH
 from safer_ray.storage.files import at
 from safer_ray.storage.locations import check_utf8

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.formats import Refused, as_mapping, as_number, as_text
+from safer_ray.data.formats import Refused, as_mapping, as_number, as_text
 from safer_ray.storage.marks import COLUMN
 
 REWARDBENCH_COUNTS = {

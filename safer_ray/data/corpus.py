@@ -25,7 +25,7 @@ import yaml
 
 from safer_ray.errors import UserError
 
-WORDS_PATH = Path(__file__).parent / "data" / "corpus.yaml"
+WORDS_PATH = Path(__file__).parent / "corpus.yaml"
 BENIGN_SHARE = 0.20
 EMPHATIC_SHARE = 0.075
 HELDOUT_EMPHATIC_SHARE = 0.15  # more of what flips unlearn, so that it is measured on enough pairs

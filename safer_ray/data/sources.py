@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.benchmarks import EXPANDERS
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
+from safer_ray.data.benchmarks import EXPANDERS
+from safer_ray.data.formats import Refused, as_text, detect_format, read_pair, row_format
+from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.source_files import Found, file_name, find_files
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import at, stamp
 from safer_ray.storage.fingerprints import still_holds

@@ -1,0 +1,1 @@
+"""From files in the wild to pairs, and from pairs to other pairs: formats, sources, planted noise, curation."""
