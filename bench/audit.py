@@ -34,11 +34,11 @@ from bench.growth import held_at_most
 from safer_ray import schema
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
-from safer_ray.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.engine import Engine
 from safer_ray.pipeline import Stages
+from safer_ray.reward.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.runner import LocalRunner
 from safer_ray.sae_formats import save_sae
 from safer_ray.salience import candidates

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from bench.common import local_path, write
-from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config.sections import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.harvest import Harvest
 from safer_ray.passes import EncodePairs
+from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward.tokens import TokenisePairs
+from safer_ray.reward.train import pair_texts
+from safer_ray.reward.training import Workers
 from safer_ray.runner import LocalRunner, Runner
 from safer_ray.sae import TopKSae
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import CODES
 from safer_ray.storage.artifacts import Artifact, Place, part_fragments, read_fragment, read_parts
 from safer_ray.storage.work import MapJob, TrainJob
-from safer_ray.tokens import TokenisePairs
-from safer_ray.train_reward import pair_texts
-from safer_ray.training import Workers
 
 MODEL = TinyLlamaConfig(hidden=192, layers=4, heads=4, intermediate=512, vocabulary=4000, positions=256)
 FRAGMENTS = 50  # so many that two actors end together

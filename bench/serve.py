@@ -104,7 +104,7 @@ class BareEngine:
     """The batch function of an audit, on tables that are there."""
 
     def __init__(self, auditor: Path) -> None:
-        from safer_ray.checkpoints import quiet_transformers
+        from safer_ray.reward.checkpoints import quiet_transformers
         from serve.about import open_auditor, scores_config
         from serve.scoring import ScorePairs
 

@@ -14,11 +14,11 @@ from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodePairs, MeanVectors
-from safer_ray.reward import Forward
+from safer_ray.reward.model import Forward
+from safer_ray.reward.text import PairTokens
+from safer_ray.reward.tokens import TEXTS, TokenisePairs
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.work import WHOLE, Part
-from safer_ray.text import PairTokens
-from safer_ray.tokens import TEXTS, TokenisePairs
 
 CARRIED = ("source", "section", "labels")
 MEANS = ("response", "prompt")  # vectors that the `combined` detector reads

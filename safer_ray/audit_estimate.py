@@ -17,9 +17,9 @@ from safer_ray.auditor import check_auditor
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import plan_file, read_raw
 from safer_ray.errors import UserError
+from safer_ray.reward.tokens import token_count
 from safer_ray.schema import split_refused
 from safer_ray.storage.artifacts import Fragment
-from safer_ray.tokens import token_count
 
 PLACES, ROWS = 16, 16  # of the sample: fragments, and rows of each
 

@@ -59,7 +59,7 @@ def check_code(auditor: Artifact, trust_remote_code: bool) -> None:
     folder = auditor.path / "reward"
     files = [folder / name for name in ("config.json", "tokenizer_config.json")]
     if not trust_remote_code and any(b"auto_map" in file.read_bytes() for file in files if file.is_file()):
-        from safer_ray.pretrained import Checkpoint, check_trusted  # here, since few bundles need it
+        from safer_ray.reward.pretrained import Checkpoint, check_trusted  # here, since few bundles need it
 
         check_trusted(Checkpoint(str(folder), str(folder)))
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.codes import flatten
 from safer_ray.config.sections import Mode
+from safer_ray.reward.checkpoints import load_pair_tokenizer
+from safer_ray.reward.text import PairTokenizer
 from safer_ray.schema import CONTEXTS, SIDES, table
-from safer_ray.text import PairTokenizer
 
 SPARE = 4  # lists per fragment are this much longer than wanted, since equal sentences are merged later
 AROUND = 160  # characters kept before and after the sentence

@@ -9,13 +9,13 @@ import pyarrow as pa
 import torch
 
 from safer_ray import schema
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.errors import UserError
-from safer_ray.reward import Forward, RewardModel
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.model import Forward, RewardModel
+from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.sae import EPSILON, Standardised, TopKSae, standardise
 from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.sparse import SparseCodes
-from safer_ray.text import PairTokens, both_sides
 
 
 class Encoded(NamedTuple):

@@ -14,7 +14,6 @@ from safer_ray import schema
 from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
 from safer_ray.cards import FILE as CARDS_FILE
 from safer_ray.cards import Known, make_cards
-from safer_ray.checkpoints import hidden_size
 from safer_ray.codes import flatten
 from safer_ray.config.sections import (
     ContextsConfig,
@@ -31,7 +30,8 @@ from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.inputs import resolve_exchanges
 from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
-from safer_ray.pretrained import Checkpoint, own_code
+from safer_ray.reward.checkpoints import hidden_size
+from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.sae_formats import load_sae
 from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import (
     ActivationsConfig,
@@ -38,7 +37,10 @@ from safer_ray.inputs import (
     with_lasting_base,
 )
 from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
+from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.tokens import TokenisePairs
+from safer_ray.reward.train import train_reward
 from safer_ray.sae_formats import load_sae
 from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.storage.artifacts import (
@@ -54,8 +56,6 @@ from safer_ray.storage.files import at, read_parquet, write_parquet
 from safer_ray.storage.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
-from safer_ray.tokens import TokenisePairs
-from safer_ray.train_reward import train_reward
 from safer_ray.train_sae import Judged, train_sae
 
 log = logging.getLogger(__name__)

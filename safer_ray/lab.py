@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.codes import matrix_of
 from safer_ray.config.sections import LabConfig, NoiseConfig, RunConfig
 from safer_ray.config.where import where_mask
@@ -19,6 +18,8 @@ from safer_ray.experiment import as_page, detection_part
 from safer_ray.inputs import place_of_run, resolve_exchanges
 from safer_ray.judge import load_probe, probe_pairs
 from safer_ray.passes import head_differences
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.trunk import remembered
 from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
 from safer_ray.stage import pairs_of, recipe
@@ -27,7 +28,6 @@ from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked
 from safer_ray.storage.recipes import Input
 from safer_ray.suspect import Suspecting, check_shared_trunk, read_folds
-from safer_ray.trunk import remembered
 
 LEADERS = ("combined", "safer")  # whose lead over every other detector is tested
 

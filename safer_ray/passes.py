@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from safer_ray import schema
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.engine import Engine, codes_table, places_of
 from safer_ray.errors import TooLargeError
-from safer_ray.reward import Forward, RewardModel
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.model import Forward, RewardModel
+from safer_ray.reward.text import PairTokens
+from safer_ray.reward.tokens import TEXTS, read_tokens
 from safer_ray.sae import Standardised
 from safer_ray.sae_formats import load_sae, sae_layer
 from safer_ray.schema import SIDES
 from safer_ray.storage.quarantine import KNOWN
 from safer_ray.storage.work import WHOLE, Part
-from safer_ray.text import PairTokens
-from safer_ray.tokens import TEXTS, read_tokens
 
 # What a part of a model hands on of every pair, beside its tokens
 TENSOR = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())])

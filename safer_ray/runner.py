@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from safer_ray import alone
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward.tokens import token_count
 from safer_ray.schema import QUARANTINE
 from safer_ray.storage.accounts import (
     DONE,
@@ -37,7 +38,6 @@ from safer_ray.storage.artifacts import Fragment, part_name, save_plan
 from safer_ray.storage.files import remove, write_json, write_parquet
 from safer_ray.storage.quarantine import KNOWN, refused_rows
 from safer_ray.storage.work import BatchFn, MapJob, Part, TrainJob, Work
-from safer_ray.tokens import token_count
 
 OnProgress = Callable[[str, int, int, int], None]  # stage, done, total, rows in what was done last
 ENDED = "the process ended while it worked on these rows"
@@ -309,7 +309,9 @@ class LocalRunner:
         return [self._train(job) for job in jobs]
 
     def _train(self, job: TrainJob) -> dict[str, Any]:
-        from safer_ray.training import OneProcess  # here, since processes that read and commit start without torch
+        from safer_ray.reward.training import (
+            OneProcess,  # here, since processes that read and commit start without torch
+        )
 
         state = job.out / "state"
         known = trained_already(state)

@@ -23,11 +23,11 @@ import torch
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
+from safer_ray.reward.train import validation_split
+from safer_ray.reward.training import permutation, share
 from safer_ray.sae import standardise
 from safer_ray.storage.artifacts import part_files
 from safer_ray.storage.background import ahead
-from safer_ray.train_reward import validation_split
-from safer_ray.training import permutation, share
 
 BLOCK = 4096  # rows that stay together when blocks are drawn
 WINDOW = 16  # blocks that are shuffled among each other

@@ -11,12 +11,12 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safer_ray.batches import micro_batches
 from safer_ray.errors import UserError
-from safer_ray.packing import alone
-from safer_ray.reward import RewardModel
+from safer_ray.reward.batches import micro_batches
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import alone
+from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.sae import TopKSae, standardise
-from safer_ray.text import PairTokens, both_sides
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of vectors that a latent fires on
 ALIKE = 0.9  # cosine from which two decoder directions are one cluster

@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import report
-from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config.sections import RunConfig, StrategyName
 from safer_ray.config.where import where_mask
 from safer_ray.contexts import cut_context
 from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
+from safer_ray.reward.checkpoints import load_pair_tokenizer
+from safer_ray.reward.text import sentence_start
 from safer_ray.stage import pairs_of
 from safer_ray.storage.artifacts import Artifact, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.marks import together
-from safer_ray.text import sentence_start
 
 DETECTORS: tuple[StrategyName, ...] = ("safer", "reward_margin", "random", "length")
 SAE_METRICS = ("nmse", "explained_variance", "l0", "dead_share")

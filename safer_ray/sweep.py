@@ -12,12 +12,12 @@ from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, sweep_part
 from safer_ray.inputs import place_of_run
 from safer_ray.pipeline import Stages, run
+from safer_ray.reward.trunk import remembered
 from safer_ray.runner import Runner
 from safer_ray.stage import recipe
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked
-from safer_ray.trunk import remembered
 
 DRAWS = 2000
 

@@ -60,7 +60,7 @@ class Scorer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
 
-        from safer_ray.checkpoints import quiet_transformers
+        from safer_ray.reward.checkpoints import quiet_transformers
         from serve.scoring import ScorePairs, score_requests
 
         log_at_once()

@@ -25,21 +25,21 @@ import pytest
 import torch
 
 from safer_ray import cli, schema
-from safer_ray.checkpoints import (
+from safer_ray.commands import console, state
+from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
+from safer_ray.reward.checkpoints import (
     load_reward_model,
     new_reward_model,
     quiet_transformers,
     resolve_base,
     save_reward_model,
 )
-from safer_ray.commands import console, state
-from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
-from safer_ray.reward import RewardModel
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.train import pair_texts
 from safer_ray.sae import TopKSae
 from safer_ray.sae_formats import save_sae
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
-from safer_ray.train_reward import pair_texts
 from serve.front import settings
 
 SOCKETS = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))

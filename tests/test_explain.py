@@ -10,10 +10,10 @@ from test_text import CHAT_TEMPLATE, LONG
 from safer_ray.data.formats import Refused, read_pair
 from safer_ray.data.places import pieces_of, sent_span
 from safer_ray.explain import SidePlaces, explain
+from safer_ray.reward.text import PairTokenizer
+from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.schema import SIDES
 from safer_ray.scoring import Features, pair_scores
-from safer_ray.text import PairTokenizer
-from safer_ray.tiny_llama import train_tokenizer
 
 FEATURES = Features([1, 2], [3], "response")
 WORDS = st.text(st.sampled_from("ab .,?!;\n\u00e9\u4f60\U0001f600"), max_size=60)
@@ -138,7 +138,7 @@ class Words:
     """Renders a pair as its words, of ten characters each, so that an end at 10 n closes sentence n."""
 
     def render(self, prompt, response):
-        from safer_ray.text import Rendered
+        from safer_ray.reward.text import Rendered
 
         text = "".join(m["content"] for m in response)
         return Rendered("", ()), Rendered(text, ((0, len(text)),))

@@ -9,15 +9,15 @@ import torch
 from conftest import make_pairs
 from safetensors.torch import load_file
 
-from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
+from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
+from safer_ray.reward.text import both_sides
+from safer_ray.reward.train import train_reward
+from safer_ray.reward.training import KnownStates, reward_step
+from safer_ray.reward.trunk import remembered
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.work import TrainJob
-from safer_ray.text import both_sides
-from safer_ray.train_reward import train_reward
-from safer_ray.training import KnownStates, reward_step
-from safer_ray.trunk import remembered
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_training_leaves_the_trunk_as_it_was_and_is_that_of_a_trunk_that_runs(
         frozen = "embed" in name or "layers.0." in name or "layers.1." in name
         assert torch.equal(tensor, base[name]) == frozen, name
     assert metrics["frozen_layers"] == 2
-    monkeypatch.setattr("safer_ray.train_reward._Batches.known", lambda self, rows: None)
+    monkeypatch.setattr("safer_ray.reward.train._Batches.known", lambda self, rows: None)
     _, whole = train(reward_dir, pairs_dir, tmp_path / "whole", frozen_layers=2)
     for name, tensor in cached.items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-4)  # as in test_ray_train

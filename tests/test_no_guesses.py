@@ -13,7 +13,6 @@ from test_salience import HAND
 
 from safer_ray import schema
 from safer_ray.auditor import read_features, reference_values, vector_layers
-from safer_ray.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.codes import flatten
 from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
@@ -21,6 +20,7 @@ from safer_ray.data.curation import StrategyInput, reward_margin
 from safer_ray.errors import UserError
 from safer_ray.evaluation import mcnemar, on_the_same
 from safer_ray.findings import Findings
+from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.runner import LocalRunner
 from safer_ray.sae_formats import load_sae, save_sae
 from safer_ray.sae_quality import spliced

@@ -20,7 +20,12 @@ from tiny_run import CONFIG
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.auditor import check_code
-from safer_ray.checkpoints import (
+from safer_ray.config.read import load_config
+from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
+from safer_ray.errors import UserError
+from safer_ray.passes import RewardPairs
+from safer_ray.pipeline import run
+from safer_ray.reward.checkpoints import (
     hidden_size,
     layer_count,
     load_pair_tokenizer,
@@ -28,13 +33,8 @@ from safer_ray.checkpoints import (
     new_reward_model,
     save_reward_model,
 )
-from safer_ray.config.read import load_config
-from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
-from safer_ray.errors import UserError
-from safer_ray.packing import packs
-from safer_ray.parts import load_part, splits_up
-from safer_ray.passes import RewardPairs
-from safer_ray.pipeline import run
+from safer_ray.reward.packing import packs
+from safer_ray.reward.parts import load_part, splits_up
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

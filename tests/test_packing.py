@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safer_ray import reward
-from safer_ray.packing import last_token, pack, pack_batch, smallest_window
-from safer_ray.reward import RewardModel
-from safer_ray.text import PairTokens, Side
-from safer_ray.training import bradley_terry, reward_step
-from safer_ray.trunk import remembered
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.model import model as reward
+from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
+from safer_ray.reward.text import PairTokens, Side
+from safer_ray.reward.training import bradley_terry, reward_step
+from safer_ray.reward.trunk import remembered
 
 PAD = 0
 COMMON = {
@@ -274,7 +274,7 @@ def test_a_model_that_looks_ahead_runs_apart():
 def test_an_encoder_reads_its_sides_apart(bert_dir):
     from conftest import make_pairs
 
-    from safer_ray.checkpoints import load_reward_model
+    from safer_ray.reward.checkpoints import load_reward_model
 
     reward = load_reward_model(bert_dir)
     pairs = reward.pairs(make_pairs(3).to_pylist())

@@ -10,10 +10,10 @@ from conftest import make_pairs
 from safetensors.torch import load_file, save_file
 from test_packing import COMMON, FAMILIES, build
 
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.engine import Engine
 from safer_ray.errors import UserError
-from safer_ray.parts import load_part
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.parts import load_part
 
 LAYERS = COMMON["num_hidden_layers"]
 
@@ -111,7 +111,7 @@ def test_activations_load_the_blocks_they_need(model_dir):
 
 
 def test_a_family_that_nobody_checked_is_loaded_whole(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("safer_ray.checkpoints.splits_up", lambda config, start=0: False)
+    monkeypatch.setattr("safer_ray.reward.checkpoints.splits_up", lambda config, start=0: False)
     assert (
         len(load_reward_model(model_dir, layers=1).blocks())
         == json.loads((model_dir / "config.json").read_text())["num_hidden_layers"]

@@ -12,11 +12,11 @@ from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import ActivationsConfig, SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.harvest import Harvest
-from safer_ray.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.tokens import read_tokens
 from safer_ray.runner import LocalRunner
 from safer_ray.sae import standardise
 from safer_ray.storage.artifacts import Artifact, Place, read_parts
-from safer_ray.tokens import read_tokens
 
 LINES = ["Bread is baked.", "", "  The bicycle has two wheels, and a bell. ", "Why?", "x " * 300]
 

@@ -25,18 +25,18 @@ from test_train_sae import (
 )
 from tiny_run import write_config
 
-import safer_ray.training
+import safer_ray.reward.training
 from safer_ray import sae_data, sae_fit
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.train import engine_options, train_reward
+from safer_ray.reward.training import OneProcess
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.work import TrainJob
-from safer_ray.train_reward import engine_options, train_reward
 from safer_ray.train_sae import train_sae
-from safer_ray.training import OneProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
@@ -144,7 +144,7 @@ def test_an_error_that_a_loop_explains_comes_back_as_it_was(pairs, pairs_dir, tm
 
 def checkpoints_always(out, workers, die=None, **arguments):
     """The loop, with a checkpoint at every step; `die(workers, done)` after each."""
-    safer_ray.training.CHECKPOINT_SECONDS = -1.0
+    safer_ray.reward.training.CHECKPOINT_SECONDS = -1.0
     on_step = workers.on_step
 
     def step(done, total):

@@ -16,18 +16,18 @@ from test_kill import assert_same_rows
 from test_packing import COMMON, FAMILIES
 from tiny_run import finished
 
-from safer_ray import packing
 from safer_ray.audit import AuditPairs
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
-from safer_ray.batches import NO_MEMORY
-from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.config.sections import ActivationsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
-from safer_ray.reward import RewardModel
+from safer_ray.reward.batches import NO_MEMORY
+from safer_ray.reward.checkpoints import load_pair_tokenizer
+from safer_ray.reward.model import RewardModel, packing
+from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import split_refused
@@ -35,7 +35,6 @@ from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_par
 from safer_ray.storage.contents import artifact_hash
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.work import MapJob
-from safer_ray.tokens import TokenisePairs
 from serve.api import FailedPair, Pair, ScoredPair
 from serve.service import LocalService
 
@@ -324,9 +323,9 @@ def test_a_pair_wider_than_a_micro_batch_has_no_mask_of_its_width_squared(reward
         seen.extend(len(row.ids) for row in rows)
         return pack_batch(rows, *more)
 
-    monkeypatch.setattr("safer_ray.reward.pack_batch", watched)
+    monkeypatch.setattr("safer_ray.reward.model.pack_batch", watched)
     budget = max(widths) + spare
-    monkeypatch.setattr("safer_ray.reward.CPU_BUDGET", budget)
+    monkeypatch.setattr("safer_ray.reward.model.CPU_BUDGET", budget)
     found = reward.forward_pairs(tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
     assert sorted(seen) == sorted(width for width in widths if width <= budget)
     torch.testing.assert_close(found.rewards, wanted.rewards, rtol=1e-5, atol=1e-5)

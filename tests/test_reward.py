@@ -10,7 +10,10 @@ from conftest import TINY, make_pair, make_pairs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from safer_ray.checkpoints import (
+from safer_ray.config.sections import RewardConfig
+from safer_ray.engine import Engine, codes_table
+from safer_ray.errors import UserError
+from safer_ray.reward.checkpoints import (
     SETTINGS,
     load_pair_tokenizer,
     load_reward_model,
@@ -18,15 +21,12 @@ from safer_ray.checkpoints import (
     resolve_base,
     save_reward_model,
 )
-from safer_ray.config.sections import RewardConfig
-from safer_ray.engine import Engine, codes_table
-from safer_ray.errors import UserError
-from safer_ray.packing import pack
-from safer_ray.reward import RewardModel
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import pack
+from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.sae import BatchTopKSae, standardise
 from safer_ray.sae_formats import load_sae
 from safer_ray.storage.work import Part
-from safer_ray.tiny_llama import train_tokenizer
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from safer_ray import alone, schema
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward.tokens import TokenisePairs, token_count
 from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, pending
 from safer_ray.storage import files
 from safer_ray.storage.accounts import count
@@ -21,7 +22,6 @@ from safer_ray.storage.artifacts import part_files, part_fragments, part_name, r
 from safer_ray.storage.files import write_json, write_parquet
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.work import MapJob, TrainJob
-from safer_ray.tokens import TokenisePairs, token_count
 
 WRITTEN = pa.schema([("pair_id", pa.string()), ("double", pa.int64())])
 

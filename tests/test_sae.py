@@ -8,11 +8,11 @@ from conftest import random_sae
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
+from safer_ray.reward.training import EngineOptions, OneProcess
 from safer_ray.sae import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
 from safer_ray.sae_engine import SaeEngine
 from safer_ray.sae_loss import remove_parallel_gradient, sae_step
 from safer_ray.sparse import SparseCodes
-from safer_ray.training import EngineOptions, OneProcess
 
 
 @pytest.fixture

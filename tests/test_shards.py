@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_kill import assert_same_rows, assert_same_tables
 from test_packing import COMMON, FAMILIES
 
-from safer_ray.checkpoints import load_reward_model
 from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
 from safer_ray.distributed.runner import RayRunner
@@ -22,14 +21,15 @@ from safer_ray.engine import Engine
 from safer_ray.errors import UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.text import both_sides
+from safer_ray.reward.tokens import TokenisePairs, read_tokens
 from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae import standardise
 from safer_ray.sae_formats import save_sae
 from safer_ray.schema import CODES, activations
 from safer_ray.storage.artifacts import Place, open_artifact, part_fragments, read_fragment, read_parts
 from safer_ray.storage.work import MapJob, Part
-from safer_ray.text import both_sides
-from safer_ray.tokens import TokenisePairs, read_tokens
 
 TURNS = [*messages("user", "Hi. Who are you?"), *messages("assistant", "A friend."), *messages("user", "Prove it!")]
 ODD = [

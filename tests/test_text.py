@@ -7,10 +7,10 @@ from conftest import make_pair, messages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safer_ray.checkpoints import resolve_base
 from safer_ray.errors import UserError
-from safer_ray.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, sentence_start, thin
-from safer_ray.tiny_llama import train_tokenizer
+from safer_ray.reward.checkpoints import resolve_base
+from safer_ray.reward.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, sentence_start, thin
+from safer_ray.reward.tiny_llama import train_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>.\n{{ m['content'] }}<|end|>;\n{% endfor %}"

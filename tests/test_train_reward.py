@@ -12,15 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from safer_ray import train_reward as module
-from safer_ray import training
-from safer_ray.checkpoints import load_reward_model, new_reward_model
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.storage.artifacts import part_name
-from safer_ray.storage.digests import check_digests, record_digests
-from safer_ray.storage.files import write_parquet
-from safer_ray.train_reward import (
+from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
+from safer_ray.reward.model import train as module
+from safer_ray.reward.model import training
+from safer_ray.reward.train import (
     _Batches,
     _one_step,
     _Training,
@@ -30,7 +27,7 @@ from safer_ray.train_reward import (
     train_reward,
     validation_split,
 )
-from safer_ray.training import (
+from safer_ray.reward.training import (
     Checkpoints,
     EngineOptions,
     OneProcess,
@@ -42,6 +39,9 @@ from safer_ray.training import (
     warmup_cosine,
     warmup_decay,
 )
+from safer_ray.storage.artifacts import part_name
+from safer_ray.storage.digests import check_digests, record_digests
+from safer_ray.storage.files import write_parquet
 
 CONFIG = RewardConfig(
     base=TINY,

@@ -28,13 +28,13 @@ from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
 from safer_ray.runner import OnProgress
 from safer_ray.storage.accounts import close_training, trained_already
 from safer_ray.storage.background import repeated
 from safer_ray.storage.digests import record_digests
 from safer_ray.storage.files import write_json
 from safer_ray.storage.work import TrainJob
-from safer_ray.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
 
 PROGRESS_SECONDS = 1.0
 START_TRIES = 30  # of a minute each, for a worker group to find room; Ray itself would wait for ever
@@ -44,7 +44,7 @@ PROGRESS = "progress.json"
 
 
 class GroupWorker:
-    """One process of a Ray Train group; see `safer_ray.training.Workers`."""
+    """One process of a Ray Train group; see `safer_ray.reward.training.Workers`."""
 
     def __init__(self, state: Path, config: RayConfig) -> None:
         context = ray.train.get_context()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.packing import how_pairs_run, smallest_window
-from safer_ray.parts import check_loaded, load_part, splits_up
-from safer_ray.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
-from safer_ray.reward import RewardModel
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import how_pairs_run, smallest_window
+from safer_ray.reward.parts import check_loaded, load_part, splits_up
+from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
+from safer_ray.reward.text import PairTokenizer
+from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
-from safer_ray.text import PairTokenizer
-from safer_ray.tiny_llama import make_tiny_llama
 
 log = logging.getLogger(__name__)
 TEMPLATES = ("auto", "plain", "chat")

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from safer_ray.errors import UserError
-from safer_ray.packing import FAMILIES
-from safer_ray.pretrained import Checkpoint, open_config, runs_own_code
+from safer_ray.reward.packing import FAMILIES
+from safer_ray.reward.pretrained import Checkpoint, open_config, runs_own_code
 
 ENCODERS = ("bert",)  # of which only the first blocks can be a part: the others want more than states
 INDEX = "model.safetensors.index.json"

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from safer_ray import hooks
-from safer_ray.batches import passes
 from safer_ray.errors import TooLargeError, UserError
-from safer_ray.packing import (
+from safer_ray.reward.batches import passes
+from safer_ray.reward.model import hooks
+from safer_ray.reward.packing import (
     Index,
     Packed,
     alone,
@@ -30,9 +30,9 @@ from safer_ray.packing import (
     place_index,
     smallest_window,
 )
-from safer_ray.pretrained import runs_own_code
-from safer_ray.text import PairTokenizer, PairTokens
-from safer_ray.trunk import States, memory
+from safer_ray.reward.pretrained import runs_own_code
+from safer_ray.reward.text import PairTokenizer, PairTokens
+from safer_ray.reward.trunk import States, memory
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
 MASK = 2**26  # entries of a micro-batch's mask where pairs are packed for training: 256 MB

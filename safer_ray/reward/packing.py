@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from safer_ray.pretrained import runs_own_code
+from safer_ray.reward.pretrained import runs_own_code
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # causal, and checked to take such a mask
 

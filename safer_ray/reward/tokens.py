@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from safer_ray.reward.text import PairTokens, Side
 from safer_ray.schema import SIDES
-from safer_ray.text import PairTokens, Side
 
 TEXTS = ("prompt", "chosen", "rejected")
 
@@ -67,7 +67,9 @@ class TokenisePairs:
     """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
 
     def __init__(self, reward: Path, trust_remote_code: bool = False) -> None:
-        from safer_ray.checkpoints import load_pair_tokenizer  # here, since other readers of this module need no torch
+        from safer_ray.reward.checkpoints import (
+            load_pair_tokenizer,  # here, since other readers of this module need no torch
+        )
 
         self.tokenise = load_pair_tokenizer(reward, trust_remote_code)
 

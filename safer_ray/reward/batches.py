@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from safer_ray.errors import TooLargeError
-from safer_ray.packing import Packed
+from safer_ray.reward.packing import Packed
 from safer_ray.storage.background import side_by_side
 
 Result = TypeVar("Result")

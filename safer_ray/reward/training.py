@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
-from safer_ray.packing import alone
-from safer_ray.reward import RewardModel
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import alone
+from safer_ray.reward.text import PairTokens
 from safer_ray.storage.digests import check_digests, record_digests
 from safer_ray.storage.files import make_folder, move
-from safer_ray.text import PairTokens
 
 CHECKPOINT_SECONDS = 60.0
 TORCH = "torch.pt"

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.checkpoints import load_pair_tokenizer
 from safer_ray.errors import UserError
+from safer_ray.reward.checkpoints import load_pair_tokenizer
+from safer_ray.reward.text import PairTokens, Side
+from safer_ray.reward.tokens import with_tokens
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import stamp
 from safer_ray.storage.rows import cut_rows, kind_of, read_rows
-from safer_ray.text import PairTokens, Side
-from safer_ray.tokens import with_tokens
 
 FRAGMENT_BYTES = 4 * 2**20
 EVERY = 2**62

@@ -11,13 +11,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from safer_ray.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward import RewardModel
-from safer_ray.storage.artifacts import read_parts
-from safer_ray.text import PairTokens, both_sides
-from safer_ray.training import (
+from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.text import PairTokens, both_sides
+from safer_ray.reward.training import (
     EngineOptions,
     KnownStates,
     RewardStep,
@@ -29,6 +28,7 @@ from safer_ray.training import (
     reward_step,
     warmup_cosine,
 )
+from safer_ray.storage.artifacts import read_parts
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Reward models: text to tokens, tokens to rewards and hidden states, and how they are trained."""
