@@ -14,11 +14,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from bench.common import local_path, write
-from safer_ray.combined import fit_effect, splits
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig
 from safer_ray.crossfit import Fold, OutOfFold
-from safer_ray.detection import compare
+from safer_ray.detection.combined import fit_effect, splits
+from safer_ray.detection.quality import compare
 from safer_ray.inputs import lasting
 from safer_ray.lab import Lab
 from safer_ray.runner import LocalRunner

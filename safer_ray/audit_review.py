@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from safer_ray.audit_read import Pair, pairs_in, scores
 from safer_ray.data.audit_files import REVIEWS
+from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
-from safer_ray.evaluation import wilson
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.files import write_json
 from safer_ray.storage.rows import read_rows

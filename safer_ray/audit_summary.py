@@ -16,8 +16,8 @@ from safer_ray import report_audit
 from safer_ray.audit_parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
 from safer_ray.audit_run import Audit, AuditCounts
 from safer_ray.data.audit_files import FLAGGED, LISTED, PAGE, SCORES, SUMMARY
+from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
-from safer_ray.evaluation import wilson
 from safer_ray.schema import to_json
 from safer_ray.storage.accounts import entry_name, read_entry
 from safer_ray.storage.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.codes import contrasts, matrix_of
-from safer_ray.combined import Readings, load_combined
 from safer_ray.config.sections import DetectorOf, Mode, ScoresConfig
+from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
 from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
 from safer_ray.storage.artifacts import Artifact

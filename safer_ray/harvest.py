@@ -25,8 +25,8 @@ from safer_ray.data.benchmarks import benchmark_scores
 from safer_ray.data.corpus import write_corpus
 from safer_ray.data.noise import plant
 from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, read_raw
+from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
-from safer_ray.evaluation import section_accuracy
 from safer_ray.inputs import (
     base_input,
     close_pairs,

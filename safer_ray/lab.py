@@ -11,8 +11,8 @@ from safer_ray.codes import matrix_of
 from safer_ray.config.sections import LabConfig, NoiseConfig, RunConfig
 from safer_ray.config.where import where_mask
 from safer_ray.crossfit import Fold
-from safer_ray.detection import CURVE, Comparison, compare
-from safer_ray.detectors import DETECTORS, Evidence
+from safer_ray.detection.detectors import DETECTORS, Evidence
+from safer_ray.detection.quality import CURVE, Comparison, compare
 from safer_ray.errors import UserError, need_extra
 from safer_ray.experiment import as_page, detection_part
 from safer_ray.inputs import place_of_run, resolve_exchanges

@@ -13,9 +13,9 @@ from numpy import ndarray
 
 from safer_ray.auditor import VALUES, read_features
 from safer_ray.codes import contrasts, matrix_of
-from safer_ray.combined import Readings, fit_combined
 from safer_ray.config.sections import RunConfig, ScoresConfig
 from safer_ray.crossfit import CrossFit, Fold, OutOfFold, frozen_below
+from safer_ray.detection.combined import Readings, fit_combined
 from safer_ray.errors import UserError
 from safer_ray.schema import rows_of
 from safer_ray.scoring import margins, pair_scores, suspect

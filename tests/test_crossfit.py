@@ -12,7 +12,6 @@ from tiny_run import audited, tables, tiny_config
 
 from safer_ray.auditor import best_detector
 from safer_ray.codes import contrasts, matrix_of
-from safer_ray.combined import Readings, load_combined
 from safer_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
@@ -27,6 +26,7 @@ from safer_ray.config.sections import (
     ScoresConfig,
 )
 from safer_ray.crossfit import CrossFit, fold_of
+from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
 from safer_ray.lab import Lab, run_lab
 from safer_ray.pipeline import Stages, run

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from safer_ray.detection import BUDGETS, Interval, Measures, compare, group_weights, measure, weighted_measures
+from safer_ray.detection.quality import BUDGETS, Interval, Measures, compare, group_weights, measure, weighted_measures
 
 
 def both_kinds(rows):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from safer_ray import schema
+from safer_ray.detection.evaluation import detection, mcnemar, paired_test, section_accuracy, wilson
 from safer_ray.errors import UserError
-from safer_ray.evaluation import detection, mcnemar, paired_test, section_accuracy, wilson
 
 
 def rewards(margins, sections=None, ids=None):

@@ -17,8 +17,8 @@ from safer_ray.codes import flatten
 from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import StrategyInput, reward_margin
+from safer_ray.detection.evaluation import mcnemar, on_the_same
 from safer_ray.errors import UserError
-from safer_ray.evaluation import mcnemar, on_the_same
 from safer_ray.findings import Findings
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.runner import LocalRunner

@@ -10,7 +10,7 @@ from scipy.stats import binomtest, norm
 
 from safer_ray.config.sections import StrategyName
 from safer_ray.data.curation import STRATEGIES, StrategyInput
-from safer_ray.detection import auroc
+from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
 
 

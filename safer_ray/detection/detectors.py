@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from safer_ray.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
 from safer_ray.data.curation import random_order
+from safer_ray.detection.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
 
 DetectorName = Literal[
     "safer",
@@ -175,7 +175,7 @@ def neighbours(known: Evidence) -> np.ndarray:
 
 
 def combined(known: Evidence) -> np.ndarray:
-    """A logistic model on margin, SAFER score, and what contrasts and probes predict: `safer_ray.combined`."""
+    """A logistic model on margin, SAFER score, and what contrasts and probes predict: `safer_ray.detection.combined`."""
     return -fit_combined(known.read, known.fold, known.pair_id)[1]
 
 

@@ -1,0 +1,1 @@
+"""What makes a pair suspicious, and how well that finds planted errors."""
