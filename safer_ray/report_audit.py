@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safer_ray.audit_plan import in_words as files_in_words
-from safer_ray.pages import page
+from safer_ray.report.pages import page
 
 WIDTH, HEIGHT = 640, 120
 COLUMNS = 40  # of the histogram

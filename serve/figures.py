@@ -6,7 +6,7 @@ from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
-from safer_ray.plots import Scale, number, ticks
+from safer_ray.report.plots import Scale, number, ticks
 from serve.api import Histogram, SideHistograms
 
 WIDTH = 460  # user units; text in them is 13 high

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from safer_ray.data.formats import is_transcript
-from safer_ray.plots import number
+from safer_ray.report.plots import number
 from serve.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
 from serve.figures import Spot, reference_figure, sides_figure
 from serve.marking import Marked, Piece, marked, messages_of

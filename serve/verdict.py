@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from safer_ray.plots import MINUS, number
+from safer_ray.report.plots import MINUS, number
 from serve.api import AuditorInfo, ScoredPair
 
 DETECTORS = {"safer": "SAFER score", "reward_margin": "reward margin", "combined": "combined detector"}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safer_ray.data.formats import Refused
-from safer_ray.plots import MINUS
+from safer_ray.report.plots import MINUS
 from serve.api import (
     AuditorInfo,
     Contribution,

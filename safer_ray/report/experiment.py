@@ -322,7 +322,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def as_page(title: str, parts: Sequence[Part], red_team: bool = False) -> str:
     """One self-contained HTML page, which says where some of the data were poisoned on purpose."""
-    environment = Environment(loader=PackageLoader("safer_ray"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("safer_ray.report"), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("experiment.html").render(
         title=title, parts=parts, red_team=red_team, Markup=Markup
     )

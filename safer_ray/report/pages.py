@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 def page(template: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
     """A template of `templates/` with its filters."""
     environment = Environment(
-        loader=PackageLoader("safer_ray"),
+        loader=PackageLoader("safer_ray.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

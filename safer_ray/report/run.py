@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from safer_ray import plots
-from safer_ray.pages import page
-from safer_ray.spaced import find_sentence
+from safer_ray.report.pages import page
+from safer_ray.report.run import plots
+from safer_ray.report.spaced import find_sentence
 
 
 @dataclass(frozen=True)
