@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from safer_ray.report.run import plots
+from safer_ray.report import plots
 from serve import figures, verdict
 from serve.marking import parted, storable, visible
 

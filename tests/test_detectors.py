@@ -8,9 +8,10 @@ import scipy.sparse as sp
 from scipy.stats import spearmanr
 
 from safer_ray.codes import contrasts
+from safer_ray.detection import detectors
 from safer_ray.detection.combined import Readings, fit_combined, load_combined, splits
 from safer_ray.detection.detectors import DETECTORS, Evidence, fitted
-from safer_ray.detection.quality import detectors, measure
+from safer_ray.detection.quality import measure
 
 N, LATENTS = 900, 40
 LEARN = [name for name in DETECTORS if name not in ("random", "length", "ensemble_variance")]

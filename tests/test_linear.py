@@ -18,8 +18,8 @@ from safer_ray.contexts import cut_context
 from safer_ray.data.formats import Refused, is_transcript, read_pair
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
-from safer_ray.report.run import spaced
-from safer_ray.reward.model import parts, text
+from safer_ray.report import spaced
+from safer_ray.reward import parts, text
 from safer_ray.storage import rows
 from safer_ray.storage.rows import read_rows
 from serve import access, auth, limits, uploads, web

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safer_ray.reward import model as reward
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.model import model as reward
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.training import bradley_terry, reward_step

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward import train as module
+from safer_ray.reward import training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
-from safer_ray.reward.model import train as module
-from safer_ray.reward.model import training
 from safer_ray.reward.train import (
     _Batches,
     _one_step,

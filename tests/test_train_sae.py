@@ -17,7 +17,7 @@ from safer_ray import sae_data, sae_fit, schema
 from safer_ray.config.sae_variants import BatchTopKVariant, TopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward.model import training
+from safer_ray.reward import training
 from safer_ray.reward.train import validation_split
 from safer_ray.reward.training import OneProcess
 from safer_ray.sae import standardise

@@ -175,7 +175,7 @@ def neighbours(known: Evidence) -> np.ndarray:
 
 
 def combined(known: Evidence) -> np.ndarray:
-    """A logistic model on margin, SAFER score, and what contrasts and probes predict: `safer_ray.detection.combined`."""
+    """A logistic model on margin, SAFER score, and what contrasts and probes predict: see `combined.py`."""
     return -fit_combined(known.read, known.fold, known.pair_id)[1]
 
 

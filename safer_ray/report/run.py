@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from safer_ray.report import plots
 from safer_ray.report.pages import page
-from safer_ray.report.run import plots
 from safer_ray.report.spaced import find_sentence
 
 

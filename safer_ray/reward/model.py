@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import TooLargeError, UserError
+from safer_ray.reward import hooks
 from safer_ray.reward.batches import passes
-from safer_ray.reward.model import hooks
 from safer_ray.reward.packing import (
     Index,
     Packed,
