@@ -40,7 +40,7 @@ from safer_ray.engine import Engine
 from safer_ray.pipeline import Stages
 from safer_ray.reward.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.runner import LocalRunner
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
 from safer_ray.salience import candidates
 from safer_ray.scoring import pair_scores
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_files, read_plan

@@ -32,7 +32,7 @@ from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack, pad_batch
 from safer_ray.reward.text import PairTokens, both_sides
-from safer_ray.sae import TopKSae
+from safer_ray.sae.model import TopKSae
 from safer_ray.salience import SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.scoring import Features, pair_scores
 from safer_ray.storage.background import repeated

@@ -21,8 +21,8 @@ from safer_ray.pipeline import Stages
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.train import pair_texts
 from safer_ray.runner import LocalRunner
-from safer_ray.sae import TopKSae
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
+from safer_ray.sae.model import TopKSae
 from safer_ray.storage.artifacts import Place, open_artifact, read_parts
 
 MODEL = TinyLlamaConfig(hidden=32, layers=2, heads=2, intermediate=64, vocabulary=2000, positions=256)

@@ -24,8 +24,8 @@ from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import pair_texts
 from safer_ray.reward.training import Workers
 from safer_ray.runner import LocalRunner, Runner
-from safer_ray.sae import TopKSae
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
+from safer_ray.sae.model import TopKSae
 from safer_ray.schema import CODES
 from safer_ray.storage.artifacts import Artifact, Place, part_fragments, read_fragment, read_parts
 from safer_ray.storage.work import MapJob, TrainJob

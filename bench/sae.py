@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from bench.common import local_path, write
 from bench.engine import peak_memory
 from bench.sae_quality import quality
-from safer_ray.sae import TopKSae
-from safer_ray.sae_loss import remove_parallel_gradient, sae_step
+from safer_ray.sae.loss import remove_parallel_gradient, sae_step
+from safer_ray.sae.model import TopKSae
 
 AUX = 1 / 32
 DEAD = 0.1

@@ -33,12 +33,12 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.reward.training import Workers
 from safer_ray.runner import LocalRunner
-from safer_ray.sae import standardise
-from safer_ray.sae_fit import HELD_CURVE, is_mark
+from safer_ray.sae.fit import HELD_CURVE, is_mark
+from safer_ray.sae.model import standardise
+from safer_ray.sae.train import train_sae
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
 from safer_ray.storage.work import TrainJob
-from safer_ray.train_sae import train_sae
 
 WIDTH, LATENTS, K, BATCH, MICRO = 512, 8192, 32, 16_384, 8192
 DIRECTIONS = 2048  # of which a vector is a sum of a few

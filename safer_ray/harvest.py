@@ -41,7 +41,8 @@ from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import train_reward
-from safer_ray.sae_formats import load_sae
+from safer_ray.sae.formats import load_sae
+from safer_ray.sae.train import Judged, train_sae
 from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.storage.artifacts import (
     Artifact,
@@ -56,7 +57,6 @@ from safer_ray.storage.files import at, read_parquet, write_parquet
 from safer_ray.storage.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
-from safer_ray.train_sae import Judged, train_sae
 
 log = logging.getLogger(__name__)
 

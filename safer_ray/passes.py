@@ -17,8 +17,8 @@ from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.model import Forward, RewardModel
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, read_tokens
-from safer_ray.sae import Standardised
-from safer_ray.sae_formats import load_sae, sae_layer
+from safer_ray.sae.formats import load_sae, sae_layer
+from safer_ray.sae.model import Standardised
 from safer_ray.schema import SIDES
 from safer_ray.storage.quarantine import KNOWN
 from safer_ray.storage.work import WHOLE, Part

@@ -23,7 +23,7 @@ def import_sae_command(
 
     Only tensors are read of it. It keeps negative activations and standardises with its own epsilon, as it was trained.
     """
-    from safer_ray.sae_formats import read_published, save_sae
+    from safer_ray.sae.formats import read_published, save_sae
 
     out = check_out(out)
     if out.exists() and any(out.iterdir()):

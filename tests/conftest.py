@@ -36,8 +36,8 @@ from safer_ray.reward.checkpoints import (
 )
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
-from safer_ray.sae import TopKSae
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
+from safer_ray.sae.model import TopKSae
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
 from serve.front import settings

@@ -22,7 +22,7 @@ from safer_ray import cli, progress
 from safer_ray.commands import console, ray_config
 from safer_ray.pipeline import run
 from safer_ray.runner import LocalRunner
-from safer_ray.sae_formats import sae_layer
+from safer_ray.sae.formats import sae_layer
 from safer_ray.storage import files
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.files import write_parquet

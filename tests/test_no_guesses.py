@@ -22,8 +22,8 @@ from safer_ray.errors import UserError
 from safer_ray.findings import Findings
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.runner import LocalRunner
-from safer_ray.sae_formats import load_sae, save_sae
-from safer_ray.sae_quality import spliced
+from safer_ray.sae.formats import load_sae, save_sae
+from safer_ray.sae.quality import spliced
 from safer_ray.scoring import Features, ScoreCodes, margins
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.storage.files import write_json, write_parquet

@@ -15,7 +15,7 @@ from safer_ray.harvest import Harvest
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import read_tokens
 from safer_ray.runner import LocalRunner
-from safer_ray.sae import standardise
+from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import Artifact, Place, read_parts
 
 LINES = ["Bread is baked.", "", "  The bicycle has two wheels, and a bell. ", "Why?", "x " * 300]

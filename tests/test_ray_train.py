@@ -26,7 +26,6 @@ from test_train_sae import (
 from tiny_run import write_config
 
 import safer_ray.reward.training
-from safer_ray import sae_data, sae_fit
 from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
@@ -35,8 +34,10 @@ from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.train import engine_options, train_reward
 from safer_ray.reward.training import OneProcess
 from safer_ray.runner import LocalRunner
+from safer_ray.sae import data as sae_data
+from safer_ray.sae import fit as sae_fit
+from safer_ray.sae.train import train_sae
 from safer_ray.storage.work import TrainJob
-from safer_ray.train_sae import train_sae
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 

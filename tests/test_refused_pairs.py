@@ -29,7 +29,7 @@ from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.model import RewardModel, packing
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.runner import LocalRunner, whole_function
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

@@ -24,8 +24,8 @@ from safer_ray.reward.checkpoints import (
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack
 from safer_ray.reward.tiny_llama import train_tokenizer
-from safer_ray.sae import BatchTopKSae, standardise
-from safer_ray.sae_formats import load_sae
+from safer_ray.sae.formats import load_sae
+from safer_ray.sae.model import BatchTopKSae, standardise
 from safer_ray.storage.work import Part
 
 

@@ -9,10 +9,10 @@ from conftest import random_sae
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.training import EngineOptions, OneProcess
-from safer_ray.sae import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
-from safer_ray.sae_engine import SaeEngine
-from safer_ray.sae_loss import remove_parallel_gradient, sae_step
-from safer_ray.sparse import SparseCodes
+from safer_ray.sae.loss import remove_parallel_gradient, sae_step
+from safer_ray.sae.model import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
+from safer_ray.sae.optimizer import SaeEngine
+from safer_ray.sae.sparse import SparseCodes
 
 
 @pytest.fixture

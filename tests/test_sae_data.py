@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safer_ray import sae_data, schema
+from safer_ray import schema
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.sae import standardise
-from safer_ray.sae_data import Order, held_out_vectors, open_vectors, sample
+from safer_ray.sae import data as sae_data
+from safer_ray.sae.data import Order, held_out_vectors, open_vectors, sample
+from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.background import ahead
 from safer_ray.storage.files import write_parquet

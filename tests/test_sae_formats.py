@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from safer_ray import cli
 from safer_ray.errors import UserError
-from safer_ray.model_card import write_model_card
-from safer_ray.sae import BatchTopKSae, SignedTopKSae, standardise
-from safer_ray.sae_formats import load_sae, read_published, sae_layer, save_sae
+from safer_ray.sae.formats import load_sae, read_published, sae_layer, save_sae
+from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, standardise
+from safer_ray.sae.model_card import write_model_card
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import torch
 from conftest import make_pairs, random_sae
 from test_train_sae import WIDTH, dictionary_vectors
 
-from safer_ray import sae_quality as sae_quality_module
 from safer_ray.reward.checkpoints import load_reward_model
-from safer_ray.sae import SparseCodes, TopKSae, standardise
-from safer_ray.sae_quality import decoder_clusters, density_histogram, sae_quality, spliced
+from safer_ray.sae import quality as sae_quality_module
+from safer_ray.sae.model import SparseCodes, TopKSae, standardise
+from safer_ray.sae.quality import decoder_clusters, density_histogram, sae_quality, spliced
 
 LAYER = 2
 

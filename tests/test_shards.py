@@ -25,8 +25,8 @@ from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.tokens import TokenisePairs, read_tokens
 from safer_ray.runner import LocalRunner, whole_function
-from safer_ray.sae import standardise
-from safer_ray.sae_formats import save_sae
+from safer_ray.sae.formats import save_sae
+from safer_ray.sae.model import standardise
 from safer_ray.schema import CODES, activations
 from safer_ray.storage.artifacts import Place, open_artifact, part_fragments, read_fragment, read_parts
 from safer_ray.storage.work import MapJob, Part

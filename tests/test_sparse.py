@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import random_sae
 
-from safer_ray import topk
-from safer_ray.sae import BatchTopKSae, SignedTopKSae, TopKSae
-from safer_ray.sae_loss import RelativeError, sae_step
-from safer_ray.sparse import (
+from safer_ray.sae import topk
+from safer_ray.sae.loss import RelativeError, sae_step
+from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, TopKSae
+from safer_ray.sae.sparse import (
     Entries,
     counted_by_latent,
     dot_products,
@@ -16,7 +16,7 @@ from safer_ray.sparse import (
     row_slices,
     summed_by_latent,
 )
-from safer_ray.topk import InFull, Screened, above, largest, largest_of_batch, products
+from safer_ray.sae.topk import InFull, Screened, above, largest, largest_of_batch, products
 
 WIDTH, LATENTS, ROWS = 32, 2048, 50
 TILES = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)

@@ -15,7 +15,7 @@ from safer_ray.errors import UserError
 from safer_ray.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.tokens import TEXTS, TokenisePairs, read_tokens, token_count, with_tokens
-from safer_ray.sae_formats import load_sae
+from safer_ray.sae.formats import load_sae
 from safer_ray.storage.files import read_parquet, write_parquet
 
 COLUMNS = {

@@ -13,20 +13,22 @@ import torch
 from conftest import random_sae
 from safetensors.torch import load_file
 
-from safer_ray import sae_data, sae_fit, schema
+from safer_ray import schema
 from safer_ray.config.sae_variants import BatchTopKVariant, TopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import training
 from safer_ray.reward.train import validation_split
 from safer_ray.reward.training import OneProcess
-from safer_ray.sae import standardise
-from safer_ray.sae_data import held_out_vectors, open_vectors
-from safer_ray.sae_formats import load_sae, sae_layer, save_sae
-from safer_ray.sae_quality import sae_quality
+from safer_ray.sae import data as sae_data
+from safer_ray.sae import fit as sae_fit
+from safer_ray.sae.data import held_out_vectors, open_vectors
+from safer_ray.sae.formats import load_sae, sae_layer, save_sae
+from safer_ray.sae.model import standardise
+from safer_ray.sae.quality import sae_quality
+from safer_ray.sae.train import held_out_pairs, train_sae
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
-from safer_ray.train_sae import held_out_pairs, train_sae
 
 WIDTH = 24
 CONFIG = SaeConfig(
@@ -159,7 +161,7 @@ import os, signal, sys
 from pathlib import Path
 import test_train_sae as tests
 from safer_ray import sae_data, sae_fit
-from safer_ray.train_sae import train_sae
+from safer_ray.sae.train import train_sae
 from safer_ray.reward.training import OneProcess
 
 sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 7

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from safer_ray.config.sae_variants import BatchTopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
-from safer_ray.topk import Found, above, largest, largest_of_batch, padded
+from safer_ray.sae.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
+from safer_ray.sae.topk import Found, above, largest, largest_of_batch, padded
 
 EPSILON = 1e-5  # as SAELens' layer_norm has it
 PUBLISHED_EPSILON = 1e-6  # as the published SAFER code has it

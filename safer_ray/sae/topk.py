@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safer_ray.sparse import MEMORY_BUDGET, Entries, SparseCodes, dot_products, row_slices
+from safer_ray.sae.sparse import MEMORY_BUDGET, Entries, SparseCodes, dot_products, row_slices
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # positive floats order as the integers of their bits
 ROUNDING = 2.0**-9  # largest relative error of rounding to bfloat16

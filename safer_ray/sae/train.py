@@ -10,17 +10,17 @@ import torch
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.model_card import write_model_card
 from safer_ray.reward.checkpoints import load_reward_model, quiet_transformers
 from safer_ray.reward.tokens import TEXTS
 from safer_ray.reward.train import validation_split
 from safer_ray.reward.training import Workers, permutation
-from safer_ray.sae import TopKSae, new_sae
-from safer_ray.sae_data import Order, Vectors, held_out_vectors, open_vectors, sample
-from safer_ray.sae_fit import fit
-from safer_ray.sae_formats import load_sae, save_sae
-from safer_ray.sae_log import write_lines
-from safer_ray.sae_quality import decoder_clusters, density_histogram, sae_quality, spliced
+from safer_ray.sae.data import Order, Vectors, held_out_vectors, open_vectors, sample
+from safer_ray.sae.fit import fit
+from safer_ray.sae.formats import load_sae, save_sae
+from safer_ray.sae.log import write_lines
+from safer_ray.sae.model import TopKSae, new_sae
+from safer_ray.sae.model_card import write_model_card
+from safer_ray.sae.quality import decoder_clusters, density_histogram, sae_quality, spliced
 from safer_ray.storage.artifacts import part_files
 from safer_ray.storage.files import read_parquet
 

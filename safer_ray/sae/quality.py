@@ -16,7 +16,7 @@ from safer_ray.reward.batches import micro_batches
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import alone
 from safer_ray.reward.text import PairTokens, both_sides
-from safer_ray.sae import TopKSae, standardise
+from safer_ray.sae.model import TopKSae, standardise
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of vectors that a latent fires on
 ALIKE = 0.9  # cosine from which two decoder directions are one cluster

@@ -1,6 +1,6 @@
 """The training loss of an autoencoder: normalised reconstruction, and the auxiliary loss of dead latents.
 
-Exact gradients without a dense [n, latents] matrix: see `safer_ray.sparse`.
+Exact gradients without a dense [n, latents] matrix: see `safer_ray.sae.sparse`.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safer_ray.sae import TopKSae
-from safer_ray.sparse import MEMORY_BUDGET, Decode, Encode, Entries
-from safer_ray.topk import largest
+from safer_ray.sae.model import TopKSae
+from safer_ray.sae.sparse import MEMORY_BUDGET, Decode, Encode, Entries
+from safer_ray.sae.topk import largest
 
 DENSE_SHARE = 1 / 10  # of dead latents that are active: above it, dense products of them alone are faster
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.training import EngineOptions, Workers, warmup_decay
-from safer_ray.sae import TopKSae
-from safer_ray.sae_data import Batch, Order, held_out_vectors
-from safer_ray.sae_engine import SaeEngine
-from safer_ray.sae_log import Clock, SaeLog
-from safer_ray.sae_loss import sae_step
-from safer_ray.sae_quality import sae_quality
+from safer_ray.sae.data import Batch, Order, held_out_vectors
+from safer_ray.sae.log import Clock, SaeLog
+from safer_ray.sae.loss import sae_step
+from safer_ray.sae.model import TopKSae
+from safer_ray.sae.optimizer import SaeEngine
+from safer_ray.sae.quality import sae_quality
 
 CHECKPOINT_STEPS = 250
 REFERENCE_LEARNING_RATE = 2e-4  # at REFERENCE_LATENTS, by the 1/sqrt(latents) rule

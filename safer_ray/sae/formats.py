@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.model_card import write_model_card
-from safer_ray.sae import BatchTopKSae, SignedTopKSae, TopKSae
+from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, TopKSae
+from safer_ray.sae.model_card import write_model_card
 from safer_ray.storage.files import write_json
 
 WEIGHTS = "sae_weights.safetensors"

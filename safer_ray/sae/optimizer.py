@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safer_ray.reward.training import TORCH, EngineOptions, Workers, check_shapes, save_tensors, share
-from safer_ray.sae import TopKSae, normalise_rows
-from safer_ray.sae_loss import remove_parallel_gradient
+from safer_ray.sae.loss import remove_parallel_gradient
+from safer_ray.sae.model import TopKSae, normalise_rows
 
 
 class SaeEngine:

@@ -20,7 +20,7 @@ tags: [sparse-autoencoder, reward-model, safer_ray]
 | kind | {kind} |
 | width, latents | {width}, {latents} |
 {facts}
-Load it with `safer_ray.sae_formats.load_sae(DIRECTORY)`, or with SAELens, which standardises by itself:
+Load it with `safer_ray.sae.formats.load_sae(DIRECTORY)`, or with SAELens, which standardises by itself:
 
 ```python
 from sae_lens import SAE

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the model, its training, its quality, and its formats on disk."""
