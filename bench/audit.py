@@ -36,13 +36,13 @@ from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
-from safer_ray.engine import Engine
+from safer_ray.features.engine import Engine
+from safer_ray.features.salience import candidates
+from safer_ray.features.scoring import pair_scores
 from safer_ray.pipeline import Stages
 from safer_ray.reward.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.runner import LocalRunner
 from safer_ray.sae.formats import save_sae
-from safer_ray.salience import candidates
-from safer_ray.scoring import pair_scores
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_files, read_plan
 from safer_ray.storage.files import read_json, write_json
 from safer_ray.storage.work import BatchFn, MapJob
@@ -238,8 +238,8 @@ def apart(*words: object) -> dict[str, Any]:
 
 def bare(bundle: Path, pairs: Sequence[dict[str, Any]], cores: int) -> float:
     """Pairs a second of the engine alone, scores among them."""
-    from safer_ray.auditor import read_features
-    from safer_ray.engine import codes_table
+    from safer_ray.features.auditor import read_features
+    from safer_ray.features.engine import codes_table
 
     torch.set_num_threads(cores)
     engine = Engine.load(bundle / "reward", sae=bundle / "sae")

@@ -17,8 +17,8 @@ from bench.common import local_path, write
 from safer_ray.config.sections import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
+from safer_ray.features.passes import EncodePairs
 from safer_ray.harvest import Harvest
-from safer_ray.passes import EncodePairs
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import pair_texts

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.common import local_path, write
 from bench.engine import read_pairs
 from safer_ray.config.sections import RewardConfig
-from safer_ray.engine import Engine
+from safer_ray.features.engine import Engine
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.training import EngineOptions, TorchEngine, permutation, warmup_decay
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.auditor import scorer, vector_layers
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
-from safer_ray.passes import EncodePairs, MeanVectors
+from safer_ray.features.auditor import scorer, vector_layers
+from safer_ray.features.passes import EncodePairs, MeanVectors
 from safer_ray.reward.model import Forward
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, TokenisePairs

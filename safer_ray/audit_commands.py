@@ -60,10 +60,10 @@ def audit(
     """
     from safer_ray.audit_run import Audit, audit_corpus
     from safer_ray.audit_summary import close_audit
-    from safer_ray.auditor import best_detector
     from safer_ray.config.sections import ScoresConfig, SourceConfig
     from safer_ray.data.audit_files import OWN
     from safer_ray.data.source_files import find_files
+    from safer_ray.features.auditor import best_detector
     from safer_ray.inputs import lasting
     from safer_ray.storage.artifacts import ASKED
     from safer_ray.storage.lock import locked

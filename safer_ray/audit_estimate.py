@@ -13,10 +13,10 @@ import pyarrow as pa
 from safer_ray.audit import AuditRows, PreparePairs
 from safer_ray.audit_parts import write_part
 from safer_ray.audit_run import Audit
-from safer_ray.auditor import check_auditor
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import plan_file, read_raw
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import check_auditor
 from safer_ray.reward.tokens import token_count
 from safer_ray.schema import split_refused
 from safer_ray.storage.artifacts import Fragment

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from safer_ray.audit_parts import AUDITED, write_part
 from safer_ray.audit_plan import FileNotes, in_words, plan_audit
 from safer_ray.audit_read import TornError, read_asked
-from safer_ray.auditor import check_auditor, check_code
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.audit_files import OWN, SCORES
 from safer_ray.data.source_files import place_of
 from safer_ray.data.sources import read_raw
 from safer_ray.errors import SaferError, UserError
+from safer_ray.features.auditor import check_auditor, check_code
+from safer_ray.features.scoring import BY_BUNDLE, KIND
 from safer_ray.runner import Runner
-from safer_ray.scoring import BY_BUNDLE, KIND
 from safer_ray.storage.accounts import Counts, entry_name, pending, read_entry
 from safer_ray.storage.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.storage.background import side_by_side

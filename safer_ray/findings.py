@@ -11,10 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
-from safer_ray.cards import FILE as CARDS_FILE
-from safer_ray.cards import Known, make_cards
-from safer_ray.codes import flatten
 from safer_ray.config.sections import (
     ContextsConfig,
     CurateConfig,
@@ -24,17 +20,21 @@ from safer_ray.config.sections import (
     SelectConfig,
 )
 from safer_ray.config.where import where_mask
-from safer_ray.contexts import FindContexts, merge_contexts
 from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
-from safer_ray.engine import Engine
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
+from safer_ray.features.cards import FILE as CARDS_FILE
+from safer_ray.features.cards import Known, make_cards
+from safer_ray.features.codes import flatten
+from safer_ray.features.contexts import FindContexts, merge_contexts
+from safer_ray.features.engine import Engine
+from safer_ray.features.judge import ProbeJudge, load_probe, ratings_of, read_ratings
+from safer_ray.features.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
+from safer_ray.features.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
 from safer_ray.inputs import resolve_exchanges
-from safer_ray.judge import ProbeJudge, load_probe, ratings_of, read_ratings
 from safer_ray.reward.checkpoints import hidden_size
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.sae.formats import load_sae
-from safer_ray.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
-from safer_ray.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
 from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.storage.artifacts import (
     MANIFEST,

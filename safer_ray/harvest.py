@@ -27,6 +27,7 @@ from safer_ray.data.noise import plant
 from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, read_raw
 from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
+from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.inputs import (
     base_input,
     close_pairs,
@@ -36,7 +37,6 @@ from safer_ray.inputs import (
     source_input,
     with_lasting_base,
 )
-from safer_ray.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import TokenisePairs

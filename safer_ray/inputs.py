@@ -14,7 +14,7 @@ from safer_ray.config.sections import PairsConfig, RewardConfig, RunConfig, Sour
 from safer_ray.data.hub import PREFIX, pinned, split_name
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.judge import load_probe
+from safer_ray.features.judge import load_probe
 from safer_ray.reward.checkpoints import resolve_base
 from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash

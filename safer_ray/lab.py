@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import matrix_of
 from safer_ray.config.sections import LabConfig, NoiseConfig, RunConfig
 from safer_ray.config.where import where_mask
 from safer_ray.crossfit import Fold
 from safer_ray.detection.detectors import DETECTORS, Evidence
 from safer_ray.detection.quality import CURVE, Comparison, compare
 from safer_ray.errors import UserError, need_extra
+from safer_ray.features.codes import matrix_of
+from safer_ray.features.judge import load_probe, probe_pairs
+from safer_ray.features.passes import head_differences
 from safer_ray.inputs import place_of_run, resolve_exchanges
-from safer_ray.judge import load_probe, probe_pairs
-from safer_ray.passes import head_differences
 from safer_ray.report.experiment import as_page, detection_part
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.trunk import remembered

@@ -8,8 +8,8 @@ from safer_ray.config.sections import RunConfig
 from safer_ray.data.curation import CLEAN
 from safer_ray.data.source_files import source_files
 from safer_ray.errors import UserError
+from safer_ray.features.judge import load_probe
 from safer_ray.inputs import check_file, place_of_run
-from safer_ray.judge import load_probe
 from safer_ray.reward.checkpoints import layer_count
 from safer_ray.runner import Runner
 from safer_ray.storage.artifacts import Artifact

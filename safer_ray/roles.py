@@ -109,13 +109,13 @@ def _check_weights(folder: Path, names: list[str]) -> None:
 
 
 def _check_features(path: Path) -> None:
-    from safer_ray.auditor import read_features
+    from safer_ray.features.auditor import read_features
 
     read_features(path, "response")
 
 
 def _check_ratings(path: Path) -> None:
-    from safer_ray.judge import read_ratings
+    from safer_ray.features.judge import read_ratings
 
     read_ratings(path)
 

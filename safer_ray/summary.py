@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from safer_ray.config.sections import RunConfig, StrategyName
 from safer_ray.config.where import where_mask
-from safer_ray.contexts import cut_context
 from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
+from safer_ray.features.contexts import cut_context
 from safer_ray.report import run as report
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.text import sentence_start

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from safer_ray.auditor import best_detector, check_auditor, read_features, reference_values
-from safer_ray.cards import read_cards
 from safer_ray.config.sections import DetectorOf, ScoresConfig
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import best_detector, check_auditor, read_features, reference_values
+from safer_ray.features.cards import read_cards
 from safer_ray.storage.artifacts import MANIFEST, Artifact, open_artifact
 from safer_ray.storage.files import read_parquet
 from serve.api import (

@@ -12,9 +12,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from safer_ray.auditor import check_code
 from safer_ray.distributed.internals import serve_client
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import check_code
 from safer_ray.keys import Key
 from serve.about import info_of, open_auditor, scores_config
 from serve.access import LOOPBACK

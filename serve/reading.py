@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from safer_ray.data.formats import Pair as ReadPair
 from safer_ray.data.formats import Refused, read_pair
 from safer_ray.data.places import Pieces, pieces_of, sent_span
-from safer_ray.explain import Explanation
+from safer_ray.features.explain import Explanation
 from serve.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
 from serve.limits import Limits
 

@@ -13,10 +13,10 @@ from safer_ray import schema
 from safer_ray.audit import AuditPairs
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import SaferError
-from safer_ray.explain import explain
+from safer_ray.features.explain import explain
+from safer_ray.features.scoring import suspicion
 from safer_ray.reward.model import Forward
 from safer_ray.reward.text import PairTokens
-from safer_ray.scoring import suspicion
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.files import read_parquet
 from serve.problems import log_without_texts

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from safer_ray.auditor import check_code
 from safer_ray.config.sections import DetectorOf, ScoresConfig
+from safer_ray.features.auditor import check_code
 from serve.about import details_of, info_of, open_auditor, scores_config, summary_of
 from serve.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
 from serve.limits import Limits

@@ -12,9 +12,9 @@ from tiny_run import finished
 from safer_ray.audit_read import open_audit
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.audit_summary import close_audit
-from safer_ray.auditor import check_auditor
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.features.auditor import check_auditor
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

@@ -28,11 +28,11 @@ from safer_ray.audit_read import open_audit
 from safer_ray.audit_review import agreed, load_reviews, precision_at, review
 from safer_ray.audit_run import Audit, planned
 from safer_ray.audit_worst import last_of_worst, ranks
-from safer_ray.auditor import AUDITOR_FORMAT
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import AUDITOR_FORMAT
 from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts

@@ -6,8 +6,8 @@ from conftest import make_codes
 from tiny_run import finished
 
 from safer_ray import schema
-from safer_ray.cards import BINS, CARDS, FILE, NAME_CHARS, Known, make_cards, name_of, read_cards
-from safer_ray.scoring import Features
+from safer_ray.features.cards import BINS, CARDS, FILE, NAME_CHARS, Known, make_cards, name_of, read_cards
+from safer_ray.features.scoring import Features
 from safer_ray.storage.artifacts import open_artifact
 from safer_ray.storage.files import read_parquet
 

@@ -10,8 +10,6 @@ from scipy.stats import spearmanr
 from test_kill import assert_same_rows
 from tiny_run import audited, tables, tiny_config
 
-from safer_ray.auditor import best_detector
-from safer_ray.codes import contrasts, matrix_of
 from safer_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
@@ -28,10 +26,12 @@ from safer_ray.config.sections import (
 from safer_ray.crossfit import CrossFit, fold_of
 from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import best_detector
+from safer_ray.features.codes import contrasts, matrix_of
+from safer_ray.features.scoring import KIND, margins
 from safer_ray.lab import Lab, run_lab
 from safer_ray.pipeline import Stages, run
 from safer_ray.runner import LocalRunner
-from safer_ray.scoring import KIND, margins
 from safer_ray.stage import pairs_of
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 

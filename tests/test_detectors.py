@@ -7,11 +7,11 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import spearmanr
 
-from safer_ray.codes import contrasts
 from safer_ray.detection import detectors
 from safer_ray.detection.combined import Readings, fit_combined, load_combined, splits
 from safer_ray.detection.detectors import DETECTORS, Evidence, fitted
 from safer_ray.detection.quality import measure
+from safer_ray.features.codes import contrasts
 
 N, LATENTS = 900, 40
 LEARN = [name for name in DETECTORS if name not in ("random", "length", "ensemble_variance")]

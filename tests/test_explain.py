@@ -9,11 +9,11 @@ from test_text import CHAT_TEMPLATE, LONG
 
 from safer_ray.data.formats import Refused, read_pair
 from safer_ray.data.places import pieces_of, sent_span
-from safer_ray.explain import SidePlaces, explain
+from safer_ray.features.explain import SidePlaces, explain
+from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.schema import SIDES
-from safer_ray.scoring import Features, pair_scores
 
 FEATURES = Features([1, 2], [3], "response")
 WORDS = st.text(st.sampled_from("ab .,?!;\n\u00e9\u4f60\U0001f600"), max_size=60)

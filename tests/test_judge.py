@@ -9,9 +9,9 @@ from conftest import make_codes
 
 from safer_ray import schema
 from safer_ray.config.sections import JudgeConfig
-from safer_ray.engine import Engine
 from safer_ray.errors import UserError
-from safer_ray.judge import (
+from safer_ray.features.engine import Engine
+from safer_ray.features.judge import (
     Exchange,
     Probe,
     ProbeJudge,

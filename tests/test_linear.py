@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from safer_ray import keys, leftovers
 from safer_ray.config.sections import where
-from safer_ray.contexts import cut_context
 from safer_ray.data.formats import Refused, is_transcript, read_pair
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
+from safer_ray.features.contexts import cut_context
 from safer_ray.report import spaced
 from safer_ray.reward import parts, text
 from safer_ray.storage import rows

@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 from test_salience import HAND
 
 from safer_ray import schema
-from safer_ray.auditor import read_features, reference_values, vector_layers
-from safer_ray.codes import flatten
 from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import StrategyInput, reward_margin
 from safer_ray.detection.evaluation import mcnemar, on_the_same
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import read_features, reference_values, vector_layers
+from safer_ray.features.codes import flatten
+from safer_ray.features.scoring import Features, ScoreCodes, margins
 from safer_ray.findings import Findings
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.runner import LocalRunner
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
-from safer_ray.scoring import Features, ScoreCodes, margins
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.storage.files import write_json, write_parquet
 

@@ -19,11 +19,11 @@ from tiny_run import CONFIG
 
 from safer_ray.audit_estimate import estimate
 from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.auditor import check_code
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.passes import RewardPairs
+from safer_ray.features.auditor import check_code
+from safer_ray.features.passes import RewardPairs
 from safer_ray.pipeline import run
 from safer_ray.reward.checkpoints import (
     hidden_size,

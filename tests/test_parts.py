@@ -10,8 +10,8 @@ from conftest import make_pairs
 from safetensors.torch import load_file, save_file
 from test_packing import COMMON, FAMILIES, build
 
-from safer_ray.engine import Engine
 from safer_ray.errors import UserError
+from safer_ray.features.engine import Engine
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.parts import load_part
 

@@ -216,7 +216,7 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
     made = MapJob(
         "evaluate",
         read_fragment,
-        lambda: __import__("safer_ray.passes", fromlist=["RewardPairs"]).RewardPairs(missing.path),
+        lambda: __import__("safer_ray.features.passes", fromlist=["RewardPairs"]).RewardPairs(missing.path),
         WRITTEN,
         loads_model=True,
     )

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from safer_ray.config.sections import RewardConfig
-from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
+from safer_ray.features.engine import Engine, codes_table
 from safer_ray.reward.checkpoints import (
     SETTINGS,
     load_pair_tokenizer,

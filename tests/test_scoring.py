@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 
 from safer_ray import schema
-from safer_ray.auditor import read_features
 from safer_ray.errors import UserError
-from safer_ray.scoring import Features, ScoreCodes, pair_reasons, pair_scores, parse_features, suspicion
+from safer_ray.features.auditor import read_features
+from safer_ray.features.scoring import Features, ScoreCodes, pair_reasons, pair_scores, parse_features, suspicion
 
 ROWS = [
     {

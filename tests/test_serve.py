@@ -23,10 +23,10 @@ from served import PAIR, SECRET, body, bundle_of, corpus_of
 from tiny_run import audited, finished
 
 from safer_ray import schema
-from safer_ray.auditor import best_detector
 from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import UserError
+from safer_ray.features.auditor import best_detector
 from safer_ray.keys import new_key
 from safer_ray.storage.artifacts import open_artifact
 from safer_ray.storage.files import read_parquet

@@ -17,9 +17,9 @@ from test_packing import COMMON, FAMILIES
 from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
 from safer_ray.distributed.pieces import cut
 from safer_ray.distributed.runner import RayRunner
-from safer_ray.engine import Engine
 from safer_ray.errors import UserError
-from safer_ray.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
+from safer_ray.features.engine import Engine
+from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import Stages
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.text import both_sides

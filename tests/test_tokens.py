@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safer_ray import schema
-from safer_ray.engine import Engine
 from safer_ray.errors import UserError
-from safer_ray.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
+from safer_ray.features.engine import Engine
+from safer_ray.features.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.tokens import TEXTS, TokenisePairs, read_tokens, token_count, with_tokens
 from safer_ray.sae.formats import load_sae

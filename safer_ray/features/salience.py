@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import flatten, latent_count
 from safer_ray.config.sections import Mode
+from safer_ray.features.codes import flatten, latent_count
 from safer_ray.schema import SALIENCE
 
 ENDS = -1  # the row of SUMS whose n_chosen and n_rejected count the sides' entries

@@ -11,12 +11,12 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safer_ray.codes import flatten
 from safer_ray.config.read import explain_validation
 from safer_ray.config.sections import JudgeConfig
 from safer_ray.detection.quality import auroc
-from safer_ray.engine import Engine, codes_table
 from safer_ray.errors import UserError
+from safer_ray.features.codes import flatten
+from safer_ray.features.engine import Engine, codes_table
 from safer_ray.schema import VERDICTS, table, to_json
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from safer_ray.features.scoring import Contributions, Features, contributions
 from safer_ray.reward.text import SENTENCE_END, PairTokenizer, Rendered
 from safer_ray.schema import SIDES
-from safer_ray.scoring import Contributions, Features, contributions
 
 
 class FeaturePart(NamedTuple):

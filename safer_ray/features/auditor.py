@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import contrasts, matrix_of
 from safer_ray.config.sections import DetectorOf, Mode, ScoresConfig
 from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
-from safer_ray.scoring import Features, ScoreCodes, Value, margins, parse_features
+from safer_ray.features.codes import contrasts, matrix_of
+from safer_ray.features.scoring import Features, ScoreCodes, Value, margins, parse_features
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.contents import check_whole
 from safer_ray.storage.files import read_parquet

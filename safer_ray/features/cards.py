@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import flatten
+from safer_ray.features.codes import flatten
+from safer_ray.features.scoring import Features, parse_features
 from safer_ray.schema import SIDES, table
-from safer_ray.scoring import Features, parse_features
 from safer_ray.storage.files import read_parquet
 
 FILE = "features.parquet"

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import SideCodes, flatten
 from safer_ray.config.sections import Mode
 from safer_ray.errors import UserError
+from safer_ray.features.codes import SideCodes, flatten
 from safer_ray.schema import REASON, SCORES
 
 KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from safer_ray import schema
-from safer_ray.engine import Engine, codes_table, places_of
 from safer_ray.errors import TooLargeError
+from safer_ray.features.engine import Engine, codes_table, places_of
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.model import Forward, RewardModel
 from safer_ray.reward.text import PairTokens

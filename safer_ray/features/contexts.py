@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from safer_ray.codes import flatten
 from safer_ray.config.sections import Mode
+from safer_ray.features.codes import flatten
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.schema import CONTEXTS, SIDES, table
