@@ -39,9 +39,9 @@ from safer_ray.data.sources import NormalisePairs
 from safer_ray.features.engine import Engine
 from safer_ray.features.salience import candidates
 from safer_ray.features.scoring import pair_scores
-from safer_ray.pipeline import Stages
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import quiet_transformers, save_reward_model
-from safer_ray.runner import LocalRunner
 from safer_ray.sae.formats import save_sae
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_files, read_plan
 from safer_ray.storage.files import read_json, write_json

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from bench.common import local_path, write
 from safer_ray.config.read import load_config
-from safer_ray.pipeline import run
-from safer_ray.runner import LocalRunner
-from safer_ray.summary import RunView, summarise
+from safer_ray.pipeline.run import run
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.summary import RunView, summarise
 
 FLIPS = "flip_safer_5 vs flip_random_5"
 

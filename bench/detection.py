@@ -27,8 +27,8 @@ FIGURES = {
 def run(out: Path) -> None:
     """The whole lab, its figures copied to `out`."""
     from safer_ray.config.read import load_config
-    from safer_ray.lab import run_lab
-    from safer_ray.runner import LocalRunner
+    from safer_ray.pipeline.lab import run_lab
+    from safer_ray.pipeline.runner import LocalRunner
 
     made = run_lab(load_config(CONFIG), LocalRunner())
     shutil.copyfile(made.path / "detection.json", out)

@@ -17,10 +17,10 @@ import torch
 from bench.common import local_path, write
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.data.corpus import write_corpus
-from safer_ray.pipeline import Stages
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.train import pair_texts
-from safer_ray.runner import LocalRunner
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import TopKSae
 from safer_ray.storage.artifacts import Place, open_artifact, read_parts

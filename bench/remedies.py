@@ -16,17 +16,17 @@ import scipy.sparse as sp
 from bench.common import local_path, write
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig
-from safer_ray.crossfit import Fold, OutOfFold
 from safer_ray.detection.combined import fit_effect, splits
 from safer_ray.detection.quality import compare
-from safer_ray.inputs import lasting
-from safer_ray.lab import Lab
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.crossfit import Fold, OutOfFold
+from safer_ray.pipeline.inputs import lasting
+from safer_ray.pipeline.lab import Lab
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import pairs_of
+from safer_ray.pipeline.suspect import read_folds
 from safer_ray.schema import rows_of
-from safer_ray.stage import pairs_of
 from safer_ray.storage.artifacts import Place, read_parts
 from safer_ray.storage.files import write_json
-from safer_ray.suspect import read_folds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results/remedies.json"

@@ -18,14 +18,14 @@ import torch
 from bench.common import local_path, write
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.data.corpus import write_corpus
-from safer_ray.pipeline import Stages
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.train import pair_texts
 from safer_ray.reward.training import bucketed_batches, reward_step
-from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import Place, read_parts
 
 MODEL = TinyLlamaConfig(hidden=96, layers=3, heads=4, intermediate=256, vocabulary=2000, positions=256)

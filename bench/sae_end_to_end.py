@@ -31,8 +31,8 @@ from safer_ray import schema
 from safer_ray.config.sections import RayConfig, SaeConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.training import Workers
-from safer_ray.runner import LocalRunner
 from safer_ray.sae.fit import HELD_CURVE, is_mark
 from safer_ray.sae.model import standardise
 from safer_ray.sae.train import train_sae

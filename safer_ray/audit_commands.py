@@ -64,7 +64,7 @@ def audit(
     from safer_ray.data.audit_files import OWN
     from safer_ray.data.source_files import find_files
     from safer_ray.features.auditor import best_detector
-    from safer_ray.inputs import lasting
+    from safer_ray.pipeline.inputs import lasting
     from safer_ray.storage.artifacts import ASKED
     from safer_ray.storage.lock import locked
     from safer_ray.storage.replacing import check_doomed, check_outside

@@ -24,7 +24,7 @@ from safer_ray.data.audit_files import REVIEWS, SCORES
 from safer_ray.data.curation import share_count
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.errors import UserError
-from safer_ray.runner import Runner
+from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.files import at, read_json, read_parquet, stamp, write_parquet, write_text

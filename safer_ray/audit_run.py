@@ -22,7 +22,7 @@ from safer_ray.data.sources import read_raw
 from safer_ray.errors import SaferError, UserError
 from safer_ray.features.auditor import check_auditor, check_code
 from safer_ray.features.scoring import BY_BUNDLE, KIND
-from safer_ray.runner import Runner
+from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.accounts import Counts, entry_name, pending, read_entry
 from safer_ray.storage.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
 from safer_ray.storage.background import side_by_side

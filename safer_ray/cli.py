@@ -93,7 +93,7 @@ def options(
     if console.is_terminal:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     else:
-        from safer_ray.progress import JsonLog
+        from safer_ray.pipeline.progress import JsonLog
 
         logging.basicConfig(level=level, handlers=[JsonLog()])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -110,7 +110,7 @@ def run_command(
 ) -> None:
     """Run all stages of a config; what is there already is not made again."""
     from safer_ray.config.read import load_config
-    from safer_ray.pipeline import run
+    from safer_ray.pipeline.run import run
 
     loaded = load_config(config, assignments, red_team=red_team)
     with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
@@ -173,7 +173,7 @@ def lab_command(
 ) -> None:
     """Plant label errors and measure what finds them: every detector, out of fold and in sample, with intervals."""
     from safer_ray.config.read import load_config
-    from safer_ray.lab import run_lab
+    from safer_ray.pipeline.lab import run_lab
 
     loaded = load_config(config, assignments)
     with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
@@ -193,7 +193,7 @@ def sweep_command(
 ) -> None:
     """Curate, retrain and evaluate over strategies, percents and seeds."""
     from safer_ray.config.read import load_config
-    from safer_ray.sweep import run_sweep
+    from safer_ray.pipeline.sweep import run_sweep
 
     loaded = load_config(config, assignments, red_team=red_team)
     with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
@@ -239,8 +239,8 @@ def plan(
 ) -> None:
     """List the artifacts of a config in order, and which of them are there."""
     from safer_ray.config.read import load_config
-    from safer_ray.pipeline import run
-    from safer_ray.runner import LocalRunner
+    from safer_ray.pipeline.run import run
+    from safer_ray.pipeline.runner import LocalRunner
 
     loaded = load_config(config, assignments, red_team=red_team)
 
@@ -281,7 +281,7 @@ def inspect(
     rows: Annotated[int, count_option(help="Rows to read.")] = 1000,
 ) -> None:
     """Show a data set's format, counts, examples, and why rows would be refused."""
-    from safer_ray.inspection import inspect as look
+    from safer_ray.pipeline.inspection import inspect as look
 
     found = look(path, format, rows)
     console.print(f"format    {found.format}\ncolumns   {', '.join(found.columns)}\nfiles     {len(found.files)}")

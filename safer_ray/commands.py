@@ -15,9 +15,9 @@ from safer_ray.storage.locations import check_utf8
 
 if TYPE_CHECKING:
     from safer_ray.config.sections import RayConfig
-    from safer_ray.pipeline import Stages
-    from safer_ray.progress import Report
-    from safer_ray.runner import Runner
+    from safer_ray.pipeline.progress import Report
+    from safer_ray.pipeline.run import Stages
+    from safer_ray.pipeline.runner import Runner
     from safer_ray.storage.artifacts import Artifact
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
@@ -36,8 +36,8 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
     Raises:
         UserError: no such runner, or no cluster that could do the work.
     """
-    from safer_ray.progress import report_on
-    from safer_ray.runner import LocalRunner
+    from safer_ray.pipeline.progress import report_on
+    from safer_ray.pipeline.runner import LocalRunner
 
     with report_on(console) as report:
         if name == "local":
@@ -65,8 +65,8 @@ def one_stage(
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.
     """
-    from safer_ray.inputs import lasting
-    from safer_ray.pipeline import Stages
+    from safer_ray.pipeline.inputs import lasting
+    from safer_ray.pipeline.run import Stages
     from safer_ray.storage.artifacts import Place
     from safer_ray.storage.lock import locked
 
@@ -132,7 +132,7 @@ def open_input(role: str, path: Path) -> "Artifact":
     Raises:
         UserError: nothing is there, or it does not hold what `role` wants.
     """
-    from safer_ray.roles import open_as
+    from safer_ray.pipeline.roles import open_as
 
     return open_as(role, path.absolute())  # workers may have another current directory
 

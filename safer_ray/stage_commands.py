@@ -189,7 +189,7 @@ def contexts(
     fresh: Fresh = False,
 ) -> None:
     """Stage 7: the sentences on which each candidate feature fires most."""
-    from safer_ray.findings import mode_of
+    from safer_ray.pipeline.findings import mode_of
 
     ranked = open_input("salience", salience)
     counted = mode_of(ranked, checked_mode(mode), otherwise="response")

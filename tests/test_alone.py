@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from safer_ray import alone, cores
-from safer_ray.alone import Memory, how_it_ends
 from safer_ray.errors import SaferError
+from safer_ray.pipeline import alone, cores
+from safer_ray.pipeline.alone import Memory, how_it_ends
 
 MB = 10**6
 

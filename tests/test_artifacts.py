@@ -11,9 +11,9 @@ import pytest
 
 from safer_ray.config.sections import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.harvest import Harvest
-from safer_ray.runner import LocalRunner
-from safer_ray.stage import recipe
+from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import recipe
 from safer_ray.storage import artifacts as module
 from safer_ray.storage.artifacts import (
     MANIFEST,

@@ -27,7 +27,7 @@ from safer_ray.audit_run import Audit, audit_corpus, check_accounts
 from safer_ray.audit_summary import close_audit, drift
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import ENDED, Counts, LocalRunner
+from safer_ray.pipeline.runner import ENDED, Counts, LocalRunner
 from safer_ray.storage.artifacts import Artifact, read_parts, read_plan
 from safer_ray.storage.files import read_json, write_json, write_parquet
 from safer_ray.storage.quarantine import quarantine_rows

@@ -34,7 +34,7 @@ from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import AUDITOR_FORMAT
 from safer_ray.leftovers import delete, find_runs, old_enough
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
 from safer_ray.storage.files import at, read_json, remove, write_json, write_parquet, write_text

@@ -18,7 +18,7 @@ from safer_ray.data.benchmarks import (
 )
 from safer_ray.data.formats import Refused
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
-from safer_ray.inspection import inspect
+from safer_ray.pipeline.inspection import inspect
 
 
 def rewards(rows):

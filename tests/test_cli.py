@@ -18,10 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
-from safer_ray import cli, progress
+from safer_ray import cli
 from safer_ray.commands import console, ray_config
-from safer_ray.pipeline import run
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline import progress
+from safer_ray.pipeline.run import run
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.sae.formats import sae_layer
 from safer_ray.storage import files
 from safer_ray.storage.artifacts import open_artifact, read_parts

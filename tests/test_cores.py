@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from safer_ray import cores
 from safer_ray.config.sections import RayConfig
-from safer_ray.cores import usable_cpus
+from safer_ray.pipeline import cores
+from safer_ray.pipeline.cores import usable_cpus
 
 
 @pytest.fixture

@@ -23,16 +23,16 @@ from safer_ray.config.sections import (
     SaeConfig,
     ScoresConfig,
 )
-from safer_ray.crossfit import CrossFit, fold_of
 from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import best_detector
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import KIND, margins
-from safer_ray.lab import Lab, run_lab
-from safer_ray.pipeline import Stages, run
-from safer_ray.runner import LocalRunner
-from safer_ray.stage import pairs_of
+from safer_ray.pipeline.crossfit import CrossFit, fold_of
+from safer_ray.pipeline.lab import Lab, run_lab
+from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import pairs_of
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 
 FOLDS = 3

@@ -15,8 +15,8 @@ from safer_ray import schema
 from safer_ray.config.sections import CurateConfig
 from safer_ray.data.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
 from safer_ray.errors import UserError
-from safer_ray.findings import Findings
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.storage.files import write_parquet
 

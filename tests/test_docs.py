@@ -46,7 +46,7 @@ def test_the_tree_lists_only_files_that_exist(readme):
         for line in block.splitlines()
         if (found := re.match(r"((?:[\w.-]+/)+[\w.-]*)(?:\s|$)", line))
     ]
-    assert "safer_ray/pipeline.py" in paths or not paths
+    assert "safer_ray/pipeline/run.py" in paths or not paths
     assert [path for path in paths if not (REPOSITORY / path).exists() and not path.startswith("runs/")] == []
 
 

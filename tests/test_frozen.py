@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
 from safer_ray.reward.training import KnownStates, reward_step
 from safer_ray.reward.trunk import remembered
-from safer_ray.runner import LocalRunner
 from safer_ray.storage.work import TrainJob
 
 

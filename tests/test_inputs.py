@@ -9,9 +9,9 @@ import pytest
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.data import hub
 from safer_ray.errors import UserError
-from safer_ray.harvest import Harvest
-from safer_ray.inputs import base_input, file_input, with_lasting_base
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline.inputs import base_input, file_input, with_lasting_base
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Place, read_parts
 
 ONE, OTHER = "1" * 40, "2" * 40  # commits

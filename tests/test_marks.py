@@ -37,16 +37,16 @@ from safer_ray.config.sections import (
     SweepConfig,
     SweepGrid,
 )
-from safer_ray.lab import run_lab
-from safer_ray.pipeline import Stages, run
-from safer_ray.runner import LocalRunner
-from safer_ray.stage import VERSIONS, recipe
+from safer_ray.pipeline.lab import run_lab
+from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import VERSIONS, recipe
+from safer_ray.pipeline.sweep import run_sweep
 from safer_ray.storage.artifacts import Artifact, Place, Result, open_artifact, part_files, read_parts
 from safer_ray.storage.contents import check_whole
 from safer_ray.storage.files import write_parquet
 from safer_ray.storage.marks import RED_TEAM_MARK, Marks, marked, wholly_marked
 from safer_ray.storage.recipes import Input
-from safer_ray.sweep import run_sweep
 
 PARQUET = ("ParquetFile", "read_table", "read_metadata", "read_schema")
 LIBRARY = Path(__file__).parents[1] / "safer_ray"

@@ -7,12 +7,12 @@ import pytest
 
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import sections as c
-from safer_ray.crossfit import Fold, OutOfFold
-from safer_ray.lab import Lab, Planted
-from safer_ray.runner import LocalRunner
-from safer_ray.stage import VERSIONS
+from safer_ray.pipeline.crossfit import Fold, OutOfFold
+from safer_ray.pipeline.lab import Lab, Planted
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import VERSIONS
+from safer_ray.pipeline.sweep import Sweep
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact
-from safer_ray.sweep import Sweep
 
 WHERE = Path("/nowhere")
 EXCHANGE = "- {id: e, category: c, kind: harmful, prompt: 'How?', safe: 'No.', unsafe: 'So.'}\n"

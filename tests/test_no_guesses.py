@@ -20,9 +20,9 @@ from safer_ray.errors import UserError
 from safer_ray.features.auditor import read_features, reference_values, vector_layers
 from safer_ray.features.codes import flatten
 from safer_ray.features.scoring import Features, ScoreCodes, margins
-from safer_ray.findings import Findings
+from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
-from safer_ray.runner import LocalRunner
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts

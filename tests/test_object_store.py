@@ -32,9 +32,9 @@ from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, Sour
 from safer_ray.data.source_files import source_files
 from safer_ray.data.sources import plan_sources, read_raw
 from safer_ray.errors import SaferError, UserError
-from safer_ray.harvest import Harvest
-from safer_ray.pipeline import run as run_stages
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline.run import run as run_stages
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage import lock
 from safer_ray.storage import remote as remote_module
 from safer_ray.storage.artifacts import Artifact, Place, read_parts

@@ -24,7 +24,8 @@ from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import check_code
 from safer_ray.features.passes import RewardPairs
-from safer_ray.pipeline import run
+from safer_ray.pipeline.run import run
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import (
     hidden_size,
     layer_count,
@@ -35,7 +36,6 @@ from safer_ray.reward.checkpoints import (
 )
 from safer_ray.reward.packing import packs
 from safer_ray.reward.parts import load_part, splits_up
-from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
 from safer_ray.storage.work import Part

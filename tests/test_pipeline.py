@@ -15,9 +15,9 @@ from safer_ray.config.sections import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import read_features
 from safer_ray.features.scoring import pair_scores, suspicion
-from safer_ray.pipeline import STAGES, Stages, run
+from safer_ray.pipeline.run import STAGES, Stages, run
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_pair_tokenizer
-from safer_ray.runner import LocalRunner
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.storage.contents import check_whole
 from safer_ray.storage.marks import RED_TEAM_MARK

@@ -11,10 +11,10 @@ import torch
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import ActivationsConfig, SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.harvest import Harvest
+from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import read_tokens
-from safer_ray.runner import LocalRunner
 from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import Artifact, Place, read_parts
 

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from tiny_run import write_config
 
-from safer_ray import progress
-from safer_ray.progress import JsonLines, JsonLog, Terminal, json_line, report_on
+from safer_ray.pipeline import progress
+from safer_ray.pipeline.progress import JsonLines, JsonLog, Terminal, json_line, report_on
 from safer_ray.storage.artifacts import Artifact
 
 MADE = Artifact(Path("codes-abc"), "codes-abc", {"wall_seconds": 12.34, "rows": {"read": 5, "written": 4}})
@@ -239,7 +239,7 @@ def test_a_run_that_is_piped_says_json_alone_on_stderr_with_the_id_it_was_given(
 
 
 def test_a_run_without_an_id_gets_one_of_its_own():
-    code = "from safer_ray.progress import json_line; json_line('one'); json_line('two')"
+    code = "from safer_ray.pipeline.progress import json_line; json_line('one'); json_line('two')"
     runs = [{line["run"] for line in python("-c", code)[1]} for _ in range(2)]
     assert [len(run) for run in runs] == [1, 1]
     assert runs[0] != runs[1]

@@ -19,8 +19,8 @@ from safer_ray.distributed import runner as runner_module
 from safer_ray.distributed.data import LONGEST, dataset, following
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
-from safer_ray.pipeline import Stages
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.accounts import count
 from safer_ray.storage.artifacts import (
     Place,

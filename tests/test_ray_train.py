@@ -30,10 +30,10 @@ from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.train import engine_options, train_reward
 from safer_ray.reward.training import OneProcess
-from safer_ray.runner import LocalRunner
 from safer_ray.sae import data as sae_data
 from safer_ray.sae import fit as sae_fit
 from safer_ray.sae.train import train_sae

@@ -9,8 +9,8 @@ from conftest import shared
 from tiny_run import every
 
 from safer_ray.config.read import load_config
-from safer_ray.pipeline import run
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.run import run
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import read_parts
 
 REPOSITORY = Path(__file__).parents[1]

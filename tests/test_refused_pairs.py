@@ -23,12 +23,12 @@ from safer_ray.audit_summary import close_audit
 from safer_ray.config.sections import ActivationsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.pipeline import Stages
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner, whole_function
 from safer_ray.reward.batches import NO_MEMORY
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.model import RewardModel, packing
 from safer_ray.reward.tokens import TokenisePairs
-from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts

@@ -12,10 +12,11 @@ import textwrap
 import pyarrow as pa
 import pytest
 
-from safer_ray import alone, schema
+from safer_ray import schema
 from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline import alone
+from safer_ray.pipeline.runner import ENDED, LOST_TRIES, LocalRunner, pending
 from safer_ray.reward.tokens import TokenisePairs, token_count
-from safer_ray.runner import ENDED, LOST_TRIES, LocalRunner, pending
 from safer_ray.storage import files
 from safer_ray.storage.accounts import count
 from safer_ray.storage.artifacts import part_files, part_fragments, part_name, read_fragment, read_parts
@@ -285,7 +286,7 @@ from pathlib import Path
 import pyarrow as pa
 from safer_ray import alone
 from safer_ray.storage.artifacts import part_fragments, read_fragment
-from safer_ray.runner import LocalRunner, MapJob
+from safer_ray.pipeline.runner import LocalRunner, MapJob
 
 ends = {
     "exit": lambda: os._exit(9),
@@ -332,7 +333,7 @@ import sys, time
 from pathlib import Path
 import pyarrow as pa
 from safer_ray.storage.artifacts import part_fragments, read_fragment
-from safer_ray.runner import LocalRunner, MapJob
+from safer_ray.pipeline.runner import LocalRunner, MapJob
 
 def slow(rows):
     if 3 in rows["value"].to_pylist():

@@ -20,8 +20,8 @@ from safer_ray.features.codes import flatten
 from safer_ray.features.judge import read_ratings
 from safer_ray.features.salience import SumFeatures, candidates, reduce_sums, salience, salience_table, select
 from safer_ray.features.scoring import Features, pair_scores
-from safer_ray.findings import Findings
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.storage.files import write_parquet
 

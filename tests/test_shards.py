@@ -20,11 +20,11 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import UserError
 from safer_ray.features.engine import Engine
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.pipeline import Stages
+from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline.runner import LocalRunner, whole_function
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.tokens import TokenisePairs, read_tokens
-from safer_ray.runner import LocalRunner, whole_function
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import standardise
 from safer_ray.schema import CODES, activations

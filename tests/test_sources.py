@@ -16,7 +16,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.data.formats import SUPPORTED, detect_format
 from safer_ray.data.sources import NORMALISED, RAW, NormalisePairs, plan_sources, read_raw
 from safer_ray.errors import UserError
-from safer_ray.inspection import inspect
+from safer_ray.pipeline.inspection import inspect
 
 DATA = Path(__file__).parents[2] / "shared/data"
 USER = {"role": "user", "content": "How are you?"}

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import SweepConfig, SweepGrid
 from safer_ray.errors import UserError
-from safer_ray.runner import LocalRunner
-from safer_ray.sweep import CLEAN, WITHOUT_NOISE, Trial, effect, grouped, run_sweep, table, trials
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.sweep import CLEAN, WITHOUT_NOISE, Trial, effect, grouped, run_sweep, table, trials
 
 CONFIG = Path(__file__).parents[1] / "configs/sweep_smoke.yaml"
 DROP = SweepGrid(action="drop", strategies=("safer", "random"), percents=(5, 10))

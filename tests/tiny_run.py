@@ -10,8 +10,8 @@ import pyarrow as pa
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig, ScoresConfig, SourceConfig
-from safer_ray.pipeline import Run, run
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.run import Run, run
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, read_parts
 from safer_ray.storage.files import read_parquet
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, next_row, to_bytes
 from safer_ray.errors import UserError
-from safer_ray.runner import Attempts, Mapped, Prepared
+from safer_ray.pipeline.runner import Attempts, Mapped, Prepared
 from safer_ray.schema import QUARANTINE, SIDES
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import names_in, read_json, read_parquet, remove, write_json, write_parquet

@@ -16,7 +16,7 @@ from safer_ray.distributed.data import map_fragments
 from safer_ray.distributed.session import check_shared
 from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
-from safer_ray.runner import OnProgress, no_progress, plan
+from safer_ray.pipeline.runner import OnProgress, no_progress, plan
 from safer_ray.storage.accounts import Counts, close, pending, unfinished
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.work import MapJob, TrainJob, Work

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from safer_ray.distributed.metrics import count_fragment
 from safer_ray.errors import SaferError, UserError
-from safer_ray.runner import MapFragment, Mapped, Prepared, ReadFragment, commit
+from safer_ray.pipeline.runner import MapFragment, Mapped, Prepared, ReadFragment, commit
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.work import MapJob, Work
 

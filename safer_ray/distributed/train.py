@@ -28,8 +28,8 @@ from safer_ray.distributed.group import GroupConfig
 from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline.runner import OnProgress
 from safer_ray.reward.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
-from safer_ray.runner import OnProgress
 from safer_ray.storage.accounts import close_training, trained_already
 from safer_ray.storage.background import repeated
 from safer_ray.storage.digests import record_digests

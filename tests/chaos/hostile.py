@@ -20,7 +20,7 @@ from tiny_run import finished
 
 from safer_ray.audit_run import Audit, audit_corpus
 from safer_ray.config.sections import ScoresConfig, SourceConfig
-from safer_ray.runner import LocalRunner
+from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import read_parts
 from safer_ray.storage.quarantine import quarantine_rows
 

@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from safer_ray.config.sections import RunConfig, ScoresConfig
-from safer_ray.crossfit import CrossFit, Fold, OutOfFold, frozen_below
 from safer_ray.detection.combined import Readings, fit_combined
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import VALUES, read_features
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import margins, pair_scores, suspect
+from safer_ray.pipeline.crossfit import CrossFit, Fold, OutOfFold, frozen_below
+from safer_ray.pipeline.stage import recipe
 from safer_ray.schema import rows_of
-from safer_ray.stage import recipe
 from safer_ray.storage.artifacts import Artifact, Result, part_files, read_parts
 from safer_ray.storage.files import read_parquet, write_parquet
 

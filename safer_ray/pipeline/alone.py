@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from safer_ray.cores import own_groups
 from safer_ray.errors import SaferError
+from safer_ray.pipeline.cores import own_groups
 
 HARMLESS = 87  # exit code of a child that has come to its end, whether the function returned or raised
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGSYS", "SIGTRAP")  # what a process does to itself

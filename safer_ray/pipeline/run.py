@@ -9,13 +9,13 @@ from safer_ray.data.curation import CLEAN
 from safer_ray.data.source_files import source_files
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
-from safer_ray.inputs import check_file, place_of_run
+from safer_ray.pipeline.inputs import check_file, place_of_run
+from safer_ray.pipeline.runner import Runner
+from safer_ray.pipeline.summary import RunView, write_report, write_summary
+from safer_ray.pipeline.suspect import Suspecting, check_shared_trunk
 from safer_ray.reward.checkpoints import layer_count
-from safer_ray.runner import Runner
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.lock import locked
-from safer_ray.summary import RunView, write_report, write_summary
-from safer_ray.suspect import Suspecting, check_shared_trunk
 
 STAGES = (
     "corpus",

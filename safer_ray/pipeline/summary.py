@@ -13,10 +13,10 @@ from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
 from safer_ray.features.contexts import cut_context
+from safer_ray.pipeline.stage import pairs_of
 from safer_ray.report import run as report
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.text import sentence_start
-from safer_ray.stage import pairs_of
 from safer_ray.storage.artifacts import Artifact, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.marks import together

@@ -31,11 +31,11 @@ from safer_ray.features.engine import Engine
 from safer_ray.features.judge import ProbeJudge, load_probe, ratings_of, read_ratings
 from safer_ray.features.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table, select
 from safer_ray.features.scoring import BY_BUNDLE, IN_SAMPLE, KIND, ScoreCodes, check_width, margins, pair_scores
-from safer_ray.inputs import resolve_exchanges
+from safer_ray.pipeline.inputs import resolve_exchanges
+from safer_ray.pipeline.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.reward.checkpoints import hidden_size
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.sae.formats import load_sae
-from safer_ray.stage import StageContext, join_parts, pairs_of, recipe
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,

@@ -9,25 +9,25 @@ import pyarrow as pa
 
 from safer_ray.config.sections import LabConfig, NoiseConfig, RunConfig
 from safer_ray.config.where import where_mask
-from safer_ray.crossfit import Fold
 from safer_ray.detection.detectors import DETECTORS, Evidence
 from safer_ray.detection.quality import CURVE, Comparison, compare
 from safer_ray.errors import UserError, need_extra
 from safer_ray.features.codes import matrix_of
 from safer_ray.features.judge import load_probe, probe_pairs
 from safer_ray.features.passes import head_differences
-from safer_ray.inputs import place_of_run, resolve_exchanges
+from safer_ray.pipeline.crossfit import Fold
+from safer_ray.pipeline.inputs import place_of_run, resolve_exchanges
+from safer_ray.pipeline.runner import Runner
+from safer_ray.pipeline.stage import pairs_of, recipe
+from safer_ray.pipeline.suspect import Suspecting, check_shared_trunk, read_folds
 from safer_ray.report.experiment import as_page, detection_part
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.trunk import remembered
-from safer_ray.runner import Runner
 from safer_ray.schema import rows_of
-from safer_ray.stage import pairs_of, recipe
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked
 from safer_ray.storage.recipes import Input
-from safer_ray.suspect import Suspecting, check_shared_trunk, read_folds
 
 LEADERS = ("combined", "safer")  # whose lead over every other detector is tested
 

@@ -9,12 +9,12 @@ import numpy as np
 from safer_ray.config.sections import CurateConfig, RunConfig, SweepConfig
 from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
 from safer_ray.errors import UserError, need_extra
-from safer_ray.inputs import place_of_run
-from safer_ray.pipeline import Stages, run
+from safer_ray.pipeline.inputs import place_of_run
+from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline.runner import Runner
+from safer_ray.pipeline.stage import recipe
 from safer_ray.report.experiment import as_page, sweep_part
 from safer_ray.reward.trunk import remembered
-from safer_ray.runner import Runner
-from safer_ray.stage import recipe
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked

@@ -12,10 +12,10 @@ import pyarrow as pa
 from safer_ray.config.sections import RewardConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.features.scoring import KIND, OUT_OF_FOLD
-from safer_ray.findings import Findings
-from safer_ray.harvest import Harvest
+from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline.stage import pairs_of, recipe
 from safer_ray.schema import rows_of
-from safer_ray.stage import pairs_of, recipe
 from safer_ray.storage.artifacts import Artifact, Result, part_files, part_name, read_parts
 from safer_ray.storage.files import read_parquet, write_parquet
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from safer_ray.config.sections import RunConfig
 from safer_ray.errors import UserError
-from safer_ray.roles import PAIRS, check_columns, folder_of_pairs
-from safer_ray.runner import Runner
+from safer_ray.pipeline.roles import PAIRS, check_columns, folder_of_pairs
+from safer_ray.pipeline.runner import Runner
 from safer_ray.schema import rows_of
 from safer_ray.storage.accounts import Counts
 from safer_ray.storage.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment

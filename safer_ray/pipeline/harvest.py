@@ -28,7 +28,7 @@ from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, re
 from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.inputs import (
+from safer_ray.pipeline.inputs import (
     base_input,
     close_pairs,
     file_input,
@@ -37,13 +37,13 @@ from safer_ray.inputs import (
     source_input,
     with_lasting_base,
 )
+from safer_ray.pipeline.stage import StageContext, pairs_of, recipe
 from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import train_reward
 from safer_ray.sae.formats import load_sae
 from safer_ray.sae.train import Judged, train_sae
-from safer_ray.stage import StageContext, pairs_of, recipe
 from safer_ray.storage.artifacts import (
     Artifact,
     Result,

@@ -1,0 +1,1 @@
+"""The stages, what runs them, and the experiments made of them."""
