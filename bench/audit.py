@@ -32,8 +32,8 @@ from bench.engine import SIZES, prepare, read_pairs
 from bench.groups import counted, groups, known_store
 from bench.growth import held_at_most
 from safer_ray import schema
-from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.audit_summary import close_audit
+from safer_ray.audit.run import Audit, audit_corpus
+from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.features.engine import Engine

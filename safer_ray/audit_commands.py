@@ -23,7 +23,7 @@ from safer_ray.options import count_option, path_option, place_option, share_opt
 from safer_ray.storage.locations import is_name
 
 if TYPE_CHECKING:
-    from safer_ray.audit_run import Audit
+    from safer_ray.audit.run import Audit
 
 app = typer.Typer()
 
@@ -58,8 +58,8 @@ def audit(
 
     The same command goes on where it was interrupted, and scores what a corpus has gained.
     """
-    from safer_ray.audit_run import Audit, audit_corpus
-    from safer_ray.audit_summary import close_audit
+    from safer_ray.audit.run import Audit, audit_corpus
+    from safer_ray.audit.summary import close_audit
     from safer_ray.config.sections import ScoresConfig, SourceConfig
     from safer_ray.data.audit_files import OWN
     from safer_ray.data.source_files import find_files
@@ -92,7 +92,7 @@ def audit(
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
-    from safer_ray.report_audit import in_words
+    from safer_ray.audit.page import in_words
 
     for text in in_words(summary):
         console.print(text)
@@ -100,7 +100,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 
 
 def _show_estimate(asked: "Audit", actors: str | None) -> None:
-    from safer_ray.audit_estimate import estimate
+    from safer_ray.audit.estimate import estimate
 
     most = ray_config(actors).max_actors if actors else 1
     console.print(estimate(asked, most).in_words())

@@ -27,9 +27,9 @@ from safer_ray.options import (
 )
 
 if TYPE_CHECKING:
-    from safer_ray.audit_diff import Difference
-    from safer_ray.audit_review import Precision, Reviewed
-    from safer_ray.leftovers import Leftover, Run, Wanted
+    from safer_ray.audit.diff import Difference
+    from safer_ray.audit.leftovers import Leftover, Run, Wanted
+    from safer_ray.audit.review import Precision, Reviewed
 
 app = typer.Typer()
 
@@ -52,8 +52,8 @@ def export_command(
     In the folder are pairs/ (for `safer-ray reward --pairs`), trl/ (JSONL for TRL's trainers) and decisions/ (every
     scored row, and why). The same command goes on where it was interrupted.
     """
-    from safer_ray.audit_export import export
-    from safer_ray.audit_read import open_audit
+    from safer_ray.audit.export import export
+    from safer_ray.audit.read import open_audit
     from safer_ray.storage.files import at
 
     if drop not in (None, "flagged"):
@@ -83,8 +83,8 @@ def review_command(
     others are added to reviews.json in the audit, which `safer-ray export` goes by. Give reviewers names: verdicts
     without one replace those that a pair had without one from earlier files.
     """
-    from safer_ray.audit_read import open_audit
-    from safer_ray.audit_review import review
+    from safer_ray.audit.read import open_audit
+    from safer_ray.audit.review import review
     from safer_ray.storage.files import at
     from safer_ray.storage.lock import locked
 
@@ -125,8 +125,8 @@ def diff_command(
     Pairs are matched by row key and pair id, or by the pair id alone where that finds more. What is compared waits in
     temporary files meanwhile, about 100 bytes a pair, below TMPDIR.
     """
-    from safer_ray.audit_diff import difference, write_difference
-    from safer_ray.audit_read import open_audit
+    from safer_ray.audit.diff import difference, write_difference
+    from safer_ray.audit.read import open_audit
     from safer_ray.storage.files import at
 
     one, other = (open_audit(at(folder).absolute()) for folder in (a, b))
@@ -176,7 +176,7 @@ def gc_command(
     audits, and locks of dead processes. What a living process holds is left alone, and so are whole artifacts and
     whatever is not from here.
     """
-    from safer_ray import leftovers
+    from safer_ray.audit import leftovers
 
     wanted = leftovers.old_enough(older_than)
     found: list[Leftover] = []
@@ -196,7 +196,7 @@ def gc_command(
 
 def _delete(run: "Run", wanted: "Wanted") -> list["Leftover"]:
     """Return what was deleted of a run; nothing, which is told, where somebody has begun to work there meanwhile."""
-    from safer_ray.leftovers import delete
+    from safer_ray.audit.leftovers import delete
 
     try:
         return delete(run, wanted)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.audit import AuditPairs
+from safer_ray.audit.score import AuditPairs
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import SaferError
 from safer_ray.features.explain import explain

@@ -20,11 +20,11 @@ from scipy.stats import ks_1samp, uniform
 from tiny_run import finished
 
 from safer_ray import schema
-from safer_ray.audit import AuditPairs
-from safer_ray.audit_estimate import estimate
-from safer_ray.audit_parts import AUDITED, BINS, added, figures_of, flagged_line, from_tree, to_tree
-from safer_ray.audit_run import Audit, audit_corpus, check_accounts
-from safer_ray.audit_summary import close_audit, drift
+from safer_ray.audit.estimate import estimate
+from safer_ray.audit.parts import AUDITED, BINS, added, figures_of, flagged_line, from_tree, to_tree
+from safer_ray.audit.run import Audit, audit_corpus, check_accounts
+from safer_ray.audit.score import AuditPairs
+from safer_ray.audit.summary import close_audit, drift
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import ENDED, Counts, LocalRunner

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_run import finished
 
-from safer_ray.audit_read import open_audit
-from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.audit_summary import close_audit
+from safer_ray.audit.read import open_audit
+from safer_ray.audit.run import Audit, audit_corpus
+from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.features.auditor import check_auditor

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from safer_ray.audit_plan import FileNotes, in_words, plan_audit
-from safer_ray.audit_read import open_audit
+from safer_ray.audit.plan import FileNotes, in_words, plan_audit
+from safer_ray.audit.read import open_audit
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import read_raw

@@ -20,20 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from safer_ray import audit_export, cli, schema
-from safer_ray.audit_diff import difference, write_difference
-from safer_ray.audit_export import export, trl_line
-from safer_ray.audit_parts import AUDITED, write_part
-from safer_ray.audit_read import open_audit
-from safer_ray.audit_review import agreed, load_reviews, precision_at, review
-from safer_ray.audit_run import Audit, planned
-from safer_ray.audit_worst import last_of_worst, ranks
+from safer_ray import cli, schema
+from safer_ray.audit import export as audit_export
+from safer_ray.audit.diff import difference, write_difference
+from safer_ray.audit.export import export, trl_line
+from safer_ray.audit.leftovers import delete, find_runs, old_enough
+from safer_ray.audit.parts import AUDITED, write_part
+from safer_ray.audit.read import open_audit
+from safer_ray.audit.review import agreed, load_reviews, precision_at, review
+from safer_ray.audit.run import Audit, planned
+from safer_ray.audit.worst import last_of_worst, ranks
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import AUDITOR_FORMAT
-from safer_ray.leftovers import delete, find_runs, old_enough
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

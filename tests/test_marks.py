@@ -16,11 +16,11 @@ from test_crossfit import EXCHANGE
 from tiny_run import tiny_config
 
 from safer_ray import schema
-from safer_ray.audit_diff import write_difference
-from safer_ray.audit_export import export
-from safer_ray.audit_read import open_audit
-from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.audit_summary import close_audit
+from safer_ray.audit.diff import write_difference
+from safer_ray.audit.export import export
+from safer_ray.audit.read import open_audit
+from safer_ray.audit.run import Audit, audit_corpus
+from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import (
     ActivationsConfig,
     CrossFitConfig,

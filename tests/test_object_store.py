@@ -24,9 +24,9 @@ from object_store import KEY, SECRET, Store, knowing, object_store
 from ray_processes import kill, wait_until
 from tiny_run import tiny_config
 
-from safer_ray.audit_estimate import estimate
-from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.audit_summary import close_audit
+from safer_ray.audit.estimate import estimate
+from safer_ray.audit.run import Audit, audit_corpus
+from safer_ray.audit.summary import close_audit
 from safer_ray.cli import main
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SourceConfig
 from safer_ray.data.source_files import source_files

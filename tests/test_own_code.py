@@ -17,8 +17,8 @@ import torch
 from conftest import make_pairs, write_parts
 from tiny_run import CONFIG
 
-from safer_ray.audit_estimate import estimate
-from safer_ray.audit_run import Audit, audit_corpus
+from safer_ray.audit.estimate import estimate
+from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError

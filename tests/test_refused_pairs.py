@@ -16,10 +16,10 @@ from test_kill import assert_same_rows
 from test_packing import COMMON, FAMILIES
 from tiny_run import finished
 
-from safer_ray.audit import AuditPairs
-from safer_ray.audit_estimate import estimate
-from safer_ray.audit_run import Audit, audit_corpus
-from safer_ray.audit_summary import close_audit
+from safer_ray.audit.estimate import estimate
+from safer_ray.audit.run import Audit, audit_corpus
+from safer_ray.audit.score import AuditPairs
+from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import ActivationsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs

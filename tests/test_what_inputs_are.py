@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import audited, finished, write_config
 
-from safer_ray.audit_read import open_audit
+from safer_ray.audit.read import open_audit
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import UserError, explained, one_line
 from safer_ray.storage.artifacts import content_hash, read_parts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from safer_ray.audit_run import Audit, audit_corpus
+from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig, ScoresConfig, SourceConfig
 from safer_ray.pipeline.run import Run, run

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  # sets what torch reads from the environment
 from tiny_run import finished
 
-from safer_ray.audit_run import Audit, audit_corpus
+from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import read_parts

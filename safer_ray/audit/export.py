@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
-from safer_ray.audit_read import Pair, pairs_in, read_asked, scored_rows, scores
-from safer_ray.audit_review import BAD, FINE, decided, load_reviews
-from safer_ray.audit_worst import RANKED, Rank, last_of_worst, ranks
+from safer_ray.audit.read import Pair, pairs_in, read_asked, scored_rows, scores
+from safer_ray.audit.review import BAD, FINE, decided, load_reviews
+from safer_ray.audit.worst import RANKED, Rank, last_of_worst, ranks
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import REVIEWS, SCORES
 from safer_ray.data.curation import share_count

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safer_ray.audit_plan import in_words as files_in_words
+from safer_ray.audit.plan import in_words as files_in_words
 from safer_ray.report.pages import page
 
 WIDTH, HEIGHT = 640, 120

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.audit_parts import AUDITED, write_part
-from safer_ray.audit_plan import FileNotes, in_words, plan_audit
-from safer_ray.audit_read import TornError, read_asked
+from safer_ray.audit.parts import AUDITED, write_part
+from safer_ray.audit.plan import FileNotes, in_words, plan_audit
+from safer_ray.audit.read import TornError, read_asked
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.audit_files import OWN, SCORES
 from safer_ray.data.source_files import place_of
@@ -60,7 +60,7 @@ class Audit(NamedTuple):
         }
 
     def job(self) -> MapJob:
-        from safer_ray.audit import AuditRows, PreparePairs  # here, since others of this module need no torch
+        from safer_ray.audit.score import AuditRows, PreparePairs  # here, since others of this module need no torch
 
         return MapJob(
             "audit",

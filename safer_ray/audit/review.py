@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.audit_read import Pair, pairs_in, scores
+from safer_ray.audit.read import Pair, pairs_in, scores
 from safer_ray.data.audit_files import REVIEWS
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError

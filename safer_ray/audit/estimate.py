@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from safer_ray.audit import AuditRows, PreparePairs
-from safer_ray.audit_parts import write_part
-from safer_ray.audit_run import Audit
+from safer_ray.audit.parts import write_part
+from safer_ray.audit.run import Audit
+from safer_ray.audit.score import AuditRows, PreparePairs
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import plan_file, read_raw
 from safer_ray.errors import UserError

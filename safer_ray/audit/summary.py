@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
-from safer_ray import report_audit
-from safer_ray.audit_parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
-from safer_ray.audit_run import Audit, AuditCounts
+from safer_ray.audit import page as report_audit
+from safer_ray.audit.parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
+from safer_ray.audit.run import Audit, AuditCounts
 from safer_ray.data.audit_files import FLAGGED, LISTED, PAGE, SCORES, SUMMARY
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError

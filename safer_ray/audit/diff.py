@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import spearmanr
 
-from safer_ray.audit_read import read_asked, scored_rows, scores
+from safer_ray.audit.read import read_asked, scored_rows, scores
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.storage.accounts import count
 from safer_ray.storage.artifacts import Artifact

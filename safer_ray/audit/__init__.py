@@ -1,0 +1,1 @@
+"""Audits: a corpus of any size scored by a bundle, and what is done with the result."""
