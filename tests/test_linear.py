@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from safer_ray import keys
 from safer_ray.audit import leftovers
-from safer_ray.config.sections import where
+from safer_ray.config import where
 from safer_ray.data.formats import Refused, is_transcript, read_pair
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from safer_ray.config import sections as c
 from safer_ray.config.sae import WarmStartConfig
-from safer_ray.config.sections import sections as c
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
 from safer_ray.pipeline.lab import Lab, Planted
 from safer_ray.pipeline.runner import LocalRunner

@@ -25,9 +25,10 @@ from safer_ray.errors import TooLargeError, UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline.run import Stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
+from safer_ray.reward import packing
 from safer_ray.reward.batches import NO_MEMORY
 from safer_ray.reward.checkpoints import load_pair_tokenizer
-from safer_ray.reward.model import RewardModel, packing
+from safer_ray.reward.model import RewardModel
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused

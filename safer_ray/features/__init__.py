@@ -1,1 +1,1 @@
-"""Features of an autoencoder: where they fire, how they tell chosen from rejected, what they concern, what they say of a pair."""
+"""Features of an autoencoder: where they fire, how they tell chosen from rejected, what they concern, and pair scores."""

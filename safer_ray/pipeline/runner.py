@@ -98,7 +98,7 @@ class Attempts:
 
     Every attempt is written down first, so that a range which ends its process is found as well, by the process that
     takes its place. Nobody knows then what ended it: the row, want of memory elsewhere, a lost node, a kill. So a row
-    that two processes were lost at is tried alone, in a child that is watched (`safer_ray.pipeline.alone`), and refused only if
+    that two processes were lost at is tried alone, in a child that is watched (`alone.py`), and refused only if
     it ends that by itself: by a crash, or by memory that it takes again and again. Ctrl-C and SIGTERM do not count. On
     a GPU, where no child can be made, a row is refused that `LOST_TRIES` processes were lost at.
     """
