@@ -25,9 +25,9 @@ from schemathesis.core.result import Ok
 from starlette.testclient import TestClient
 
 from bench.common import local_path
-from serve.http import create_api
-from serve.limits import Limits
-from serve.service import LocalService
+from safer_ray.service.http import create_api
+from safer_ray.service.limits import Limits
+from safer_ray.service.service import LocalService
 
 HANG_S = 20.0
 GENERATED = 10  # one in so many

@@ -23,10 +23,10 @@ import psutil
 
 from bench.common import local_path, write
 from safer_ray.data.formats import Refused, read_pair
-from serve.front import free_ports
-from serve.limits import Limits, check_nesting
-from serve.problems import Problem
-from serve.reading import Row
+from safer_ray.service.front import free_ports
+from safer_ray.service.limits import Limits, check_nesting
+from safer_ray.service.problems import Problem
+from safer_ray.service.reading import Row
 
 GOALS = {
     "overhead_p50_ms": "<= 15",
@@ -105,8 +105,8 @@ class BareEngine:
 
     def __init__(self, auditor: Path) -> None:
         from safer_ray.reward.checkpoints import quiet_transformers
-        from serve.about import open_auditor, scores_config
-        from serve.scoring import ScorePairs
+        from safer_ray.service.about import open_auditor, scores_config
+        from safer_ray.service.scoring import ScorePairs
 
         quiet_transformers()
         bundle = open_auditor(auditor)

@@ -5,7 +5,7 @@ import sys
 
 def start(command: str) -> None:
     """Run `safer-ray COMMAND` with the arguments of this process, `--runner ray` unless they name another."""
-    from safer_ray.cli import main
+    from safer_ray.cli.app import main
 
     arguments = sys.argv[1:]
     if not any(a == "--runner" or a.startswith("--runner=") for a in arguments):

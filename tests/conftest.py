@@ -24,8 +24,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from safer_ray import cli, schema
-from safer_ray.commands import console, state
+from safer_ray import schema
+from safer_ray.cli import app as cli
+from safer_ray.cli.shared import console, state
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.reward.checkpoints import (
     load_reward_model,
@@ -38,9 +39,9 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import TopKSae
+from safer_ray.service.front import settings
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
-from serve.front import settings
 
 SOCKETS = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
 os.environ.update(settings(SOCKETS))  # before anything starts a Ray; workers that give way to tests come to nothing

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import typer
 
-from safer_ray import cli
+from safer_ray.cli import app as cli
 
 GROUP = typer.main.get_command(cli.app)
 OPTIONS = [(name, parameter) for name, command in sorted(GROUP.commands.items()) for parameter in command.params]

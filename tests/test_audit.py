@@ -386,7 +386,7 @@ def test_sigterm_leaves_what_the_same_command_takes_up(bundle, lines, tmp_path):
     path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
     path.write_text("".join(lines * 6))
     words = ["audit", "--auditor", bundle.path, "--pairs", path, "--out", out, "--fragment-rows", "20"]
-    command = [sys.executable, "-c", "from safer_ray.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from safer_ray.cli.app import main; main()", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_until(lambda: list((out / "done").glob("*.json")), 120, process)
     process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from safer_ray import cli, schema
+from safer_ray import schema
 from safer_ray.audit import export as audit_export
 from safer_ray.audit.diff import difference, write_difference
 from safer_ray.audit.export import export, trl_line
@@ -30,6 +30,7 @@ from safer_ray.audit.read import open_audit
 from safer_ray.audit.review import agreed, load_reviews, precision_at, review
 from safer_ray.audit.run import Audit, planned
 from safer_ray.audit.worst import last_of_worst, ranks
+from safer_ray.cli import app as cli
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.detection.evaluation import wilson
@@ -171,7 +172,7 @@ def test_help_tells_what_a_command_does_and_every_option(ok, command):
 
 def test_the_commands_import_nothing_heavy_before_they_work():
     heavy = "{'torch', 'pandas', 'scipy', 'numpy', 'ray'}"
-    code = f"import sys, safer_ray.audit_tools_commands; print(sorted({heavy} & {{*sys.modules}}))"
+    code = f"import sys, safer_ray.cli.audit_tools; print(sorted({heavy} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
-from safer_ray import cli
-from safer_ray.commands import console, ray_config
+from safer_ray.cli import app as cli
+from safer_ray.cli.shared import console, ray_config
 from safer_ray.pipeline import progress
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
@@ -113,7 +113,7 @@ def test_help_lists_every_command(safer):
 
 def test_help_of_every_command_imports_nothing_heavy():
     code = (
-        "import sys\nfrom safer_ray.cli import main\n"
+        "import sys\nfrom safer_ray.cli.app import main\n"
         f"for command in {['', *COMMANDS]!r}:\n"
         "    sys.argv = ['safer-ray', *([command] if command else []), '--help']\n"
         "    try:\n        main()\n    except SystemExit as ended:\n        assert not ended.code, command\n"

@@ -176,7 +176,7 @@ def test_defaults_are_valid():
 
 def test_reading_configs_and_help_needs_no_heavy_library():
     code = (
-        "import sys, safer_ray.config.sections, safer_ray.cli\n"
+        "import sys, safer_ray.config.sections, safer_ray.cli.app\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'pandas', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from safer_ray.cli import app
+from safer_ray.cli.app import app
 from safer_ray.config.read import load_config
 
 REPOSITORY = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from safer_ray.storage.contents import check_whole
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 KILLS = 6
-COMMAND = [sys.executable, "-c", "from safer_ray.cli import main; main()", "run"]
+COMMAND = [sys.executable, "-c", "from safer_ray.cli.app import main; main()", "run"]
 
 
 def lock_of(config):

@@ -12,7 +12,6 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray import keys
 from safer_ray.audit import leftovers
 from safer_ray.config import where
 from safer_ray.data.formats import Refused, is_transcript, read_pair
@@ -21,15 +20,15 @@ from safer_ray.errors import UserError
 from safer_ray.features.contexts import cut_context
 from safer_ray.report import spaced
 from safer_ray.reward import parts, text
+from safer_ray.service import access, auth, keys, limits, uploads, web
+from safer_ray.service.api import ScoreRequest
+from safer_ray.service.http import create_api
+from safer_ray.service.limits import Limits, check_nesting, read_json
+from safer_ray.service.marking import parted, visible
+from safer_ray.service.problems import Problem
+from safer_ray.service.service import LocalService
 from safer_ray.storage import rows
 from safer_ray.storage.rows import read_rows
-from serve import access, auth, limits, uploads, web
-from serve.api import ScoreRequest
-from serve.http import create_api
-from serve.limits import Limits, check_nesting, read_json
-from serve.marking import parted, visible
-from serve.problems import Problem
-from serve.service import LocalService
 
 SMALL, LARGE = 2**16, 2**20
 RATIO = 40  # linear gives 16, quadratic 256

@@ -9,14 +9,14 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from safer_ray import cli
+from safer_ray.cli import app as cli
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig, SourceConfig
 from safer_ray.config.values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
+from safer_ray.service.arguments import ServiceConfig, read_args
 from safer_ray.storage.files import at
 from safer_ray.storage.locations import a_source, anywhere, on_disk
-from serve.arguments import ServiceConfig, read_args
 
 ROOT = Path(__file__).parents[1]
 

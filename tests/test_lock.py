@@ -301,7 +301,7 @@ LOSER = """
 import signal, sys, time
 from pathlib import Path
 from safer_ray import lock
-from safer_ray.cli import main
+from safer_ray.cli.app import main
 from safer_ray.errors import SaferError
 
 lock.HEARTBEAT_SECONDS, lock.END_SECONDS = 0.05, 0.2

@@ -348,9 +348,9 @@ def test_an_audit_of_rows_that_call_themselves_poisoned_is_marked_and_comes_back
 def test_the_service_says_it_with_every_answer(made, tmp_path, red_team):
     from fastapi.testclient import TestClient
 
-    from serve.http import create_api
-    from serve.limits import Limits
-    from serve.service import LocalService
+    from safer_ray.service.http import create_api
+    from safer_ray.service.limits import Limits
+    from safer_ray.service.service import LocalService
 
     folder = tmp_path / "bundle"
     shutil.copytree(made[0].artifacts["auditor"].path, folder)

@@ -27,7 +27,7 @@ from tiny_run import tiny_config
 from safer_ray.audit.estimate import estimate
 from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.audit.summary import close_audit
-from safer_ray.cli import main
+from safer_ray.cli.app import main
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SourceConfig
 from safer_ray.data.source_files import source_files
 from safer_ray.data.sources import plan_sources, read_raw
@@ -449,7 +449,7 @@ def test_a_second_driver_is_refused_and_a_killed_one_taken_up_again(
 
     store.proxy.rule = rule
     words = command(bundle, corpus, out_of(store))
-    driver = [sys.executable, "-c", "from safer_ray.cli import main; main()", *words]
+    driver = [sys.executable, "-c", "from safer_ray.cli.app import main; main()", *words]
     process = subprocess.Popen(driver, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_until(lambda: store.proxy.count("PUT", "scores/part-00000002"), 60, process)
     monkeypatch.setattr(sys, "argv", ["safer-ray", *words])

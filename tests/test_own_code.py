@@ -263,7 +263,7 @@ def test_where_code_is_trusted_every_stage_runs_it_and_a_bundle_asks_again(own, 
 
 
 def test_the_service_runs_no_code_of_a_bundle_unless_told_so(own, sae_dir, tmp_path):
-    from serve.service import LocalService
+    from safer_ray.service.service import LocalService
 
     directory, marker = own
     bundle = tmp_path / "bundle"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safer_ray.data.formats import Refused
 from safer_ray.report.plots import MINUS
-from serve.api import (
+from safer_ray.service.api import (
     AuditorInfo,
     Contribution,
     FailedPair,
@@ -23,10 +23,10 @@ from serve.api import (
     SideHistograms,
     Span,
 )
-from serve.figures import Spot, reference_figure, sides_figure
-from serve.marking import STEPS, marked, step_of, visible
-from serve.render import error_page, examples, respond, sign_in_page
-from serve.results import (
+from safer_ray.service.figures import Spot, reference_figure, sides_figure
+from safer_ray.service.marking import STEPS, marked, step_of, visible
+from safer_ray.service.render import error_page, examples, respond, sign_in_page
+from safer_ray.service.results import (
     PAGE_BYTES,
     Scored,
     by_suspicion,
@@ -37,9 +37,9 @@ from serve.results import (
     show,
     without_score,
 )
-from serve.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines, row_json
-from serve.verdict import detector_value, number_of, percent, place, signed, verdict_of
-from serve.web import chunks_of
+from safer_ray.service.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines, row_json
+from safer_ray.service.verdict import detector_value, number_of, percent, place, signed, verdict_of
+from safer_ray.service.web import chunks_of
 
 CHOSEN = "Sure, here is how. First, gather the tools."
 REJECTED = "I won't help with that."
@@ -249,7 +249,7 @@ def test_what_is_no_row_is_refused(text, reason):
 def test_a_text_of_too_many_turns_is_refused_before_messages_are_made_of_it(turn, monkeypatch):
     """A file of 16 MB held the service for seconds, to be told that its text is too long."""
     row = {"prompt": turn * 50_001, "chosen": "c", "rejected": "r"}
-    monkeypatch.setattr("serve.uploads.read_pair", None)
+    monkeypatch.setattr("safer_ray.service.uploads.read_pair", None)
     assert read_lines(json.dumps(row).encode())[0].error == "more than 50,000 turns of Human: and Assistant:"
     with pytest.raises(Refused, match="more than 50,000 turns"):
         pair_of(row, "a")

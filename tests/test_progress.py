@@ -250,7 +250,7 @@ def test_a_run_without_an_id_gets_one_of_its_own():
 def test_warnings_of_libraries_are_json_lines_as_well(verbose):
     code = (
         "import logging\n"
-        "from safer_ray.cli import options\n"
+        "from safer_ray.cli.app import options\n"
         f"options(verbose={verbose}, version=False)\n"
         "logging.getLogger('library').warning('odd %s', 'rows')\n"
         "logging.getLogger('library').info('reading')\n"

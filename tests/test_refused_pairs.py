@@ -32,12 +32,12 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused
+from safer_ray.service.api import FailedPair, Pair, ScoredPair
+from safer_ray.service.service import LocalService
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.work import MapJob
-from serve.api import FailedPair, Pair, ScoredPair
-from serve.service import LocalService
 
 SNOW = "☃"  # no other pair holds its bytes
 KINDS = ("codes", "activations", "all tokens", "vectors", "rewards", "heads")

@@ -7,7 +7,7 @@ import torch
 from conftest import random_sae
 from typer.testing import CliRunner
 
-from safer_ray import cli
+from safer_ray.cli import app as cli
 from safer_ray.errors import UserError
 from safer_ray.sae.formats import load_sae, read_published, sae_layer, save_sae
 from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, standardise

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from safer_ray import schema
-from safer_ray.cli import app
+from safer_ray.cli.app import app
 from safer_ray.config.sections import SelectConfig
 from safer_ray.errors import UserError
 from safer_ray.features.codes import flatten

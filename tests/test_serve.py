@@ -27,17 +27,17 @@ from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import best_detector
-from safer_ray.keys import new_key
+from safer_ray.service.front import free_ports
+from safer_ray.service.gate import Gate
+from safer_ray.service.keys import new_key
+from safer_ray.service.problems import PROBLEM_JSON, ProblemDetails
 from safer_ray.storage.artifacts import open_artifact
 from safer_ray.storage.files import read_parquet
-from serve.front import free_ports
-from serve.gate import Gate
-from serve.problems import PROBLEM_JSON, ProblemDetails
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Using extra keyword arguments on `Field`", DeprecationWarning)  # in Ray Serve
-    from serve.app import build, check_binding
-    from serve.arguments import read_args
+    from safer_ray.service.app import build, check_binding
+    from safer_ray.service.arguments import read_args
 
 WAITING = 40  # requests that the service under test takes
 
@@ -112,7 +112,7 @@ def test_other_thresholds_make_no_other_deployment(bundle):
 
 
 def test_the_ingress_imports_no_torch():
-    code = "import sys, serve.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, safer_ray.service.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=120).returncode == 0
 
 

@@ -12,9 +12,9 @@ import pytest
 from ray_processes import at_work, environment, family, kill, ray_folder, running, wait_until
 from served import bundle_of
 
-from serve import front
-from serve.ending import Ended, Ending
-from serve.front import free_ports, socket_folder
+from safer_ray.service import front
+from safer_ray.service.ending import Ended, Ending
+from safer_ray.service.front import free_ports, socket_folder
 
 HERE = Path(__file__).parent.parent
 
@@ -112,7 +112,8 @@ def test_the_proxy_ends_with_the_process_that_started_it(tmp_path):
     (tmp_path / "proxy").write_text("#!/bin/sh\necho $$ > $1\nexec sleep 60\n", encoding="utf-8")
     (tmp_path / "proxy").chmod(0o755)
     environ = os.environ | {"SAFER_RAY_PYTHON": sys.executable, "SAFER_RAY_HAPROXY": str(tmp_path / "proxy")}
-    starts = f"import subprocess; subprocess.run([{str(HERE / 'serve/haproxy.sh')!r}, {str(tmp_path / 'pid')!r}])"
+    script = HERE / "safer_ray/service/haproxy.sh"
+    starts = f"import subprocess; subprocess.run([{str(script)!r}, {str(tmp_path / 'pid')!r}])"
     with subprocess.Popen([sys.executable, "-c", starts], env=environ) as parent:
         wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 30)
         proxy = psutil.Process(int((tmp_path / "pid").read_text()))

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from served import PAIR, SECRET, alike, body, bundle_of, corpus_of
 
 from safer_ray.config.sections import ScoresConfig
-from safer_ray.keys import Key, digest_of, new_key
-from serve.auth import COOKIE, Keys
-from serve.http import create_api, shared
-from serve.limits import LimitBodies, Limits
-from serve.problems import PROBLEM_JSON, overloaded, unavailable
-from serve.service import LocalService
+from safer_ray.service.auth import COOKIE, Keys
+from safer_ray.service.http import create_api, shared
+from safer_ray.service.keys import Key, digest_of, new_key
+from safer_ray.service.limits import LimitBodies, Limits
+from safer_ray.service.problems import PROBLEM_JSON, overloaded, unavailable
+from safer_ray.service.service import LocalService
 
 JSON = {"content-type": "application/json"}
 BROKEN = SECRET + " \ud800"  # half a surrogate pair: JSON can say it, UTF-8 cannot
@@ -153,7 +153,7 @@ def test_an_upload_is_answered_with_its_pairs_alone(client):
 
 def test_an_upload_is_not_read_where_there_is_no_room(client, service, monkeypatch):
     monkeypatch.setattr(service, "full", lambda: True)
-    monkeypatch.setattr("serve.web.read_lines", None)
+    monkeypatch.setattr("safer_ray.service.web.read_lines", None)
     answer = upload(client, PAIR)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert "The service is busy." in answer.text
@@ -369,7 +369,7 @@ def test_strangers_who_ask_for_readiness_together_take_no_more_room_than_one():
 
 
 def test_a_scorer_that_never_answers_is_asked_again(monkeypatch):
-    monkeypatch.setattr("serve.http.READY_S", 0.02)
+    monkeypatch.setattr("safer_ray.service.http.READY_S", 0.02)
     waits = [3600, 0]
 
     async def ready():

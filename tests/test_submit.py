@@ -21,7 +21,7 @@ import pytest
 import typer
 from ray.job_submission import JobDetails, JobStatus
 
-from safer_ray import cli
+from safer_ray.cli import app as cli
 from safer_ray.distributed import command
 from safer_ray.distributed import submit as module
 from safer_ray.distributed.command import check_names, complete, parse_env, require

@@ -1,1 +1,1 @@
-"""Features of an autoencoder: where they fire, how they tell chosen from rejected, what they concern, and pair scores."""
+"""Features of an autoencoder: where they fire, what they tell apart and concern, and what they say of a pair."""

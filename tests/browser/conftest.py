@@ -11,9 +11,9 @@ import pytest
 from tiny_run import finished
 
 from browser.driving import ROOT, ROWS, WIDE, Browser, listening, started, texts_of
-from serve.http import create_api
-from serve.render import examples
-from serve.service import LocalService
+from safer_ray.service.http import create_api
+from safer_ray.service.render import examples
+from safer_ray.service.service import LocalService
 
 INSTALLED = ROOT / "build/browser"
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from browser.driving import NARROW, ROWS, WIDE, Browser, Keyboard, blurred, texts_of
-from serve.render import examples
+from safer_ray.service.render import examples
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]  # a fresh machine installs the browser
 

@@ -8,12 +8,12 @@ import httpx
 import pytest
 
 from browser.driving import ROWS, Browser, Keyboard, listening, shown, texts_of
-from safer_ray.keys import new_key, parse_keys
-from serve.auth import Keys
-from serve.http import create_api
-from serve.problems import Problem
-from serve.render import examples
-from serve.service import LocalService
+from safer_ray.service.auth import Keys
+from safer_ray.service.http import create_api
+from safer_ray.service.keys import new_key, parse_keys
+from safer_ray.service.problems import Problem
+from safer_ray.service.render import examples
+from safer_ray.service.service import LocalService
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]  # a fresh machine installs the browser
 

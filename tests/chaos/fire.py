@@ -76,7 +76,7 @@ class Fire:
         words = ["audit", "--auditor", self.bundle, "--pairs", self.corpus, "--out", out, "--runner", runner]
         words += ["--fragment-rows", FRAGMENT, "--detector", "safer", "--flag-quantile", "0.2"]
         words += ["--actors", f"1:{ACTORS}"] if runner == "ray" else []
-        program = [noting.__file__] if runner == "ray" else ["-c", "from safer_ray.cli import main; main()"]
+        program = [noting.__file__] if runner == "ray" else ["-c", "from safer_ray.cli.app import main; main()"]
         return [sys.executable, *map(str, [*program, *words])]
 
     def start(self, out: Path, address: str) -> subprocess.Popen[bytes]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from safer_ray import cli
 from safer_ray.audit import run as audit_run
+from safer_ray.cli import app as cli
 from safer_ray.storage.work import BatchFn, MapJob
 
 NOTES = "SAFER_RAY_TEST_NOTES"  # the folder where they do

@@ -1,0 +1,5 @@
+"""The command line `safer-ray`."""
+
+from safer_ray.cli.app import main
+
+__all__ = ["main"]

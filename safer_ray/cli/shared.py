@@ -1,0 +1,189 @@
+"""What the commands share: options, the console, and turning values into configs and stages."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from safer_ray.cli.options import path_option, text_option
+from safer_ray.errors import UserError
+from safer_ray.storage.locations import check_utf8
+
+if TYPE_CHECKING:
+    from safer_ray.config.sections import RayConfig
+    from safer_ray.pipeline.progress import Report
+    from safer_ray.pipeline.run import Stages
+    from safer_ray.pipeline.runner import Runner
+    from safer_ray.storage.artifacts import Artifact
+
+console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
+state = {"verbose": False}
+
+ExistingPath = Annotated[Path, path_option()]
+Out = Annotated[Path, path_option(help="The directory to write; it becomes the artifact.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and start again.")]
+
+
+@contextlib.contextmanager
+def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["Runner", "Report"]]:
+    """The runner called `name`, its cluster joined or started, with room for models in `shards` parts, and what it
+    reports to.
+
+    Raises:
+        UserError: no such runner, or no cluster that could do the work.
+    """
+    from safer_ray.pipeline.progress import report_on
+    from safer_ray.pipeline.runner import LocalRunner
+
+    with report_on(console) as report:
+        if name == "local":
+            yield LocalRunner(report.progress), report
+        elif name == "ray":
+            from safer_ray.distributed.session import ray_session
+
+            with ray_session(config, shards, verbose=state["verbose"]):
+                from safer_ray.distributed.internals import logs_folder
+                from safer_ray.distributed.runner import RayRunner
+
+                report.note("ray", logs=str(logs_folder()))
+                yield RayRunner(config, report.progress), report
+        else:
+            raise UserError(f"--runner {name!r}: choose local (this process) or ray (a cluster)")
+
+
+@contextlib.contextmanager
+def one_stage(
+    out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
+) -> Iterator["Stages"]:
+    """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works, and
+    whether code of a checkpoint's own may run, where the command does not.
+
+    Raises:
+        UserError: `out` is a file, or in use, or there is no such runner.
+    """
+    from safer_ray.pipeline.inputs import lasting
+    from safer_ray.pipeline.run import Stages
+    from safer_ray.storage.artifacts import Place
+    from safer_ray.storage.lock import locked
+
+    out = check_out(lasting(out))
+    ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
+    options = {"shards": reward.shards, "trust_remote_code": trust_remote_code or reward.trust_remote_code}
+    if config is not None:
+        options["max_refused_share"] = config_section(config, "pairs", None).max_refused_share
+    lock = out.parent / f".lock-{out.name}"
+    place = Place(out.parent, out=out, fresh=fresh, reads=(config,) if config else ())
+    with emptied(out.parent), _gone(lock), locked(lock), at_work(runner, ray, reward.shards) as (where, _):
+        yield Stages(place, where, **options)
+
+
+def check_out(out: Path) -> Path:
+    """Return where `--out` leads to, behind links.
+
+    Raises:
+        UserError: it is a file, the root of the file system, or no text.
+    """
+    if "://" in str(out):
+        return out
+    if out.is_symlink() or ".." in out.parts:
+        out = Path(os.path.realpath(out))
+    check_utf8(out)
+    if not out.absolute().name:
+        raise UserError(f"{out} is the root of the file system; choose a folder in it as --out")
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"{out} is no folder, and --out is the folder to write; choose another --out")
+    return out
+
+
+@contextlib.contextmanager
+def _gone(lock: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # another process waits for it
+            lock.rmdir()
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """Afterwards `folder` and those above it are gone again, if they were not there before and nothing is in them."""
+    folders = [] if "://" in str(folder) else [folder, *folder.parents]
+    missing = [path for path in folders if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def show_artifact(artifact: "Artifact") -> None:
+    rows = ", ".join(f"{count:,} {name}" for name, count in artifact.manifest["rows"].items())
+    console.print(f"{artifact.name}  {rows}  ->  {artifact.path}")
+
+
+def open_input(role: str, path: Path) -> "Artifact":
+    """Return what an option names.
+
+    Raises:
+        UserError: nothing is there, or it does not hold what `role` wants.
+    """
+    from safer_ray.pipeline.roles import open_as
+
+    return open_as(role, path.absolute())  # workers may have another current directory
+
+
+def build_config(model: type, **values: Any) -> Any:
+    """A stage's config from command-line values; what is None keeps its default."""
+    from pydantic import ValidationError
+
+    from safer_ray.config.read import explain_validation
+
+    try:
+        return model(**{k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise explain_validation(error, "command line") from None
+
+
+def ray_config(actors: str | None) -> "RayConfig":
+    """The defaults, with `MIN:MAX` actors laid over them.
+
+    Raises:
+        UserError: `actors` is not two whole numbers.
+    """
+    from safer_ray.config.sections import RayConfig
+
+    if actors is None:
+        return RayConfig()
+    least, _, most = actors.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise UserError(f"--actors {actors!r}: write it as MIN:MAX, say 1:8")
+    return build_config(RayConfig, min_actors=int(least), max_actors=int(most or least))
+
+
+def config_section(config: Path | None, name: str, assignments: list[str] | None) -> Any:
+    """One stage's section of a run config, or its defaults with `--set` laid over them."""
+    from pydantic import ValidationError
+
+    from safer_ray.config.read import assigned, explain_validation, load_config
+    from safer_ray.config.sections import RunConfig
+
+    if config is not None:
+        return getattr(load_config(config, [f"{name}.{a}" for a in assignments or []]), name)
+    model = RunConfig.model_fields[name].annotation
+    try:
+        return model.model_validate(assigned({}, assignments))  # type: ignore[union-attr]
+    except ValidationError as error:
+        raise explain_validation(error, f"--set ({name})") from None
+
+
+RunnerName = Annotated[str, text_option("--runner", help="local: in this process; ray: on a cluster.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")
+]
+ConfigPath = Annotated[Path | None, path_option("--config", help="A run config; this stage's section of it is used.")]
+Assignments = Annotated[list[str] | None, text_option("--set", help="key=value, may be repeated.")]
