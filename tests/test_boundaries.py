@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,73 @@ def tree(module):
     return parsed(module)
 
 
-def test_ray_and_deepspeed_stay_in_distributed(module, tree):
-    if module.relative_to(LIBRARY).parts[0] != "distributed":
-        assert {"ray", "deepspeed"}.isdisjoint(imported(tree))
+# A package imports only from those on lines above its own, also inside functions and for types alone.
+ORDER = (
+    ("errors", "schema"),
+    ("storage",),
+    ("config",),
+    ("data",),
+    ("reward", "detection", "report"),
+    ("sae",),
+    ("features",),
+    ("pipeline",),
+    ("audit", "distributed"),
+    ("service",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+ALONE = {"client": {"errors"}, "__init__": set(), "__main__": {"cli"}}  # modules of no package
+
+
+def of_ours(tree):
+    """Modules of the library that a module imports anywhere in it, with names that may be modules themselves."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("safer_ray."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safer_ray":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_a_package_imports_from_those_before_it_alone(module, tree):
+    own = module.relative_to(LIBRARY).parts[0].removesuffix(".py")
+    found = {name.split(".")[1] for name in of_ours(tree)} - {own, "__version__"}
+    if own in ALONE:
+        assert found <= ALONE[own]
+    else:
+        assert {name for name in found if LEVEL[name] >= LEVEL[own]} == set()
+
+
+def test_every_package_has_its_place_in_the_order():
+    there = {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert there == set(LEVEL) - {"errors", "schema"}
+    assert len(list(LIBRARY.glob("*.py"))) <= 8
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts): path for path in MODULES}
+    left = {
+        name: {found if found in names else found.rpartition(".")[0] for found in of_ours(parsed(path))} & names.keys()
+        for name, path in names.items()
+    }
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left
+
+
+@pytest.mark.parametrize("folder", ["safer_ray", "jobs", "serve"])
+def test_ray_stays_in_distributed_and_service(folder):
+    for path in sorted((LIBRARY.parent / folder).rglob("*.py")):
+        own = path.relative_to(LIBRARY.parent).parts[1]
+        found = set(imported(parsed(path)))
+        assert "ray" not in found or own in ("distributed", "service"), path
+        assert "deepspeed" not in found or own == "distributed", path
+
+
+def test_help_imports_neither_torch_nor_ray():
+    code = "import sys, safer_ray.cli; sys.exit(str({'torch', 'ray', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], check=False, cwd=LIBRARY.parent, capture_output=True, text=True)
+    assert told.stderr.strip() == "set()"
 
 
 def test_no_module_pickles(tree):
