@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 from safer_ray.cli import audit_tools, audits, saes, stages
 from safer_ray.cli.options import (
+    config_argument,
     count_option,
     days_option,
     path_argument,
@@ -101,7 +102,7 @@ def options(
 
 @app.command("run")
 def run_command(
-    config: Annotated[Path, path_argument(help="A YAML config, say configs/demo.yaml.")],
+    config: Annotated[Path, config_argument(help="A YAML config, or the name of a shipped one: demo.")],
     assignments: Assignments = None,
     until: Annotated[str | None, text_option(help="Stop after this stage.")] = None,
     runner: RunnerName = "local",
@@ -166,7 +167,7 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
 
 @app.command("lab")
 def lab_command(
-    config: Annotated[Path, path_argument(help="A YAML config with a `lab` section, say configs/lab_pku.yaml.")],
+    config: Annotated[Path, config_argument(help="A YAML config with a `lab` section, or a name, say lab_pku.")],
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
@@ -185,7 +186,7 @@ def lab_command(
 
 @app.command("sweep")
 def sweep_command(
-    config: Annotated[Path, path_argument(help="A YAML config with a `sweep` section, say configs/sweep_smoke.yaml.")],
+    config: Annotated[Path, config_argument(help="A YAML config with a `sweep` section, or a name, say sweep_smoke.")],
     assignments: Assignments = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
@@ -313,6 +314,21 @@ def key(
     typer.echo(f"token  {token}\nline   {line}")
 
 
+@app.command("serve")
+def serve_command(
+    words: Annotated[
+        list[str] | None,
+        text_argument(
+            metavar="KEY=VALUE …", help="auditor=DIR, host=127.0.0.1, port=8000, keys=FILE, and what README.md names."
+        ),
+    ] = None,
+) -> None:
+    """Answer pairs over HTTP with their scores, on Ray Serve, until Ctrl-C or SIGTERM."""
+    from safer_ray.service.main import main as serve
+
+    raise typer.Exit(serve(words or []))
+
+
 app.add_typer(stages.app)
 app.add_typer(audits.app)
 app.add_typer(audit_tools.app)
@@ -321,7 +337,7 @@ app.add_typer(saes.app)
 
 @app.command()
 def report(
-    config: Annotated[Path, path_argument(help="The config of a finished run.")],
+    config: Annotated[Path, config_argument(help="The config of a finished run.")],
     assignments: Assignments = None,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:

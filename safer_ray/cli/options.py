@@ -8,7 +8,7 @@ import typer
 
 from safer_ray.config.sae import MOST_LATENTS
 from safer_ray.errors import UserError
-from safer_ray.storage.locations import a_source, anywhere, on_disk
+from safer_ray.storage.locations import a_config, a_source, anywhere, on_disk
 
 MOST = 2**53  # of a whole number: as many as a JSON number tells apart
 
@@ -44,6 +44,7 @@ def _text(parameter: typer.CallbackParam, value: Any) -> Any:
 # Of this machine, also in an object store, or what a source may be: a hub's name, too.
 path_option = partial(typer.Option, parser=on_disk, metavar="PATH")
 path_argument = partial(typer.Argument, parser=on_disk)
+config_argument = partial(typer.Argument, parser=a_config, metavar="CONFIG")
 place_option = partial(typer.Option, parser=anywhere, metavar="PATH|URI")
 place_argument = partial(typer.Argument, parser=anywhere)
 source_option = partial(typer.Option, parser=a_source, metavar="PATH|URI|hub:NAME")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from safer_ray.config.sections import RunConfig
 from safer_ray.errors import UserError
+from safer_ray.storage.locations import shipped_configs
 
 
 def explain_validation(error: ValidationError, where: str) -> UserError:
@@ -16,7 +17,7 @@ def explain_validation(error: ValidationError, where: str) -> UserError:
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key; check the spelling against configs/demo.yaml"
+        message = "unknown key; check the spelling against that of the config `demo`"
     elif "input" in first and not isinstance(first["input"], dict | BaseModel):
         message = f"{message} (got {first['input']!r})"
     more = f" (and {len(rest)} more)" if rest else ""
@@ -66,7 +67,7 @@ def load_config(path: Path, assignments: list[str] | None = None, *, red_team: b
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no config at {path}; the shipped ones are in configs/") from None
+        raise UserError(f"no config at {path}; give a file, or one of {', '.join(shipped_configs())}") from None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}; pass a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from safer_ray.errors import UserError
-from safer_ray.storage.locations import a_source, anywhere
+from safer_ray.storage.locations import a_source, anywhere, shipped_configs
 
 VALUE_OPTIONS = (
     "--runner",
@@ -82,6 +82,8 @@ def _root(assignments: Sequence[str], config: Sequence[str], working_dir: Path) 
     if roots:
         return roots[-1]
     path = working_dir.joinpath(*config)
+    if config and not path.exists():
+        path = shipped_configs().get(config[0], path)  # which the nodes have, too
     if path.is_relative_to(working_dir) and not path.is_file():
         raise UserError(f"no config at {path}; write run CONFIG, with CONFIG below the --working-dir that is uploaded")
     try:

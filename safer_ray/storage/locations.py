@@ -1,8 +1,9 @@
 """Where things lie: paths of this machine, and URIs; the one place that decides which of them an option takes.
 
-Every option and config field that names a file or a folder is declared by one of three functions: `on_disk`, which
-understands `file://` and refuses every other URI, `anywhere`, which lets URIs of object stores through, or `a_source`,
-which lets names through that are looked up, too. All expand `~`, and refuse what can be no path.
+Every option and config field that names a file or a folder is declared by one of four functions: `on_disk`, which
+understands `file://` and refuses every other URI, `anywhere`, which lets URIs of object stores through, `a_source`,
+which lets names through that are looked up, too, or `a_config`, which knows the shipped configs by name. All expand
+`~`, and refuse what can be no path.
 """
 
 import os
@@ -14,6 +15,8 @@ from safer_ray.errors import UserError
 
 URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)  # also as `Path` writes one: s3:/b
 NAMED = ("hub", "corpus", "package")  # what these words begin is looked up by those who know it
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")  # of the configs: in an installed package, in a checkout
 LONGEST = 255  # bytes of a name in a folder, on every file system in use
 
 
@@ -43,6 +46,21 @@ def on_disk(path: str | Path) -> Path:
     if scheme == "file":
         return Path(_usable(_of_file_uri(str(path))))
     raise UserError(f"{path} is a URI, and only a path of this machine is read or written here; give a local path")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the package, by name."""
+    return {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.yaml"))}
+
+
+def a_config(path: str | Path) -> Path:
+    """Return the file of a config: a path of this machine, or else what a shipped config's name stands for.
+
+    Raises:
+        UserError: as for `on_disk`.
+    """
+    found = on_disk(path)
+    return found if found.exists() else shipped_configs().get(str(path), found)
 
 
 def anywhere(path: str) -> str:
