@@ -1,4 +1,4 @@
-"""Which features tell chosen from rejected: sums per fragment, reduced in order, contrasted (SAFER, eq. of 3.2)."""
+"""Which features tell chosen from rejected: sums per fragment, reduced in order, contrasted (SAFER, section 3.2)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The stages in order, as DESIGN section 2 lists them. Knows only a Runner."""
+"""The stages in order. Knows only a Runner."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
