@@ -16,7 +16,7 @@ from safer_ray.config.values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
 from safer_ray.service.arguments import ServiceConfig, read_args
 from safer_ray.storage.files import at
-from safer_ray.storage.locations import a_source, anywhere, on_disk
+from safer_ray.storage.locations import a_config, a_source, anywhere, on_disk
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +40,7 @@ NO_PATHS = {
     "strategy",
     "until",
     "where",
+    "words",  # KEY=VALUE, which the service checks
     "assignments",  # the fields that they set are checked
 }
 # The same of config fields.
@@ -63,7 +64,7 @@ NO_PATH_FIELDS = {
 }
 
 
-KINDS = (on_disk, anywhere, a_source)
+KINDS = (on_disk, anywhere, a_source, a_config)
 
 
 def options():
@@ -104,7 +105,7 @@ def required(command, but):
     return words
 
 
-LOCAL = [(command, p) for command, p in options() if kind_of(p) is on_disk]
+LOCAL = [(command, p) for command, p in options() if kind_of(p) in (on_disk, a_config)]
 
 
 @pytest.mark.parametrize(("command", "parameter"), LOCAL, ids=[f"{c}-{p.name}" for c, p in LOCAL])
