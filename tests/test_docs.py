@@ -1,4 +1,4 @@
-"""The README names only what is there."""
+"""The README and the pages of docs/ name only what is there."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,25 @@ from safer_ray.config.read import load_config
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
+DOCS = REPOSITORY / "docs"
+PAGES = [README, *sorted(path for path in DOCS.glob("*.md") if ".template." not in path.name)]
 
 
-@pytest.fixture(scope="module")
-def readme():
-    if not README.is_file():
-        pytest.skip("there is no README.md")
-    return README.read_text(encoding="utf-8")
+@pytest.fixture(params=PAGES, ids=lambda path: path.stem)
+def page(request):
+    return request.param
+
+
+@pytest.fixture
+def text(page):
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    readme = README.read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    assert len(readme.split()) <= 1800
+    assert {path.name for path in PAGES[1:]} <= set(re.findall(r"docs/([\w-]+\.md)", readme))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +51,10 @@ def command_lines(text):
     return inline + [found.group(1) for line in blocks if (found := re.match(r"(?:\$ |\S*/)?safer-ray (.+)", line))]
 
 
-def test_the_tree_lists_only_files_that_exist(readme):
+def test_the_tree_lists_all_packages_and_only_files_that_exist():
     paths = [
         found.group(1)
-        for block in code_blocks(readme)
+        for block in code_blocks((DOCS / "architecture.md").read_text(encoding="utf-8"))
         for line in block.splitlines()
         if (found := re.match(r"((?:[\w.-]+/)+[\w.-]*)(?:\s|$)", line))
     ]
@@ -53,18 +65,18 @@ def test_the_tree_lists_only_files_that_exist(readme):
     assert [path for path in paths if not (REPOSITORY / path).exists() and not path.startswith("runs/")] == []
 
 
-def test_paths_in_backticks_exist(readme):
-    named = re.findall(r"`((?:safer_ray|configs|tests|bench|jobs|scripts)/[\w./-]+)`", readme)
+def test_paths_in_backticks_exist(text):
+    named = re.findall(r"`((?:safer_ray|configs|tests|bench|jobs|scripts)/[\w./-]+)`", text)
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 
 
-def test_links_lead_to_files_that_exist(readme):
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", readme)
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+def test_links_lead_to_files_that_exist(page, text):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_commands_and_their_options_exist(readme, commands):
-    for line in command_lines(readme):
+def test_commands_and_their_options_exist(text, commands):
+    for line in command_lines(text):
         words = [word for word in line.split("#")[0].split() if word not in ("-v", "--verbose")]
         if not words or words[0] in ("--help", "--version") or not re.fullmatch(r"[a-z][a-z-]*", words[0]):
             continue
@@ -77,13 +89,13 @@ def test_commands_and_their_options_exist(readme, commands):
         assert options <= commands[words[0]], line
 
 
-def test_makefile_targets_named_exist(readme):
+def test_makefile_targets_named_exist(text):
     made = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z-]+)", readme)) <= made
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= made
 
 
-def test_configs_named_are_shipped_and_load(readme):
-    for name in set(re.findall(r"configs/[\w.-]+\.yaml", readme)):
+def test_configs_named_are_shipped_and_load(text):
+    for name in set(re.findall(r"configs/[\w.-]+\.yaml", text)):
         assert load_config(REPOSITORY / name).name
 
 

@@ -319,7 +319,7 @@ def serve_command(
     words: Annotated[
         list[str] | None,
         text_argument(
-            metavar="KEY=VALUE …", help="auditor=DIR, host=127.0.0.1, port=8000, keys=FILE, and what README.md names."
+            metavar="KEY=VALUE …", help="auditor=DIR, host=127.0.0.1, port=8000, keys=FILE, …: see docs/service.md"
         ),
     ] = None,
 ) -> None:
