@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
+export NO_MKDOCS_2_WARNING = 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve fuzz test test-all check bench chaos sweep-smoke clean setup setup-dev
+.PHONY: demo serve fuzz test test-all check docs bench chaos sweep-smoke clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -37,11 +38,15 @@ test: setup-dev  ## all tests, in two processes, each with whole files: what a f
 test-all: setup-dev  ## and those that take long
 	$(PYTEST) -m "long or not long"
 
-check: setup-dev  ## format, lint, types, import boundaries
+check: setup-dev  ## format, lint, types, import boundaries, the docs' links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --noconftest tests/test_boundaries.py
+	$(BIN)/mkdocs build --quiet
+
+docs: setup-dev  ## the documentation's pages, in build/site
+	$(BIN)/mkdocs build --quiet
 
 chaos: setup-dev  ## audits on several nodes while twenty processes are killed; prints what became of the rows
 	$(BIN)/python tests/chaos/fire.py build/chaos

@@ -58,7 +58,8 @@ def test_what_is_asked_for_is_imported():
     used = {name for folder in PLACES for name, _ in imports(folder)}
     distributions = packages_distributions()
     packages = {canonicalize_name(d) for name in used for d in distributions.get(name, ())}
-    programs = {"mypy", "ruff", "pytest-timeout", "pytest-xdist", "setuptools", "types-pyyaml"}
+    docs = {"mkdocs", "mkdocs-material", "mkdocstrings"}
+    programs = docs | {"mypy", "ruff", "pytest-timeout", "pytest-xdist", "setuptools", "types-pyyaml"}
     assert required(*PROJECT["optional-dependencies"]) - packages - programs == BY_NAME
 
 
