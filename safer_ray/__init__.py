@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # OpenMP threads that spin while they wait make torch 20 times slower as soon as another process wants a core.
 # It is read when torch is loaded, and costs about a tenth on an idle machine.

@@ -21,6 +21,7 @@ import pytest
 import typer
 from ray.job_submission import JobDetails, JobStatus
 
+from safer_ray import __version__
 from safer_ray.cli import app as cli
 from safer_ray.distributed import command
 from safer_ray.distributed import submit as module
@@ -550,7 +551,7 @@ def test_a_command_runs_as_a_job_and_no_value_of_env_is_told_but_that_others_can
     assert done.returncode == 0, done.stderr
     first, *log, last = done.stdout.splitlines()
     assert first.startswith("safer-")
-    assert "0.1.0" in log
+    assert __version__ in log
     assert last.startswith(f"job {first} succeeded in ")
     assert "sesame" not in done.stdout + done.stderr
     assert done.stderr.startswith(
@@ -590,7 +591,7 @@ def test_a_job_whose_node_lacks_a_variable_ends_before_it_begins_and_names_it(cl
     )  # fmt: skip
     assert done.returncode == FAILED
     assert "NO_SUCH_SECRET: is not set on this node; set it where the nodes start" in done.stdout
-    assert "0.1.0" not in done.stdout
+    assert __version__ not in done.stdout
     assert "open-sesame" not in done.stdout + done.stderr
 
 
