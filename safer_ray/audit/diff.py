@@ -1,4 +1,4 @@
-"""What two audits say of the same pairs: who is flagged, how the order changed, what was asked differently.
+"""Compare two audits of the same pairs: who is flagged, how the order changed, what was asked differently.
 
 Pairs are matched by row key and pair id, or by the pair id alone where that finds more of them, as it does when the
 sources differ in their names or their order. A pair that stands in an audit several times is matched as often.
@@ -46,7 +46,7 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Pairs(NamedTuple):
-    """How the pairs of A and B go together."""
+    """Counts of the pairs that A and B share, and of those that only one has."""
 
     both: int
     only_a: int
@@ -54,7 +54,7 @@ class Pairs(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Of the pairs in both audits."""
+    """Counts of flags, over the pairs in both audits."""
 
     a: int
     b: int

@@ -1,4 +1,4 @@
-"""What an audit would cost, from a sample of its rows: `safer-ray audit --dry-run`."""
+"""Estimate what an audit would cost, from a sample of its rows: `safer-ray audit --dry-run`."""
 
 import tempfile
 import time
@@ -25,7 +25,7 @@ PLACES, ROWS = 16, 16  # of the sample: fragments, and rows of each
 
 
 class Estimate(NamedTuple):
-    """Of a whole audit, on actors as fast as this process."""
+    """The cost of a whole audit, on actors as fast as this process."""
 
     files: int
     left_out: int  # data files in folders that are no part of the source

@@ -99,7 +99,8 @@ def check_sources(fragments: Sequence[Fragment]) -> None:
 
 
 def _begins_alike(file: Path, found: tuple[int, str], last: Fragment) -> bool:
-    """Whether the planned rows of a file still stand there, which is known of lines: more may have come behind them."""
+    """Return whether the planned rows of a file still stand there, which is known of lines: more may have come behind
+    them."""
     if not begins_as(file, found, last):
         return False
     if found[0] == last.size:

@@ -1,4 +1,5 @@
-"""What interrupted runs and audits left behind, told apart by name, place and content from all that is still of use.
+"""Find what interrupted runs and audits left behind, told apart by name, place and content from all that is still of
+use.
 
 A run is a folder with artifacts (`STAGE-HASH/manifest.json`), or with the beginning of one or the lock of a stage; an
 audit is a folder whose `audit.json` says so. Left alone is whatever a living process works on, and what lies below it,

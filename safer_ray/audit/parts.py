@@ -1,4 +1,4 @@
-"""What an audit writes of a fragment: scores, flagged pairs with their texts, and figures that add up over fragments.
+"""Write a fragment of an audit: scores, flagged pairs with their texts, and figures that add up over fragments.
 
 The figures stand in the fragment's `done` entry, so that an audit is summarised without reading a row again.
 """
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of scored pairs; sums and counts, so that those of parts add up to those of the whole."""
+    """Figures of scored pairs; sums and counts, so that those of parts add up to those of the whole."""
 
     pairs: int
     flagged: int
@@ -84,7 +84,7 @@ def _capped(kinds: dict[str, Group]) -> dict[str, Group]:
 
 
 def figures_of(rows: pa.Table) -> Figures:
-    """Of rows in the AUDITED schema."""
+    """Return the figures of rows in the AUDITED schema."""
     flags = rows["flag"].to_numpy()
     facets: dict[str, list[str]] = {
         "source": [name or "" for name in rows["source"].to_pylist()],

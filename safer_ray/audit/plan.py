@@ -35,7 +35,7 @@ PEEK = 2**20  # bytes
 
 
 class FileNotes(NamedTuple):
-    """What there is to tell of the files of an audit."""
+    """Notes on the files of an audit, for its output and its summary."""
 
     left_for_later: dict[str, int]  # file -> bytes of a last line that is still being written
     left_out: dict[str, int]  # folder -> data files in it that are no part of the source
@@ -114,7 +114,7 @@ class _ChangedError(UserError):
 
 
 class _Looked(NamedTuple):
-    """What a look at a file found."""
+    """The result of a look at a file."""
 
     name: str  # in row keys
     path: str

@@ -1,4 +1,5 @@
-"""What people say of the pairs that an audit flagged: their verdicts, and the share of flagged pairs that is bad.
+"""Collect what people say of the pairs that an audit flagged: their verdicts, and the share of flagged pairs that is
+bad.
 
 A verdict is a line of JSON: `verdict` (bad, fine or unsure) and `row_key` or `pair_id`, both where a row of the source
 gave several pairs; `reviewer` and `note` where they are known. Whatever else stands in the line is left alone, so a
@@ -47,7 +48,7 @@ class BadLine(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """How many of the most suspicious flagged pairs are bad."""
+    """The share of the most suspicious flagged pairs that is bad."""
 
     flagged: int  # so many of the most suspicious
     reviewed: int  # of those, also as unsure
@@ -59,7 +60,7 @@ class Precision(NamedTuple):
 
 
 class Reviewed(NamedTuple):
-    """What came of a verdict file."""
+    """The outcome of reading a verdict file."""
 
     used: int  # lines
     bad_lines: list[BadLine]

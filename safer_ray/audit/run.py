@@ -36,7 +36,7 @@ CONTENT = "auditor_sha256"  # of the bundle, which its name does not tell
 
 
 class Audit(NamedTuple):
-    """What is audited, by what, and how it is cut."""
+    """An audit's corpus, its bundle, and how the corpus is cut."""
 
     auditor: Artifact
     source: SourceConfig

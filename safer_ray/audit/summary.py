@@ -1,4 +1,4 @@
-"""What an audit found, from the figures of its fragments: `flagged.jsonl`, `summary.json`, the page, the manifest."""
+"""Summarise an audit, from the figures of its fragments: `flagged.jsonl`, `summary.json`, the page, the manifest."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ DECILES = 10
 
 
 class Drift(NamedTuple):
-    """How far the audited pairs' suspicion lies from the reference pairs', which is uniform over [0, 1]."""
+    """The distance of the audited pairs' suspicion from the reference pairs', which is uniform over [0, 1]."""
 
     ks: float  # largest distance of the two distributions, at BINS edges; 0 is none, 1 is most
     p: float  # of Kolmogorov and Smirnov's test for two samples: small where chance does not explain the distance
@@ -39,7 +39,7 @@ class Drift(NamedTuple):
 
 
 def drift(suspicion: np.ndarray, reference: int) -> Drift:
-    """Of pairs by bin of suspicion, against so many reference pairs."""
+    """Return the drift of pairs, counted by bin of suspicion, against so many reference pairs."""
     n = int(suspicion.sum())
     if n == 0:
         return Drift(0.0, 1.0, 0.0, reference)
@@ -78,7 +78,7 @@ def close_audit(audit: Audit, out: Path, counts: AuditCounts, seconds: float) ->
 
 
 def _marks(audit: Audit, out: Path, fragments: Sequence[Fragment]) -> Marks:
-    """Of the auditor, and of all that was audited by it; what the rows said stands in the scores."""
+    """Return the marks of the auditor, and of all that was audited by it; what the rows said stands in the scores."""
     licence = audit.source.licence
     scores = tell_it(out / SCORES / part_name(fragment.number) for fragment in fragments)
     own = Marks((licence,) if licence else (), bool(scores))

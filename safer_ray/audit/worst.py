@@ -20,7 +20,7 @@ def _numbers(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranks(table: pa.Table) -> list[Rank]:
-    """Of each row of a table with the columns RANKED."""
+    """Return the rank of each row of a table with the columns RANKED."""
     numbers = [values.tolist() for values in _numbers(table)]
     return list(zip(*numbers, table["row_key"].to_pylist(), table["pair_id"].to_pylist(), strict=True))
 

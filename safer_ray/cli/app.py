@@ -123,7 +123,7 @@ def run_command(
 
 
 def _closing_table(summary: dict[str, Any], base: str) -> None:
-    """What the run found, as a table."""
+    """Print what the run found, as a table."""
     found = summary["detection"]
     facts = Table(box=None, show_header=False, pad_edge=False)
     sae = summary["sae"]

@@ -1,4 +1,4 @@
-"""What is done with finished audits and runs on the command line: export, review, diff, gc."""
+"""Commands on finished audits and runs: export, review, diff, gc."""
 
 import time
 from pathlib import Path

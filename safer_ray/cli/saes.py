@@ -1,4 +1,4 @@
-"""What is done with autoencoders from elsewhere on the command line: import-sae."""
+"""Commands on autoencoders from elsewhere: import-sae."""
 
 from typing import Annotated
 

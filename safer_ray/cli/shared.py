@@ -1,4 +1,4 @@
-"""What the commands share: options, the console, and turning values into configs and stages."""
+"""Shared by all commands: options, the console, and turning values into configs and stages."""
 
 import contextlib
 import os

@@ -1,1 +1,1 @@
-"""What a run is told: one frozen model a stage, read from YAML; imports neither torch nor ray."""
+"""The configuration of a run: one frozen model a stage, read from YAML; imports neither torch nor ray."""

@@ -1,4 +1,4 @@
-"""How an SAE is trained: the section `sae` of a config. Imports neither torch nor ray."""
+"""The section `sae` of a config: how an SAE is trained. Imports neither torch nor ray."""
 
 from typing import Annotated, Literal, Self
 

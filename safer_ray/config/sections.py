@@ -270,7 +270,7 @@ class LabConfig(Frozen):
 
 
 class DeepSpeedConfig(Frozen):
-    """How DeepSpeed spreads a reward model over the workers; changes no result beyond rounding."""
+    """Options by which DeepSpeed spreads a reward model over the workers; changes no result beyond rounding."""
 
     stage: Literal[0, 1, 2, 3] = 2  # ZeRO: 1 partitions optimiser state, 2 gradients too, 3 weights too
     offload_optimizer: bool = False  # its state lives in the memory of the host

@@ -1,4 +1,4 @@
-"""What all sections of a config share."""
+"""The base class of all sections of a config."""
 
 from collections.abc import Callable
 from pathlib import Path

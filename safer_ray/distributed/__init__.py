@@ -1,1 +1,1 @@
-"""What runs stages on a Ray cluster: the only part of the library that imports ray."""
+"""Run stages on a Ray cluster: the only part of the library that imports ray."""

@@ -1,4 +1,4 @@
-"""What is used of Ray that Ray does not promise: each name has its test in `tests/test_ray_internals.py`, and Ray is
+"""Names of Ray that Ray does not promise: each name has its test in `tests/test_ray_internals.py`, and Ray is
 held to the minor version that was tested."""
 
 import contextlib

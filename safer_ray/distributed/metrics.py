@@ -1,4 +1,4 @@
-"""What the product counts, on Ray's Prometheus endpoint."""
+"""Counters of the product, on Ray's Prometheus endpoint."""
 
 import functools
 from typing import Any

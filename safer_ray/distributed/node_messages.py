@@ -1,4 +1,4 @@
-"""What Ray tells a driver of its nodes, in our words: which processes were lost, and why."""
+"""Report what Ray tells a driver of its nodes, in our words: which processes were lost, and why."""
 
 import logging
 import re

@@ -224,7 +224,8 @@ def _line(error: BaseException) -> str:
 
 
 def room(need: Need, nodes: list[dict[str, float]]) -> int:
-    """How many such processes the nodes hold, each process whole on one of them, with tasks on the node that suits."""
+    """Return how many such processes the nodes hold, each process whole on one of them, with tasks on the node that
+    suits."""
     if not need.tasks:
         return sum(_fit(need, node) for node in nodes)
     with_tasks = [

@@ -1,4 +1,4 @@
-"""What one operator of a pipeline does with a row: a fragment in, a fragment out, as Arrow IPC bytes."""
+"""The work of one operator of a pipeline on a row: a fragment in, a fragment out, as Arrow IPC bytes."""
 
 import json
 from abc import ABC, abstractmethod

@@ -58,13 +58,13 @@ class Job:
 
     @property
     def handles(self) -> str:
-        """How to follow and to stop the job."""
+        """Return how to follow and to stop the job."""
         follow = f"safer-ray submit --address {self.address} --job-id {self.id}"
         return f"follow it: {follow}; stop it: ray job stop {self.id} --address {self.address}"
 
     @property
     def resume(self) -> str:
-        """How to go on after the job has ended, and where its log is."""
+        """Return how to go on after the job has ended, and where its log is."""
         again = "submit it again under another --job-id" if self.named else "run the same command again"
         log = f"ray job logs {self.id} --address {self.address}"
         return f"{again} to go on from there (finished work is kept); its log: {log}"

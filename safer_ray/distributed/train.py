@@ -129,7 +129,7 @@ def _dtype(options: EngineOptions) -> str:
 
 
 def work(given: dict[str, Any]) -> None:
-    """What every worker of the group runs: the jobs, one after another."""
+    """Run, in every worker of the group, the jobs, one after another."""
     config: RayConfig = given["config"]
     torch.set_num_threads(config.worker_threads)
     for job in given["jobs"]:

@@ -1,4 +1,4 @@
-"""What an auditor bundle says of itself, read without the model: for clients, and for the page."""
+"""Describe an auditor bundle, read without the model: for clients, and for the page."""
 
 import json
 from collections.abc import Mapping

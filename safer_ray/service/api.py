@@ -1,4 +1,4 @@
-"""What goes over the wire, both ways. No Ray, no torch: clients may import it."""
+"""Requests and answers as they go over the wire. No Ray, no torch: clients may import it."""
 
 from typing import Annotated, Literal
 
@@ -17,13 +17,13 @@ Percentile = Annotated[float, Field(ge=0, le=100, description="of the score amon
 
 
 class Sent(BaseModel):
-    """What a client sends: exact types, and a misspelt key is an error."""
+    """Base of what a client sends: exact types, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Answered(BaseModel):
-    """What the service answers."""
+    """Base of what the service answers."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,7 +76,7 @@ class ScoreRequest(Sent):
 
 
 class Contribution(Answered):
-    """What a feature adds to a pair's score; negative ones make a pair suspicious."""
+    """The share of a feature in a pair's score; negative ones make a pair suspicious."""
 
     feature: int
     name: str
@@ -185,7 +185,8 @@ class FeatureContext(Answered):
 
 
 class SideHistograms(Answered):
-    """How strongly a feature fires on chosen and on rejected responses' sentences, where it fires at all."""
+    """Histograms of how strongly a feature fires on chosen and on rejected responses' sentences, where it fires at
+    all."""
 
     edges: list[float] = Field(description="one more than chosen and rejected")
     chosen: list[int]

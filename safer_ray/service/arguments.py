@@ -1,4 +1,4 @@
-"""What the service is started with: `python -m serve KEY=VALUE …`, or `args` in a file for `serve deploy`."""
+"""Arguments of the service: `safer-ray serve KEY=VALUE …`, or `args` in a file for `serve deploy`."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Thresholds(Frozen):
-    """What `user_config` changes while the service runs."""
+    """Settings that `user_config` changes while the service runs."""
 
     detector: DetectorOf | None = None  # what an audit suspects by, where none is named
     flag_quantile: Share = 0.05

@@ -144,7 +144,7 @@ def _read_file(path: Path) -> tuple[Key, ...]:
 
 
 class Stamp(NamedTuple):
-    """What differs once a file was written or replaced, also by one of its size and modification time."""
+    """A file's mark, which differs once it was written or replaced, also by one of its size and modification time."""
 
     inode: int
     size: int

@@ -17,7 +17,7 @@ class Ended(BaseException):
 
 
 class Ending:
-    """What was told by a signal. A second one changes nothing: the first is being followed."""
+    """The end that a signal asked for. A second one changes nothing: the first is being followed."""
 
     def __init__(self) -> None:
         self.number: int | None = None

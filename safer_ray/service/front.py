@@ -1,4 +1,4 @@
-"""What Ray Serve is started with to be at its quickest: HAProxy before the ingresses, one event loop a replica.
+"""Settings with which Ray Serve is at its quickest: HAProxy before the ingresses, one event loop a replica.
 
 `env $(python -m safer_ray.service.front) ray start …` starts a node of a cluster so; `safer-ray serve` does it on one
 machine.

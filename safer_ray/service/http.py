@@ -112,7 +112,7 @@ def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
         openapi_extra=SECURED,
     )
     async def score(request: ScoreRequest, asked: Request) -> Response:
-        """How suspicious each pair is; errors stay with the pair that has them."""
+        """Score each pair; errors stay with the pair that has them."""
         seconds = limits().answer_s
         with counted_pairs(asked.scope, len(request.pairs)):
             try:

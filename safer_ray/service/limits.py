@@ -1,4 +1,4 @@
-"""What a request may cost: checked while it arrives, and before anything is made of it."""
+"""Limits of what a request may cost: checked while it arrives, and before anything is made of it."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Limits(Frozen):
-    """Of a request; those of a text are told pair by pair, all others refuse the request."""
+    """Limits of a request; those of a text are told pair by pair, all others refuse the request."""
 
     body_bytes: Count = 4 * 2**20
     upload_bytes: Count = 16 * 2**20  # of a file that the page takes

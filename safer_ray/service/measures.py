@@ -1,4 +1,4 @@
-"""What the service counts, on Ray's Prometheus endpoint, where every name begins with `ray_safer_ray_serve_`."""
+"""Counters of the service, on Ray's Prometheus endpoint, where every name begins with `ray_safer_ray_serve_`."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What a key may ask in a minute: counted by each ingress, of which each grants its share."""
+"""Limit what a key may ask in a minute: counted by each ingress, of which each grants its share."""
 
 import math
 import time
@@ -23,7 +23,8 @@ class RateLimited(Problem):
 
 
 class Window:
-    """What was taken in the last minute, entry by entry, so that no minute ever holds more than the limit."""
+    """The record of what was taken in the last minute, entry by entry, so that no minute ever holds more than the
+    limit."""
 
     def __init__(self) -> None:
         self.taken: deque[list[float]] = deque()  # time, count

@@ -1,4 +1,4 @@
-"""What is left to do when the Ray of this service is gone: nothing may wait for it."""
+"""End a service whose Ray is gone: nothing may wait for it."""
 
 import contextlib
 import os

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a row: figures and, where it was asked for, an explanation; or why there is none."""
+    """The outcome of a row: figures and, where it was asked for, an explanation; or why there is none."""
 
     figures: dict[str, Any] | None  # of ScoredPair
     explanation: Explanation | None = None

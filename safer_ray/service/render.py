@@ -57,7 +57,7 @@ def sign_in_page(failed: bool = False, next_path: str = "/") -> HTMLResponse:
 
 
 def _shown(value: object) -> object:
-    """Of what templates put out, plain text with its control characters visible; markup as it is."""
+    """Return what templates put out: plain text with its control characters visible, markup as it is."""
     return visible(value) if type(value) is str else value
 
 

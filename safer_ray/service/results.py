@@ -1,4 +1,4 @@
-"""What the page shows of a scored pair and of a scored file."""
+"""Views of a scored pair and of a scored file, for the page."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What a request is for, as the router sees it."""
+"""The route of a request, as the router sees it."""
 
 from collections.abc import MutableMapping
 from typing import Any

@@ -47,7 +47,8 @@ class ScorePairs(AuditPairs):
         return self.codes
 
     def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Of rows in their order; one that the model cannot read has the reason in place of figures."""
+        """Return the outcome of each row in order; one that the model cannot read has the reason in place of
+        figures."""
         every = [row._asdict() | {"pair_id": str(i), "row_key": str(i)} for i, row in enumerate(rows)]
         scored, reasons = self.read(schema.table(every, schema.PAIRS))
         found = iter(self._told(scored, [(rows[i], said) for i, said in enumerate(every) if i not in reasons]))

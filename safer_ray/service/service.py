@@ -1,4 +1,5 @@
-"""What routes and page ask: a Protocol that Ray Serve's ingress implements, and `LocalService`, which needs no Ray."""
+"""The service that routes and page ask: a Protocol that Ray Serve's ingress implements, and `LocalService`, which needs
+no Ray."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -55,7 +56,7 @@ class Service(Protocol):
 
 
 class Told:
-    """What a service tells of its bundle, and how it reads and answers pairs; the scoring is left to others."""
+    """A service without its scoring: it describes its bundle, and reads and answers pairs."""
 
     def __init__(self, auditor: Path, config: ScoresConfig, limits: Limits) -> None:
         self.bundle = open_auditor(auditor)

@@ -1,4 +1,4 @@
-"""What a score means, in plain words."""
+"""Say in plain words what a score means."""
 
 from typing import NamedTuple
 

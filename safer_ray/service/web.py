@@ -43,7 +43,7 @@ Form = Mapping[str, str]
 
 
 class Notice(NamedTuple):
-    """What stands above the form when the service gave no answer."""
+    """The notice above the form when the service gave no answer."""
 
     title: str
     detail: str

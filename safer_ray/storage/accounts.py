@@ -1,4 +1,5 @@
-"""What is finished of a stage: the `done` entries of its fragments, with their accounts; the metrics of a training."""
+"""Accounts of what is finished of a stage: the `done` entries of its fragments, with their accounts; the metrics of a
+training."""
 
 import json
 import logging

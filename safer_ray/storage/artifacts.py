@@ -301,7 +301,8 @@ class Place:
         return artifact
 
     def metadata(self, directory: Path) -> dict[str, str]:
-        """What the tables say that are written below `directory`, where something is built, of what it is made of."""
+        """Return what the tables say that are written below `directory`, where something is built, of what it is made
+        of."""
         recipe = self.building.get(directory)
         return RED_TEAM_MARK if recipe and recipe.inherited.red_team else {}
 

@@ -1,4 +1,4 @@
-"""What an artifact holds, as one hash: the rows of its tables, and the bytes of its other files."""
+"""Hash what an artifact holds: the rows of its tables, and the bytes of its other files."""
 
 import functools
 import hashlib

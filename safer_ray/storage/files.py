@@ -144,7 +144,8 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """What to say of a Parquet file of ours that cannot be read: which it is, and what it takes to have it again."""
+    """Return the error for a Parquet file of ours that cannot be read: which it is, and what it takes to have it
+    again."""
     folders = [folder for folder in list(path.parents)[:3] if (folder / "manifest.json").is_file()]
     entries = [folder / "done" / f"{path.stem.removeprefix('part-')}.json" for folder in path.parents[:2]]
     entry = next((file for file in entries if path.stem.startswith("part-") and file.exists()), None)
@@ -161,7 +162,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 
 class Footer(NamedTuple):
-    """What the end of a Parquet file says."""
+    """The end of a Parquet file."""
 
     rows: int
     digest: str  # of the footer, which tells the sizes and the least and greatest values of all columns

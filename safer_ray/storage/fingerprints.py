@@ -1,4 +1,5 @@
-"""Whether a file is the one that was planned, wherever it lies now: by its bytes, or by what a store says of an object.
+"""Tell whether a file is the one that was planned, wherever it lies now: by its bytes, or by what a store says of an
+object.
 
 A path, a size and a modification time that have not changed are believed. Where one of them has, the bytes decide: a
 file's sha256 was taken when it was planned; an object's ETag is compared, or computed where it is an MD5.
@@ -19,7 +20,7 @@ BLOCK = 2**20
 
 
 class Planned(Protocol):
-    """What was written down of a file."""
+    """The facts that were recorded of a file."""
 
     @property
     def path(self) -> str: ...

@@ -192,7 +192,7 @@ def _take_object(path: Path, owner: Owner) -> None:
 
 
 class _Body:
-    """What runs while a lock is held, and how it is ended from the heartbeat's thread."""
+    """The body that runs while a lock is held, and how it is ended from the heartbeat's thread."""
 
     def __init__(self) -> None:
         self.why: str | None = None

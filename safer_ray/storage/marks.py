@@ -1,4 +1,5 @@
-"""What data hands on to all that is made of it: the licences of its sources, and the red-team mark of poisoned labels.
+"""Marks that data hands on to all that is made of it: the licences of its sources, and the red-team mark of poisoned
+labels.
 
 An artifact says both in its manifest. The red-team mark is in its files too, since these are copied without it: in the
 metadata of its tables, in the rows of pairs, scores and decisions, and in the JSON files that models and features are
@@ -67,8 +68,8 @@ def any_red_team(extra: pa.ChunkedArray) -> bool:
 
 
 def is_marked(files: Iterable[Path]) -> bool:
-    """Whether a Parquet file among these says that its rows were poisoned as a red-team exercise. Rows of other files
-    say it themselves, when they are read."""
+    """Return whether a Parquet file among these says that its rows were poisoned as a red-team exercise. Rows of other
+    files say it themselves, when they are read."""
     parquet = [path for path in files if kind_of(path)[0] == "parquet"]
     return bool(parquet) and any(side_by_side(_says_poisoned, parquet, threads_for(parquet[0])))
 
@@ -119,14 +120,15 @@ def _lies_at(path: Path) -> set[Path]:
 
 
 def marks_of(path: Path) -> Marks:
-    """Of a foreign file or folder: what the artifact says that it is, or lies in, and what its files say."""
+    """Return the marks of a foreign file or folder: what the artifact says that it is, or lies in, and what its files
+    say."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     found = is_marked(files) or any(_opens_marked(file) for file in files)
     return together(enclosing([path if path.is_file() else path / MANIFEST]), Marks(red_team=found))
 
 
 def enclosing(paths: Iterable[Path]) -> Marks:
-    """Of the artifacts that files lie in, up to two folders deep, also behind links."""
+    """Return the marks of the artifacts that files lie in, up to two folders deep, also behind links."""
     folders = {folder for path in paths for place in _lies_at(path) for folder in place.parents[:2]}
     return together(*(_manifest_marks(folder / MANIFEST) for folder in folders))
 

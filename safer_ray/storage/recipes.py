@@ -1,4 +1,4 @@
-"""What artifacts are and what they are made by: recipes take artifacts, not names, and hand on what these carry."""
+"""Artifacts and the recipes that they are made by: recipes take artifacts, not names, and hand on what these carry."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Artifact:
 
     @property
     def marks(self) -> Marks:
-        """What it hands on to all that is made of it."""
+        """Return what it hands on to all that is made of it."""
         return Marks(tuple(self.licence), self.red_team)
 
 
@@ -70,8 +70,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Input:
-    """What a recipe names otherwise than as one artifact: a file of one, several in a row, or what is no artifact; and
-    the artifacts that it is `of`, which hand on what they carry; `paths` say where it lies, and name nothing."""
+    """An input that a recipe names otherwise than as one artifact: a file of one, several in a row, or what is no
+    artifact; and the artifacts that it is `of`, which hand on what they carry; `paths` say where it lies, and name
+    nothing."""
 
     name: str
     of: tuple[Artifact, ...] = ()
@@ -84,7 +85,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes an artifact: equal recipes give equal artifacts. Hardware, paths and worker counts never enter.
+    """The recipe of an artifact: equal recipes give equal artifacts. Hardware, paths and worker counts never enter.
 
     What comes in, by role, comes as artifacts, so that licences and the red-team mark are handed on here and nowhere
     else. Those `beside` are read too, but the others' names imply them.
@@ -107,12 +108,12 @@ class Recipe:
 
     @property
     def names(self) -> dict[str, str]:
-        """Of each role, the name of an artifact or what else names its input."""
+        """Return for each role the name of an artifact, or what else names its input."""
         return {role: given.name for role, given in self.inputs.items()}
 
     @property
     def inherited(self) -> Marks:
-        """What all inputs hand on."""
+        """Return what all inputs hand on."""
         return together(*(artifact.marks for artifacts in self._by_role().values() for artifact in artifacts))
 
     @property
@@ -137,7 +138,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage's build says about what it wrote; its `own` marks are those that no input of its recipe carries."""
+    """The result of a stage's build, about what it wrote; its `own` marks are those that no input of its recipe
+    carries."""
 
     rows: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -29,7 +29,7 @@ SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class Stat(NamedTuple):
-    """Of an object, as `os.stat` names it."""
+    """Facts of an object, named as `os.stat` does."""
 
     st_size: int
     st_mtime: float

@@ -1,4 +1,4 @@
-"""What a command may replace or delete: an artifact of its own stage, and nothing that it reads."""
+"""Check what a command may replace or delete: an artifact of its own stage, and nothing that it reads."""
 
 import json
 import os

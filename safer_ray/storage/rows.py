@@ -249,7 +249,8 @@ def _cut_lines(
 
 
 def _is_whole(stream: IO[bytes], begin: int, end: int) -> bool:
-    """Whether a last line without its newline is written to its end: then it is a JSON object, and a half is none."""
+    """Return whether a last line without its newline is written to its end: then it is a JSON object, and a half is
+    none."""
     if end - begin > MAX_ROW:
         return False
     stream.seek(begin)

@@ -1,4 +1,4 @@
-"""What runners are given to do: a batch function over fragments, or a training loop.
+"""Jobs that runners are given: a batch function over fragments, or a training loop.
 
 A *batch function* is a class with `__init__` (load) and `__call__(table) -> table`. Rows that it refuses carry the
 reason in a `refused` column (and what it knows of `position` and `raw`); the runner moves them to the quarantine.
