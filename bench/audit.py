@@ -39,8 +39,9 @@ from safer_ray.data.sources import NormalisePairs
 from safer_ray.features.engine import Engine
 from safer_ray.features.salience import candidates
 from safer_ray.features.scoring import pair_scores
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import quiet_transformers, save_reward_model
 from safer_ray.sae.formats import save_sae
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_files, read_plan
@@ -76,16 +77,16 @@ def write_bundle(folder: Path) -> Artifact:
     save_reward_model(bench.reward, folder / "reward")
     save_sae(bench.sae, folder / "sae", model="random", layer=size.layer)
     write_pairs(bench.pairs, folder / "reference.jsonl")
-    stages = Stages(Place(folder / "made"), LocalRunner())
+    ctx = StageContext(Place(folder / "made"), LocalRunner())
     source = SourceConfig(path=str(folder / "reference.jsonl"), format="canonical")
-    pairs = stages.pairs(PairsConfig(sources=(source,)))
+    pairs = model_stages.pairs(ctx, PairsConfig(sources=(source,)))
     reward, sae = open_artifact(folder / "reward"), open_artifact(folder / "sae")
-    codes = stages.codes(pairs, reward, sae)
-    salience = stages.salience(codes, "response", None)
+    codes = model_stages.codes(ctx, pairs, reward, sae)
+    salience = feature_stages.salience(ctx, codes, "response", None)
     rated = candidates(pa.concat_tables(map(pq.read_table, part_files(salience.path))), 32)
     write_json(dict.fromkeys(map(str, rated), 5), folder / "ratings.json")
-    chosen = stages.select(SelectConfig(), salience, ratings=open_artifact(folder / "ratings.json"))
-    return stages.auditor(reward, sae, chosen, codes, None)
+    chosen = feature_stages.select(ctx, SelectConfig(), salience, ratings=open_artifact(folder / "ratings.json"))
+    return feature_stages.auditor(ctx, reward, sae, chosen, codes, None)
 
 
 def write_corpus(folder: Path, rows: int, files: int) -> None:

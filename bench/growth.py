@@ -17,8 +17,9 @@ import torch
 from bench.common import local_path, write
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.data.corpus import write_corpus
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
@@ -31,7 +32,7 @@ MODEL = TinyLlamaConfig(hidden=32, layers=2, heads=2, intermediate=64, vocabular
 def prepare(folder: Path, count: int) -> None:
     """A corpus of so many pairs that begins again and again, a random reward model and a random SAE."""
     write_corpus(folder, train_per_section=500, heldout_per_section=1, seed=0)
-    some = Stages(Place(folder / "some"), LocalRunner()).pairs(sources(folder / "train.jsonl"))
+    some = model_stages.pairs(StageContext(Place(folder / "some"), LocalRunner()), sources(folder / "train.jsonl"))
     table = read_parts(some.path)
     rows = table.select(["prompt", "chosen", "rejected"]).to_pylist()
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as out:
@@ -49,9 +50,9 @@ def sources(path: Path) -> PairsConfig:
 
 def run(folder: Path) -> None:
     """Pairs and codes of the corpus in `folder`; what that took, as JSON."""
-    stages = Stages(Place(folder / "runs"), LocalRunner())
-    pairs = stages.pairs(sources(folder / "pairs.jsonl"))
-    codes = stages.codes(pairs, open_artifact(folder / "model"), open_artifact(folder / "sae"))
+    ctx = StageContext(Place(folder / "runs"), LocalRunner())
+    pairs = model_stages.pairs(ctx, sources(folder / "pairs.jsonl"))
+    codes = model_stages.codes(ctx, pairs, open_artifact(folder / "model"), open_artifact(folder / "sae"))
     print(json.dumps({"pairs": codes.manifest["rows"]["written"], "peak_mb": held_at_most()}))
 
 

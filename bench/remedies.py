@@ -18,12 +18,12 @@ from safer_ray.config.read import load_config
 from safer_ray.config.sections import RunConfig
 from safer_ray.detection.combined import fit_effect, splits
 from safer_ray.detection.quality import compare
+from safer_ray.pipeline import crossfit, detector_stages, model_stages
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
+from safer_ray.pipeline.detector_stages import read_folds
 from safer_ray.pipeline.inputs import lasting
-from safer_ray.pipeline.lab import Lab
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.pipeline.stage import pairs_of
-from safer_ray.pipeline.suspect import read_folds
+from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Place, read_parts
 from safer_ray.storage.files import write_json
@@ -44,15 +44,15 @@ class Seed(NamedTuple):
     folds: list[Fold]
 
 
-def open_seed(lab: Lab, config: RunConfig, seed: int) -> Seed:
+def open_seed(ctx: StageContext, config: RunConfig, seed: int) -> Seed:
     """From artifacts that are there."""
     assert config.lab is not None
-    pairs = lab.pairs(config.pairs)
-    noisy = lab.noise(config.lab.noises["uniform"].model_copy(update={"seed": seed}), pairs)
-    fitted: OutOfFold = lab.cross_fit(config, noisy)
+    pairs = model_stages.pairs(ctx, config.pairs)
+    noisy = model_stages.noise(ctx, config.lab.noises["uniform"].model_copy(update={"seed": seed}), pairs)
+    fitted: OutOfFold = crossfit.cross_fit(ctx, config, noisy)
     rows = read_parts(pairs_of(noisy), ["pair_id", "group"])
     ids = rows["pair_id"].to_pylist()
-    read = read_folds(fitted.folds, lab.trunk_vectors(config, noisy, fitted), ids)
+    read = read_folds(fitted.folds, detector_stages.trunk_vectors(ctx, config, noisy, fitted), ids)
     truth, _ = rows_of(read_parts(noisy.path / "truth"), ids)
     planted = np.array(truth["planted"].to_pylist(), dtype=bool)
     groups = rows["group"].to_pylist()
@@ -131,8 +131,8 @@ def main() -> None:
     given = parser.parse_args()
     config = load_config(ROOT / "configs/lab_pku.yaml")
     assert config.lab is not None
-    lab = Lab.of(Place(lasting(given.root) / config.name), LocalRunner(), config)
-    seeds = [open_seed(lab, config, seed) for seed in config.lab.seeds]
+    ctx = StageContext.of(Place(lasting(given.root) / config.name), LocalRunner(), config)
+    seeds = [open_seed(ctx, config, seed) for seed in config.lab.seeds]
     tried = [remedies(seed) for seed in seeds]
     suspicions = {name: [each[name] for each in tried] for name in tried[0]}
     found = compare(suspicions, [seed.planted for seed in seeds], seeds[0].groups, against=[])

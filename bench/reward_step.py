@@ -18,8 +18,9 @@ import torch
 from bench.common import local_path, write
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig, TinyLlamaConfig
 from safer_ray.data.corpus import write_corpus
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack
@@ -42,7 +43,7 @@ class Apart(RewardModel):
 def prepared(folder: Path) -> tuple[RewardModel, list[PairTokens]]:
     write_corpus(folder, train_per_section=1000, heldout_per_section=1, seed=0)
     source = SourceConfig(path=str(folder / "train.jsonl"), format="canonical")
-    pairs = Stages(Place(folder / "runs"), LocalRunner()).pairs(PairsConfig(sources=(source,)))
+    pairs = model_stages.pairs(StageContext(Place(folder / "runs"), LocalRunner()), PairsConfig(sources=(source,)))
     table = read_parts(pairs.path)
     reward = new_reward_model(RewardConfig(base=MODEL, max_length=160), lambda: pair_texts(table))
     return reward, reward.pairs(table.to_pylist())

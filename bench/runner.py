@@ -18,8 +18,9 @@ from safer_ray.config.sections import CorpusConfig, PairsConfig, RayConfig, Rewa
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.features.passes import EncodePairs
-from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, Runner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import pair_texts
@@ -50,10 +51,10 @@ class Clock:
 
 def prepare(folder: Path, pairs: int) -> tuple[Artifact, Path, Path]:
     """Pairs, a random reward model and a random SAE."""
-    stages = Harvest(Place(folder), LocalRunner(), fragment_rows=pairs // FRAGMENTS)
-    corpus = stages.corpus(CorpusConfig(train_per_section=pairs // 2, heldout_per_section=1))
+    ctx = StageContext(Place(folder), LocalRunner(), fragment_rows=pairs // FRAGMENTS)
+    corpus = model_stages.corpus(ctx, CorpusConfig(train_per_section=pairs // 2, heldout_per_section=1))
     source = SourceConfig(path="corpus:train.jsonl", format="canonical", limit=pairs)
-    made = stages.pairs(PairsConfig(sources=(source,)), corpus)
+    made = model_stages.pairs(ctx, PairsConfig(sources=(source,)), corpus)
     table = read_parts(made.path)
     reward = new_reward_model(RewardConfig(base=MODEL, max_length=256), lambda: pair_texts(table))
     save_reward_model(reward, folder / "model")

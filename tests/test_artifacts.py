@@ -11,9 +11,9 @@ import pytest
 
 from safer_ray.config.sections import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.pipeline.stage import recipe
+from safer_ray.pipeline.stage import StageContext, recipe
 from safer_ray.storage import artifacts as module
 from safer_ray.storage.artifacts import (
     MANIFEST,
@@ -82,8 +82,8 @@ def test_pairs_are_named_by_content_not_by_path_or_fragment_size(tmp_path):
         path = tmp_path / folder / "pairs.jsonl"
         lines = [json.dumps({"prompt": f"p {i}", "chosen": "yes.", "rejected": "no."}) for i in range(5)]
         write_text("\n".join(lines) + "\n", path)
-        stages = Harvest(Place(tmp_path / folder / "runs"), LocalRunner(), fragment_rows=rows)
-        made = stages.pairs(PairsConfig(sources=(SourceConfig(path=str(path)),)))
+        ctx = StageContext(Place(tmp_path / folder / "runs"), LocalRunner(), fragment_rows=rows)
+        made = model_stages.pairs(ctx, PairsConfig(sources=(SourceConfig(path=str(path)),)))
         names.add(made.name)
         parts.append(len(part_files(made.path)))
     assert len(names) == 1

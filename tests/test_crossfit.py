@@ -28,11 +28,12 @@ from safer_ray.errors import UserError
 from safer_ray.features.auditor import best_detector
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import KIND, margins
-from safer_ray.pipeline.crossfit import CrossFit, fold_of
-from safer_ray.pipeline.lab import Lab, run_lab
-from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline import crossfit, model_stages
+from safer_ray.pipeline.crossfit import fold_of
+from safer_ray.pipeline.lab import plantings, run_lab
+from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.pipeline.stage import pairs_of
+from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 
 FOLDS = 3
@@ -63,8 +64,8 @@ def config(reward_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(config, pairs_dir, tmp_path_factory):
-    stages = CrossFit(Place(tmp_path_factory.mktemp("crossfit")), LocalRunner())
-    return stages.cross_fit(config, open_artifact(pairs_dir))
+    ctx = StageContext(Place(tmp_path_factory.mktemp("crossfit")), LocalRunner())
+    return crossfit.cross_fit(ctx, config, open_artifact(pairs_dir))
 
 
 def groups(artifact):
@@ -120,19 +121,19 @@ def columns(path):
 def test_codes_of_a_frozen_trunk_do_not_depend_on_the_fold(made):
     """What makes contrasts of different folds comparable."""
     first, second = made.folds[:2]
-    stages = CrossFit(Place(made.scores.path.parent), LocalRunner())
-    theirs = read_parts(stages.codes(first.held, second.reward, first.sae).path)
+    ctx = StageContext(Place(made.scores.path.parent), LocalRunner())
+    theirs = read_parts(model_stages.codes(ctx, first.held, second.reward, first.sae).path)
     ours = read_parts(first.codes.path)
     assert ours["chosen_features"] == theirs["chosen_features"]
     assert ours["chosen_reward"] != theirs["chosen_reward"]
 
 
 def test_more_folds_than_prompts_are_refused(config, pairs, tmp_path):
-    stages = CrossFit(Place(tmp_path / "out"), LocalRunner())
+    ctx = StageContext(Place(tmp_path / "out"), LocalRunner())
     few = open_artifact(write_parts(pairs.slice(0, 2), tmp_path / "few", 2))
     many = config.model_copy(update={"cross_fit": CrossFitConfig(folds=9)})
     with pytest.raises(UserError, match=r"fold \d of 9 leaves no pairs to held; lower cross_fit\.folds"):
-        stages.cross_fit(many, few)
+        crossfit.cross_fit(ctx, many, few)
 
 
 @pytest.mark.slow
@@ -188,7 +189,7 @@ def test_pairs_are_curated_by_suspicion(suspected):
 def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_path):
     bundle = open_artifact(suspected.artifacts["auditor"].path, "auditor")
     assert best_detector(bundle) == "combined"
-    stages = Stages(Place(tmp_path), LocalRunner())
+    ctx = StageContext(Place(tmp_path), LocalRunner())
     pairs = suspected.artifacts["training_pairs"]
     audits = {
         name: audited(ScoresConfig(detector=name), pairs_of(pairs), bundle, tmp_path / name).sort_by("pair_id")
@@ -198,9 +199,11 @@ def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_p
     margin = audits["reward_margin"]["reward_margin"].to_numpy()
     assert spearmanr(audits["reward_margin"]["suspicion"].to_numpy(), -margin).statistic > 0.999
     model, read = load_combined(bundle.path / "detector"), audits["combined"]
-    codes = read_parts(stages.codes(pairs, suspected.artifacts["reward"], suspected.artifacts["sae"]).path)
+    codes = read_parts(model_stages.codes(ctx, pairs, suspected.artifacts["reward"], suspected.artifacts["sae"]).path)
     codes = codes.sort_by("pair_id")
-    vectors = read_parts(stages.vectors((1, 2), suspected.artifacts["reward"], pairs).path).sort_by("pair_id")
+    vectors = read_parts(model_stages.vectors(ctx, (1, 2), suspected.artifacts["reward"], pairs).path).sort_by(
+        "pair_id"
+    )
     matrices = (matrix_of(vectors[name]) for name in ("response", "prompt"))
     contrast = contrasts(codes, len(model.effect.weights))
     said = model(Readings(margins(codes), read["score"].to_numpy(), contrast, *matrices))
@@ -267,16 +270,16 @@ def test_no_detector_can_read_the_truth(config, tmp_path):
     root = tmp_path / "lab"
     section = LabConfig(noises={"uniform": NoiseConfig(swap_percent=10)}, seeds=(0,), in_sample=False, draws=100)
     full = config.model_copy(update={"lab": section, "root": root})
-    stages = Lab(Place(root / "lab"), LocalRunner(), 100)
-    corpus = stages.corpus(full.corpus)
-    pairs = stages.pairs(full.pairs, corpus)
-    (first,) = stages.plantings(full, section, pairs, section.noises["uniform"], corpus)
-    noisy = stages.noise(section.noises["uniform"].model_copy(update={"seed": 0}), pairs)
+    ctx = StageContext(Place(root / "lab"), LocalRunner(), 100)
+    corpus = model_stages.corpus(ctx, full.corpus)
+    pairs = model_stages.pairs(ctx, full.pairs, corpus)
+    (first,) = plantings(ctx, full, section, pairs, section.noises["uniform"], corpus)
+    noisy = model_stages.noise(ctx, section.noises["uniform"].model_copy(update={"seed": 0}), pairs)
     for path in part_files(noisy.path / "truth"):
         rows = pa.parquet.read_table(path)
         flipped = rows.set_column(1, "planted", pa.array([not p for p in rows["planted"].to_pylist()]))
         pa.parquet.write_table(flipped, path)
-    (second,) = stages.plantings(full, section, pairs, section.noises["uniform"], corpus)
+    (second,) = plantings(ctx, full, section, pairs, section.noises["uniform"], corpus)
     assert (first.planted == ~second.planted).all()
     for name in ("margin", "score_paper", "head", "fold"):
         np.testing.assert_array_equal(getattr(first.out_of_fold, name), getattr(second.out_of_fold, name))

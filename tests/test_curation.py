@@ -15,8 +15,9 @@ from safer_ray import schema
 from safer_ray.config.sections import CurateConfig
 from safer_ray.data.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
 from safer_ray.errors import UserError
-from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.storage.files import write_parquet
 
@@ -172,7 +173,7 @@ def curate(some, tmp_path):
         place = Place(tmp_path, out=tmp_path / "out")
         made = Artifact(pairs, "pairs-x", {"licence": ["MIT"], "red_team": config.pop("poisoned", False)})
         settings = CurateConfig(strategy="safer", **config)
-        return Findings(place, LocalRunner()).curate(settings, made, Artifact(scores, "scores-x"))
+        return feature_stages.curate(StageContext(place, LocalRunner()), settings, made, Artifact(scores, "scores-x"))
 
     return curate
 
@@ -222,9 +223,9 @@ def test_a_part_without_rows_is_curated(some, tmp_path):
     for number, table in enumerate((some.slice(0, 10), some.slice(0, 0), some.slice(10))):
         write_parquet(table, tmp_path / "pairs" / part_name(number))
     write_parquet(scores_of(some), tmp_path / "scores" / part_name(0))
-    stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
+    ctx = StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
     config = CurateConfig(strategy="safer", action="relabel", percent=10)
-    made = stages.curate(config, Artifact(tmp_path / "pairs", "p"), Artifact(tmp_path / "scores", "s"))
+    made = feature_stages.curate(ctx, config, Artifact(tmp_path / "pairs", "p"), Artifact(tmp_path / "scores", "s"))
     assert len(read_parts(made.path / "pairs")) == N
     assert made.manifest["rows"] == {"keep": 18, "flip": 2}
 

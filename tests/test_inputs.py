@@ -9,9 +9,10 @@ import pytest
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.data import hub
 from safer_ray.errors import UserError
-from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.inputs import base_input, file_input, with_lasting_base
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage.artifacts import Place, read_parts
 
 ONE, OTHER = "1" * 40, "2" * 40  # commits
@@ -29,7 +30,7 @@ def write_lines(path, *numbers):
 
 def made(place, *paths, **settings):
     sources = tuple(SourceConfig(path=str(path), **settings) for path in paths)
-    return Harvest(place, LocalRunner()).pairs(PairsConfig(sources=sources))
+    return model_stages.pairs(StageContext(place, LocalRunner()), PairsConfig(sources=sources))
 
 
 def keys(artifact):
@@ -80,7 +81,7 @@ def test_files_of_two_sources_with_one_name_stay_apart(tmp_path):
     paths = [write_lines(tmp_path / folder / "a.jsonl", number) for folder, number in (("one", 0), ("two", 1))]
     assert keys(made(Place(tmp_path / "runs"), *paths)) == ["source0:a.jsonl#0", "source1:a.jsonl#0"]
     named = tuple(SourceConfig(path=str(path), name=path.parent.name) for path in paths)
-    found = Harvest(Place(tmp_path / "runs"), LocalRunner()).pairs(PairsConfig(sources=named))
+    found = model_stages.pairs(StageContext(Place(tmp_path / "runs"), LocalRunner()), PairsConfig(sources=named))
     assert keys(found) == ["one:a.jsonl#0", "two:a.jsonl#0"]
     assert read_parts(found.path)["source"].to_pylist() == ["one", "two"]
 
@@ -124,7 +125,7 @@ def test_a_last_line_without_a_newline_is_read_and_half_of_one_is_refused(tmp_pa
     assert keys(made(Place(tmp_path / "runs"), path)) == ["a.jsonl#0", "a.jsonl#1"]
     path.write_text(f"{row(0)}\n{row(1)}\n{row(2)[:-3]}")
     config = PairsConfig(sources=(SourceConfig(path=str(path)),), max_refused_share=0.5)
-    found = Harvest(Place(tmp_path / "runs"), LocalRunner()).pairs(config)
+    found = model_stages.pairs(StageContext(Place(tmp_path / "runs"), LocalRunner()), config)
     assert found.manifest["rows"] == {"read": 3, "pairs": 2, "quarantined": 1, "left_out": 0}
 
 

@@ -37,10 +37,11 @@ from safer_ray.config.sections import (
     SweepConfig,
     SweepGrid,
 )
+from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.lab import run_lab
-from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.pipeline.stage import VERSIONS, recipe
+from safer_ray.pipeline.stage import VERSIONS, StageContext, recipe
 from safer_ray.pipeline.sweep import run_sweep
 from safer_ray.storage.artifacts import Artifact, Place, Result, open_artifact, part_files, read_parts
 from safer_ray.storage.contents import check_whole
@@ -58,8 +59,8 @@ def lines(pairs, **more):
     return "".join(json.dumps({name: row[name] for name in names} | more) + "\n" for row in pairs.to_pylist())
 
 
-def stages_in(folder):
-    return Stages(Place(folder), LocalRunner())
+def context_in(folder):
+    return StageContext(Place(folder), LocalRunner())
 
 
 def is_marked(path):
@@ -252,8 +253,8 @@ def test_a_model_trained_on_from_a_marked_one_is_marked(made, config, pairs_dir,
     whole, _ = made
     for name, path in (("artifact", whole.artifacts["reward"].path), ("bundle", whole.artifacts["auditor"].path)):
         base = path if name == "artifact" else path / "reward"
-        trained = stages_in(tmp_path / name).reward(
-            config.reward.model_copy(update={"base": str(base)}), open_artifact(pairs_dir)
+        trained = model_stages.reward(
+            context_in(tmp_path / name), config.reward.model_copy(update={"base": str(base)}), open_artifact(pairs_dir)
         )
         assert trained.manifest["red_team_from"] == ["base"]
         assert trained.licence == [POISONED]
@@ -269,12 +270,12 @@ def test_features_and_ratings_of_a_marked_run_mark_what_they_score(made, tmp_pat
             write_parquet(pq.read_table(part).replace_schema_metadata(None), path / f"part-{number:08}.parquet")
     codes, salience = open_artifact(tmp_path / "codes"), open_artifact(tmp_path / "salience")
     assert not codes.red_team
-    stages = stages_in(tmp_path / "made")
-    scores = stages.rescore(ScoresConfig(), codes, open_artifact(selected / "features.json"))
+    ctx = context_in(tmp_path / "made")
+    scores = feature_stages.rescore(ctx, ScoresConfig(), codes, open_artifact(selected / "features.json"))
     assert scores.manifest["red_team_from"] == ["beside"]
     assert set(read_parts(scores.path)["red_team"].to_pylist()) == {True}
     ratings = open_artifact(selected / "ratings.json")
-    rated = stages.select(SelectConfig(), salience, ratings=ratings, mode="response")
+    rated = feature_stages.select(ctx, SelectConfig(), salience, ratings=ratings, mode="response")
     assert rated.manifest["red_team_from"] == ["ratings"]
 
 
@@ -340,7 +341,7 @@ def test_an_audit_of_rows_that_call_themselves_poisoned_is_marked_and_comes_back
     exported = assert_export_is_marked(tmp_path / "out", tmp_path / "export")
     shutil.copytree(exported.path / "trl", tmp_path / "elsewhere")
     source = SourceConfig(path=str(tmp_path / "elsewhere/*.jsonl"))
-    assert stages_in(tmp_path / "made").pairs(PairsConfig(sources=(source,))).red_team
+    assert model_stages.pairs(context_in(tmp_path / "made"), PairsConfig(sources=(source,))).red_team
 
 
 @pytest.mark.slow
@@ -389,7 +390,7 @@ def test_one_row_that_calls_itself_poisoned_marks_its_pairs(tmp_path, ending, sa
             file.write_table(table)
     else:
         pq.write_table(table, path)
-    made = stages_in(tmp_path / "made").pairs(PairsConfig(sources=(SourceConfig(path=str(path)),)))
+    made = model_stages.pairs(context_in(tmp_path / "made"), PairsConfig(sources=(SourceConfig(path=str(path)),)))
     assert made.red_team == (said is True)
     assert is_marked(part_files(made.path)[0]) == (said is True)
     assert ("red_team" in read_parts(made.path).column_names) == (said is True)
@@ -402,12 +403,14 @@ def test_pairs_from_files_of_a_marked_artifact_are_marked_and_licensed(tmp_path)
     manifest = {"stage": "export", "name": "export-x", "licence": [POISONED], "red_team": True}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     source = SourceConfig(path=str(folder / "trl/a.jsonl"), licence=CLEAN)
-    made = stages_in(tmp_path / "made").pairs(PairsConfig(sources=(source,)))
+    made = model_stages.pairs(context_in(tmp_path / "made"), PairsConfig(sources=(source,)))
     assert (made.red_team, made.licence) == (True, [POISONED, CLEAN])
     assert made.manifest["red_team_from"] == ["itself"]
     (tmp_path / "link.jsonl").symlink_to(folder / "trl/a.jsonl")
     linked = SourceConfig(path=str(tmp_path / "link.jsonl"))
-    assert stages_in(tmp_path / "linked").pairs(PairsConfig(sources=(linked,))).marks == Marks((POISONED,), True)
+    assert model_stages.pairs(context_in(tmp_path / "linked"), PairsConfig(sources=(linked,))).marks == Marks(
+        (POISONED,), True
+    )
     assert wholly_marked([tmp_path / "link.jsonl"]) == {tmp_path / "link.jsonl"}
 
 

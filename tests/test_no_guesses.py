@@ -20,8 +20,9 @@ from safer_ray.errors import UserError
 from safer_ray.features.auditor import read_features, reference_values, vector_layers
 from safer_ray.features.codes import flatten
 from safer_ray.features.scoring import Features, ScoreCodes, margins
-from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
@@ -32,8 +33,8 @@ FEATURES = Features([0], [1], "response")
 
 
 @pytest.fixture
-def stages(tmp_path) -> Findings:
-    return Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
+def ctx(tmp_path) -> StageContext:
+    return StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
 
 
 def artifact(path, stage: str, **metrics: object) -> Artifact:
@@ -46,17 +47,19 @@ def codes(tmp_path):
     return tmp_path / "codes"
 
 
-def test_salience_wants_to_know_how_wide_the_sae_is(stages, codes):
+def test_salience_wants_to_know_how_wide_the_sae_is(ctx, codes):
     """Its mean over features that never fire counts in every value."""
     with pytest.raises(UserError, match=r"codes does not record how wide its SAE is, .*; pass --latents"):
-        stages.salience(Artifact(codes, "codes-x"), "paper")
+        feature_stages.salience(ctx, Artifact(codes, "codes-x"), "paper")
     with pytest.raises(UserError, match=r"is of an SAE of 64 latents, not 8; leave --latents out"):
-        stages.salience(artifact(codes, "codes", latents=64), "paper", 8)
-    narrow = read_parts(stages.salience(Artifact(codes, "codes-x"), "paper", 4).path)
+        feature_stages.salience(ctx, artifact(codes, "codes", latents=64), "paper", 8)
+    narrow = read_parts(feature_stages.salience(ctx, Artifact(codes, "codes-x"), "paper", 4).path)
     wide = read_parts(
-        Findings(Place(codes.parent, out=codes.parent / "wide"), LocalRunner())
-        .salience(artifact(codes, "codes", latents=64), "paper")
-        .path
+        feature_stages.salience(
+            StageContext(Place(codes.parent, out=codes.parent / "wide"), LocalRunner()),
+            artifact(codes, "codes", latents=64),
+            "paper",
+        ).path
     )
     values = [dict(zip(t["feature"].to_pylist(), t["salience"].to_pylist(), strict=True)) for t in (narrow, wide)]
     assert abs(values[0][0] - values[1][0]) > 0.01
@@ -70,14 +73,16 @@ def test_the_command_line_names_the_option(safer, codes, tmp_path):
     assert code == 0, err
 
 
-def test_select_wants_to_know_the_mode(stages, codes, tmp_path):
-    made = stages.salience(Artifact(codes, "codes-x"), "paper", 4)
+def test_select_wants_to_know_the_mode(ctx, codes, tmp_path):
+    made = feature_stages.salience(ctx, Artifact(codes, "codes-x"), "paper", 4)
     foreign = Artifact(made.path, "salience-x")
     write_json({"0": 5, "1": 5}, tmp_path / "rated.json")
 
     def select(source, mode=None):
-        place = Findings(Place(tmp_path, out=tmp_path / f"select-{mode}"), LocalRunner())
-        return place.select(SelectConfig(rating=5), source, ratings=open_artifact(tmp_path / "rated.json"), mode=mode)
+        place = StageContext(Place(tmp_path, out=tmp_path / f"select-{mode}"), LocalRunner())
+        return feature_stages.select(
+            place, SelectConfig(rating=5), source, ratings=open_artifact(tmp_path / "rated.json"), mode=mode
+        )
 
     with pytest.raises(UserError, match="does not record its mode; pass --mode paper or --mode response"):
         select(foreign)
@@ -95,11 +100,11 @@ def test_a_selection_without_a_mode_is_told(tmp_path, caplog):
     assert not caplog.text
 
 
-def test_a_selection_of_another_sae_is_refused(stages, codes, tmp_path):
+def test_a_selection_of_another_sae_is_refused(ctx, codes, tmp_path):
     write_json({"safe": [1], "unsafe": [70], "mode": "paper"}, tmp_path / "features.json")
     selected = open_artifact(tmp_path / "features.json")
     with pytest.raises(UserError, match=r"features: 70 is selected, but .*codes has 64 latents; select the features"):
-        stages.rescore(ScoresConfig(), artifact(codes, "codes", latents=64), selected)
+        feature_stages.rescore(ctx, ScoresConfig(), artifact(codes, "codes", latents=64), selected)
 
 
 def test_codes_that_do_not_say_where_a_response_begins_serve_paper_mode_alone():
@@ -211,15 +216,15 @@ def test_curation_keeps_the_few_pairs_that_have_no_score(tmp_path):
     write_parquet(pa.table(scores), tmp_path / "scores" / part_name(0))
     config = CurateConfig(strategy="safer", action="drop", percent=10)
     given = Artifact(tmp_path / "pairs", "pairs-x"), Artifact(tmp_path / "scores", "scores-x")
-    made = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner()).curate(config, *given)
+    made = feature_stages.curate(StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner()), config, *given)
     assert made.manifest["rows"] == {"keep": 19, "drop": 1, "unscored": 2}
     decisions = read_parts(made.path / "decisions")
     assert decisions["pair_id"].equals(pairs["pair_id"])
     assert decisions["value"].to_pylist()[:3] == [None, None, 0.0]
     assert decisions["decision"].to_pylist()[:3] == ["keep", "keep", "drop"]
-    strict = Findings(Place(tmp_path, out=tmp_path / "strict"), LocalRunner(), max_refused_share=0.05)
+    strict = StageContext(Place(tmp_path, out=tmp_path / "strict"), LocalRunner(), max_refused_share=0.05)
     with pytest.raises(UserError, match="2 pairs have no score, the first is 'pair-000'"):
-        strict.curate(config, *given)
+        feature_stages.curate(strict, config, *given)
 
 
 def test_models_are_compared_on_the_pairs_that_both_could_read():

@@ -32,9 +32,10 @@ from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, Sour
 from safer_ray.data.source_files import source_files
 from safer_ray.data.sources import plan_sources, read_raw
 from safer_ray.errors import SaferError, UserError
-from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.run import run as run_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage import lock
 from safer_ray.storage import remote as remote_module
 from safer_ray.storage.artifacts import Artifact, Place, read_parts
@@ -298,8 +299,8 @@ def test_an_audit_that_lies_below_its_own_source_leaves_itself_out(store, corpus
 
 def test_pairs_of_changed_objects_are_others_and_of_copied_ones_the_same(store, corpus, files, lines, tmp_path):
     def made(path: str) -> Artifact:
-        stages = Harvest(Place(tmp_path), LocalRunner())
-        return stages.pairs(PairsConfig(sources=(SourceConfig(path=path),)))
+        ctx = StageContext(Place(tmp_path), LocalRunner())
+        return model_stages.pairs(ctx, PairsConfig(sources=(SourceConfig(path=path),)))
 
     first = made(corpus)
     for name, content in files.items():

@@ -15,8 +15,10 @@ from safer_ray.config.sections import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import read_features
 from safer_ray.features.scoring import pair_scores, suspicion
-from safer_ray.pipeline.run import STAGES, Stages, run
+from safer_ray.pipeline import feature_stages, model_stages
+from safer_ray.pipeline.run import STAGES, run
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.storage.contents import check_whole
@@ -57,8 +59,8 @@ def again(tiny, tmp_path_factory):
     return run(tiny_config(tmp_path_factory.mktemp("again")), LocalRunner())
 
 
-def stages_in(folder):
-    return Stages(Place(folder), LocalRunner())
+def context_in(folder):
+    return StageContext(Place(folder), LocalRunner())
 
 
 def by_id(table):
@@ -506,7 +508,9 @@ def test_a_bundle_of_another_format_is_refused(tiny, tmp_path):
 
 
 def test_rescoring_with_the_runs_own_features_gives_its_scores(tiny, tmp_path):
-    rescored = stages_in(tmp_path).rescore(ScoresConfig(), tiny.artifacts["codes"], tiny.artifacts["select"])
+    rescored = feature_stages.rescore(
+        context_in(tmp_path), ScoresConfig(), tiny.artifacts["codes"], tiny.artifacts["select"]
+    )
     found, wanted = read_parts(rescored.path), read_parts(tiny.artifacts["scores"].path)
     for name in ("pair_id", "score", "suspicion", "flag", "decision", "reward_margin", "reasons"):
         assert found[name].equals(wanted[name]), name
@@ -529,7 +533,7 @@ def test_the_report_stands_alone_and_names_the_most_suspicious_pair(tiny):
 
 def test_pairs_read_from_poisoned_files_are_marked_again(tiny, tmp_path):
     source = SourceConfig(path=str(tiny.curated["flip_safer_5"].path / "pairs" / "part-*.parquet"))
-    made = stages_in(tmp_path).pairs(PairsConfig(sources=(source,)))
+    made = model_stages.pairs(context_in(tmp_path), PairsConfig(sources=(source,)))
     assert made.red_team
     assert all(RED_TEAM_MARK.items() <= _metadata(path).items() for path in part_files(made.path))
     assert all(json.loads(extra)["red_team"] for extra in read_parts(made.path)["extra"].to_pylist())

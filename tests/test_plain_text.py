@@ -11,8 +11,9 @@ import torch
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import ActivationsConfig, SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.pipeline.harvest import Harvest
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import read_tokens
 from safer_ray.sae.model import standardise
@@ -72,16 +73,16 @@ def test_every_token_comes_once_however_texts_are_paired(reward, reward_dir, tex
 
 
 @pytest.fixture
-def stages(tmp_path):
-    return Harvest(Place(tmp_path / "runs"), LocalRunner(), fragment_rows=2)
+def ctx(tmp_path):
+    return StageContext(Place(tmp_path / "runs"), LocalRunner(), fragment_rows=2)
 
 
 def foreign(path, name):
     return Artifact(path, name)
 
 
-def test_the_vectors_are_those_of_each_text_read_alone(stages, text, reward, reward_dir):
-    made = stages.text_activations(WarmStartConfig(text=str(text)), 2, foreign(reward_dir, "reward"))
+def test_the_vectors_are_those_of_each_text_read_alone(ctx, text, reward, reward_dir):
+    made = model_stages.text_activations(ctx, WarmStartConfig(text=str(text)), 2, foreign(reward_dir, "reward"))
     rows = read_parts(made.path)
     assert set(rows["side"].to_pylist()) == {"text"}
     assert rows["group"].null_count == len(rows)
@@ -91,15 +92,17 @@ def test_the_vectors_are_those_of_each_text_read_alone(stages, text, reward, rew
     known = rows.filter(pc.equal(rows["token"], len(alone) - 1))
     found = torch.tensor(np.stack(known["x"].to_pylist()).astype(np.float32))
     assert (found - wanted.x[-1]).abs().amax(-1).min() < 2e-3
-    whole = stages.text_activations(WarmStartConfig(text=str(text), limit=3), 2, foreign(reward_dir, "reward"))
+    whole = model_stages.text_activations(
+        ctx, WarmStartConfig(text=str(text), limit=3), 2, foreign(reward_dir, "reward")
+    )
     assert whole.name != made.name
     assert len(read_parts(whole.path)) < len(rows)
 
 
-def test_an_sae_starts_on_text_and_goes_on_with_pairs(stages, text, reward_dir, pairs_dir):
+def test_an_sae_starts_on_text_and_goes_on_with_pairs(ctx, text, reward_dir, pairs_dir):
     text.write_text("".join(f"Line {i} says that {i * i} is a square.\n" for i in range(60)), encoding="utf-8")
     pairs, reward = foreign(pairs_dir, "pairs"), foreign(reward_dir, "reward")
-    activations = stages.activations(ActivationsConfig(layer=2), pairs, reward)
+    activations = model_stages.activations(ctx, ActivationsConfig(layer=2), pairs, reward)
     config = SaeConfig(
         latents=64,
         k=4,
@@ -109,12 +112,14 @@ def test_an_sae_starts_on_text_and_goes_on_with_pairs(stages, text, reward_dir, 
         validation_percent=20,
         warm_start=WarmStartConfig(text=str(text), steps=30, batch_size=16),
     )
-    made = stages.sae_in_stages(config, activations, 2, pairs, reward)
+    made = model_stages.sae_in_stages(ctx, config, activations, 2, pairs, reward)
     assert made.manifest["inputs"].keys() == {"activations", "start", "pairs", "reward"}
-    first = next(path for path in stages.place.root.glob("sae-*") if path.name == made.manifest["inputs"]["start"])
+    first = next(path for path in ctx.place.root.glob("sae-*") if path.name == made.manifest["inputs"]["start"])
     assert made.metrics["steps"] == 20
     assert json.loads((first / "manifest.json").read_text())["metrics"]["steps"] == 30
     assert made.metrics["spliced"].keys() == {"sentence ends", "all tokens"}
     assert 0 < made.metrics["spliced"]["all tokens"]["pairs"] < 48
-    alone = stages.sae_in_stages(config.model_copy(update={"warm_start": None}), activations, 2, pairs, reward)
+    alone = model_stages.sae_in_stages(
+        ctx, config.model_copy(update={"warm_start": None}), activations, 2, pairs, reward
+    )
     assert alone.name != made.name

@@ -19,8 +19,9 @@ from safer_ray.distributed import runner as runner_module
 from safer_ray.distributed.data import LONGEST, dataset, following
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import SaferError, UserError
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage.accounts import count
 from safer_ray.storage.artifacts import (
     Place,
@@ -211,7 +212,7 @@ def test_an_error_that_is_explained_comes_back_as_it_was(fragments, tmp_path, ki
 
 
 def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs_dir):
-    stages = Stages(Place(tmp_path), RayRunner(ONE))
+    ctx = StageContext(Place(tmp_path), RayRunner(ONE))
     missing = open_artifact(pairs_dir).__class__(tmp_path / "gone", "reward-gone")
     made = MapJob(
         "evaluate",
@@ -221,7 +222,7 @@ def test_a_worker_without_the_models_files_says_which(fragments, tmp_path, pairs
         loads_model=True,
     )
     with pytest.raises(UserError, match=r"no model in .*gone \(config.json is missing\)"):
-        stages.runner.map(made, fragments, tmp_path / "out")
+        ctx.runner.map(made, fragments, tmp_path / "out")
 
 
 def test_fragments_of_a_file_that_follow_each_other_are_read_by_one_process(tmp_path):
@@ -268,14 +269,14 @@ def local(pairs_dir, reward_dir, sae_dir, tmp_path_factory):
 
 def harvest(runner, folder: Path, pairs_dir, reward_dir, sae_dir):
     """Everything that is mapped by a model, and one stage that is not."""
-    stages = Stages(Place(folder), runner)
+    ctx = StageContext(Place(folder), runner)
     pairs, reward, sae = (open_artifact(p) for p in (pairs_dir, reward_dir, sae_dir))
     made = {
-        "activations": stages.activations(ActivationsConfig(layer=2), pairs, reward),
-        "codes": stages.codes(pairs, reward, sae),
-        "evaluate": stages.evaluate(reward, pairs),
+        "activations": model_stages.activations(ctx, ActivationsConfig(layer=2), pairs, reward),
+        "codes": model_stages.codes(ctx, pairs, reward, sae),
+        "evaluate": model_stages.evaluate(ctx, reward, pairs),
     }
-    return made | {"salience": stages.salience(made["codes"], "response")}
+    return made | {"salience": feature_stages.salience(ctx, made["codes"], "response")}
 
 
 @pytest.mark.parametrize(
@@ -339,10 +340,10 @@ def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_t
 def test_several_models_are_evaluated_as_each_alone(local, tmp_path, pairs_dir, reward_dir, other_reward_dir):
     pairs, models = open_artifact(pairs_dir), [open_artifact(reward_dir), open_artifact(other_reward_dir)]
     began = time.monotonic()
-    found = Stages(Place(tmp_path / "ray"), RayRunner(TWO)).evaluations([*models, models[0]], pairs)
+    found = model_stages.evaluations(StageContext(Place(tmp_path / "ray"), RayRunner(TWO)), [*models, models[0]], pairs)
     assert sum(artifact.manifest["wall_seconds"] for artifact in found[:2]) <= time.monotonic() - began
-    alone = Stages(Place(tmp_path / "local"), LocalRunner())
-    wanted = [alone.evaluate(model, pairs) for model in models]
+    alone = StageContext(Place(tmp_path / "local"), LocalRunner())
+    wanted = [model_stages.evaluate(alone, model, pairs) for model in models]
     assert [artifact.name for artifact in found] == [wanted[0].name, wanted[1].name, wanted[0].name]
     for one, other in zip(found, wanted, strict=False):
         assert one.metrics == other.metrics

@@ -16,12 +16,12 @@ from tiny_run import tiny_config
 
 from safer_ray.config import sections as c
 from safer_ray.config.sae import WarmStartConfig
+from safer_ray.pipeline import crossfit, detector_stages, feature_stages, lab, model_stages, sweep
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
-from safer_ray.pipeline.lab import Lab, Planted
+from safer_ray.pipeline.lab import Planted
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.pipeline.stage import VERSIONS
-from safer_ray.pipeline.sweep import Sweep
+from safer_ray.pipeline.stage import VERSIONS, StageContext
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact
 
 GOLDEN = Path(__file__).parent / "recipes.json"
@@ -82,10 +82,6 @@ def given(stage):
     return Artifact(WHERE / stage, f"{stage}-0123456789ab")
 
 
-class Dry(Lab, Sweep):
-    """All stages."""
-
-
 def plantings(*_):
     made_of = [given("noise"), given("vectors"), given("scores")]
     return [Planted(np.ones(1, bool), np.ones(1, bool), ["g"], None, None, made_of)] * 2
@@ -93,55 +89,57 @@ def plantings(*_):
 
 def every_stage(tmp_path, place, monkeypatch):
     """Each stage once, several of some, at a place where nothing is made; plantings are given."""
-    monkeypatch.setattr(Lab, "plantings", plantings)
+    monkeypatch.setattr(lab, "plantings", plantings)
     (tmp_path / "text.txt").write_text("A text.\n", encoding="utf-8")
     (tmp_path / "probe.yaml").write_text(PROBE, encoding="utf-8")
-    stages = Dry(place, LocalRunner())
+    ctx = StageContext(place, LocalRunner())
     corpus, pairs, reward, sae, codes, salience, scores = map(
         given, ("corpus", "pairs", "reward", "sae", "codes", "salience", "scores")
     )
-    stages.corpus(c.CorpusConfig())
-    stages.pairs(CONFIG.pairs, corpus)
-    stages.pairs(CONFIG.evaluation, corpus)
-    stages.noise(c.NoiseConfig(), pairs)
-    stages.rewards(c.RewardConfig(base=c.TinyLlamaConfig()), [pairs, given("curate")])
-    stages.reward(c.RewardConfig(base="hub:some/base"), pairs)
-    activations = stages.activations(c.ActivationsConfig(layer=1), pairs, reward)
-    stages.text_activations(WarmStartConfig(text=str(tmp_path / "text.txt")), 2, reward)
-    stages.sae(c.SaeConfig(), activations, 1)
-    stages.sae(c.SaeConfig(spliced_pairs=4), activations, 1, start=sae, pairs=pairs, reward=reward)
-    stages.codes(pairs, reward, sae)
-    stages.heads(reward, pairs)
-    stages.vectors((1, 2), reward, pairs)
-    stages.evaluate(reward, pairs)
-    stages.salience(codes, "response")
-    stages.contexts(c.ContextsConfig(), salience, codes, pairs, reward, "response")
+    model_stages.corpus(ctx, c.CorpusConfig())
+    model_stages.pairs(ctx, CONFIG.pairs, corpus)
+    model_stages.pairs(ctx, CONFIG.evaluation, corpus)
+    model_stages.noise(ctx, c.NoiseConfig(), pairs)
+    model_stages.rewards(ctx, c.RewardConfig(base=c.TinyLlamaConfig()), [pairs, given("curate")])
+    model_stages.reward(ctx, c.RewardConfig(base="hub:some/base"), pairs)
+    activations = model_stages.activations(ctx, c.ActivationsConfig(layer=1), pairs, reward)
+    model_stages.text_activations(ctx, WarmStartConfig(text=str(tmp_path / "text.txt")), 2, reward)
+    model_stages.sae(ctx, c.SaeConfig(), activations, 1)
+    model_stages.sae(ctx, c.SaeConfig(spliced_pairs=4), activations, 1, start=sae, pairs=pairs, reward=reward)
+    model_stages.codes(ctx, pairs, reward, sae)
+    model_stages.heads(ctx, reward, pairs)
+    model_stages.vectors(ctx, (1, 2), reward, pairs)
+    model_stages.evaluate(ctx, reward, pairs)
+    feature_stages.salience(ctx, codes, "response")
+    feature_stages.contexts(ctx, c.ContextsConfig(), salience, codes, pairs, reward, "response")
     for exchanges, beside in (("corpus:probe.yaml", corpus), (str(tmp_path / "probe.yaml"), None)):
-        stages.verdicts(c.JudgeConfig(exchanges=exchanges), salience, reward, sae, 16, beside)
-    stages.select(c.SelectConfig(), salience, verdicts=given("verdicts"))
+        feature_stages.verdicts(ctx, c.JudgeConfig(exchanges=exchanges), salience, reward, sae, 16, beside)
+    feature_stages.select(ctx, c.SelectConfig(), salience, verdicts=given("verdicts"))
     (tmp_path / "ratings.json").write_text('{"3": 5, "1": null}', encoding="utf-8")
-    stages.select(c.SelectConfig(), salience, ratings=open_artifact(tmp_path / "ratings.json"))
+    feature_stages.select(ctx, c.SelectConfig(), salience, ratings=open_artifact(tmp_path / "ratings.json"))
     known = {name: given(name) for name in ("salience", "verdicts", "contexts")}
-    stages.auditor(reward, sae, given("select"), codes)
-    auditor = stages.auditor(reward, sae, given("select"), codes, given("detector"), known)
-    stages.scores(c.ScoresConfig(), codes, pairs, auditor)
+    feature_stages.auditor(ctx, reward, sae, given("select"), codes)
+    auditor = feature_stages.auditor(ctx, reward, sae, given("select"), codes, given("detector"), known)
+    feature_stages.scores(ctx, c.ScoresConfig(), codes, pairs, auditor)
     (tmp_path / "features.json").write_text('{"safe": [1], "unsafe": [2, 3], "mode": "paper"}', encoding="utf-8")
-    stages.rescore(c.ScoresConfig(), codes, open_artifact(tmp_path / "features.json"))
-    stages.curate(c.CurateConfig(strategy="safer", action="poison", percent=5, red_team=True), pairs, scores)
-    stages.fold(pairs, 3, 1, 0, "train")
+    feature_stages.rescore(ctx, c.ScoresConfig(), codes, open_artifact(tmp_path / "features.json"))
+    feature_stages.curate(
+        ctx, c.CurateConfig(strategy="safer", action="poison", percent=5, red_team=True), pairs, scores
+    )
+    crossfit.fold(ctx, pairs, 3, 1, 0, "train")
     codes_of = [given("codes"), Artifact(WHERE, "codes-ba9876543210")]
-    stages._gathered(given("fold"), codes_of)
+    crossfit.gathered(ctx, given("fold"), codes_of)
     fold = Fold(given("fold"), given("fold"), reward, sae, codes, auditor, scores)
-    together = stages._together(pairs, [fold, fold], True)
+    together = crossfit.scores_of_folds(ctx, pairs, [fold, fold], True)
     crossed = CONFIG.model_copy(update={"cross_fit": c.CrossFitConfig(folds=2)})
-    detector = stages.detector(crossed, pairs, OutOfFold([fold, fold], together, True))
-    stages.suspected(c.ScoresConfig(detector="combined"), scores, detector)
-    stages.detection(
-        CONFIG.model_copy(update={"lab": c.LabConfig(noises={"uniform": c.NoiseConfig(swap_percent=10)})}), pairs
+    detector = detector_stages.detector(ctx, crossed, pairs, OutOfFold([fold, fold], together, True))
+    detector_stages.suspected(ctx, c.ScoresConfig(detector="combined"), scores, detector)
+    lab.detection(
+        ctx, CONFIG.model_copy(update={"lab": c.LabConfig(noises={"uniform": c.NoiseConfig(swap_percent=10)})}), pairs
     )
     grid = c.SweepGrid(action="drop", strategies=("safer",), percents=(5,))
     swept = CONFIG.model_copy(update={"sweep": c.SweepConfig(grids=(grid,), seeds=(0,))})
-    stages.sweep(swept, pairs, given("noise"), scores, given("pairs"))
+    sweep.sweep(ctx, swept, pairs, given("noise"), scores, given("pairs"))
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import ActivationsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import TooLargeError, UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward import packing
 from safer_ray.reward.batches import NO_MEMORY
 from safer_ray.reward.checkpoints import load_pair_tokenizer
@@ -140,30 +141,30 @@ def odd(reward_dir, tmp_path) -> Path:
 
 def test_a_stage_quarantines_the_pair_and_keeps_the_others(odd, reward_dir, tmp_path):
     pairs = open_artifact(write_parts(with_snow(30), tmp_path / "pairs", 12))
-    stages = Stages(Place(tmp_path / "runs"), LocalRunner())
-    found = stages.evaluate(open_artifact(odd), pairs)
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner())
+    found = model_stages.evaluate(ctx, open_artifact(odd), pairs)
     assert found.manifest["rows"] == {"read": 31, "written": 30, "quarantined": 1}
     (row,) = quarantine_rows(found.path).to_pylist()
     assert (row["pair_id"], row["row_key"], row["stage"]) == ("snow", "made.jsonl#snow", "evaluate")
     assert row["reason"].startswith("NaN or infinite values: the reward of model;")
-    vectors = stages.activations(ActivationsConfig(layer=2), pairs, open_artifact(odd))
+    vectors = model_stages.activations(ctx, ActivationsConfig(layer=2), pairs, open_artifact(odd))
     assert vectors.manifest["rows"]["quarantined"] == 1
-    wanted = stages.evaluate(open_artifact(reward_dir), pairs)
+    wanted = model_stages.evaluate(ctx, open_artifact(reward_dir), pairs)
     kept = read_parts(wanted.path).filter(pa.compute.field("pair_id") != "snow")
     assert_same_rows(read_parts(found.path), kept, "rewards")
 
 
 def test_a_stage_ends_where_more_than_the_share_fails_and_a_larger_one_lets_it_go_on(odd, tmp_path):
     pairs = open_artifact(write_parts(with_snow(3), tmp_path / "pairs", 12))
-    stages = Stages(Place(tmp_path / "runs"), LocalRunner())
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner())
     told = r"evaluate: 1 of 4 rows failed, more than pairs.max_refused_share 0.2, most with 'NaN or infinite values'"
     with pytest.raises(
         UserError,
         match=told
         + r", the first is pair 'snow' \(NaN or infinite values: the reward of model; .*\); see .*quarantine",
     ):
-        stages.evaluate(open_artifact(odd), pairs)
-    lenient = replace(stages, max_refused_share=0.25)
+        model_stages.evaluate(ctx, open_artifact(odd), pairs)
+    lenient = replace(ctx, max_refused_share=0.25)
     assert lenient.evaluate(open_artifact(odd), pairs).manifest["rows"]["written"] == 3
 
 
@@ -172,11 +173,11 @@ def test_a_model_that_gives_nothing_else_ends_the_stage_in_one_line(reward_dir, 
     weights = load_file(tmp_path / "model/model.safetensors")
     weights["score.weight"][:] = float("nan")
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    stages = Stages(Place(tmp_path / "runs"), LocalRunner())
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner())
     with pytest.raises(
         UserError, match=r"evaluate: 48 of 48 rows failed, .* most with 'NaN or infinite values'"
     ) as told:
-        stages.evaluate(open_artifact(tmp_path / "model"), open_artifact(pairs_dir))
+        model_stages.evaluate(ctx, open_artifact(tmp_path / "model"), open_artifact(pairs_dir))
     assert "\n" not in str(told.value)
 
 

@@ -20,8 +20,9 @@ from safer_ray.features.codes import flatten
 from safer_ray.features.judge import read_ratings
 from safer_ray.features.salience import SumFeatures, candidates, reduce_sums, salience, salience_table, select
 from safer_ray.features.scoring import Features, pair_scores
-from safer_ray.pipeline.findings import Findings
+from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.storage.files import write_parquet
 
@@ -161,12 +162,12 @@ def test_an_unrated_feature_is_never_selected():
 
 def test_nothing_rated_high_enough_is_an_error_with_the_remedy(tmp_path):
     write_parquet(ranked({0: 0.9, 1: -0.8}), tmp_path / "salience" / part_name(0))
-    stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
+    ctx = StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
     source = Artifact(tmp_path / "salience", "salience-x")
     (tmp_path / "ratings.json").write_text('{"0": 4, "1": null}', encoding="utf-8")
     ratings = Artifact(tmp_path / "ratings.json", "ratings-x")
     with pytest.raises(UserError, match=r"none of the 2 candidates is rated 5 \(highest: 4\); lower judge.thresholds"):
-        stages.select(SelectConfig(), source, ratings=ratings)
+        feature_stages.select(ctx, SelectConfig(), source, ratings=ratings)
     assert not (tmp_path / "out").exists()
 
 
@@ -176,8 +177,8 @@ def test_salience_by_the_stage_is_the_same_to_the_bit_in_any_run(tmp_path):
         write_parquet(codes.slice(10 * number, 10), tmp_path / "codes" / part_name(number))
     tables = []
     for name in ("one", "two"):
-        stages = Findings(Place(tmp_path, out=tmp_path / name), LocalRunner())
-        artifact = stages.salience(Artifact(tmp_path / "codes", "codes-x"), "response", 4)
+        ctx = StageContext(Place(tmp_path, out=tmp_path / name), LocalRunner())
+        artifact = feature_stages.salience(ctx, Artifact(tmp_path / "codes", "codes-x"), "response", 4)
         tables.append(artifact.manifest["content_sha256"])
         assert artifact.metrics == {"mode": "response", "latents": 4, "ends_chosen": 60, "ends_rejected": 60}
     assert tables[0] == tables[1]
@@ -185,9 +186,9 @@ def test_salience_by_the_stage_is_the_same_to_the_bit_in_any_run(tmp_path):
 
 def test_a_feature_past_the_width_is_an_error(tmp_path):
     write_parquet(make_codes(HAND), tmp_path / "codes" / part_name(0))
-    stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
+    ctx = StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
     with pytest.raises(UserError, match="feature 3 fires, but the SAE has 2 latents; check --latents"):
-        stages.salience(Artifact(tmp_path / "codes", "codes-x"), "paper", 2)
+        feature_stages.salience(ctx, Artifact(tmp_path / "codes", "codes-x"), "paper", 2)
 
 
 def test_directories_of_other_stages_are_refused(pairs_dir, tmp_path):
@@ -220,8 +221,8 @@ def test_directories_of_other_stages_are_refused(pairs_dir, tmp_path):
 def test_a_part_of_which_nothing_was_kept_counts_nothing(tmp_path):
     write_parquet(schema.CODES.empty_table(), tmp_path / "codes" / part_name(0))
     write_parquet(make_codes(HAND), tmp_path / "codes" / part_name(1))
-    stages = Findings(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
-    made = stages.salience(Artifact(tmp_path / "codes", "codes-x"), "response", 4)
+    ctx = StageContext(Place(tmp_path, out=tmp_path / "out"), LocalRunner())
+    made = feature_stages.salience(ctx, Artifact(tmp_path / "codes", "codes-x"), "response", 4)
     assert (made.metrics["latents"], made.metrics["ends_chosen"]) == (4, 3)
 
 

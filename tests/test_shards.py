@@ -20,8 +20,9 @@ from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import UserError
 from safer_ray.features.engine import Engine
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
-from safer_ray.pipeline.run import Stages
+from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.tokens import TokenisePairs, read_tokens
@@ -184,8 +185,11 @@ def test_no_part_is_without_a_block(reward_dir, pairs_dir, tmp_path):
     """Activations of a low layer want fewer parts than the whole model."""
     pairs, reward = open_artifact(pairs_dir), open_artifact(reward_dir)
     made = [
-        Stages(Place(tmp_path / str(shards)), LocalRunner(), shards=shards).activations(
-            ActivationsConfig(layer=1), pairs, reward
+        model_stages.activations(
+            StageContext(Place(tmp_path / str(shards)), LocalRunner(), shards=shards),
+            ActivationsConfig(layer=1),
+            pairs,
+            reward,
         )
         for shards in (1, 3)
     ]
@@ -196,8 +200,8 @@ def test_the_number_of_parts_is_no_part_of_a_recipe(reward_dir, pairs_dir, tmp_p
     config = RewardConfig(base=str(reward_dir), epochs=0.1, max_length=64)
     names = set()
     for shards in (1, 3):
-        stages = Stages(Place(tmp_path / str(shards)), LocalRunner(), shards=shards)
-        made = stages.reward(config.model_copy(update={"shards": shards}), open_artifact(pairs_dir))
+        ctx = StageContext(Place(tmp_path / str(shards)), LocalRunner(), shards=shards)
+        made = model_stages.reward(ctx, config.model_copy(update={"shards": shards}), open_artifact(pairs_dir))
         names.add(made.name)
     assert len(names) == 1
 

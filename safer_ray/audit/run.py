@@ -49,12 +49,12 @@ class Audit(NamedTuple):
 
     def asked(self) -> dict[str, Any]:
         """Return what an audit must have in common with its earlier half; never paths or worker counts."""
-        source = self.source.model_dump(mode="json", exclude={"path"})
+        source = self.source.recorded()
         return {
             "auditor": self.auditor.name,
             CONTENT: self.auditor.manifest.get("content_sha256"),
             "source": source,
-            "scores": self.scores.model_dump(mode="json"),
+            "scores": self.scores.recorded(),
             "max_chars": self.max_chars,
             "fragment_rows": self.fragment_rows,
         }

@@ -63,8 +63,8 @@ def export_command(
     if percent is not None and not 0 <= percent < 100:
         raise UserError(f"--percent {percent}: choose a number from 0 to below 100")
     opened = open_audit(at(audit).absolute())
-    with one_stage(out, fresh) as stages:
-        made = export(opened, percent, stages.place, stages.runner)
+    with one_stage(out, fresh) as ctx:
+        made = export(opened, percent, ctx.place, ctx.runner)
     show_artifact(made)
     for why, pairs in made.metrics["why"].items():
         console.print(f"  {pairs:>10,}  {why}")

@@ -1,4 +1,4 @@
-"""Shared by all commands: options, the console, and turning values into configs and stages."""
+"""Shared by all commands: options, the console, and turning values into configs and contexts."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ from safer_ray.storage.locations import check_utf8
 if TYPE_CHECKING:
     from safer_ray.config.sections import RayConfig
     from safer_ray.pipeline.progress import Report
-    from safer_ray.pipeline.run import Stages
     from safer_ray.pipeline.runner import Runner
+    from safer_ray.pipeline.stage import StageContext
     from safer_ray.storage.artifacts import Artifact
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
@@ -58,15 +58,15 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
 @contextlib.contextmanager
 def one_stage(
     out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
-) -> Iterator["Stages"]:
-    """The stages with `out` as the place of the one that is run, locked; `config` says where a runner on Ray works, and
+) -> Iterator["StageContext"]:
+    """Where one stage is run, with `out` as its place, locked; `config` says where a runner on Ray works, and
     whether code of a checkpoint's own may run, where the command does not.
 
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.
     """
     from safer_ray.pipeline.inputs import lasting
-    from safer_ray.pipeline.run import Stages
+    from safer_ray.pipeline.stage import StageContext
     from safer_ray.storage.artifacts import Place
     from safer_ray.storage.lock import locked
 
@@ -78,7 +78,7 @@ def one_stage(
     lock = out.parent / f".lock-{out.name}"
     place = Place(out.parent, out=out, fresh=fresh, reads=(config,) if config else ())
     with emptied(out.parent), _gone(lock), locked(lock), at_work(runner, ray, reward.shards) as (where, _):
-        yield Stages(place, where, **options)
+        yield StageContext(place, where, **options)
 
 
 def check_out(out: Path) -> Path:

@@ -66,8 +66,10 @@ def pairs(
 
     sources = tuple(build_config(SourceConfig, path=path, format=format, section=section) for path in source)
     config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
-    with one_stage(out, fresh) as stages:
-        show_artifact(stages.pairs(config))
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh) as ctx:
+        show_artifact(model_stages.pairs(ctx, config))
 
 
 @app.command()
@@ -84,8 +86,10 @@ def reward(
     settings = config_section(config, "reward", assignments)
     if trust_remote_code:
         settings = settings.model_copy(update={"trust_remote_code": True})
-    with one_stage(out, fresh, runner, config) as stages:
-        show_artifact(stages.reward(settings, open_input("pairs", pairs)))
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh, runner, config) as ctx:
+        show_artifact(model_stages.reward(ctx, settings, open_input("pairs", pairs)))
 
 
 @app.command()
@@ -107,11 +111,13 @@ def activations(
         raise UserError("activations: pass either --pairs DIR or --text FILE")
     settings, model = config_section(config, "activations", assignments), open_input("reward", reward)
     source = open_input("pairs", pairs) if pairs else None
-    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
         if source:
-            show_artifact(stages.activations(settings, source, model))
+            show_artifact(model_stages.activations(ctx, settings, source, model))
         else:
-            show_artifact(stages.text_activations(WarmStartConfig(text=str(text)), settings.layer, model))
+            show_artifact(model_stages.text_activations(ctx, WarmStartConfig(text=str(text)), settings.layer, model))
 
 
 @app.command()
@@ -140,8 +146,10 @@ def sae(
     roles = {"sae": start, "pairs": pairs, "reward": reward}
     first, judged, model = (open_input(role, path) if path else None for role, path in roles.items())
     settings = config_section(config, "sae", assignments)
-    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
-        show_artifact(stages.sae(settings, source, known, start=first, pairs=judged, reward=model))
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+        show_artifact(model_stages.sae(ctx, settings, source, known, start=first, pairs=judged, reward=model))
 
 
 @app.command()
@@ -156,8 +164,12 @@ def codes(
     fresh: Fresh = False,
 ) -> None:
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
-    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
-        show_artifact(stages.codes(open_input("pairs", pairs), open_input("reward", reward), open_input("sae", sae)))
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+        show_artifact(
+            model_stages.codes(ctx, open_input("pairs", pairs), open_input("reward", reward), open_input("sae", sae))
+        )
 
 
 @app.command()
@@ -172,8 +184,10 @@ def salience(
     from safer_ray.config.sections import SalienceConfig
 
     config = build_config(SalienceConfig, mode=mode)
-    with one_stage(out, fresh) as stages:
-        show_artifact(stages.salience(open_input("codes", codes), config.mode, latents))
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
+        show_artifact(feature_stages.salience(ctx, open_input("codes", codes), config.mode, latents))
 
 
 @app.command()
@@ -189,14 +203,15 @@ def contexts(
     fresh: Fresh = False,
 ) -> None:
     """Stage 7: the sentences on which each candidate feature fires most."""
-    from safer_ray.pipeline.findings import mode_of
+    from safer_ray.pipeline import feature_stages
 
     ranked = open_input("salience", salience)
-    counted = mode_of(ranked, checked_mode(mode), otherwise="response")
-    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
+    counted = feature_stages.mode_of(ranked, checked_mode(mode), otherwise="response")
+    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as ctx:
         config = config_section(None, "contexts", assignments)
         show_artifact(
-            stages.contexts(
+            feature_stages.contexts(
+                ctx,
                 config,
                 ranked,
                 open_input("codes", codes),
@@ -219,10 +234,13 @@ def verdicts(
     fresh: Fresh = False,
 ) -> None:
     """Stage 8: rate candidate features by the concept probe."""
-    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as stages:
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as ctx:
         config = config_section(None, "judge", assignments)
         show_artifact(
-            stages.verdicts(
+            feature_stages.verdicts(
+                ctx,
                 config,
                 open_input("salience", salience),
                 open_input("reward", reward),
@@ -247,11 +265,14 @@ def select(
     if (ratings is None) == (verdicts is None):
         raise UserError("select: pass either --ratings FILE or --verdicts DIR")
     config = config_section(None, "select", assignments)
-    with one_stage(out, fresh) as stages:
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
         source = open_input("salience", salience)
         judged = open_input("verdicts", verdicts) if verdicts else None
         show_artifact(
-            stages.select(
+            feature_stages.select(
+                ctx,
                 config,
                 source,
                 verdicts=judged,
@@ -282,18 +303,22 @@ def auditor(
     needed = {"reward": reward, "sae": sae, "features": features, "codes": codes}
     model, coder, selected, reference = (open_input(role, path) for role, path in needed.items())
     fitted = open_input("detector", detector) if detector else None
-    with one_stage(out, fresh) as stages:
-        show_artifact(stages.auditor(model, coder, selected, reference, fitted, known))
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
+        show_artifact(feature_stages.auditor(ctx, model, coder, selected, reference, fitted, known))
 
 
 @app.command()
 def scores(codes: ExistingPath, pairs: ExistingPath, auditor: ExistingPath, out: Out, fresh: Fresh = False) -> None:
     """Stage 11: score pairs from their codes against an auditor's reference."""
     config = config_section(None, "scores", None)
-    with one_stage(out, fresh) as stages:
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
         show_artifact(
-            stages.scores(
-                config, open_input("codes", codes), open_input("pairs", pairs), open_input("auditor", auditor)
+            feature_stages.scores(
+                ctx, config, open_input("codes", codes), open_input("pairs", pairs), open_input("auditor", auditor)
             )
         )
 
@@ -308,9 +333,13 @@ def rescore(
 ) -> None:
     """Stage 11 with another selection of features, from codes alone."""
     checked = checked_mode(mode)
-    with one_stage(out, fresh) as stages:
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
         scoring = config_section(None, "scores", None)
-        show_artifact(stages.rescore(scoring, open_input("codes", codes), open_input("features", features), checked))
+        show_artifact(
+            feature_stages.rescore(ctx, scoring, open_input("codes", codes), open_input("features", features), checked)
+        )
 
 
 @app.command()
@@ -338,8 +367,10 @@ def curate(
         seed=seed,
         red_team=red_team,
     )
-    with one_stage(out, fresh) as stages:
-        show_artifact(stages.curate(config, open_input("pairs", pairs), open_input("scores", scores)))
+    from safer_ray.pipeline import feature_stages
+
+    with one_stage(out, fresh) as ctx:
+        show_artifact(feature_stages.curate(ctx, config, open_input("pairs", pairs), open_input("scores", scores)))
 
 
 @app.command()
@@ -353,8 +384,10 @@ def evaluate(
     fresh: Fresh = False,
 ) -> None:
     """Stage 13: accuracy of a reward model by section."""
-    with one_stage(out, fresh, runner, config, trust_remote_code) as stages:
-        artifact = stages.evaluate(open_input("reward", reward), open_input("pairs", pairs))
+    from safer_ray.pipeline import model_stages
+
+    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+        artifact = model_stages.evaluate(ctx, open_input("reward", reward), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():
         interval = f"[{values['low']:.3f}, {values['high']:.3f}]"

@@ -1,6 +1,6 @@
 """The section `sae` of a config: how an SAE is trained. Imports neither torch nor ray."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,9 @@ class WarmStartConfig(Frozen):
 
 
 class SaeConfig(Frozen):
+    # What `warm_start` makes is an input.
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "tensorboard", "warm_start"})
+
     variant: SaeVariant = TopKVariant()
     latents: Annotated[int, Field(gt=0, le=MOST_LATENTS)] = 1024
     k: Annotated[int, Field(gt=0)] = 16

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,8 @@ class SourceConfig(Frozen):
     `path` is a file, a folder, a glob, a `datasets.save_to_disk` folder, `corpus:FILE` (the synthetic corpus) or
     `hub:OWNER/NAME[@REVISION]` (through `datasets.load_dataset`).
     """
+
+    unrecorded: ClassVar = frozenset({"path"})  # an input: the files by name and content
 
     path: AnyPlace
     format: Format = "auto"
@@ -126,6 +128,8 @@ class RewardConfig(Frozen):
     """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
     (a checkpoint inside an installed package) or a tiny Llama."""
 
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
+
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     template: Literal["auto", "plain"] = "auto"
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -177,6 +181,8 @@ class JudgeConfig(Frozen):
     `thresholds` are the |AUROC - 0.5| from which a rating is 2, 3, 4 and 5. `exchanges` is `safety` (shipped), a YAML
     file, or `corpus:probe.yaml`.
     """
+
+    unrecorded: ClassVar = frozenset({"exchanges"})  # an input
 
     kind: Literal["probe"] = "probe"
     exchanges: LocalName = "safety"

@@ -1,8 +1,8 @@
 """The base class of all sections of a config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -41,3 +41,24 @@ class Frozen(BaseModel):
     """Immutable; a misspelt key is an error, and so is a number that is none or infinite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # Fields that no recipe holds: they change no result, or what they name enters the recipe as an input.
+    unrecorded: ClassVar[frozenset[str]] = frozenset()
+
+    def recorded(self, *inputs: str) -> dict[str, Any]:
+        """Return what a recipe holds of this section, as JSON has it: all but the `unrecorded` fields of it and of the
+        sections in it, and but those that this recipe names as `inputs`."""
+        return self.model_dump(mode="json", exclude=_unrecorded(self) | dict.fromkeys(inputs, True))
+
+
+def _unrecorded(value: Any) -> dict[Any, Any]:
+    """Return what pydantic shall leave out of a section, or of several in a tuple or by name."""
+    left_out: dict[Any, Any] = {}
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Frozen):
+        left_out, inside = dict.fromkeys(value.unrecorded, True), value
+    elif isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, tuple):
+        inside = enumerate(value)
+    return {key: found for key, each in inside if (found := _unrecorded(each))} | left_out

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,8 @@ import pyarrow as pa
 from safer_ray.config.sections import RewardConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.features.scoring import KIND, OUT_OF_FOLD
-from safer_ray.pipeline.findings import Findings
-from safer_ray.pipeline.harvest import Harvest
-from safer_ray.pipeline.stage import pairs_of, recipe
+from safer_ray.pipeline import feature_stages, model_stages
+from safer_ray.pipeline.stage import StageContext, make, pairs_of
 from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Artifact, Result, part_files, part_name, read_parts
 from safer_ray.storage.files import read_parquet, write_parquet
@@ -47,112 +47,117 @@ class OutOfFold:
     shared_sae: bool
 
 
-class CrossFit(Harvest, Findings):
-    """The stages, run fold by fold."""
+def fold(ctx: StageContext, pairs: Artifact, folds: int, fold: int, seed: int, side: str) -> Artifact:
+    """Return the pairs of one fold (`held`) or of all others (`train`).
 
-    def fold(self, pairs: Artifact, folds: int, fold: int, seed: int, side: str) -> Artifact:
-        """The pairs of one fold (`held`) or of all others (`train`).
+    Raises:
+        UserError: there are none.
+    """
+    shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
+    return make(ctx, "fold", shown, partial(_write_fold, pairs, folds, fold, seed, side), pairs=pairs)
 
-        Raises:
-            UserError: there are none.
-        """
 
-        def build(out: Path) -> Result:
-            count = 0
-            for path in part_files(pairs_of(pairs)):
-                rows = read_parquet(path)
-                inside = fold_of(rows["group"].to_pylist(), folds, seed) == fold
-                kept = rows.filter(pa.array(inside == (side == "held")))
-                write_parquet(kept, out / path.name)
-                count += len(kept)
-            if not count:
-                raise UserError(f"cross_fit: fold {fold} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
-            return Result({"pairs": count}, seed=seed)
+def _write_fold(pairs: Artifact, folds: int, fold: int, seed: int, side: str, out: Path) -> Result:
+    count = 0
+    for path in part_files(pairs_of(pairs)):
+        rows = read_parquet(path)
+        inside = fold_of(rows["group"].to_pylist(), folds, seed) == fold
+        kept = rows.filter(pa.array(inside == (side == "held")))
+        write_parquet(kept, out / path.name)
+        count += len(kept)
+    if not count:
+        raise UserError(f"cross_fit: fold {fold} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
+    return Result({"pairs": count}, seed=seed)
 
-        shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
-        return self.place.make(recipe("fold", shown, pairs=pairs), build)
 
-    def cross_fit(
-        self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None, sae: Artifact | None = None
-    ) -> OutOfFold:
-        """Reward model, selection and scores of every fold from the other folds' pairs.
+def cross_fit(
+    ctx: StageContext, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None, sae: Artifact | None = None
+) -> OutOfFold:
+    """Return the reward model, selection and scores of every fold, made from the other folds' pairs.
 
-        The autoencoder, too, unless the trunk below the layer read is frozen: then one is shared, `sae` if it is given,
-        since it sees the same vectors in every fold, and no label.
-        """
-        assert config.cross_fit is not None
-        count, seed = config.cross_fit.folds, config.cross_fit.seed
-        sides = [[self.fold(pairs, count, i, seed, side) for i in range(count)] for side in ("train", "held")]
-        rewards = self.rewards(config.reward, sides[0])
-        shared = frozen_below(config.reward, config.activations.layer)
-        if shared:
-            saes = [sae or self._sae(config, sides[0][0], rewards[0])] * count
-        else:
-            saes = [self._sae(config, train, reward) for train, reward in zip(sides[0], rewards, strict=True)]
-        codes = [self.codes(held, reward, sae) for held, reward, sae in zip(sides[1], rewards, saes, strict=True)]
-        folds = []
-        for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
-            seen = self._gathered(train, codes) if shared else self.codes(train, reward, saes[i])
-            folds.append(self._fold(config, train, held, reward, saes[i], seen, codes[i], corpus))
-        return OutOfFold(folds, self._together(pairs, folds, shared), shared)
+    The autoencoder, too, unless the trunk below the layer read is frozen: then one is shared, `sae` if it is given,
+    since it sees the same vectors in every fold, and no label.
+    """
+    assert config.cross_fit is not None
+    count, seed = config.cross_fit.folds, config.cross_fit.seed
+    sides = [[fold(ctx, pairs, count, i, seed, side) for i in range(count)] for side in ("train", "held")]
+    rewards = model_stages.rewards(ctx, config.reward, sides[0])
+    shared = frozen_below(config.reward, config.activations.layer)
+    if shared:
+        saes = [sae or _fold_sae(ctx, config, sides[0][0], rewards[0])] * count
+    else:
+        saes = [_fold_sae(ctx, config, train, reward) for train, reward in zip(sides[0], rewards, strict=True)]
+    codes = [model_stages.codes(ctx, *read) for read in zip(sides[1], rewards, saes, strict=True)]
+    folds = []
+    for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
+        seen = gathered(ctx, train, codes) if shared else model_stages.codes(ctx, train, reward, saes[i])
+        folds.append(fit_fold(ctx, config, train, held, reward, saes[i], seen, codes[i], corpus))
+    return OutOfFold(folds, scores_of_folds(ctx, pairs, folds, shared), shared)
 
-    def _sae(self, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
-        activations = self.activations(config.activations, train, reward)
-        return self.sae_in_stages(config.sae, activations, config.activations.layer, train, reward)
 
-    def _fold(
-        self,
-        config: RunConfig,
-        train: Artifact,
-        held: Artifact,
-        reward: Artifact,
-        sae: Artifact,
-        seen: Artifact,
-        codes: Artifact,
-        corpus: Artifact | None,
-    ) -> Fold:
-        """Of the codes `seen` of the training pairs, a selection; of the held pairs' `codes`, scores by it."""
-        salience = self.salience(seen, config.salience.mode)
-        verdicts = self.verdicts(config.judge, salience, reward, sae, config.select.candidates, corpus)
-        selected = self.select(config.select, salience, verdicts=verdicts)
-        auditor = self.auditor(reward, sae, selected, seen)
-        detector = "safer" if config.scores.detector == "combined" else config.scores.detector  # fitted over all folds
-        scoring = config.scores.model_copy(update={"detector": detector})
-        return Fold(train, held, reward, sae, codes, auditor, self.scores(scoring, codes, held, auditor))
+def _fold_sae(ctx: StageContext, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
+    activations = model_stages.activations(ctx, config.activations, train, reward)
+    return model_stages.sae_in_stages(ctx, config.sae, activations, config.activations.layer, train, reward)
 
-    def _gathered(self, train: Artifact, codes: list[Artifact]) -> Artifact:
-        """Codes of a fold's training pairs, taken from the other folds', which share trunk and autoencoder; the rewards
-        among them are those of the other folds' models."""
 
-        def build(out: Path) -> Result:
-            every = pa.concat_tables([read_parts(artifact.path) for artifact in codes])
-            count = 0
-            for path in part_files(pairs_of(train)):
-                rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
-                write_parquet(rows, out / path.name)
-                count += len(rows)
-            facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
-            return Result({"written": count}, facts)
+def fit_fold(
+    ctx: StageContext,
+    config: RunConfig,
+    train: Artifact,
+    held: Artifact,
+    reward: Artifact,
+    sae: Artifact,
+    seen: Artifact,
+    codes: Artifact,
+    corpus: Artifact | None,
+) -> Fold:
+    """Return a fold: of the codes `seen` of the training pairs, a selection; of the held pairs' `codes`, scores by
+    it."""
+    salience = feature_stages.salience(ctx, seen, config.salience.mode)
+    verdicts = feature_stages.verdicts(ctx, config.judge, salience, reward, sae, config.select.candidates, corpus)
+    selected = feature_stages.select(ctx, config.select, salience, verdicts=verdicts)
+    auditor = feature_stages.auditor(ctx, reward, sae, selected, seen)
+    detector = "safer" if config.scores.detector == "combined" else config.scores.detector  # fitted over all folds
+    scoring = config.scores.model_copy(update={"detector": detector})
+    scores = feature_stages.scores(ctx, scoring, codes, held, auditor)
+    return Fold(train, held, reward, sae, codes, auditor, scores)
 
-        inputs = {f"codes{i}": artifact for i, artifact in enumerate(codes)}
-        return self.place.make(recipe("gathered", {}, pairs=train, **inputs), build)
 
-    def _together(self, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
-        """The folds' scores in the order of the pairs, marked as out of fold."""
+def gathered(ctx: StageContext, train: Artifact, codes: list[Artifact]) -> Artifact:
+    """Return the codes of a fold's training pairs, taken from the other folds', which share trunk and autoencoder; the
+    rewards among them are those of the other folds' models."""
+    inputs = {f"codes{i}": artifact for i, artifact in enumerate(codes)}
+    return make(ctx, "gathered", {}, partial(_write_gathered, train, codes), pairs=train, **inputs)
 
-        def build(out: Path) -> Result:
-            scores = pa.concat_tables([read_parts(fold.scores.path) for fold in folds])
-            missing = 0
-            for number, path in enumerate(part_files(pairs_of(pairs))):
-                rows, without = rows_of(scores, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
-                missing += len(without)
-                write_parquet(rows.replace_schema_metadata({KIND: OUT_OF_FOLD}), out / part_name(number))
-            facts = {"kind": OUT_OF_FOLD, "folds": len(folds), "shared_sae": shared}
-            rows_by_kind = {"written": len(scores), "missing": missing}
-            return Result(rows_by_kind, facts)
 
-        inputs = {f"scores{i}": fold.scores for i, fold in enumerate(folds)}
-        return self.place.make(recipe("cross_fit", {"shared_sae": shared}, pairs=pairs, **inputs), build)
+def _write_gathered(train: Artifact, codes: list[Artifact], out: Path) -> Result:
+    every = pa.concat_tables([read_parts(artifact.path) for artifact in codes])
+    count = 0
+    for path in part_files(pairs_of(train)):
+        rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
+        write_parquet(rows, out / path.name)
+        count += len(rows)
+    facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
+    return Result({"written": count}, facts)
+
+
+def scores_of_folds(ctx: StageContext, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
+    """Return the folds' scores in the order of the pairs, marked as out of fold."""
+    inputs = {f"scores{i}": fold.scores for i, fold in enumerate(folds)}
+    write = partial(_write_scores, pairs, folds, shared)
+    return make(ctx, "cross_fit", {"shared_sae": shared}, write, pairs=pairs, **inputs)
+
+
+def _write_scores(pairs: Artifact, folds: list[Fold], shared: bool, out: Path) -> Result:
+    scores = pa.concat_tables([read_parts(fold.scores.path) for fold in folds])
+    missing = 0
+    for number, path in enumerate(part_files(pairs_of(pairs))):
+        rows, without = rows_of(scores, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
+        missing += len(without)
+        write_parquet(rows.replace_schema_metadata({KIND: OUT_OF_FOLD}), out / part_name(number))
+    facts = {"kind": OUT_OF_FOLD, "folds": len(folds), "shared_sae": shared}
+    rows_by_kind = {"written": len(scores), "missing": missing}
+    return Result(rows_by_kind, facts)
 
 
 def frozen_below(config: RewardConfig, layer: int) -> bool:

@@ -1,6 +1,7 @@
 """The noise lab: plant errors, score every pair by models that did not see its prompt, and measure every detector."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ from safer_ray.errors import UserError, need_extra
 from safer_ray.features.codes import matrix_of
 from safer_ray.features.judge import load_probe, probe_pairs
 from safer_ray.features.passes import head_differences
-from safer_ray.pipeline.crossfit import Fold
+from safer_ray.pipeline import model_stages
+from safer_ray.pipeline.crossfit import Fold, cross_fit, fit_fold
+from safer_ray.pipeline.detector_stages import check_shared_trunk, read_folds, trunk_vectors
 from safer_ray.pipeline.inputs import place_of_run, resolve_exchanges
 from safer_ray.pipeline.runner import Runner
-from safer_ray.pipeline.stage import pairs_of, recipe
-from safer_ray.pipeline.suspect import Suspecting, check_shared_trunk, read_folds
+from safer_ray.pipeline.stage import StageContext, pairs_of, recipe
 from safer_ray.report.experiment import as_page, detection_part
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.trunk import remembered
@@ -43,110 +45,117 @@ class Planted(NamedTuple):
     made_of: list[Artifact]
 
 
-class Lab(Suspecting):
-    """The stages of the noise lab."""
+def plantings(
+    ctx: StageContext, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
+) -> list[Planted]:
+    """The same kind of errors under every seed."""
+    seeded = [noise.model_copy(update={"seed": seed}) for seed in lab.seeds]
+    return [_planting(ctx, config, lab, pairs, each, corpus) for each in seeded]
 
-    def plantings(
-        self, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
-    ) -> list[Planted]:
-        """The same kind of errors under every seed."""
-        seeded = [noise.model_copy(update={"seed": seed}) for seed in lab.seeds]
-        return [self._planting(config, lab, pairs, each, corpus) for each in seeded]
 
-    def _planting(
-        self, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
-    ) -> Planted:
-        noisy = self.noise(noise, pairs)
-        fitted = self.cross_fit(config, noisy, corpus)
-        others = [config.reward.model_copy(update={"seed": config.reward.seed + i}) for i in range(1, lab.models)]
-        margins = [self._margins(self.rewards(c, [f.train for f in fitted.folds]), fitted.folds) for c in others]
-        rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
-        vectors = self.trunk_vectors(config, noisy, fitted)
-        evidence = self._evidence(config, rows, fitted.folds, margins, vectors, corpus)
-        made_of, known = [noisy, vectors, *self._read(fitted.folds)], None
-        if lab.in_sample:
-            whole = self._in_sample(config, noisy, fitted.folds[0].sae, corpus)
-            known = self._evidence(config, rows, [whole], [], vectors, corpus)  # one model is enough to show the bias
-            made_of += self._read([whole])
-        truth = read_parts(noisy.path / "truth")
-        by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
-        planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
-        mask = where_mask(rows, noise.where)
-        return Planted(mask, planted, rows["group"].to_pylist(), evidence, known, made_of)
+def _planting(
+    ctx: StageContext, config: RunConfig, lab: LabConfig, pairs: Artifact, noise: NoiseConfig, corpus: Artifact | None
+) -> Planted:
+    noisy = model_stages.noise(ctx, noise, pairs)
+    fitted = cross_fit(ctx, config, noisy, corpus)
+    others = [config.reward.model_copy(update={"seed": config.reward.seed + i}) for i in range(1, lab.models)]
+    margins = [
+        _margins(ctx, model_stages.rewards(ctx, c, [f.train for f in fitted.folds]), fitted.folds) for c in others
+    ]
+    rows = read_parts(pairs_of(noisy), ["pair_id", "group", "source", "section", "labels", "chosen", "rejected"])
+    vectors = trunk_vectors(ctx, config, noisy, fitted)
+    evidence = _evidence(ctx, config, rows, fitted.folds, margins, vectors, corpus)
+    made_of, known = [noisy, vectors, *_read(ctx, fitted.folds)], None
+    if lab.in_sample:
+        whole = _in_sample(ctx, config, noisy, fitted.folds[0].sae, corpus)
+        known = _evidence(ctx, config, rows, [whole], [], vectors, corpus)  # one model is enough to show the bias
+        made_of += _read(ctx, [whole])
+    truth = read_parts(noisy.path / "truth")
+    by_id = dict(zip(truth["pair_id"].to_pylist(), truth["planted"].to_pylist(), strict=True))
+    planted = np.array([by_id[key] for key in rows["pair_id"].to_pylist()], dtype=bool)
+    mask = where_mask(rows, noise.where)
+    return Planted(mask, planted, rows["group"].to_pylist(), evidence, known, made_of)
 
-    def _in_sample(self, config: RunConfig, pairs: Artifact, sae: Artifact, corpus: Artifact | None) -> Fold:
-        """One fold that is everything: its models saw the pairs that they judge."""
-        (reward,) = self.rewards(config.reward, [pairs])
-        codes = self.codes(pairs, reward, sae)
-        return self._fold(config, pairs, pairs, reward, sae, codes, codes, corpus)
 
-    def _margins(self, rewards: Sequence[Artifact], folds: Sequence[Fold]) -> dict[str, float]:
-        """Of each pair, by the model of its fold."""
-        found: dict[str, float] = {}
-        for reward, fold in zip(rewards, folds, strict=True):
-            table = read_parts(self.evaluate(reward, fold.held).path, ["pair_id", "reward_margin"])
-            found |= zip(table["pair_id"].to_pylist(), table["reward_margin"].to_pylist(), strict=True)
-        return found
+def _in_sample(ctx: StageContext, config: RunConfig, pairs: Artifact, sae: Artifact, corpus: Artifact | None) -> Fold:
+    """One fold that is everything: its models saw the pairs that they judge."""
+    (reward,) = model_stages.rewards(ctx, config.reward, [pairs])
+    codes = model_stages.codes(ctx, pairs, reward, sae)
+    return fit_fold(ctx, config, pairs, pairs, reward, sae, codes, codes, corpus)
 
-    def _evidence(
-        self,
-        config: RunConfig,
-        rows: pa.Table,
-        folds: Sequence[Fold],
-        more: list[dict[str, float]],
-        vectors: Artifact,
-        corpus: Artifact | None,
-    ) -> Evidence:
-        """Return what the folds say of every row, in the rows' order."""
-        ids = rows["pair_id"].to_pylist()
-        read = read_folds(folds, vectors, ids)
-        heads, _ = rows_of(
-            pa.concat_tables([read_parts(self.heads(fold.reward, fold.held).path) for fold in folds]), ids
-        )
-        margin = [read.readings.margin, *(np.array([m[key] for key in ids]) for m in more)]
-        return Evidence(
-            pair_id=ids,
-            fold=read.fold,
-            chosen=_texts(rows["chosen"]),
-            rejected=_texts(rows["rejected"]),
-            margin=np.stack(margin, axis=1).astype(np.float64),
-            score_paper=read.score_paper,
-            read=read.readings,
-            head=matrix_of(heads["head"]),
-            clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
-        )
 
-    def _read(self, folds: Sequence[Fold]) -> list[Artifact]:
-        """The artifacts that evidence is read from."""
-        return [a for fold in folds for a in (fold.scores, self.heads(fold.reward, fold.held))]
+def _margins(ctx: StageContext, rewards: Sequence[Artifact], folds: Sequence[Fold]) -> dict[str, float]:
+    """Of each pair, by the model of its fold."""
+    found: dict[str, float] = {}
+    for reward, fold in zip(rewards, folds, strict=True):
+        table = read_parts(model_stages.evaluate(ctx, reward, fold.held).path, ["pair_id", "reward_margin"])
+        found |= zip(table["pair_id"].to_pylist(), table["reward_margin"].to_pylist(), strict=True)
+    return found
 
-    def detection(self, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
-        """Every detector on every kind of errors: `detection.json`."""
-        lab = config.lab
-        assert lab is not None
-        by_noise = {name: self.plantings(config, lab, pairs, noise, corpus) for name, noise in lab.noises.items()}
 
-        def build(out: Path) -> Result:
-            found = {}
-            for name, plantings in by_noise.items():
-                found[name] = {
-                    "pairs": int(plantings[0].mask.sum()),
-                    "planted": int(plantings[0].planted.sum()),
-                    "out_of_fold": as_json(measured(plantings, lab.draws)),
-                    "in_sample": as_json(measured(plantings, lab.draws, in_sample=True)) if lab.in_sample else None,
-                }
-            write_json(found, out / "detection.json")
-            parts = [detection_part(name, f"Errors: {name}", told) for name, told in found.items()]
-            write_text(as_page(config.name, parts, made.inherited.red_team), out / "page.html")
-            return Result({"noises": len(found)}, found)
+def _evidence(
+    ctx: StageContext,
+    config: RunConfig,
+    rows: pa.Table,
+    folds: Sequence[Fold],
+    more: list[dict[str, float]],
+    vectors: Artifact,
+    corpus: Artifact | None,
+) -> Evidence:
+    """Return what the folds say of every row, in the rows' order."""
+    ids = rows["pair_id"].to_pylist()
+    read = read_folds(folds, vectors, ids)
+    heads, _ = rows_of(
+        pa.concat_tables([read_parts(model_stages.heads(ctx, fold.reward, fold.held).path) for fold in folds]), ids
+    )
+    margin = [read.readings.margin, *(np.array([m[key] for key in ids]) for m in more)]
+    return Evidence(
+        pair_id=ids,
+        fold=read.fold,
+        chosen=_texts(rows["chosen"]),
+        rejected=_texts(rows["rejected"]),
+        margin=np.stack(margin, axis=1).astype(np.float64),
+        score_paper=read.score_paper,
+        read=read.readings,
+        head=matrix_of(heads["head"]),
+        clean_head={i: clean_heads(config, fold, corpus) for i, fold in enumerate(folds)},
+    )
 
-        inputs = {
-            f"{name}{number}": Input(" ".join(a.name for a in planting.made_of), tuple(planting.made_of))
-            for name, plantings in by_noise.items()
-            for number, planting in enumerate(plantings)
+
+def _read(ctx: StageContext, folds: Sequence[Fold]) -> list[Artifact]:
+    """The artifacts that evidence is read from."""
+    return [a for fold in folds for a in (fold.scores, model_stages.heads(ctx, fold.reward, fold.held))]
+
+
+def detection(ctx: StageContext, config: RunConfig, pairs: Artifact, corpus: Artifact | None = None) -> Artifact:
+    """Return how every detector does on every kind of errors: `detection.json`."""
+    lab = config.lab
+    assert lab is not None
+    by_noise = {name: plantings(ctx, config, lab, pairs, noise, corpus) for name, noise in lab.noises.items()}
+    inputs = {
+        f"{name}{number}": Input(" ".join(a.name for a in planting.made_of), tuple(planting.made_of))
+        for name, planted in by_noise.items()
+        for number, planting in enumerate(planted)
+    }
+    made = recipe("detection", lab, pairs, **inputs)
+    return ctx.place.make(made, partial(_write_detection, config.name, lab, by_noise, made.inherited.red_team))
+
+
+def _write_detection(
+    title: str, lab: LabConfig, by_noise: dict[str, list[Planted]], red_team: bool, out: Path
+) -> Result:
+    found = {}
+    for name, plantings in by_noise.items():
+        found[name] = {
+            "pairs": int(plantings[0].mask.sum()),
+            "planted": int(plantings[0].planted.sum()),
+            "out_of_fold": as_json(measured(plantings, lab.draws)),
+            "in_sample": as_json(measured(plantings, lab.draws, in_sample=True)) if lab.in_sample else None,
         }
-        made = recipe("detection", lab, pairs, **inputs)
-        return self.place.make(made, build)
+    write_json(found, out / "detection.json")
+    parts = [detection_part(name, f"Errors: {name}", told) for name, told in found.items()]
+    write_text(as_page(title, parts, red_team), out / "page.html")
+    return Result({"noises": len(found)}, found)
 
 
 def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:
@@ -200,6 +209,6 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     check_shared_trunk(config, "lab")
     place = place_of_run(config, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
     with locked(place.root), remembered():
-        stages = Lab.of(place, runner, config)
-        corpus = stages.corpus(config.corpus) if config.corpus else None
-        return stages.detection(config, stages.pairs(config.pairs, corpus), corpus)
+        ctx = StageContext.of(place, runner, config)
+        corpus = model_stages.corpus(ctx, config.corpus) if config.corpus else None
+        return detection(ctx, config, model_stages.pairs(ctx, config.pairs, corpus), corpus)

@@ -1,6 +1,7 @@
 """The stages in order. Knows only a Runner."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from safer_ray.data.curation import CLEAN
 from safer_ray.data.source_files import source_files
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
+from safer_ray.pipeline import detector_stages, feature_stages, model_stages
+from safer_ray.pipeline.crossfit import cross_fit
 from safer_ray.pipeline.inputs import check_file, place_of_run
 from safer_ray.pipeline.runner import Runner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.pipeline.summary import RunView, write_report, write_summary
-from safer_ray.pipeline.suspect import Suspecting, check_shared_trunk
 from safer_ray.reward.checkpoints import layer_count
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.lock import locked
@@ -36,14 +39,6 @@ STAGES = (
     "evaluate",
     "report",
 )
-
-
-class Stages(Suspecting):
-    """All stages."""
-
-
-class _Until(Exception):  # noqa: N818
-    """The last stage asked for is done."""
 
 
 @dataclass
@@ -80,7 +75,7 @@ def preflight(config: RunConfig) -> None:
                 f"{config.reward.base}; choose 1..{count}"
             )
     if config.scores.detector == "combined":
-        check_shared_trunk(config, "scores.detector: combined")
+        detector_stages.check_shared_trunk(config, "scores.detector: combined")
 
 
 def run(
@@ -104,82 +99,87 @@ def run(
         raise UserError(f"--until {until}: this config makes none; choose another stage")
     preflight(config)
     place = place_of_run(config, fresh=fresh, dry=dry, on_stage=on_stage)
-    stages = Stages.of(place, runner, config)
+    ctx = StageContext.of(place, runner, config)
     outcome = Run(config, place.root)
-    if dry:
-        _all(stages, outcome, until)
-        return outcome
-    with locked(place.root):
-        _all(stages, outcome, until)
+    with contextlib.nullcontext() if dry else locked(place.root):
+        for stage in _stages(ctx, outcome):
+            if stage == until:
+                break
     return outcome
 
 
-def _all(stages: Stages, run: Run, until: str | None) -> None:
-    def done(stage: str, artifact: Artifact) -> Artifact:
-        run.artifacts[stage] = artifact
-        if stage == until:
-            raise _Until
-        return artifact
-
-    try:
-        _train(stages, run, done)
-        _find(stages, run, done)
-        _change(stages, run, until)
-        if not stages.place.dry and until in (None, "report"):
-            view = RunView(run.config, run.artifacts, run.models, run.evaluations, run.curated)
-            write_summary(view, run.directory / "summary.json")
-            write_report(view, run.directory / "report.html")
-    except _Until:
-        return
+def _stages(ctx: StageContext, run: Run) -> Iterator[str]:
+    """Make every stage in turn, and yield its name when it is made; whoever goes no further makes no more."""
+    yield from _train(ctx, run)
+    yield from _find(ctx, run)
+    yield from _change(ctx, run)
+    if not ctx.place.dry:
+        view = RunView(run.config, run.artifacts, run.models, run.evaluations, run.curated)
+        write_summary(view, run.directory / "summary.json")
+        write_report(view, run.directory / "report.html")
+    yield "report"
 
 
-def _train(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -> None:
+def _train(ctx: StageContext, run: Run) -> Iterator[str]:
     """Pairs in; a reward model, an SAE on its activations, and the codes of every pair out."""
-    config = run.config
-    corpus = done("corpus", stages.corpus(config.corpus)) if config.corpus else None
-    pairs = done("pairs", stages.pairs(config.pairs, corpus))
+    config, made, corpus = run.config, run.artifacts, None
+    if config.corpus:
+        corpus = made["corpus"] = model_stages.corpus(ctx, config.corpus)
+        yield "corpus"
+    pairs = made["pairs"] = model_stages.pairs(ctx, config.pairs, corpus)
+    yield "pairs"
     if config.noise:
-        pairs = done("noise", stages.noise(config.noise, pairs))
-    run.artifacts["training_pairs"] = pairs
-    reward = done("reward", stages.reward(config.reward, pairs))
-    run.models[CLEAN] = reward
-    activations = done("activations", stages.activations(config.activations, pairs, reward))
-    sae = done("sae", stages.sae_in_stages(config.sae, activations, config.activations.layer, pairs, reward))
-    done("codes", stages.codes(pairs, reward, sae))
+        pairs = made["noise"] = model_stages.noise(ctx, config.noise, pairs)
+        yield "noise"
+    made["training_pairs"] = pairs
+    reward = made["reward"] = run.models[CLEAN] = model_stages.reward(ctx, config.reward, pairs)
+    yield "reward"
+    activations = made["activations"] = model_stages.activations(ctx, config.activations, pairs, reward)
+    yield "activations"
+    layer = config.activations.layer
+    sae = made["sae"] = model_stages.sae_in_stages(ctx, config.sae, activations, layer, pairs, reward)
+    yield "sae"
+    made["codes"] = model_stages.codes(ctx, pairs, reward, sae)
+    yield "codes"
 
 
-def _find(stages: Stages, run: Run, done: Callable[[str, Artifact], Artifact]) -> None:
+def _find(ctx: StageContext, run: Run) -> Iterator[str]:
     """The features that tell safe from unsafe, the bundle that audits with them, and a score for every pair."""
-    config, made = run.config, run.artifacts
+    config, made, corpus = run.config, run.artifacts, run.artifacts.get("corpus")
     pairs, reward, sae, codes = (made[name] for name in ("training_pairs", "reward", "sae", "codes"))
-    salience = done("salience", stages.salience(codes, config.salience.mode))
-    done("contexts", stages.contexts(config.contexts, salience, codes, pairs, reward, config.salience.mode))
-    count = config.select.candidates
-    verdicts = done("verdicts", stages.verdicts(config.judge, salience, reward, sae, count, made.get("corpus")))
-    selected = done("select", stages.select(config.select, salience, verdicts=verdicts))
-    fitted = stages.cross_fit(config, pairs, made.get("corpus"), sae) if config.cross_fit else None
+    mode, candidates = config.salience.mode, config.select.candidates
+    salience = made["salience"] = feature_stages.salience(ctx, codes, mode)
+    yield "salience"
+    made["contexts"] = feature_stages.contexts(ctx, config.contexts, salience, codes, pairs, reward, mode)
+    yield "contexts"
+    made["verdicts"] = feature_stages.verdicts(ctx, config.judge, salience, reward, sae, candidates, corpus)
+    yield "verdicts"
+    selected = made["select"] = feature_stages.select(ctx, config.select, salience, verdicts=made["verdicts"])
+    yield "select"
+    fitted = cross_fit(ctx, config, pairs, corpus, sae) if config.cross_fit else None
     detector = None
     if fitted and config.scores.detector == "combined":
-        detector = done("detector", stages.detector(config, pairs, fitted))
+        detector = made["detector"] = detector_stages.detector(ctx, config, pairs, fitted)
+        yield "detector"
     known = {name: made[name] for name in ("salience", "verdicts", "contexts")}
-    auditor = done("auditor", stages.auditor(reward, sae, selected, codes, detector, known))
+    auditor = made["auditor"] = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known)
+    yield "auditor"
     if fitted and detector:
-        done("scores", stages.suspected(config.scores, fitted.scores, detector))
+        made["scores"] = detector_stages.suspected(ctx, config.scores, fitted.scores, detector)
+    elif fitted:
+        made["scores"] = fitted.scores
     else:
-        done("scores", fitted.scores if fitted else stages.scores(config.scores, codes, pairs, auditor))
+        made["scores"] = feature_stages.scores(ctx, config.scores, codes, pairs, auditor)
+    yield "scores"
 
 
-def _change(stages: Stages, run: Run, until: str | None) -> None:
-    """Curate, retrain on what is left, and measure every model on the same pairs."""
+def _change(ctx: StageContext, run: Run) -> Iterator[str]:
+    """What curation leaves of the pairs, the models retrained on it, and all models measured on the same pairs."""
     config, made = run.config, run.artifacts
-    pairs, scores = made["training_pairs"], made["scores"]
     for name, curate in config.curate.items():
-        run.curated[name] = stages.curate(curate, pairs, scores)
-    if until == "curate":
-        raise _Until
-    run.models |= zip(run.curated, stages.rewards(config.reward, list(run.curated.values())), strict=True)
-    evaluation = stages.pairs(config.evaluation, made.get("corpus"))
-    made["evaluation_pairs"] = evaluation
-    run.evaluations |= zip(run.models, stages.evaluations(list(run.models.values()), evaluation), strict=True)
-    if until == "evaluate":
-        raise _Until
+        run.curated[name] = feature_stages.curate(ctx, curate, made["training_pairs"], made["scores"])
+    yield "curate"
+    run.models |= zip(run.curated, model_stages.rewards(ctx, config.reward, list(run.curated.values())), strict=True)
+    held = made["evaluation_pairs"] = model_stages.pairs(ctx, config.evaluation, made.get("corpus"))
+    run.evaluations |= zip(run.models, model_stages.evaluations(ctx, list(run.models.values()), held), strict=True)
+    yield "evaluate"

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-from pydantic import BaseModel
 
 from safer_ray.config.sections import RunConfig
+from safer_ray.config.values import Frozen
 from safer_ray.errors import UserError
 from safer_ray.pipeline.roles import PAIRS, check_columns, folder_of_pairs
 from safer_ray.pipeline.runner import Runner
 from safer_ray.schema import rows_of
 from safer_ray.storage.accounts import Counts
-from safer_ray.storage.artifacts import Artifact, Fragment, Place, Recipe, part_files, read_fragment
+from safer_ray.storage.artifacts import Artifact, Fragment, Place, Recipe, Result, part_files, read_fragment
 from safer_ray.storage.files import read_parquet
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.recipes import Input
@@ -50,10 +50,10 @@ VERSIONS = {
 
 
 def recipe(
-    stage: str, config: BaseModel | dict[str, Any], *beside: Artifact | None, **inputs: Artifact | Input
+    stage: str, config: Frozen | dict[str, Any], /, *beside: Artifact | None, **inputs: Artifact | Input
 ) -> Recipe:
     """Return what a stage makes of `inputs`, by role; it may read others `beside` them."""
-    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    values = config.recorded() if isinstance(config, Frozen) else config
     return Recipe(stage, VERSIONS[stage], values, inputs, tuple(filter(None, beside)))
 
 
@@ -142,3 +142,21 @@ def _within(share: float, work: Work, counts: Counts) -> dict[str, int]:
             f"{work.directory / 'quarantine'}, and run with --fresh once the cause is mended"
         )
     return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
+
+
+def make(
+    ctx: StageContext,
+    stage: str,
+    config: Frozen | dict[str, Any],
+    write: Callable[[Path], Result],
+    /,
+    *beside: Artifact | None,
+    **inputs: Artifact | Input,
+) -> Artifact:
+    """Return what `stage` makes of `inputs`, by role: as it is there, or as `write` writes it into a folder.
+
+    Its recipe, and with it its name, is made of what `config` records and what the inputs are called. It carries the
+    licences and the red-team mark of all inputs, of those that `write` reads `beside` them, and those that it returns.
+    A dry context writes nothing; a folder that was begun is gone on with.
+    """
+    return ctx.place.make(recipe(stage, config, *beside, **inputs), write)

@@ -1,6 +1,7 @@
 """Sweeps: strategies x percents x seeds of curate, retrain, evaluate; every trial is artifacts, so a sweep resumes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import numpy as np
 from safer_ray.config.sections import CurateConfig, RunConfig, SweepConfig
 from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
 from safer_ray.errors import UserError, need_extra
+from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.inputs import place_of_run
-from safer_ray.pipeline.run import Stages, run
+from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import Runner
-from safer_ray.pipeline.stage import recipe
+from safer_ray.pipeline.stage import StageContext, recipe
 from safer_ray.report.experiment import as_page, sweep_part
 from safer_ray.reward.trunk import remembered
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
@@ -78,37 +80,35 @@ def effect(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int =
     return Effect(float(ours.mean()), by_seed, float(difference.mean()), float(low), float(high))
 
 
-class Sweep(Stages):
-    """The stages of a sweep."""
+def sweep(
+    ctx: StageContext, config: RunConfig, pairs: Artifact, before: Artifact, scores: Artifact, evaluation: Artifact
+) -> Artifact:
+    """Curate, retrain and evaluate every cell: `sweep.json`. `before` are the pairs without planted errors."""
+    assert config.sweep is not None
+    cells = list(trials(config.sweep, noise=config.noise is not None))
+    as_they_are = {CLEAN: pairs, WITHOUT_NOISE: before}
+    inputs = [
+        feature_stages.curate(ctx, cell.curate, pairs, scores) if cell.curate else as_they_are[cell.action]
+        for cell in cells
+    ]
+    models: dict[int, Artifact] = {}
+    for seed in config.sweep.seeds:
+        mine = [i for i, cell in enumerate(cells) if cell.seed == seed]
+        reward = config.reward.model_copy(update={"seed": config.reward.seed + seed})
+        models |= zip(mine, model_stages.rewards(ctx, reward, [inputs[i] for i in mine]), strict=True)
+    measured = model_stages.evaluations(ctx, [models[i] for i in range(len(cells))], evaluation)
+    made = recipe("sweep", config.sweep, pairs, **{f"trial{i}": artifact for i, artifact in enumerate(measured)})
+    return ctx.place.make(made, partial(_write_sweep, config, cells, measured, made.inherited.red_team))
 
-    def sweep(
-        self, config: RunConfig, pairs: Artifact, before: Artifact, scores: Artifact, evaluation: Artifact
-    ) -> Artifact:
-        """Curate, retrain and evaluate every cell: `sweep.json`. `before` are the pairs without planted errors."""
-        assert config.sweep is not None
-        cells = list(trials(config.sweep, noise=config.noise is not None))
-        as_they_are = {CLEAN: pairs, WITHOUT_NOISE: before}
-        inputs = [
-            self.curate(cell.curate, pairs, scores) if cell.curate else as_they_are[cell.action] for cell in cells
-        ]
-        models: dict[int, Artifact] = {}
-        for seed in config.sweep.seeds:
-            mine = [i for i, cell in enumerate(cells) if cell.seed == seed]
-            reward = config.reward.model_copy(update={"seed": config.reward.seed + seed})
-            models |= zip(mine, self.rewards(reward, [inputs[i] for i in mine]), strict=True)
-        measured = self.evaluations([models[i] for i in range(len(cells))], evaluation)
 
-        def build(out: Path) -> Result:
-            assert config.sweep is not None
-            found = table(cells, [grouped(answers(artifact), config.sweep.groups) for artifact in measured])
-            found["retraining"] = retraining(config)
-            write_json(found, out / "sweep.json")
-            parts = [sweep_part(config.name, "What curation changed", found)]
-            write_text(as_page(config.name, parts, made.inherited.red_team), out / "page.html")
-            return Result({"trials": len(cells)}, found)
-
-        made = recipe("sweep", config.sweep, pairs, **{f"trial{i}": artifact for i, artifact in enumerate(measured)})
-        return self.place.make(made, build)
+def _write_sweep(config: RunConfig, cells: list[Trial], measured: list[Artifact], red_team: bool, out: Path) -> Result:
+    assert config.sweep is not None
+    found = table(cells, [grouped(answers(artifact), config.sweep.groups) for artifact in measured])
+    found["retraining"] = retraining(config)
+    write_json(found, out / "sweep.json")
+    parts = [sweep_part(config.name, "What curation changed", found)]
+    write_text(as_page(config.name, parts, red_team), out / "page.html")
+    return Result({"trials": len(cells)}, found)
 
 
 def retraining(config: RunConfig) -> str:
@@ -186,6 +186,6 @@ def run_sweep(
         made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
         place = place_of_run(config, fresh=fresh, on_stage=on_stage)
         with locked(place.root):
-            stages = Sweep.of(place, runner, config)
-            evaluation = stages.pairs(config.evaluation, made.get("corpus"))
-            return stages.sweep(config, made["training_pairs"], made["pairs"], made["scores"], evaluation)
+            ctx = StageContext.of(place, runner, config)
+            evaluation = model_stages.pairs(ctx, config.evaluation, made.get("corpus"))
+            return sweep(ctx, config, made["training_pairs"], made["pairs"], made["scores"], evaluation)

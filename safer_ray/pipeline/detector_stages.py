@@ -1,6 +1,7 @@
-"""From what the folds say of every pair to a detector that knows which pairs to suspect."""
+"""The stages that fit a detector across folds: from what the folds say of every pair to which pairs are suspected."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from safer_ray.errors import UserError
 from safer_ray.features.auditor import VALUES, read_features
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import margins, pair_scores, suspect
-from safer_ray.pipeline.crossfit import CrossFit, Fold, OutOfFold, frozen_below
-from safer_ray.pipeline.stage import recipe
+from safer_ray.pipeline import model_stages
+from safer_ray.pipeline.crossfit import Fold, OutOfFold, frozen_below
+from safer_ray.pipeline.stage import StageContext, make
 from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Artifact, Result, part_files, read_parts
 from safer_ray.storage.files import read_parquet, write_parquet
@@ -32,47 +34,47 @@ class FoldReadings(NamedTuple):
     score_paper: Float[ndarray, " n"]
 
 
-class Suspecting(CrossFit):
-    """The stages that fit a detector across folds."""
+def trunk_vectors(ctx: StageContext, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
+    """Return the mean vectors of the frozen trunk, which all folds share and no label has touched."""
+    return model_stages.vectors(ctx, vector_layers(config), fitted.folds[0].reward, pairs)
 
-    def trunk_vectors(self, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
-        """Mean vectors of the frozen trunk, which all folds share and no label has touched."""
-        return self.vectors(vector_layers(config), fitted.folds[0].reward, pairs)
 
-    def detector(self, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
-        """`combined`, fitted on all pairs, and its out-of-fold values of them."""
-        vectors = self.trunk_vectors(config, pairs, fitted)
+def detector(ctx: StageContext, config: RunConfig, pairs: Artifact, fitted: OutOfFold) -> Artifact:
+    """Return the detector `combined`, fitted on all pairs, and its out-of-fold values of them."""
+    vectors = trunk_vectors(ctx, config, pairs, fitted)
+    write = partial(_write_detector, config, fitted, vectors)
+    return make(ctx, "detector", {}, write, pairs, scores=fitted.scores, vectors=vectors)
 
-        def build(out: Path) -> Result:
-            ids = read_parts(fitted.scores.path, ["pair_id"])["pair_id"].to_pylist()
-            read = read_folds(fitted.folds, vectors, ids)
-            model, values = fit_combined(read.readings, read.fold, ids)
-            model.save(out)
-            write_parquet(pa.table({"pair_id": ids, "combined": values}), out / VALUES)
-            facts = {"vector_layers": list(vector_layers(config)), "weights": model.weights_by_part()}
-            return Result({"pairs": len(ids)}, facts)
 
-        return self.place.make(recipe("detector", {}, pairs, scores=fitted.scores, vectors=vectors), build)
+def _write_detector(config: RunConfig, fitted: OutOfFold, vectors: Artifact, out: Path) -> Result:
+    ids = read_parts(fitted.scores.path, ["pair_id"])["pair_id"].to_pylist()
+    read = read_folds(fitted.folds, vectors, ids)
+    model, values = fit_combined(read.readings, read.fold, ids)
+    model.save(out)
+    write_parquet(pa.table({"pair_id": ids, "combined": values}), out / VALUES)
+    facts = {"vector_layers": list(vector_layers(config)), "weights": model.weights_by_part()}
+    return Result({"pairs": len(ids)}, facts)
 
-    def suspected(self, config: ScoresConfig, scores: Artifact, detector: Artifact) -> Artifact:
-        """Out-of-fold scores, suspected by what the detector says of each pair, among what it says of all."""
 
-        def build(out: Path) -> Result:
-            known = read_parquet(detector.path / VALUES)
-            reference = known["combined"].to_numpy()
-            for path in part_files(scores.path):
-                rows = pq.read_table(path)
-                values, _ = rows_of(known, rows["pair_id"].to_pylist())
-                said = suspect(values["combined"].to_numpy(), reference, config.flag_quantile)
-                for name, column in said.items():
-                    index = rows.schema.get_field_index(name)
-                    rows = rows.set_column(index, rows.schema.field(index), pa.array(column))
-                write_parquet(rows, out / path.name)
-            facts = {**scores.metrics, "detector": "combined"}
-            return Result({"written": len(known)}, facts)
+def suspected(ctx: StageContext, config: ScoresConfig, scores: Artifact, detector: Artifact) -> Artifact:
+    """Return out-of-fold scores, suspected by what the detector says of each pair, among what it says of all."""
+    write = partial(_write_suspected, config, scores, detector)
+    return make(ctx, "suspected", {"flag_quantile": config.flag_quantile}, write, scores=scores, detector=detector)
 
-        shown = {"flag_quantile": config.flag_quantile}
-        return self.place.make(recipe("suspected", shown, scores=scores, detector=detector), build)
+
+def _write_suspected(config: ScoresConfig, scores: Artifact, detector: Artifact, out: Path) -> Result:
+    known = read_parquet(detector.path / VALUES)
+    reference = known["combined"].to_numpy()
+    for path in part_files(scores.path):
+        rows = pq.read_table(path)
+        values, _ = rows_of(known, rows["pair_id"].to_pylist())
+        said = suspect(values["combined"].to_numpy(), reference, config.flag_quantile)
+        for name, column in said.items():
+            index = rows.schema.get_field_index(name)
+            rows = rows.set_column(index, rows.schema.field(index), pa.array(column))
+        write_parquet(rows, out / path.name)
+    facts = {**scores.metrics, "detector": "combined"}
+    return Result({"written": len(known)}, facts)
 
 
 def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> FoldReadings:

@@ -1,0 +1,379 @@
+"""The stages that read texts or run models: corpus, pairs, noise, reward, activations, SAE, codes, evaluation.
+
+Each is a function of the context and of artifacts, and returns one; `_write_STAGE` says what is in it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from safer_ray import schema
+from safer_ray.config.sae import WarmStartConfig
+from safer_ray.config.sections import (
+    ActivationsConfig,
+    CorpusConfig,
+    NoiseConfig,
+    PairsConfig,
+    RewardConfig,
+    SaeConfig,
+    SourceConfig,
+)
+from safer_ray.config.where import where_mask
+from safer_ray.data.benchmarks import benchmark_scores
+from safer_ray.data.corpus import write_corpus
+from safer_ray.data.noise import plant
+from safer_ray.data.source_files import Found
+from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, read_raw
+from safer_ray.detection.evaluation import section_accuracy
+from safer_ray.errors import UserError
+from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
+from safer_ray.pipeline.inputs import (
+    base_input,
+    close_pairs,
+    file_input,
+    find_source,
+    resolve_source,
+    source_input,
+    with_lasting_base,
+)
+from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe
+from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
+from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.tokens import TokenisePairs
+from safer_ray.reward.train import train_reward
+from safer_ray.sae.formats import load_sae
+from safer_ray.sae.train import Judged, train_sae
+from safer_ray.storage.artifacts import (
+    Artifact,
+    Result,
+    part_files,
+    part_fragments,
+    part_name,
+    read_fragment,
+    read_parts,
+)
+from safer_ray.storage.files import at, read_parquet, write_parquet
+from safer_ray.storage.marks import Marks, any_red_team, enclosing, is_marked, together
+from safer_ray.storage.recipes import Input
+from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
+
+log = logging.getLogger(__name__)
+
+
+def corpus(ctx: StageContext, config: CorpusConfig) -> Artifact:
+    """Return the synthetic corpus of the demo."""
+    return make(ctx, "corpus", config, partial(_write_corpus, config))
+
+
+def _write_corpus(config: CorpusConfig, out: Path) -> Result:
+    rows = write_corpus(
+        out,
+        train_per_section=config.train_per_section,
+        heldout_per_section=config.heldout_per_section,
+        seed=config.seed,
+    )
+    return Result(rows, seed=config.seed, own=Marks(("synthetic",)))
+
+
+def pairs(ctx: StageContext, config: PairsConfig, corpus: Artifact | None = None) -> Artifact:
+    """Return the pairs of all sources, with everything refused in `quarantine`.
+
+    Raises:
+        UserError: more than the configured share was refused, or nothing is left.
+    """
+    sources = [resolve_source(source, corpus) for source in config.sources]
+    found = [find_source(s, ctx.place, given) for s, given in zip(sources, config.sources, strict=True)]
+    named = [source_input(*each, corpus) for each in zip(config.sources, sources, found, strict=True)]
+    inputs = {f"source{i}": each for i, each in enumerate(named)}
+    if apart := names_apart(sources, [each.files for each in found]):
+        inputs["names"] = Input(apart)
+    return make(ctx, "pairs", config, partial(_write_pairs, ctx, config, sources, found), **inputs)
+
+
+def _write_pairs(
+    ctx: StageContext, config: PairsConfig, sources: list[SourceConfig], found: list[Found], out: Path
+) -> Result:
+    left_out = {folder: files for each in found for folder, files in each.left_out.items()}
+    for folder, number in left_out.items():
+        log.warning("pairs: %s data files in %s are left out, which is no part of the source", number, folder)
+    plan = plan_sources(sources, rows=ctx.fragment_rows, found=found)
+    job = MapJob(
+        "pairs",
+        lambda fragment: read_raw(fragment, sources[fragment.source]),
+        lambda: NormalisePairs(sources, config.max_chars),
+        schema.PAIRS,
+    )
+    counts = ctx.map(job, plan, out, refused_share=1)
+    closed = close_pairs(out, counts["read"], config)
+    files = list(dict.fromkeys(at(fragment.path) for fragment in plan))
+    poisoned = is_marked(files) or any(any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out))
+    own = together(closed.own, enclosing(files), Marks(red_team=poisoned))
+    return replace(closed, metrics=closed.metrics | {"left_out_files": left_out}, own=own)
+
+
+def noise(ctx: StageContext, config: NoiseConfig, pairs: Artifact) -> Artifact:
+    """Return the pairs with label errors planted in them, and the truth apart."""
+    return make(ctx, "noise", config, partial(_write_noise, config, pairs), pairs=pairs)
+
+
+def _write_noise(config: NoiseConfig, pairs: Artifact, out: Path) -> Result:
+    parts = [read_parquet(path) for path in part_files(pairs_of(pairs))]
+    rows = pa.concat_tables(parts)
+    noisy, planted = plant(rows, config)
+    offset = 0
+    for number, part in enumerate(parts):
+        mask = planted[offset : offset + len(part)]
+        write_parquet(noisy.slice(offset, len(part)), out / "pairs" / part_name(number))
+        truth = pa.table({"pair_id": part["pair_id"], "planted": mask}, schema=schema.TRUTH)
+        write_parquet(truth, out / "truth" / part_name(number))
+        offset += len(part)
+    counts = {"eligible": int(where_mask(rows, config.where).sum()), "planted": int(planted.sum())}
+    return Result(counts, seed=config.seed)
+
+
+def reward(ctx: StageContext, config: RewardConfig, pairs: Artifact) -> Artifact:
+    """Return a reward model trained on `pairs`."""
+    return rewards(ctx, config, [pairs])[0]
+
+
+def rewards(ctx: StageContext, config: RewardConfig, variants: Sequence[Artifact]) -> list[Artifact]:
+    """Return a reward model for each of several sets of pairs, trained one after another by the same workers."""
+    located = with_lasting_base(config)
+    shown, base = config.recorded(), {}
+    if isinstance(config.base, str):
+        shown, base = config.recorded("base"), {"base": base_input(str(located.base))}
+    recipes = [recipe("reward", shown, **base, pairs=pairs) for pairs in variants]
+    pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
+    return ctx.place.make_all(recipes, partial(_write_rewards, ctx, located, pairs_by_name))
+
+
+def _write_rewards(
+    ctx: StageContext, config: RewardConfig, pairs: dict[str, Artifact], partials: dict[str, Path]
+) -> dict[str, Result]:
+    jobs = [
+        TrainJob("reward", train_reward, {"pairs": pairs_of(pairs[name]), "config": config}, out)
+        for name, out in partials.items()
+    ]
+    trained = ctx.runner.train(jobs)
+    return {name: _trained(metrics, config.seed) for name, metrics in zip(partials, trained, strict=True)}
+
+
+def _trained(metrics: dict[str, Any], seed: int) -> Result:
+    """Return what a trained reward model says about itself."""
+    rows = {"train": metrics["train_pairs"], "validation": metrics["validation_pairs"]}
+    return Result(rows, metrics, seed, wall_seconds=metrics["train_seconds"])
+
+
+def _through_model(
+    ctx: StageContext,
+    stage: str,
+    load: Callable[..., BatchFn],
+    written: pa.Schema,
+    pairs: Artifact,
+    reward: Artifact,
+    out: Path,
+    blocks: int | None = None,
+    group_rows: int | None = None,
+) -> Work:
+    """Return the work of putting every pair, tokenised for `reward`, through a function that holds it (its first
+    `blocks`)."""
+    trusted = {"trust_remote_code": ctx.trust_remote_code}
+    job = MapJob(
+        stage,
+        read_fragment,
+        partial(load, **trusted),
+        written,
+        prepare=partial(TokenisePairs, reward.path, **trusted),
+        loads_model=True,
+        shards=min(ctx.shards, blocks or ctx.shards),
+        group_rows=group_rows,
+    )
+    return Work(job, part_fragments(pairs_of(pairs)), out)
+
+
+def _width(ctx: StageContext, reward: Artifact) -> int:
+    return hidden_size(reward.path, ctx.trust_remote_code)
+
+
+def activations(ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
+    """Return the vectors of a layer, of every pair."""
+    write = partial(_write_activations, ctx, config, pairs, reward)
+    return make(ctx, "activations", config, write, pairs=pairs, reward=reward)
+
+
+def _write_activations(
+    ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact, out: Path
+) -> Result:
+    load = partial(EncodeActivations, reward.path, config.layer, config.tokens)
+    written = schema.activations(_width(ctx, reward))
+    counts = ctx.map(
+        *_through_model(
+            ctx,
+            "activations",
+            load,
+            written,
+            pairs,
+            reward,
+            out,
+            blocks=config.layer,
+            group_rows=schema.GROUP_ROWS,
+        )
+    )
+    return Result(counts, {"layer": config.layer})
+
+
+def text_activations(ctx: StageContext, config: WarmStartConfig, layer: int, reward: Artifact) -> Artifact:
+    """Return the vectors of a layer, of all tokens of general text."""
+    text = Path(config.text).absolute()
+    shown = {"layer": layer, "tokens": "text", "limit": config.limit}
+    write = partial(_write_text_activations, ctx, text, config.limit, layer, reward)
+    return make(ctx, "activations", shown, write, text=file_input(text), reward=reward)
+
+
+def _write_text_activations(
+    ctx: StageContext, text: Path, limit: int | None, layer: int, reward: Artifact, out: Path
+) -> Result:
+    job = MapJob(
+        "activations",
+        read_texts,
+        partial(EncodeTexts, reward.path, layer, trust_remote_code=ctx.trust_remote_code),
+        schema.activations(_width(ctx, reward)),
+        prepare=partial(TokeniseTexts, reward.path, ctx.trust_remote_code),
+        loads_model=True,
+        shards=min(ctx.shards, layer),
+        group_rows=schema.GROUP_ROWS,
+    )
+    counts = ctx.map(job, text_fragments(text, ctx.fragment_rows, limit), out)
+    if not counts["written"]:
+        raise UserError(f"activations: {text} holds no text of two tokens or more; pass more text")
+    return Result(counts, {"layer": layer})
+
+
+def sae(
+    ctx: StageContext,
+    config: SaeConfig,
+    activations: Artifact,
+    layer: int,
+    *,
+    start: Artifact | None = None,
+    pairs: Artifact | None = None,
+    reward: Artifact | None = None,
+) -> Artifact:
+    """Return an SAE trained on activations, from `start` on if it is given; with pairs and the reward model that they
+    were harvested by, it is measured what reconstructions cost the model."""
+    judges = {"pairs": pairs, "reward": reward} if config.spliced_pairs and pairs and reward else {}
+    given = {role: artifact for role, artifact in ({"start": start} | judges).items() if artifact}
+    shown = {**config.recorded(), "layer": layer}
+    write = partial(_write_sae, ctx, config, activations, layer, given)
+    return make(ctx, "sae", shown, write, activations=activations, **given)
+
+
+def _write_sae(
+    ctx: StageContext, config: SaeConfig, activations: Artifact, layer: int, given: dict[str, Artifact], out: Path
+) -> Result:
+    judged = None
+    if "reward" in given:
+        judged = Judged(pairs_of(given["pairs"]), given["reward"].path, ctx.trust_remote_code)
+    arguments = {
+        "activations": activations.path,
+        "config": config,
+        "model": activations.manifest.get("inputs", {}).get("reward", activations.name),
+        "layer": layer,
+        "start": given["start"].path if "start" in given else None,
+        "judged": judged,
+    }
+    (metrics,) = ctx.runner.train([TrainJob("sae", train_sae, arguments, out)])
+    return Result({"vectors": metrics["train_vectors"]}, metrics, config.seed)
+
+
+def sae_in_stages(
+    ctx: StageContext, config: SaeConfig, activations: Artifact, layer: int, pairs: Artifact, reward: Artifact
+) -> Artifact:
+    """Return an SAE trained on general text first, where the config says so, and then on the activations of pairs."""
+    start = None
+    if config.warm_start is not None:
+        text = text_activations(ctx, config.warm_start, layer, reward)
+        first = config.warm_start.model_dump(exclude={"text", "limit"})
+        start = sae(ctx, config.model_copy(update={**first, "warm_start": None, "spliced_pairs": 0}), text, layer)
+    return sae(ctx, config, activations, layer, start=start, pairs=pairs, reward=reward)
+
+
+def codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact) -> Artifact:
+    """Return which features fire in every pair, and how much, with the rewards of its responses."""
+    write = partial(_write_codes, ctx, pairs, reward, sae)
+    return make(ctx, "codes", {}, write, pairs=pairs, reward=reward, sae=sae)
+
+
+def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact, out: Path) -> Result:
+    load = partial(EncodePairs, reward.path, sae.path)
+    counts = ctx.map(*_through_model(ctx, "codes", load, schema.CODES, pairs, reward, out))
+    loaded = load_sae(sae.path)
+    return Result(counts, {"latents": loaded.latents, "k": loaded.k})
+
+
+def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
+    """Return what the reward head reads of the two responses of every pair, as a difference."""
+    return make(ctx, "heads", {}, partial(_write_heads, ctx, reward, pairs), reward=reward, pairs=pairs)
+
+
+def _write_heads(ctx: StageContext, reward: Artifact, pairs: Artifact, out: Path) -> Result:
+    written = schema.heads(_width(ctx, reward))
+    return Result(ctx.map(*_through_model(ctx, "heads", partial(HeadPairs, reward.path), written, pairs, reward, out)))
+
+
+def vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: Artifact) -> Artifact:
+    """Return the mean vectors of layers over responses and prompts of every pair."""
+    write = partial(_write_vectors, ctx, layers, reward, pairs)
+    return make(ctx, "vectors", {"layers": list(layers)}, write, reward=reward, pairs=pairs)
+
+
+def _write_vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: Artifact, out: Path) -> Result:
+    load, written = partial(MeanVectors, reward.path, layers), schema.vectors(_width(ctx, reward) * len(layers))
+    return Result(ctx.map(*_through_model(ctx, "vectors", load, written, pairs, reward, out, blocks=max(layers))))
+
+
+def evaluate(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
+    """Return the rewards of every evaluation pair, accuracy by section, and the scores of the benchmarks among them."""
+    return evaluations(ctx, [reward], pairs)[0]
+
+
+def evaluations(ctx: StageContext, rewards: Sequence[Artifact], pairs: Artifact) -> list[Artifact]:
+    """As `evaluate`, of several models, by the same processes."""
+    recipes = [recipe("evaluate", {}, reward=reward, pairs=pairs) for reward in rewards]
+    models = {made.name: reward for made, reward in zip(recipes, rewards, strict=True)}
+    return ctx.place.make_all(recipes, partial(_write_evaluations, ctx, models, pairs))
+
+
+def _write_evaluations(
+    ctx: StageContext, models: dict[str, Artifact], pairs: Artifact, partials: dict[str, Path]
+) -> dict[str, Result]:
+    works = [
+        _through_model(
+            ctx, "evaluate", partial(RewardPairs, models[name].path), schema.REWARDS, pairs, models[name], out
+        )
+        for name, out in partials.items()
+    ]
+    began = time.monotonic()
+    counted = ctx.map_all(works)
+    share = (time.monotonic() - began) / len(works)  # the processes that read one model read them all
+    return {
+        name: Result(counts, _measured(ctx, models[name], out), wall_seconds=share)
+        for (name, out), counts in zip(partials.items(), counted, strict=True)
+    }
+
+
+def _measured(ctx: StageContext, reward: Artifact, out: Path) -> dict[str, Any]:
+    """Return what the rewards in `out` say of their model."""
+    rewards = read_parts(out)
+    return {
+        "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
+        "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
+        "dtype": "float32",
+        "max_length": load_pair_tokenizer(reward.path, ctx.trust_remote_code).limit,
+    }
