@@ -16,6 +16,7 @@ from tiny_run import tiny_config
 
 from safer_ray.config import sections as c
 from safer_ray.config.sae import WarmStartConfig
+from safer_ray.config.values import Frozen
 from safer_ray.pipeline import crossfit, detector_stages, feature_stages, lab, model_stages, sweep
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
 from safer_ray.pipeline.lab import Planted
@@ -195,3 +196,23 @@ def test_what_changes_no_result_is_in_no_recipe():
 def test_every_stage_that_makes_an_artifact_is_recorded():
     made = {name.rpartition("-")[0] for name in json.loads(GOLDEN.read_text(encoding="utf-8"))["stages"]}
     assert made == set(VERSIONS) - {"report"}
+
+
+def sections(model=Frozen):
+    """All kinds of sections that a config may have."""
+    return {model}.union(*(sections(kind) for kind in model.__subclasses__()))
+
+
+def test_what_a_section_leaves_out_are_fields_of_it():
+    left_out = {kind: kind.unrecorded - kind.model_fields.keys() for kind in sections()}
+    assert not any(left_out.values()), left_out
+    assert sum(map(bool, (kind.unrecorded for kind in sections()))) >= 4
+
+
+def test_sections_in_a_section_leave_out_theirs():
+    recorded = CONFIG.pairs.recorded("max_chars")
+    assert recorded.keys() == c.PairsConfig.model_fields.keys() - {"max_chars"}
+    assert recorded["sources"][0].keys() == c.SourceConfig.model_fields.keys() - {"path"}
+    whole = CONFIG.recorded()
+    assert whole["pairs"]["sources"] == recorded["sources"]
+    assert "exchanges" not in whole["judge"]

@@ -209,26 +209,35 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
     fragments = read_plan(audit.path / PLAN)
     files = list({at(fragment.path) for fragment in fragments})
     place = replace(place, reads=(*place.reads, *files))
+    write = partial(_write_export, audit, asked, percent, fragments, files, runner)
+    return place.make(Recipe("export", VERSION, config, inputs), write)
 
-    def build(out: Path) -> Result:
-        check_sources(fragments)
-        licence = asked["source"]["licence"]
-        read = Marks((licence,) if licence else (), is_marked(files))
-        own = together(read, enclosing(files))  # of the sources, which are read again
-        job = MapJob(
-            "export",
-            ReadDecided(audit, asked["source"], asked["max_chars"], what_to_drop(audit, percent)),
-            lambda: lambda rows: rows,
-            EXPORTED,
-            write=partial(write_part, red_team=audit.red_team or own.red_team),
-        )
-        runner.map(job, fragments, out)
-        rows, why = _counts(out, fragments)
-        if not rows["kept"]:
-            raise UserError(f"all {rows['dropped']:,} pairs would be left out; lower --percent, or flag fewer pairs")
-        return Result(rows, {"why": why}, own=own)
 
-    return place.make(Recipe("export", VERSION, config, inputs), build)
+def _write_export(
+    audit: Artifact,
+    asked: dict[str, Any],
+    percent: float | None,
+    fragments: list[Fragment],
+    files: list[Path],
+    runner: Runner,
+    out: Path,
+) -> Result:
+    check_sources(fragments)
+    licence = asked["source"]["licence"]
+    read = Marks((licence,) if licence else (), is_marked(files))
+    own = together(read, enclosing(files))  # of the sources, which are read again
+    job = MapJob(
+        "export",
+        ReadDecided(audit, asked["source"], asked["max_chars"], what_to_drop(audit, percent)),
+        lambda: lambda rows: rows,
+        EXPORTED,
+        write=partial(write_part, red_team=audit.red_team or own.red_team),
+    )
+    runner.map(job, fragments, out)
+    rows, why = _counts(out, fragments)
+    if not rows["kept"]:
+        raise UserError(f"all {rows['dropped']:,} pairs would be left out; lower --percent, or flag fewer pairs")
+    return Result(rows, {"why": why}, own=own)
 
 
 def _counts(out: Path, fragments: Sequence[Fragment]) -> tuple[dict[str, int], dict[str, int]]:

@@ -51,6 +51,7 @@ from safer_ray.sae.formats import load_sae
 from safer_ray.sae.train import Judged, train_sae
 from safer_ray.storage.artifacts import (
     Artifact,
+    Fragment,
     Result,
     part_files,
     part_fragments,
@@ -170,21 +171,20 @@ def _trained(metrics: dict[str, Any], seed: int) -> Result:
     return Result(rows, metrics, seed, wall_seconds=metrics["train_seconds"])
 
 
-def _through_model(
+def _job_on_pairs(
     ctx: StageContext,
     stage: str,
     load: Callable[..., BatchFn],
     written: pa.Schema,
-    pairs: Artifact,
     reward: Artifact,
-    out: Path,
+    *,
     blocks: int | None = None,
     group_rows: int | None = None,
-) -> Work:
-    """Return the work of putting every pair, tokenised for `reward`, through a function that holds it (its first
+) -> MapJob:
+    """Return the job of putting pairs, tokenised for `reward`, through a function that holds it (its first
     `blocks`)."""
     trusted = {"trust_remote_code": ctx.trust_remote_code}
-    job = MapJob(
+    return MapJob(
         stage,
         read_fragment,
         partial(load, **trusted),
@@ -194,7 +194,10 @@ def _through_model(
         shards=min(ctx.shards, blocks or ctx.shards),
         group_rows=group_rows,
     )
-    return Work(job, part_fragments(pairs_of(pairs)), out)
+
+
+def _fragments_of(pairs: Artifact) -> list[Fragment]:
+    return part_fragments(pairs_of(pairs))
 
 
 def _width(ctx: StageContext, reward: Artifact) -> int:
@@ -211,21 +214,9 @@ def _write_activations(
     ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact, out: Path
 ) -> Result:
     load = partial(EncodeActivations, reward.path, config.layer, config.tokens)
-    written = schema.activations(_width(ctx, reward))
-    counts = ctx.map(
-        *_through_model(
-            ctx,
-            "activations",
-            load,
-            written,
-            pairs,
-            reward,
-            out,
-            blocks=config.layer,
-            group_rows=schema.GROUP_ROWS,
-        )
-    )
-    return Result(counts, {"layer": config.layer})
+    written, rows = schema.activations(_width(ctx, reward)), schema.GROUP_ROWS
+    job = _job_on_pairs(ctx, "activations", load, written, reward, blocks=config.layer, group_rows=rows)
+    return Result(ctx.map(job, _fragments_of(pairs), out), {"layer": config.layer})
 
 
 def text_activations(ctx: StageContext, config: WarmStartConfig, layer: int, reward: Artifact) -> Artifact:
@@ -311,8 +302,8 @@ def codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact) -
 
 
 def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact, out: Path) -> Result:
-    load = partial(EncodePairs, reward.path, sae.path)
-    counts = ctx.map(*_through_model(ctx, "codes", load, schema.CODES, pairs, reward, out))
+    job = _job_on_pairs(ctx, "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, reward)
+    counts = ctx.map(job, _fragments_of(pairs), out)
     loaded = load_sae(sae.path)
     return Result(counts, {"latents": loaded.latents, "k": loaded.k})
 
@@ -323,8 +314,8 @@ def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
 
 
 def _write_heads(ctx: StageContext, reward: Artifact, pairs: Artifact, out: Path) -> Result:
-    written = schema.heads(_width(ctx, reward))
-    return Result(ctx.map(*_through_model(ctx, "heads", partial(HeadPairs, reward.path), written, pairs, reward, out)))
+    job = _job_on_pairs(ctx, "heads", partial(HeadPairs, reward.path), schema.heads(_width(ctx, reward)), reward)
+    return Result(ctx.map(job, _fragments_of(pairs), out))
 
 
 def vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: Artifact) -> Artifact:
@@ -335,7 +326,8 @@ def vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: A
 
 def _write_vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: Artifact, out: Path) -> Result:
     load, written = partial(MeanVectors, reward.path, layers), schema.vectors(_width(ctx, reward) * len(layers))
-    return Result(ctx.map(*_through_model(ctx, "vectors", load, written, pairs, reward, out, blocks=max(layers))))
+    job = _job_on_pairs(ctx, "vectors", load, written, reward, blocks=max(layers))
+    return Result(ctx.map(job, _fragments_of(pairs), out))
 
 
 def evaluate(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
@@ -353,12 +345,11 @@ def evaluations(ctx: StageContext, rewards: Sequence[Artifact], pairs: Artifact)
 def _write_evaluations(
     ctx: StageContext, models: dict[str, Artifact], pairs: Artifact, partials: dict[str, Path]
 ) -> dict[str, Result]:
-    works = [
-        _through_model(
-            ctx, "evaluate", partial(RewardPairs, models[name].path), schema.REWARDS, pairs, models[name], out
-        )
-        for name, out in partials.items()
-    ]
+    fragments = _fragments_of(pairs)
+    works = []
+    for name, out in partials.items():
+        load = partial(RewardPairs, models[name].path)
+        works.append(Work(_job_on_pairs(ctx, "evaluate", load, schema.REWARDS, models[name]), fragments, out))
     began = time.monotonic()
     counted = ctx.map_all(works)
     share = (time.monotonic() - began) / len(works)  # the processes that read one model read them all
