@@ -1,4 +1,7 @@
-"""One command a stage, each from explicit directories to `--out`."""
+"""One command a stage, each from explicit directories to `--out`.
+
+What needs torch is imported last, so that options which cannot work are refused at once.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -47,26 +47,26 @@ class OutOfFold:
     shared_sae: bool
 
 
-def fold(ctx: StageContext, pairs: Artifact, folds: int, fold: int, seed: int, side: str) -> Artifact:
+def fold(ctx: StageContext, pairs: Artifact, folds: int, number: int, seed: int, side: str) -> Artifact:
     """Return the pairs of one fold (`held`) or of all others (`train`).
 
     Raises:
         UserError: there are none.
     """
-    shown = {"folds": folds, "fold": fold, "seed": seed, "side": side}
-    return make(ctx, "fold", shown, partial(_write_fold, pairs, folds, fold, seed, side), pairs=pairs)
+    shown = {"folds": folds, "fold": number, "seed": seed, "side": side}
+    return make(ctx, "fold", shown, partial(_write_fold, pairs, folds, number, seed, side), pairs=pairs)
 
 
-def _write_fold(pairs: Artifact, folds: int, fold: int, seed: int, side: str, out: Path) -> Result:
+def _write_fold(pairs: Artifact, folds: int, number: int, seed: int, side: str, out: Path) -> Result:
     count = 0
     for path in part_files(pairs_of(pairs)):
         rows = read_parquet(path)
-        inside = fold_of(rows["group"].to_pylist(), folds, seed) == fold
+        inside = fold_of(rows["group"].to_pylist(), folds, seed) == number
         kept = rows.filter(pa.array(inside == (side == "held")))
         write_parquet(kept, out / path.name)
         count += len(kept)
     if not count:
-        raise UserError(f"cross_fit: fold {fold} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
+        raise UserError(f"cross_fit: fold {number} of {folds} leaves no pairs to {side}; lower cross_fit.folds")
     return Result({"pairs": count}, seed=seed)
 
 

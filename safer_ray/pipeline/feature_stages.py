@@ -1,7 +1,7 @@
 """The stages that are arithmetic on codes: salience, contexts, verdicts, selection, auditor, scores, curation.
 
-Each is a function of the context and of artifacts, and returns one; `_write_STAGE` says what is in it. Only the judge
-runs the model.
+Each is a function of the context and of artifacts, and returns one; the `_write_…` below it says what is in it. Only
+the judge runs the model.
 """
 
 import logging

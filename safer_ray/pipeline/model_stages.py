@@ -1,6 +1,6 @@
 """The stages that read texts or run models: corpus, pairs, noise, reward, activations, SAE, codes, evaluation.
 
-Each is a function of the context and of artifacts, and returns one; `_write_STAGE` says what is in it.
+Each is a function of the context and of artifacts, and returns one; the `_write_…` below it says what is in it.
 """
 
 import logging
