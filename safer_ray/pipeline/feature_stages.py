@@ -154,7 +154,7 @@ def _write_contexts(
     job = MapJob(
         "contexts",
         join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
-        lambda: FindContexts.load(reward.path, features, mode, config.per_feature, ctx.trust_remote_code),
+        partial(FindContexts.load, reward.path, features, mode, config.per_feature, ctx.trust_remote_code),
         schema.CONTEXTS,
         folder="state/found",
         batch_rows=10**9,
