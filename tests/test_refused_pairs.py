@@ -165,7 +165,7 @@ def test_a_stage_ends_where_more_than_the_share_fails_and_a_larger_one_lets_it_g
     ):
         model_stages.evaluate(ctx, open_artifact(odd), pairs)
     lenient = replace(ctx, max_refused_share=0.25)
-    assert lenient.evaluate(open_artifact(odd), pairs).manifest["rows"]["written"] == 3
+    assert model_stages.evaluate(lenient, open_artifact(odd), pairs).manifest["rows"]["written"] == 3
 
 
 def test_a_model_that_gives_nothing_else_ends_the_stage_in_one_line(reward_dir, pairs_dir, tmp_path):
