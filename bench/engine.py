@@ -232,7 +232,7 @@ def forward_flops(bench: Bench, layers: int) -> float:
     total = 0.0
     for pair in bench.tokens:
         packed = pack(pair.chosen.ids, pair.rejected.ids)
-        seen = float((packed.position + 1).sum())
+        seen = float((packed.position_ids + 1).sum())
         total += layers * (len(packed.ids) * per_token + 4 * size.hidden * seen)
     return total
 

@@ -13,10 +13,11 @@ from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
+from safer_ray.reward.forward import forward, trunk_states
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
 from safer_ray.reward.training import KnownStates, reward_step
-from safer_ray.reward.trunk import remembered
+from safer_ray.reward.trunk import cached_trunk
 from safer_ray.storage.work import TrainJob
 
 
@@ -38,7 +39,7 @@ def test_a_step_behind_known_states_has_the_loss_and_the_gradients_of_a_whole_on
     model = model.freeze(layer)
     batch = tokens(model)
     found = []
-    states = model.trunk(sides(batch))
+    states = trunk_states(model, sides(batch))
     known = KnownStates(layer, [states[2 * i + side] for side in (0, 1) for i in range(len(batch))])
     for given in (None, known):
         model.model.zero_grad()
@@ -66,7 +67,7 @@ def test_behind_known_states_no_frozen_block_runs_and_afterwards_all_do(model):
     before = reward_step(model, batch).margin
     ran = []
     handles = [block.register_forward_hook(lambda m, i, o: ran.append(len(i))) for block in model.blocks()]
-    states = model.trunk(sides(batch))
+    states = trunk_states(model, sides(batch))
     wrong = KnownStates(2, [torch.zeros_like(states[2 * i + side]) for side in (0, 1) for i in range(len(batch))])
     assert not torch.allclose(reward_step(model, batch, known=wrong).margin, before)
     for handle in handles:
@@ -109,8 +110,8 @@ def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
     sequences = sides(tokens(model))
     places = [np.arange(len(s)) for s in sequences]
     asked = {"layers": [3], "positions": places}
-    before, heads = model.forward(sequences, **asked), model.forward(sequences, rewards=False, heads=True).heads
-    below = model.forward(sequences, layers=[1], positions=places)
+    before, heads = forward(model, sequences, **asked), forward(model, sequences, rewards=False, heads=True).heads
+    below = forward(model, sequences, layers=[1], positions=places)
     ran = []
 
     def note(block, inputs):
@@ -118,19 +119,19 @@ def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
             ran.append(len(inputs[0]))
 
     model.blocks()[0].register_forward_pre_hook(note)
-    with remembered() as memory:
+    with cached_trunk() as memory:
         for _ in range(2):
-            after = model.forward(sequences, **asked)
+            after = forward(model, sequences, **asked)
             torch.testing.assert_close(after.rewards, before.rewards, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(after.hidden, before.hidden, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
-                model.forward(sequences, rewards=False, heads=True).heads, heads, rtol=1e-5, atol=1e-5
+                forward(model, sequences, rewards=False, heads=True).heads, heads, rtol=1e-5, atol=1e-5
             )
         assert sum(ran) == len({s.tobytes() for s in sequences})
         assert memory.used == 4 * 32 * sum(len(s) for s in {s.tobytes(): s for s in sequences}.values())
-        torch.testing.assert_close(model.forward(sequences, layers=[1], positions=places).hidden, below.hidden)
+        torch.testing.assert_close(forward(model, sequences, layers=[1], positions=places).hidden, below.hidden)
     ran.clear()
-    model.forward(sequences)
+    forward(model, sequences)
     assert sum(ran) == len(sequences)
 
 
@@ -142,25 +143,25 @@ def test_another_trunk_is_not_taken_for_this_one(model, model_dir):
         other.trunk_parameters()[0].add_(0.1)
     changed = replace(other)
     assert changed.trunk_key != one.trunk_key
-    with remembered():
-        one.trunk(sequences)
-        assert not torch.allclose(changed.trunk(sequences)[0], one.trunk(sequences)[0])
+    with cached_trunk():
+        trunk_states(one, sequences)
+        assert not torch.allclose(trunk_states(changed, sequences)[0], trunk_states(one, sequences)[0])
 
 
 def test_a_full_memory_takes_no_more_and_answers_all_the_same(model):
     model = model.freeze(2)
     sequences = sides(tokens(model))
-    with remembered(gigabytes=2e-5) as memory:
-        found = model.trunk(sequences)
+    with cached_trunk(gigabytes=2e-5) as memory:
+        found = trunk_states(model, sequences)
     assert 0 < memory.used <= 2e4
     assert [len(states) for states in found] == [len(s) for s in sequences]
-    for ours, theirs in zip(found, model.trunk(sequences), strict=True):
+    for ours, theirs in zip(found, trunk_states(model, sequences), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_training_on_a_remembered_trunk_is_training_on_one(reward_dir, pairs_dir, tmp_path):
     _, alone = train(reward_dir, pairs_dir, tmp_path / "alone", frozen_layers=2)
-    with remembered():
+    with cached_trunk():
         train(reward_dir, pairs_dir, tmp_path / "first", frozen_layers=2)
         _, second = train(reward_dir, pairs_dir, tmp_path / "second", frozen_layers=2)
     for name, tensor in alone.items():
@@ -178,11 +179,11 @@ def test_dropout_is_off_unless_it_is_wanted(bert_dir):
 
 def test_the_head_reads_what_makes_the_reward(model):
     sequences = [side.ids for t in tokens(model) for side in (t.chosen, t.rejected)]
-    read = model.forward(sequences, rewards=False, heads=True, budget=100).heads
+    read = forward(model, sequences, rewards=False, heads=True, budget=100).heads
     head = model.model.score if hasattr(model.model, "score") else model.model.classifier
     with torch.inference_mode():
         rewards = head(read)[:, 0]
-    torch.testing.assert_close(rewards, model.forward(sequences).rewards, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rewards, forward(model, sequences).rewards, rtol=1e-5, atol=1e-6)
     assert not np.isnan(read.numpy()).any()
 
 

@@ -34,7 +34,7 @@ from safer_ray.reward.checkpoints import (
     new_reward_model,
     save_reward_model,
 )
-from safer_ray.reward.packing import packs
+from safer_ray.reward.packing import can_pack
 from safer_ray.reward.parts import load_part, splits_up
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
@@ -205,7 +205,7 @@ def test_trusted_code_runs_and_gives_the_rewards_that_it_should(own, reward_dir)
             torch.tensor(theirs[side].to_numpy()), torch.tensor(ours[side].to_numpy()), rtol=1e-5, atol=1e-5
         )
     if type(found.reward.model).__name__ == "Own":  # nobody knows what its attention does
-        assert not packs(found.reward.model.config)
+        assert not can_pack(found.reward.model.config)
         assert not splits_up(found.reward.model.config)
 
 

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safer_ray.reward import model as reward
+from safer_ray.reward import forward as forward_module
+from safer_ray.reward.forward import can_pack_pair, forward, forward_pairs, pack_to_train
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.training import bradley_terry, reward_step
-from safer_ray.reward.trunk import remembered
+from safer_ray.reward.trunk import cached_trunk
 
 PAD = 0
 COMMON = {
@@ -111,8 +112,8 @@ def plainly(model, ids, layer):
 
 def check(model, pairs, layer=3, budget=16_384):
     positions = [np.arange(len(side.ids)) for p in pairs for side in (p.chosen, p.rejected)]
-    found = model.forward_pairs(pairs, layers=[layer], positions=positions, heads=True, budget=budget)
-    early = model.forward_pairs(pairs, layers=[layer], positions=positions, rewards=False, budget=budget)
+    found = forward_pairs(model, pairs, layers=[layer], positions=positions, heads=True, budget=budget)
+    early = forward_pairs(model, pairs, layers=[layer], positions=positions, rewards=False, budget=budget)
     assert early.rewards is None
     for i, side in enumerate(side for p in pairs for side in (p.chosen, p.rejected)):
         reward, hidden = plainly(model, side.ids, layer)
@@ -123,7 +124,7 @@ def check(model, pairs, layer=3, budget=16_384):
     few = [at[[len(at) // 3, -1]] if i % 4 else at[:0] for i, at in enumerate(positions)]
     last = len(model.blocks())
     for asked in ({"layers": [layer], "rewards": False}, {"layers": [layer]}, {"layers": [1, last]}):
-        thin = model.forward_pairs(pairs, positions=few, budget=budget, **asked)
+        thin = forward_pairs(model, pairs, positions=few, budget=budget, **asked)
         for i, side in enumerate(side for p in pairs for side in (p.chosen, p.rejected)):
             wanted = [plainly(model, side.ids, number)[1][few[i]] for number in asked["layers"] if number < last]
             torch.testing.assert_close(
@@ -153,7 +154,7 @@ def test_a_training_step_on_packed_pairs_has_the_gradients_of_plain_transformers
     """One sequence after another, without padding. Past a window, "all" run apart."""
     pairs = [p for p in cases().values() if kind == "all" or len(p.chosen.ids) <= 16 >= len(p.rejected.ids)]
     assert len(pairs) > 3
-    assert (model.packed(pairs) is None) == ("window" in model.name and kind == "all")
+    assert (pack_to_train(model, pairs) is None) == ("window" in model.name and kind == "all")
     model.model.train()
     if checkpointing:
         model.model.activation_checkpointing_enable()
@@ -178,22 +179,22 @@ def test_with_dropout_the_sides_of_a_pair_are_trained_on_apart():
     model = build("LlamaConfig")
     pairs = [cases()["plain"]]
     model.model.train()
-    assert model.packed(pairs) is not None
+    assert pack_to_train(model, pairs) is not None
     for module in model.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1
-    assert model.packed(pairs) is None
+    assert pack_to_train(model, pairs) is None
     model.model.eval()
-    assert model.packed(pairs) is not None
+    assert pack_to_train(model, pairs) is not None
 
 
 def test_a_batch_whose_mask_would_fill_the_memory_is_trained_on_apart(llama, monkeypatch):
     pairs = [cases()["plain"], cases()["long"]]
     width = max(len(pack(p.chosen.ids, p.rejected.ids).ids) for p in pairs)
-    monkeypatch.setattr(reward, "MASK", 2 * width**2)
-    assert llama.packed(pairs) is not None
-    monkeypatch.setattr(reward, "MASK", 2 * width**2 - 1)
-    assert llama.packed(pairs) is None
+    monkeypatch.setattr(forward_module, "MASK", 2 * width**2)
+    assert pack_to_train(llama, pairs) is not None
+    monkeypatch.setattr(forward_module, "MASK", 2 * width**2 - 1)
+    assert pack_to_train(llama, pairs) is None
 
 
 @pytest.mark.parametrize("rewards", [True, False])
@@ -205,7 +206,7 @@ def test_the_last_blocks_feed_forward_part_runs_on_what_is_looked_at_alone(llama
         return lambda module, given, output: ran.update({n: ran.get(n, 0) + given[0].shape[:-1].numel()})
 
     handles = [block.mlp.register_forward_hook(count(n)) for n, block in enumerate(llama.blocks(), 1)]
-    llama.forward_pairs(pairs, layers=[2], positions=[np.array([2])] * 4, rewards=rewards)
+    forward_pairs(llama, pairs, layers=[2], positions=[np.array([2])] * 4, rewards=rewards)
     for handle in handles:
         handle.remove()
     last = len(llama.blocks()) if rewards else 2
@@ -221,7 +222,7 @@ def test_threads_side_by_side_give_what_one_gives(model, monkeypatch):
     before = torch.get_num_threads()
     for threads in (1, 4):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(model.forward_pairs(pairs, layers=[2], positions=positions, heads=True, budget=256))
+        found.append(forward_pairs(model, pairs, layers=[2], positions=positions, heads=True, budget=256))
         monkeypatch.undo()
         torch.set_num_threads(before)
     torch.testing.assert_close(found[0].rewards, found[1].rewards, rtol=1e-5, atol=1e-5)
@@ -232,7 +233,9 @@ def test_threads_side_by_side_give_what_one_gives(model, monkeypatch):
 def test_pairs_past_the_window_run_apart(model):
     window = smallest_window(model.model.config)
     for one in cases().values():
-        assert model.packs(one) == (window is None or max(len(one.chosen.ids), len(one.rejected.ids)) <= window)
+        assert can_pack_pair(model, one) == (
+            window is None or max(len(one.chosen.ids), len(one.rejected.ids)) <= window
+        )
 
 
 def test_a_window_is_that_of_the_shortest_sighted_layer():
@@ -247,7 +250,7 @@ def test_the_responses_do_not_see_each_other(llama):
     rng = np.random.default_rng(1)
     prompt, chosen = tokens(rng, 6), tokens(rng, 8)
     first, second = (pair(prompt, chosen, tokens(rng, 8)) for _ in range(2))
-    rewards = [llama.forward_pairs([p]).rewards for p in (first, second)]
+    rewards = [forward_pairs(llama, [p]).rewards for p in (first, second)]
     torch.testing.assert_close(rewards[0][0], rewards[1][0], rtol=1e-5, atol=1e-5)
     assert abs(rewards[0][1] - rewards[1][1]) > 1e-3
 
@@ -259,16 +262,16 @@ def test_a_packed_pair_is_as_long_as_what_its_sides_do_not_share(llama, monkeypa
     handle = llama.model.base_model.register_forward_pre_hook(
         lambda m, a, k: widths.append(tuple(k["input_ids"].shape)), with_kwargs=True
     )
-    llama.forward_pairs([one])
+    forward_pairs(llama, [one])
     handle.remove()
     assert widths == [(1, 30 + 5 + 7)]
 
 
 def test_a_model_that_looks_ahead_runs_apart():
     model = build("Gemma3TextConfig")
-    assert model.packs(cases()["plain"])
+    assert can_pack_pair(model, cases()["plain"])
     model.model.config.use_bidirectional_attention = True
-    assert not model.packs(cases()["plain"])
+    assert not can_pack_pair(model, cases()["plain"])
 
 
 def test_an_encoder_reads_its_sides_apart(bert_dir):
@@ -278,19 +281,19 @@ def test_an_encoder_reads_its_sides_apart(bert_dir):
 
     reward = load_reward_model(bert_dir)
     pairs = reward.pairs(make_pairs(3).to_pylist())
-    assert not any(reward.packs(p) for p in pairs)
+    assert not any(can_pack_pair(reward, p) for p in pairs)
     sides = [side.ids for p in pairs for side in (p.chosen, p.rejected)]
-    torch.testing.assert_close(reward.forward_pairs(pairs).rewards, reward.forward(sides).rewards)
+    torch.testing.assert_close(forward_pairs(reward, pairs).rewards, forward(reward, sides).rewards)
 
 
 def test_where_the_trunk_is_remembered_pairs_run_apart(llama):
     one = cases()["plain"]
     frozen = replace(llama, frozen_layers=2)
-    assert frozen.packs(one)
-    with remembered():
-        assert not frozen.packs(one)
-        rewards = frozen.forward_pairs([one]).rewards
-    torch.testing.assert_close(rewards, llama.forward_pairs([one]).rewards, rtol=1e-5, atol=1e-5)
+    assert can_pack_pair(frozen, one)
+    with cached_trunk():
+        assert not can_pack_pair(frozen, one)
+        rewards = forward_pairs(frozen, [one]).rewards
+    torch.testing.assert_close(rewards, forward_pairs(llama, [one]).rewards, rtol=1e-5, atol=1e-5)
 
 
 SEQUENCE = st.lists(st.integers(1, COMMON["vocab_size"] - 1), min_size=1, max_size=12)
@@ -304,8 +307,8 @@ PAIR = st.tuples(st.lists(st.integers(1, COMMON["vocab_size"] - 1), max_size=9),
 )
 def test_results_do_not_depend_on_batches(llama, drawn, budget):
     pairs = [pair(*texts) for texts in drawn]
-    together = llama.forward_pairs(pairs, budget=budget).rewards
-    alone = torch.cat([llama.forward_pairs([p]).rewards for p in pairs])
+    together = forward_pairs(llama, pairs, budget=budget).rewards
+    alone = torch.cat([forward_pairs(llama, [p]).rewards for p in pairs])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
@@ -314,9 +317,9 @@ def test_results_do_not_depend_on_batches(llama, drawn, budget):
 def test_packing_loses_no_token(chosen, rejected):
     packed = pack(np.array(chosen), np.array(rejected))
     for side, ids in enumerate((chosen, rejected)):
-        at = packed.places(side, np.arange(len(ids)))
+        at = packed.columns(side, np.arange(len(ids)))
         assert packed.ids[at].tolist() == ids
-        assert packed.position[at].tolist() == list(range(len(ids)))
+        assert packed.position_ids[at].tolist() == list(range(len(ids)))
 
 
 def test_the_mask_is_a_float_one():

@@ -14,6 +14,7 @@ from safer_ray.errors import UserError
 from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
+from safer_ray.reward.forward import forward
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.tokens import read_tokens
 from safer_ray.sae.model import standardise
@@ -87,7 +88,7 @@ def test_the_vectors_are_those_of_each_text_read_alone(ctx, text, reward, reward
     assert set(rows["side"].to_pylist()) == {"text"}
     assert rows["group"].null_count == len(rows)
     alone = reward.pairs.sequences([LINES[3]])[0][0]
-    raw = reward.forward([alone], layers=(2,), positions=[np.arange(len(alone))], rewards=False).hidden[0]
+    raw = forward(reward, [alone], layers=(2,), positions=[np.arange(len(alone))], rewards=False).hidden[0]
     wanted = standardise(raw)
     known = rows.filter(pc.equal(rows["token"], len(alone) - 1))
     found = torch.tensor(np.stack(known["x"].to_pylist()).astype(np.float32))

@@ -32,6 +32,7 @@ from safer_ray.distributed.zero import deepspeed_config
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.forward import forward
 from safer_ray.reward.train import engine_options, train_reward
 from safer_ray.reward.training import OneProcess
 from safer_ray.sae import data as sae_data
@@ -70,7 +71,7 @@ def rewards(out):
     """Of 12 pairs that were not trained on, by plain transformers' weights."""
     reward = load_reward_model(out)
     tokens = reward.pairs(make_pairs(60).slice(48).to_pylist())
-    return reward.forward([side.ids for t in tokens for side in (t.chosen, t.rejected)]).rewards
+    return forward(reward, [side.ids for t in tokens for side in (t.chosen, t.rejected)]).rewards
 
 
 @pytest.fixture(scope="module")

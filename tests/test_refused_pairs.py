@@ -26,10 +26,10 @@ from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs,
 from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
 from safer_ray.pipeline.stage import StageContext
-from safer_ray.reward import packing
+from safer_ray.reward import execution, packing
 from safer_ray.reward.batches import NO_MEMORY
 from safer_ray.reward.checkpoints import load_pair_tokenizer
-from safer_ray.reward.model import RewardModel
+from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused
@@ -274,14 +274,14 @@ def starved(monkeypatch):
     """Models where passes of more than so many padded tokens do not fit the memory."""
 
     def limit(tokens: int, error: Exception) -> None:
-        run = RewardModel._pass
+        run = execution.run_micro_batch
 
-        def limited(self, rows, *more):
+        def limited(reward, rows, *more):
             if len(rows) * max(len(row.ids) for row in rows) > tokens:
                 raise error
-            return run(self, rows, *more)
+            return run(reward, rows, *more)
 
-        monkeypatch.setattr(RewardModel, "_pass", limited)
+        monkeypatch.setattr("safer_ray.reward.forward.run_micro_batch", limited)
 
     return limit
 
@@ -301,7 +301,7 @@ def test_pairs_too_large_for_the_memory_are_refused_and_the_others_read(reward, 
     assert refused["pair_id"].to_pylist() == ["long0", "long1"]
     assert refused["refused"][0].as_py().startswith("too large for the memory: pair 'long0' has ")
     with pytest.raises(TooLargeError, match="pair 'long0' has"):
-        reward.forward_pairs(reward.pairs(table.to_pylist()))
+        forward_pairs(reward, reward.pairs(table.to_pylist()))
 
 
 def test_nothing_fits_and_everything_is_refused(reward_dir, starved):
@@ -317,7 +317,7 @@ def test_a_pair_wider_than_a_micro_batch_has_no_mask_of_its_width_squared(reward
     pairs = make_pairs(6).to_pylist()
     tokens = reward.pairs(pairs)
     widths = [len(packing.pack(t.chosen.ids, t.rejected.ids).ids) for t in tokens]
-    wanted = reward.forward_pairs(tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
+    wanted = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
     seen = []
     pack_batch = packing.pack_batch
 
@@ -325,10 +325,10 @@ def test_a_pair_wider_than_a_micro_batch_has_no_mask_of_its_width_squared(reward
         seen.extend(len(row.ids) for row in rows)
         return pack_batch(rows, *more)
 
-    monkeypatch.setattr("safer_ray.reward.model.pack_batch", watched)
+    monkeypatch.setattr("safer_ray.reward.execution.pack_batch", watched)
     budget = max(widths) + spare
     monkeypatch.setattr("safer_ray.reward.model.CPU_BUDGET", budget)
-    found = reward.forward_pairs(tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
+    found = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
     assert sorted(seen) == sorted(width for width in widths if width <= budget)
     torch.testing.assert_close(found.rewards, wanted.rewards, rtol=1e-5, atol=1e-5)
     for one, other in zip(found.hidden, wanted.hidden, strict=True):

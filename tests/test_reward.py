@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.engine import Engine, codes_table
+from safer_ray.reward import execution
 from safer_ray.reward.checkpoints import (
     SETTINGS,
     load_pair_tokenizer,
@@ -21,8 +22,9 @@ from safer_ray.reward.checkpoints import (
     resolve_base,
     save_reward_model,
 )
-from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import pack
+from safer_ray.reward.execution import rewards_of
+from safer_ray.reward.forward import forward, forward_pairs
+from safer_ray.reward.packing import pack, unpacked
 from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.sae.formats import load_sae
 from safer_ray.sae.model import BatchTopKSae, standardise
@@ -44,7 +46,7 @@ def plainly(directory, sequence):
 
 
 def test_rewards_equal_transformers_on_separate_unpadded_sequences(model_dir, sequences):
-    rewards = load_reward_model(model_dir).forward(sequences).rewards
+    rewards = forward(load_reward_model(model_dir), sequences).rewards
     wanted = torch.stack([plainly(model_dir, s)[0] for s in sequences])
     assert wanted.std() > 1e-4
     torch.testing.assert_close(rewards, wanted, rtol=1e-5, atol=1e-5)
@@ -54,8 +56,8 @@ def test_rewards_equal_transformers_on_separate_unpadded_sequences(model_dir, se
 def test_a_layers_output_equals_transformers_hidden_states(model_dir, sequences, layer):
     places = [np.arange(len(s)) for s in sequences]
     model = load_reward_model(model_dir)
-    with_rewards = model.forward(sequences, layers=[layer], positions=places)
-    without = model.forward(sequences, layers=[layer], positions=places, rewards=False)
+    with_rewards = forward(model, sequences, layers=[layer], positions=places)
+    without = forward(model, sequences, layers=[layer], positions=places, rewards=False)
     assert without.rewards is None
     for i, sequence in enumerate(sequences):
         wanted = plainly(model_dir, sequence)[1][layer][0]
@@ -68,7 +70,7 @@ def test_early_exit_does_not_run_later_blocks(reward, sequences):
     handles = [
         block.register_forward_hook(lambda m, i, o, n=n: ran.append(n)) for n, block in enumerate(reward.blocks())
     ]
-    reward.forward(sequences[:1], layers=[2], positions=[np.array([0])], rewards=False)
+    forward(reward, sequences[:1], layers=[2], positions=[np.array([0])], rewards=False)
     for handle in handles:
         handle.remove()
     assert ran[0] == 0
@@ -78,10 +80,10 @@ def test_early_exit_does_not_run_later_blocks(reward, sequences):
 @pytest.mark.parametrize("budget", [1, 70, 10**6])
 def test_results_do_not_depend_on_order_or_token_budget(reward, sequences, budget):
     places = [np.array([0, len(s) - 1]) for s in sequences]
-    straight = reward.forward(sequences, layers=[2], positions=places)
+    straight = forward(reward, sequences, layers=[2], positions=places)
     order = [4, 0, 6, 2, 1, 5, 3]
-    mixed = reward.forward(
-        [sequences[i] for i in order], layers=[2], positions=[places[i] for i in order], budget=budget
+    mixed = forward(
+        reward, [sequences[i] for i in order], layers=[2], positions=[places[i] for i in order], budget=budget
     )
     torch.testing.assert_close(mixed.rewards, straight.rewards[order], rtol=1e-5, atol=1e-5)
     for j, i in enumerate(order):
@@ -90,21 +92,21 @@ def test_results_do_not_depend_on_order_or_token_budget(reward, sequences, budge
 
 def test_micro_batches_hold_at_most_the_budget(reward, sequences, monkeypatch):
     seen = []
-    run = RewardModel._pass
+    run = execution.run_micro_batch
 
-    def watch(self, rows, *more):
+    def watch(reward, rows, *more):
         seen.append((len(rows), max(len(row.ids) for row in rows)))
-        return run(self, rows, *more)
+        return run(reward, rows, *more)
 
-    monkeypatch.setattr(RewardModel, "_pass", watch)
-    reward.forward(sequences, budget=70)
+    monkeypatch.setattr("safer_ray.reward.forward.run_micro_batch", watch)
+    forward(reward, sequences, budget=70)
     assert sum(n for n, _ in seen) == len(sequences)
     assert all(n == 1 or n * longest <= 70 for n, longest in seen)
 
 
 def test_the_exported_directory_opens_in_transformers_with_the_same_rewards(reward, reward_dir, tmp_path, sequences):
     save_reward_model(reward, tmp_path)
-    wanted = reward.forward(sequences).rewards
+    wanted = forward(reward, sequences).rewards
     got = torch.stack([plainly(tmp_path, s)[0] for s in sequences])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pad>"
@@ -116,8 +118,8 @@ def test_given_weights_are_exported_in_the_place_of_the_models_own(reward, tmp_p
     weights = {name: weight.clone() for name, weight in reward.model.state_dict().items()}
     weights["score.weight"] *= -2
     save_reward_model(reward, tmp_path, weights)
-    found = load_reward_model(tmp_path).forward(sequences).rewards
-    torch.testing.assert_close(found, -2 * reward.forward(sequences).rewards, rtol=1e-5, atol=1e-5)
+    found = forward(load_reward_model(tmp_path), sequences).rewards
+    torch.testing.assert_close(found, -2 * forward(reward, sequences).rewards, rtol=1e-5, atol=1e-5)
 
 
 def test_an_export_over_an_older_one_leaves_nothing_of_it(reward, tmp_path):
@@ -273,11 +275,13 @@ def test_a_reward_is_read_where_the_checkpoint_reads_it_whatever_pads(tmp_path, 
     sequences = [np.array(ids) for ids in ([5, 6, 7, eos], [8, 9, eos], [8, 9, 10, 11, 12])]
     wanted = torch.stack([plainly(tmp_path, s)[0] for s in sequences])
     reward = load_reward_model(tmp_path)
-    found = reward.forward(sequences, heads=True)
+    found = forward(reward, sequences, heads=True)
     torch.testing.assert_close(found.rewards, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.heads @ reward.model.score.weight[0], wanted, rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
-        torch.testing.assert_close(reward.rewards_of(sequences), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rewards_of(reward, [unpacked(ids) for ids in sequences]), wanted, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(reward_dir, tmp_path):
@@ -302,7 +306,7 @@ def test_positions_that_begin_behind_that_of_the_pad_token_limit_the_length(tmp_
     reward = load_reward_model(tmp_path)
     assert reward.pairs.limit == load_pair_tokenizer(tmp_path).limit == 40 - 2 - tokenizer.pad_token_id
     pair = make_pair("long", "words " * 99, "more " * 99, "other " * 99)
-    assert torch.isfinite(reward.forward_pairs(reward.pairs([pair])).rewards).all()
+    assert torch.isfinite(forward_pairs(reward, reward.pairs([pair])).rewards).all()
 
 
 def test_the_models_positions_limit_the_length(pairs):
@@ -317,7 +321,7 @@ def test_the_engine_gives_codes_and_rewards_of_one_pass(reward, sae_dir, pairs):
     table = codes_table(encoded)
     assert table["pair_id"].to_pylist() == [row["pair_id"] for row in rows]
     for i, pair in enumerate(encoded.tokens):
-        raw = reward.forward([pair.chosen.ids], layers=[2], positions=[pair.chosen.token])
+        raw = forward(reward, [pair.chosen.ids], layers=[2], positions=[pair.chosen.token])
         codes = sae.encode(standardise(raw.hidden[0]).x)
         row = table.slice(i, 1).to_pylist()[0]
         assert row["chosen_reward"] == pytest.approx(float(raw.rewards[0]), abs=1e-5)
@@ -419,9 +423,9 @@ def no_memory():
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_a_micro_batch_that_does_not_fit_is_halved_once(reward, sequences, starved, device):
-    wanted = reward.forward(sequences).rewards
+    wanted = forward(reward, sequences).rewards
     ran = starved(65, no_memory() if device == "cpu" else torch.OutOfMemoryError("CUDA out of memory"))
-    found = reward.forward(sequences, budget=130).rewards
+    found = forward(reward, sequences, budget=130).rewards
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert sum(rows for rows, _ in ran) == len(sequences)
 
@@ -434,11 +438,11 @@ def test_a_pair_that_does_not_fit_even_so_is_named(reward, pairs, starved):
     with pytest.raises(
         UserError, match=rf"pair '{longest.pair_id}' has {n} tokens, which do not fit the memory"
     ) as told:
-        reward.forward_pairs(tokens)
+        forward_pairs(reward, tokens)
     assert "raise reward.shards" in str(told.value)
 
 
 def test_another_error_is_not_taken_for_want_of_memory(reward, sequences, starved):
     starved(0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        reward.forward(sequences)
+        forward(reward, sequences)

@@ -7,6 +7,7 @@ from conftest import make_pairs, random_sae
 from test_train_sae import WIDTH, dictionary_vectors
 
 from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.forward import forward_pairs
 from safer_ray.sae import quality as sae_quality_module
 from safer_ray.sae.model import SparseCodes, TopKSae, standardise
 from safer_ray.sae.quality import decoder_clusters, density_histogram, sae_quality, spliced
@@ -94,7 +95,7 @@ def test_a_perfect_reconstruction_costs_nothing(reward, tokens, everywhere):
     assert found.pairs == 24
     assert found.reward_nmse < 1e-6
     assert (found.accuracy_change, found.sign_flips) == (0, 0)
-    rewards = reward.forward_pairs(tokens).rewards
+    rewards = forward_pairs(reward, tokens).rewards
     assert found.accuracy == pytest.approx(float((rewards[0::2] > rewards[1::2]).float().mean()))
 
 

@@ -24,6 +24,7 @@ from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.forward import can_pack_pair, forward_pairs
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.tokens import TokenisePairs, read_tokens
 from safer_ray.sae.formats import save_sae
@@ -124,13 +125,13 @@ ROW = st.tuples(TEXT, TEXT.filter(str.strip), TEXT.filter(str.strip))
 def test_any_texts_give_the_same_in_any_batches_and_parts(reward_dir, reward, texts, budget, shards):
     rows = [make_pair(f"p{i}", *row) for i, row in enumerate(texts)]
     tokens = reward.pairs(rows)
-    alone = [reward.forward_pairs([pair]) for pair in tokens]
+    alone = [forward_pairs(reward, [pair]) for pair in tokens]
     wanted = torch.cat([found.rewards for found in alone])
-    torch.testing.assert_close(reward.forward_pairs(tokens, budget=budget).rewards, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forward_pairs(reward, tokens, budget=budget).rewards, wanted, rtol=1e-5, atol=1e-5)
     found = None
     for number in range(shards):
         part = part_of(reward_dir, number, shards)
-        found = part.forward_pairs(tokens, before=found, states=number < shards - 1, budget=budget)
+        found = forward_pairs(part, tokens, before=found, states=number < shards - 1, budget=budget)
     torch.testing.assert_close(found.rewards, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -145,9 +146,9 @@ def test_whether_a_pair_is_packed_is_decided_once(family_dir):
     rows = TokenisePairs(family_dir)(PAIRS)
     tokens = read_tokens(rows)
     first = load_reward_model(family_dir, part=Part(0, 4))
-    assert [first.packs(pair) for pair in tokens] == [whole.packs(pair) for pair in tokens]
-    states = first.forward_pairs(tokens, states=True).states
-    assert [len(own) == 1 for own in states] == [whole.packs(pair) for pair in tokens]
+    assert [can_pack_pair(first, pair) for pair in tokens] == [can_pack_pair(whole, pair) for pair in tokens]
+    states = forward_pairs(first, tokens, states=True).states
+    assert [len(own) == 1 for own in states] == [can_pack_pair(whole, pair) for pair in tokens]
 
 
 def test_each_part_holds_its_own_blocks_alone(family_dir):

@@ -17,6 +17,7 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import train as module
 from safer_ray.reward import training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
+from safer_ray.reward.forward import forward
 from safer_ray.reward.train import (
     _Batches,
     _one_step,
@@ -112,7 +113,7 @@ def test_training_learns_an_easy_rule(trained, pairs):
     assert metrics["steps"] == 5 * -(-metrics["train_pairs"] // 8)
     reward = load_reward_model(out)
     tokens = reward.pairs(make_pairs(60).slice(50).to_pylist())  # not among the 48 it was trained on
-    rewards = reward.forward([s.ids for t in tokens for s in (t.chosen, t.rejected)]).rewards
+    rewards = forward(reward, [s.ids for t in tokens for s in (t.chosen, t.rejected)]).rewards
     assert (rewards[0::2] > rewards[1::2]).all()
 
 
@@ -292,7 +293,7 @@ def test_the_loss_is_bradley_terrys(fresh, pairs):
     reward = fresh()
     batch = reward.pairs(pairs.slice(0, 4).to_pylist())
     step = reward_step(reward, batch)
-    rewards = [reward.forward([t.chosen.ids, t.rejected.ids]).rewards for t in batch]
+    rewards = [forward(reward, [t.chosen.ids, t.rejected.ids]).rewards for t in batch]
     margin = torch.stack([r[0] - r[1] for r in rewards])
     torch.testing.assert_close(step.margin, margin, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(step.loss.detach(), torch.log(1 + torch.exp(-margin)).mean(), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import scorer, vector_layers
 from safer_ray.features.passes import EncodePairs, MeanVectors
-from safer_ray.reward.model import Forward
+from safer_ray.reward.forward import Forward
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, TokenisePairs
 from safer_ray.storage.artifacts import Artifact

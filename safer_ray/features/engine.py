@@ -11,7 +11,8 @@ import torch
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model
-from safer_ray.reward.model import Forward, RewardModel
+from safer_ray.reward.forward import Forward, forward_pairs
+from safer_ray.reward.model import RewardModel
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.sae.formats import load_sae, sae_layer
 from safer_ray.sae.model import EPSILON, Standardised, TopKSae, standardise
@@ -70,8 +71,8 @@ class Engine:
 
     def encode_tokens(self, tokens: list[PairTokens], *, all_tokens: bool = False) -> Encoded:
         """As `encode`, of tokenised pairs."""
-        places = places_of(tokens, all_tokens)
-        found = self.reward.forward_pairs(tokens, layers=(self.layer,), positions=places, rewards=self.rewards)
+        positions = positions_of(tokens, all_tokens)
+        found = forward_pairs(self.reward, tokens, layers=(self.layer,), positions=positions, rewards=self.rewards)
         return self.encoded(tokens, found)
 
     def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
@@ -98,8 +99,8 @@ class Engine:
         return [SparseCodes(f, v) for f, v in zip(features, values, strict=True)]
 
 
-def places_of(tokens: list[PairTokens], all_tokens: bool = False) -> list[np.ndarray]:
-    """Sentence ends of every side, or all its tokens."""
+def positions_of(tokens: list[PairTokens], all_tokens: bool = False) -> list[np.ndarray]:
+    """Return the positions of the tokens read of every side: of its sentence ends, or of all its tokens."""
     return [np.arange(len(side.ids)) if all_tokens else side.token for side in both_sides(tokens)]
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from safer_ray import schema
 from safer_ray.errors import TooLargeError
-from safer_ray.features.engine import Engine, codes_table, places_of
+from safer_ray.features.engine import Engine, codes_table, positions_of
 from safer_ray.reward.checkpoints import load_reward_model
-from safer_ray.reward.model import Forward, RewardModel
+from safer_ray.reward.forward import Forward, forward_pairs
+from safer_ray.reward.model import RewardModel
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, read_tokens
 from safer_ray.sae.formats import load_sae, sae_layer
@@ -48,9 +49,9 @@ class ReadsPairs(ABC):
             for layer in self.layers:
                 self.reward.check_layer(layer)
 
-    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
-        """Tokens of each side whose vectors are wanted."""
-        return places_of(tokens)
+    def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        """Return the positions of the tokens of each side whose vectors are wanted."""
+        return positions_of(tokens)
 
     @abstractmethod
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
@@ -88,10 +89,11 @@ class ReadsPairs(ABC):
         return self.finish(pairs, tokens, found) if self.part.last else _hand_on(pairs, found), reasons
 
     def _forward(self, pairs: pa.Table, tokens: list[PairTokens]) -> Forward:
-        return self.reward.forward_pairs(
+        return forward_pairs(
+            self.reward,
             tokens,
             layers=self.layers,
-            positions=self.places(tokens) if self.layers else None,
+            positions=self.positions(tokens) if self.layers else None,
             rewards=self.rewards,
             heads=self.heads,
             before=_handed_on(pairs),
@@ -183,8 +185,8 @@ class EncodeActivations(ReadsPairs):
         super().__init__(reward, part, trust_remote_code)
         self.engine = Engine(self.reward, layer, rewards=False) if part.last else None
 
-    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
-        return places_of(tokens, self.all_tokens)
+    def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        return positions_of(tokens, self.all_tokens)
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         assert self.engine is not None
@@ -252,7 +254,7 @@ class EncodePairs(ReadsPairs):
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
     """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
-    return _differences(reward.forward_pairs(tokens, rewards=False, heads=True))
+    return _differences(forward_pairs(reward, tokens, rewards=False, heads=True))
 
 
 def _differences(found: Forward) -> np.ndarray:
@@ -281,8 +283,8 @@ class MeanVectors(ReadsPairs):
         self.layers = tuple(layers)
         super().__init__(reward, part, trust_remote_code)
 
-    def places(self, tokens: list[PairTokens]) -> list[np.ndarray]:
-        return places_of(tokens, all_tokens=True)
+    def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        return positions_of(tokens, all_tokens=True)
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]

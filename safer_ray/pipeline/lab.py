@@ -24,7 +24,7 @@ from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, pairs_of, recipe
 from safer_ray.report.experiment import as_page, detection_part
 from safer_ray.reward.checkpoints import load_reward_model
-from safer_ray.reward.trunk import remembered
+from safer_ray.reward.trunk import cached_trunk
 from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
@@ -208,7 +208,7 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     need_extra("lab", "cleanlab", "matplotlib")
     check_shared_trunk(config, "lab")
     place = place_of_run(config, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
-    with locked(place.root), remembered():
+    with locked(place.root), cached_trunk():
         ctx = StageContext.of(place, runner, config)
         corpus = model_stages.corpus(ctx, config.corpus) if config.corpus else None
         return detection(ctx, config, model_stages.pairs(ctx, config.pairs, corpus), corpus)

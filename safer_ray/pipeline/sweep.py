@@ -16,7 +16,7 @@ from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, recipe
 from safer_ray.report.experiment import as_page, sweep_part
-from safer_ray.reward.trunk import remembered
+from safer_ray.reward.trunk import cached_trunk
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked
@@ -182,7 +182,7 @@ def run_sweep(
     if config.sweep is None:
         raise UserError("sweep: the config needs a `sweep` section; configs/sweep_smoke.yaml has one")
     need_extra("lab", "matplotlib")
-    with remembered():
+    with cached_trunk():
         made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
         place = place_of_run(config, fresh=fresh, on_stage=on_stage)
         with locked(place.root):

@@ -27,16 +27,16 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def cut(rows: Sequence[Packed], numbers: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches of these rows, each of rows with as many sides."""
-    return [
-        [alike[j] for j in chunk]
-        for sides in (1, 2)
-        if (alike := [i for i in numbers if len(rows[i].lengths) == sides])
-        for chunk in micro_batches([len(rows[i].ids) for i in alike], budget)
-    ]
+    """Return micro-batches of these rows, each of rows with as many sides."""
+    found = []
+    for sides in (1, 2):
+        alike = [i for i in numbers if len(rows[i].lengths) == sides]
+        for chunk in micro_batches([len(rows[i].ids) for i in alike], budget):
+            found.append([alike[j] for j in chunk])
+    return found
 
 
-def passes(
+def run_micro_batches(
     run: Callable[[list[int]], Result],
     rows: Sequence[Packed],
     names: Sequence[str],
@@ -44,7 +44,8 @@ def passes(
     threads: int,
     beside: str,
 ) -> Iterator[tuple[list[int], Result]]:
-    """Micro-batches of rows and what `run` makes of them; one that does not fit the memory is halved until it does.
+    """Yield micro-batches of rows and what `run` makes of them; one that does not fit the memory is halved until it
+    does.
 
     Several run in so many threads, in which torch uses one core: products of their size keep one busier than several.
 
@@ -54,7 +55,7 @@ def passes(
     """
     too_large: dict[int, str] = {}
 
-    def halved(chunk: list[int], most: int) -> list[tuple[list[int], Result]]:
+    def run_or_halve(chunk: list[int], most: int) -> list[tuple[list[int], Result]]:
         found = _unless_too_large(run, chunk)
         if found is not None:
             return [(chunk, found)]
@@ -62,13 +63,16 @@ def passes(
             row = chunk[0]
             too_large[row] = f"{names[row]} has {len(rows[row].ids)} tokens, which do not fit the memory {beside}"
             return []
-        return [done for part in cut(rows, chunk, most // 2) for done in halved(part, most // 2)]
+        done = []
+        for smaller in cut(rows, chunk, most // 2):
+            done += run_or_halve(smaller, most // 2)
+        return done
 
     chunks, cores = cut(rows, range(len(rows)), budget), torch.get_num_threads()
-    work, settle = partial(halved, most=budget), partial(torch.set_num_threads, 1)
+    work, settle = partial(run_or_halve, most=budget), partial(torch.set_num_threads, 1)
     try:
-        for parts in side_by_side(work, chunks, min(threads, max(1, len(chunks))), settle):
-            yield from parts
+        for done in side_by_side(work, chunks, min(threads, max(1, len(chunks))), settle):
+            yield from done
     finally:
         torch.set_num_threads(cores)  # each thread has its own number, but new threads take the last one set
     if too_large:

@@ -42,7 +42,7 @@ def after(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def caught(module: nn.Module, found: dict[int, Tensor], number: int, *, end: bool) -> Iterator[None]:
+def capture_output(module: nn.Module, found: dict[int, Tensor], number: int, *, end: bool) -> Iterator[None]:
     """Inside, what block `number` gives is put into `found`, and ends the pass if it is the `end`."""
 
     def catch(output: Any) -> None:
@@ -55,9 +55,9 @@ def caught(module: nn.Module, found: dict[int, Tensor], number: int, *, end: boo
 
 
 @contextmanager
-def only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Inside, a module that takes each token by itself runs on the tokens at `index` (row, place) alone; it gives zeros
-    for all others."""
+def compute_only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, a module that takes each token by itself runs on the tokens at `index` (row, column) alone; it gives
+    zeros for all others."""
     shape: list[int] = []
 
     def gather(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

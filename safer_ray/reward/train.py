@@ -14,6 +14,7 @@ from torch import Tensor
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.training import (
@@ -69,7 +70,8 @@ class _Batches:
         for start in range(0, len(rows), 1024):
             tokens = reward.pairs(rows.slice(start, 1024).to_pylist())
             self.tokens += tokens
-            self.states += reward.trunk([side.ids for side in both_sides(tokens)]) if self.layer else []
+            if self.layer:
+                self.states += trunk_states(reward, [side.ids for side in both_sides(tokens)])
         self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
+from safer_ray.reward.execution import rewards_of
+from safer_ray.reward.forward import pack_to_train
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import alone
+from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import PairTokens
+from safer_ray.reward.trunk import start_after
 from safer_ray.storage.digests import check_digests, record_digests
 from safer_ray.storage.files import make_folder, move
 
@@ -55,12 +58,16 @@ def reward_step(
 ) -> RewardStep:
     """Both sides of a batch through the model at once, by `run` where something wraps it; `bfloat16` computes in it and
     keeps the weights as they are. With `known` states only the blocks behind them run."""
-    rows = reward.packed(batch) if known is None else None
-    apart = [alone(pair.chosen.ids) for pair in batch] + [alone(pair.rejected.ids) for pair in batch]
-    behind = contextlib.nullcontext() if known is None else reward.behind(known.layer, pad_sequence(known.sides, True))
-    with behind, torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
-        rewards = reward.rewards_of(rows or apart, run).float()
-    chosen, rejected = rewards.view(2, -1) if rows is None else rewards.view(-1, 2).T
+    packed = pack_to_train(reward, batch) if known is None else None
+    start: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if known is not None:
+        start = start_after(reward, known.layer, pad_sequence(known.sides, batch_first=True))
+    with start, torch.autocast(reward.device.type, torch.bfloat16, enabled=bfloat16):
+        if packed is not None:
+            chosen, rejected = rewards_of(reward, packed, run).float().view(-1, 2).T
+        else:
+            sides = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+            chosen, rejected = rewards_of(reward, [unpacked(side.ids) for side in sides], run).float().view(2, -1)
     return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
 
 

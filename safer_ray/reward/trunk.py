@@ -1,33 +1,41 @@
-"""What frozen blocks give, remembered: many models on one frozen trunk run it once a text."""
+"""What frozen blocks give, computed once a text: a reward model's frozen trunk is the same in every training on it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
+
+from safer_ray.reward.model import RewardModel
 
 GIGABYTES = 4.0
 
 States = list[Tensor]  # of each sequence, [length, d]
 
 
-class TrunkMemory:
+class TrunkCache:
     """Outputs of the last frozen block by trunk and token ids; once it is full it takes no more."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit = limit  # bytes
         self.used = 0
         self.states: dict[tuple[bytes, bytes], Tensor] = {}
 
     def get(
         self, trunk: bytes, sequences: Sequence[np.ndarray], compute: Callable[[Sequence[np.ndarray]], States]
     ) -> States:
-        """The states of every sequence; those not known are computed, all in one call."""
+        """Return the states of every sequence; those not known are computed, all in one call."""
         keys = [(trunk, np.asarray(sequence, dtype=np.int64).tobytes()) for sequence in sequences]
-        missing = list(dict.fromkeys(key for key in keys if key not in self.states))
-        where = {key: i for i, key in enumerate(keys)}
-        fresh = dict(zip(missing, compute([sequences[where[key]] for key in missing]), strict=True)) if missing else {}
+        missing: dict[tuple[bytes, bytes], np.ndarray] = {}
+        for key, sequence in zip(keys, sequences, strict=True):
+            if key not in self.states:
+                missing[key] = sequence
+        fresh: dict[tuple[bytes, bytes], Tensor] = {}
+        if missing:
+            fresh = dict(zip(missing, compute(list(missing.values())), strict=True))
         for key, states in fresh.items():
             size = states.numel() * states.element_size()
             if self.used + size <= self.limit:
@@ -36,24 +44,55 @@ class TrunkMemory:
         return [fresh[key] if key in fresh else self.states[key] for key in keys]
 
 
-_memory: ContextVar[TrunkMemory | None] = ContextVar("trunk_memory", default=None)
+_cache: ContextVar[TrunkCache | None] = ContextVar("trunk_cache", default=None)
 
 
 @contextmanager
-def remembered(gigabytes: float = GIGABYTES) -> Iterator[TrunkMemory]:
-    """Inside, models with frozen layers keep what these give, in this process, and share it where they are equal.
+def cached_trunk(gigabytes: float = GIGABYTES) -> Iterator[TrunkCache]:
+    """Inside, models with frozen layers keep what these give, in this thread, and share it where they are equal.
 
     Results stay the same within rounding (1e-5): a text's states come from whichever batch it was first in.
     """
-    token = _memory.set(TrunkMemory(int(gigabytes * 1e9)))
+    cache = TrunkCache(int(gigabytes * 1e9))
+    token = _cache.set(cache)
     try:
-        memory = _memory.get()
-        assert memory is not None
-        yield memory
+        yield cache
     finally:
-        _memory.reset(token)
+        _cache.reset(token)
 
 
-def memory() -> TrunkMemory | None:
-    """Return what `remembered` keeps, where it is on."""
-    return _memory.get()
+def trunk_cache() -> TrunkCache | None:
+    """Return the cache of `cached_trunk`, where it is on."""
+    return _cache.get()
+
+
+def uses_trunk_cache(reward: RewardModel) -> bool:
+    """Return whether what the frozen blocks of a model give is kept now."""
+    return trunk_cache() is not None and reward.frozen_layers > 0
+
+
+def can_start_after_trunk(reward: RewardModel, layers: Sequence[int]) -> bool:
+    """Return whether a pass that reads `layers` can begin behind the frozen blocks: what these give is kept, and no
+    earlier block is read."""
+    return uses_trunk_cache(reward) and all(layer >= reward.frozen_layers for layer in layers)
+
+
+@contextmanager
+def start_after(reward: RewardModel, layer: int, states: Float[Tensor, "n width d"]) -> Iterator[None]:
+    """Inside, forward passes begin behind block `layer`, whose output is given: each block up to it hands on `states`
+    whatever it is given, as good as free."""
+    blocks = list(reward.blocks())[:layer]
+    patched = [vars(block).get("forward") for block in blocks]  # by whoever wrapped the model
+
+    def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return states.to(hidden)
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        yield
+    finally:
+        for block, before in zip(blocks, patched, strict=True):
+            del block.forward
+            if before is not None:
+                block.forward = before

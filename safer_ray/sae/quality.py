@@ -13,9 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import UserError
 from safer_ray.reward.batches import micro_batches
+from safer_ray.reward.execution import rewards_of
+from safer_ray.reward.forward import forward
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import alone
+from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import PairTokens, both_sides
+from safer_ray.reward.trunk import start_after
 from safer_ray.sae.model import TopKSae, standardise
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of vectors that a latent fires on
@@ -144,7 +147,7 @@ def _before_and_after(
     sides = both_sides(pairs)
     ids = [side.ids for side in sides]
     everywhere = [np.arange(len(own)) for own in ids]
-    found = reward.forward(ids, layers=(layer,), positions=everywhere)
+    found = forward(reward, ids, layers=(layer,), positions=everywhere)
     assert found.hidden is not None
     assert found.rewards is not None
     at = everywhere if all_tokens else [side.token for side in sides]
@@ -167,6 +170,6 @@ def _rewards_behind(
     """Rewards of sequences of which the output of block `layer` is given."""
     rewards = torch.zeros(len(ids))
     for chunk in micro_batches([len(own) for own in ids], reward.budget):
-        with reward.behind(layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
-            rewards[chunk] = reward.rewards_of([alone(ids[i]) for i in chunk]).float().cpu()
+        with start_after(reward, layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
+            rewards[chunk] = rewards_of(reward, [unpacked(ids[i]) for i in chunk]).float().cpu()
     return rewards

@@ -15,7 +15,7 @@ from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import SaferError
 from safer_ray.features.explain import explain
 from safer_ray.features.scoring import suspicion
-from safer_ray.reward.model import Forward
+from safer_ray.reward.forward import Forward
 from safer_ray.reward.text import PairTokens
 from safer_ray.service.problems import log_without_texts
 from safer_ray.service.reading import Outcome, Row
