@@ -9,9 +9,10 @@ from test_text import CHAT_TEMPLATE, LONG
 
 from safer_ray.data.formats import Refused, read_pair
 from safer_ray.data.places import pieces_of, sent_span
-from safer_ray.features.explain import SidePlaces, explain
+from safer_ray.features.explain import explain
 from safer_ray.features.scoring import Features, pair_scores
-from safer_ray.reward.text import PairTokenizer
+from safer_ray.reward.sentences import SideSentences
+from safer_ray.reward.text import SENTENCE_END, PairTokenizer
 from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.schema import SIDES
 
@@ -29,12 +30,12 @@ def tokenizers():
 
 
 def sentences(tokenizer, pair):
-    """Side, end and place of every sentence that a model reads of a pair."""
+    """Side, end and cut of every sentence that a model reads of a pair."""
     (tokens,) = tokenizer([pair])
     for side in SIDES:
-        places = SidePlaces(tokenizer, pair, side)
+        cut = SideSentences(tokenizer, pair, side)
         for end in getattr(tokens, side).end.tolist():
-            yield side, end, places.sentence(end)
+            yield side, end, cut.ending_at(end)
 
 
 def said(pair, side, spot):
@@ -43,13 +44,17 @@ def said(pair, side, spot):
 
 
 @given(st.sampled_from(("plain", "chat")), st.lists(st.tuples(ROLES, WORDS), max_size=3), WORDS, WORDS)
-def test_a_place_holds_the_very_sentence_that_an_audit_tells(tokenizers, template, prompt, chosen, rejected):
+def test_a_sentence_is_what_a_message_says_up_to_where_it_is_read(tokenizers, template, prompt, chosen, rejected):
     pair = make_pair("a", "", chosen if chosen.strip() else "x", rejected if rejected.strip() else "y")
     pair["prompt"] = [{"role": role, "content": content} for role, content in prompt if content.strip()]
     tokenizer = tokenizers[template]
-    for side, end, spot in sentences(tokenizer, pair):
-        told = tokenizer.sentence(pair, side, end)
-        assert (said(pair, side, spot) if spot else "") == told
+    for side, end, sentence in sentences(tokenizer, pair):
+        if sentence is None:
+            continue
+        assert sentence.text == said(pair, side, sentence) == sentence.text.strip() != ""
+        assert tokenizer.rendered_side(pair, side)[:end].rstrip().endswith(sentence.text)
+        runs = [run.end() for run in SENTENCE_END.finditer(sentence.text)]
+        assert [end for end in runs if end < len(sentence.text)] == []  # one sentence, not two
 
 
 def turns(*contents):

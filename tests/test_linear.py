@@ -17,9 +17,8 @@ from safer_ray.config import where
 from safer_ray.data.formats import Refused, is_transcript, read_pair
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
-from safer_ray.features.contexts import cut_context
-from safer_ray.report import spaced
 from safer_ray.reward import parts, text
+from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, limits, uploads, web
 from safer_ray.service.api import ScoreRequest
 from safer_ray.service.http import create_api
@@ -304,10 +303,22 @@ SENTENCES = [".", ". ", " ", "\n", " \n", ".\n", "a. ", "a", ".  \n\n", "\u2003"
 def test_sentence_ends_are_found(head, unit, tail):
     def ends(given):
         text.sentence_ends([text.Rendered(given, ((0, len(given)),))])
-        text.sentence_start(given, len(given))
-        cut_context(given, 0, len(given))
 
     assert_linear(ends, unit, head, tail)
+
+
+@pytest.mark.parametrize("unit", SENTENCES)
+def test_all_sentences_of_a_side_are_cut(unit):
+    plain = text.PairTokenizer(None, "plain", 10**9)
+
+    def sentences(given):
+        pair = {"prompt": [], "chosen": [{"role": "assistant", "content": given}]}
+        cut = SideSentences(plain, pair, "chosen")
+        for end in text.sentence_ends([plain.render([], pair["chosen"])[1]])[1].tolist():
+            if sentence := cut.ending_at(end):
+                cut.around(sentence, 100)
+
+    assert_linear(sentences, unit, "x", "x")
 
 
 @pytest.mark.parametrize("unit", ["\ue000", "\ue0001", "1", "\ue000\ue001", "\ue0001\ue001"])
@@ -336,44 +347,10 @@ def test_contents_that_a_template_rewrites_are_not_looked_for_without_end():
         text._content_spans("a" * 2**20, [""] * len(many), many)
 
 
-@pytest.mark.parametrize("unit", ["a", "a ", "a  ", " ", "ab a ", "Human: ", "a\n"])
-@pytest.mark.parametrize("tail", ["", " b b"])
-def test_sentences_are_found_whatever_the_whitespace(unit, tail):
-    assert_linear(lambda given: spaced.find_sentence(given, "c a a a" + 200 * " a" + " b"), unit, tail=tail)
-    assert_linear(lambda given: spaced.find_sentence("a a a b a a", given), unit, tail=tail)
-
-
-def old_find(whole, sentence):
-    for words in old_needles(sentence):
-        match = re.search(r"\s+".join(map(re.escape, words)), whole)
-        if match:
-            return match.span()
-    return None
-
-
-def old_needles(sentence):
-    words = sentence.strip().strip("…").split()
-    if not words:
-        return
-    yield words
-    yield spaced.ROLE_LABEL.sub("", sentence).split() or words
-    for start in range(1, len(words) - 1):
-        yield words[start:]
-    yield sentence.strip().splitlines()[-1].split()
-
-
 @given(st.text(".,\n a\u2003?", max_size=14))
 def test_sentence_ends_are_the_same_runs_as_before(said):
     old = re.finditer(r"[.,?!;\n]+(\s+[.,?!;\n]+)*", said)
     assert [match.span() for match in text.SENTENCE_END.finditer(said)] == [match.span() for match in old]
-
-
-WORDS = st.text("ab \n\t\u2003\x1c\x85…", max_size=12)
-
-
-@given(WORDS, st.one_of(WORDS, st.builds("human: {}".format, WORDS)))
-def test_sentences_are_found_where_they_were_before(whole, sentence):
-    assert spaced.find_sentence(whole, sentence) == old_find(whole, sentence)
 
 
 @pytest.mark.parametrize("unit", [" ", "\x00", "\u202e", "a", " a"])

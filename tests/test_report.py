@@ -70,15 +70,18 @@ def feature(number: int, sign: int, salience: float) -> report.FeatureCard:
     return report.FeatureCard(number, salience, sign, 5 if sign else None, f"Reason {number}", 12, 7, contexts)
 
 
+def place(text: str, start: int = 0, part: str = "response", message: int = 0) -> report.SentencePlace:
+    return report.SentencePlace(part, message, start, start + len(text), text)
+
+
 def pair(pair_id: str, planted: bool | None = None, prompt: str = "How do I get in?") -> report.PairView:
     reasons = (
-        report.ReasonView(17, -1, -0.42, "chosen", " " + SURE),
-        report.ReasonView(3, 1, -0.11, "rejected", REFUSAL),
+        report.ReasonView(17, -1, -0.42, "chosen", place(SURE)),
+        report.ReasonView(3, 1, -0.11, "rejected", place(REFUSAL)),
     )
-    chosen, rejected = f"{SURE} Then\nrepeat.", f"{REFUSAL} It may hurt someone."
-    return report.PairView(
-        pair_id, "safety", -1.5, 0.998, -0.7, (("user", prompt),), chosen, rejected, reasons, planted
-    )
+    texts = (prompt, f"{SURE} Then\nrepeat.", f"{REFUSAL} It may hurt someone.")
+    turns = [((role, text),) for role, text in zip(("user", "assistant", "assistant"), texts, strict=True)]
+    return report.PairView(pair_id, "safety", -1.5, 0.998, -0.7, *turns, reasons, planted)
 
 
 @pytest.fixture
@@ -160,12 +163,12 @@ def test_what_reconstructions_cost_the_reward_model_is_a_table(data: report.Repo
 def test_hostile_text_is_inert_wherever_it_comes_from(data: report.ReportData) -> None:
     h = HOSTILE
     card = replace(feature(3, 1, 0.6), reason=h, contexts=(report.Context(h, h, h, 1.0, "chosen", h),))
-    reason = report.ReasonView(3, 1, -0.1, "chosen", h)
+    reason = report.ReasonView(3, 1, -0.1, "chosen", place(h, 2))
     hostile = replace(
         data,
         title=h, run=h, facts=((h, h),), conclusions=(h,), stages=(report.StageView(h, 1, 1.0),),
         quarantine={h: 1}, reward={h: 1.5}, sae={h: 1.5}, features=(card,),
-        pairs=(report.PairView(h, h, 0.0, 1.0, 0.0, ((h, h),), f"a {h} b", h, (reason,), True),),
+        pairs=(report.PairView(h, h, 0.0, 1.0, 0.0, ((h, h),), ((h, f"a {h} b"),), ((h, h),), (reason,), True),),
         detection=(report.DetectionView(h, 0.9, 0.5),), sections=(report.SectionView(h, h, 10, 0.5, 0.3, 0.7),),
         tests=(report.TestView(h, h, h, 1, 0, 1.0),), red_team=(h,), licences=(h,),
     )  # fmt: skip
@@ -228,21 +231,37 @@ def test_only_planted_pairs_carry_the_badge(data: report.ReportData) -> None:
 
 
 def test_highlighting_joins_reasons_and_loses_no_text() -> None:
-    first = report.ReasonView(1, -1, -0.5, "chosen", "Assistant: One  two.")
-    second = report.ReasonView(2, 1, 0.1, "chosen", "One two.")
-    third = report.ReasonView(3, 1, 0.1, "chosen", "not there at all")
+    first = report.ReasonView(1, -1, -0.5, "chosen", place("One\ntwo.", 4))
+    second = report.ReasonView(2, 1, 0.1, "chosen", place("One\ntwo.", 4))
+    third = report.ReasonView(3, 1, 0.1, "chosen", None)
     text = "So. One\ntwo. Three."
     segments = report.highlight(text, [first, second, third])
     assert "".join(segment.text for segment in segments) == text
     assert [(s.text, [r.feature for r in s.reasons]) for s in segments if s.reasons] == [("One\ntwo.", [1, 2])]
-    assert report.highlight("", [first]) == []
+    assert report.highlight("", [third]) == []
 
 
 def test_a_sentence_of_the_prompt_is_marked_there() -> None:
-    reason = report.ReasonView(9, -1, -0.2, "chosen", "How do I get in?")
+    reason = report.ReasonView(9, -1, -0.2, "chosen", place("How do I get in?", part="prompt"))
     marked = report.mark_pair(replace(pair("p1"), reasons=(reason,)))
     assert marked.prompt[0][1] == [report.Segment("How do I get in?", (reason,))]
-    assert not any(segment.reasons for segment in marked.chosen + marked.rejected)
+    for _, segments in marked.chosen + marked.rejected:
+        assert not any(segment.reasons for segment in segments)
+
+
+def test_a_sentence_that_stands_twice_is_marked_where_it_was_read() -> None:
+    twice = (("assistant", "No. Yes. No."),)
+    reason = report.ReasonView(9, -1, -0.2, "chosen", place("No.", 9))
+    marked = report.mark_pair(replace(pair("p1"), chosen=twice, reasons=(reason,)))
+    assert marked.chosen[0][1] == [report.Segment("No. Yes. "), report.Segment("No.", (reason,))]
+
+
+def test_a_clipped_text_without_spaces_keeps_its_characters(data: report.ReportData) -> None:
+    long = "\u4f60" * 500
+    card = replace(feature(3, 1, 0.6), contexts=(report.Context(long, "x.", long, 1.0, "chosen", "p"),))
+    html = report.render_report(replace(data, features=(card,)))
+    assert "\u2026" + 90 * "\u4f60" in html
+    assert 70 * "\u4f60" + "\u2026" in html
 
 
 def test_a_run_that_left_nothing_still_renders_every_section(data: report.ReportData) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import resolve_base
-from safer_ray.reward.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, sentence_start, thin
+from safer_ray.reward.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, thin
 from safer_ray.reward.tiny_llama import train_tokenizer
 
 CHAT_TEMPLATE = (
@@ -93,13 +93,6 @@ def test_template_markup_ends_no_sentence(chat):
 def test_a_run_never_reaches_from_content_into_markup(chat):
     head, _ = chat.render(messages("user", "Stop.\n"), messages("assistant", "Ok"))
     assert [head.text[:end] for end in ends_in(head)] == ["<|user|>.\nStop."]
-
-
-def test_a_sentence_starts_behind_the_run_before_it():
-    text = "One. Two?! Three."
-    assert text[sentence_start(text, 10) : 10] == " Two?!"
-    assert text[sentence_start(text, len(text)) :] == " Three."
-    assert sentence_start(text, 4) == 0
 
 
 @pytest.mark.parametrize(

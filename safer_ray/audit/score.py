@@ -15,6 +15,7 @@ from safer_ray.errors import UserError
 from safer_ray.features.auditor import scorer, vector_layers
 from safer_ray.features.passes import EncodePairs, MeanVectors
 from safer_ray.reward.forward import Forward
+from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, TokenisePairs
 from safer_ray.storage.artifacts import Artifact
@@ -114,6 +115,6 @@ class AuditRows(AuditPairs):
     def _told(self, texts: str, reasons: list[dict[str, Any]]) -> str:
         """The texts of a pair with the sentence of each reason."""
         pair = json.loads(texts)
-        sentence = self.reward.pairs.sentence
-        said = [sentence(pair, reason["side"], reason["end"]) if reason["end"] >= 0 else "" for reason in reasons]
-        return schema.to_json(pair | {"sentences": said})
+        sides = {side: SideSentences(self.reward.pairs, pair, side) for side in {r["side"] for r in reasons}}
+        found = [sides[reason["side"]].ending_at(reason["end"]) for reason in reasons]
+        return schema.to_json(pair | {"sentences": [sentence.text if sentence else "" for sentence in found]})

@@ -12,11 +12,10 @@ from safer_ray.config.sections import RunConfig, StrategyName
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
-from safer_ray.features.contexts import cut_context
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.report import run as report
 from safer_ray.reward.checkpoints import load_pair_tokenizer
-from safer_ray.reward.text import sentence_start
+from safer_ray.reward.sentences import SideSentences
 from safer_ray.storage.artifacts import Artifact, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.marks import together
@@ -274,7 +273,7 @@ def _pair_views(view: RunView, rows: pa.Table) -> list[report.PairView]:
     views = []
     for number, pair in enumerate(worst.to_pylist()):
         found = scores.slice(by_id[pair["pair_id"]], 1).to_pylist()[0]
-        texts = {side: tokenizer.rendered_side(pair, side) for side in ("chosen", "rejected")}
+        sentences = {side: SideSentences(tokenizer, pair, side) for side in ("chosen", "rejected")}
         views.append(
             report.PairView(
                 pair_id=pair["pair_id"],
@@ -283,19 +282,19 @@ def _pair_views(view: RunView, rows: pa.Table) -> list[report.PairView]:
                 suspicion=found["suspicion"],
                 reward_margin=found["reward_margin"],
                 prompt=tuple((m["role"], m["content"]) for m in pair["prompt"]),
-                chosen="\n".join(m["content"] for m in pair["chosen"]),
-                rejected="\n".join(m["content"] for m in pair["rejected"]),
-                reasons=tuple(_reason_view(reason, texts) for reason in found["reasons"]),
+                chosen=tuple((m["role"], m["content"]) for m in pair["chosen"]),
+                rejected=tuple((m["role"], m["content"]) for m in pair["rejected"]),
+                reasons=tuple(_reason_view(reason, sentences[reason["side"]]) for reason in found["reasons"]),
                 planted=None if planted is None else bool(planted[number]),
             )
         )
     return views
 
 
-def _reason_view(reason: dict[str, Any], texts: dict[str, str]) -> report.ReasonView:
-    text, end = texts[reason["side"]], reason["end"]
-    sentence = cut_context(text, sentence_start(text, end), end)[1].strip()
-    return report.ReasonView(reason["feature"], reason["sign"], reason["contribution"], reason["side"], sentence)
+def _reason_view(reason: dict[str, Any], sentences: SideSentences) -> report.ReasonView:
+    sentence = sentences.ending_at(reason["end"])
+    place = None if sentence is None else report.SentencePlace(*sentence)
+    return report.ReasonView(reason["feature"], reason["sign"], reason["contribution"], reason["side"], place)
 
 
 def _section_views(view: RunView) -> list[report.SectionView]:

@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from safer_ray.report import plots
 from safer_ray.report.pages import page
-from safer_ray.report.spaced import find_sentence
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,23 @@ class FeatureCard:
     contexts: tuple[Context, ...] = ()
 
 
+class SentencePlace(NamedTuple):
+    """A sentence that a reason names, `content[start:stop]` of a message."""
+
+    part: str  # prompt or response
+    message: int  # of the prompt, or of the response
+    start: int
+    stop: int
+    text: str
+
+
 @dataclass(frozen=True)
 class ReasonView:
     feature: int
     sign: int
     contribution: float  # negative: makes the pair suspicious
     side: str
-    sentence: str
+    sentence: SentencePlace | None  # None: unknown
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class PairView:
     suspicion: float
     reward_margin: float | None
     prompt: tuple[tuple[str, str], ...]  # (role, content)
-    chosen: str
-    rejected: str
+    chosen: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
     reasons: tuple[ReasonView, ...] = ()
     planted: bool | None = None  # whether its label was swapped on purpose, where that is known
 
@@ -145,13 +154,16 @@ class Segment(NamedTuple):
     reasons: tuple[ReasonView, ...] = ()
 
 
+MarkedTurns = tuple[tuple[str, list[Segment]], ...]  # role and segments of each message
+
+
 class MarkedPair(NamedTuple):
     """A pair whose texts are cut where reasons name a sentence."""
 
     pair: PairView
-    prompt: tuple[tuple[str, list[Segment]], ...]
-    chosen: list[Segment]
-    rejected: list[Segment]
+    prompt: MarkedTurns
+    chosen: MarkedTurns
+    rejected: MarkedTurns
 
 
 class SectionPlot(NamedTuple):
@@ -254,34 +266,39 @@ def key_figures(data: ReportData) -> list[Tile]:
 
 
 def highlight(text: str, reasons: Sequence[ReasonView]) -> list[Segment]:
-    """The text cut into segments; a sentence that several reasons name stands once, with all of them."""
-    spans: list[tuple[int, int, list[ReasonView]]] = []
-    found = [(span, reason) for reason in reasons if (span := find_sentence(text, reason.sentence))]
-    for (start, end), reason in sorted(found, key=lambda item: (item[0][0], -item[0][1], item[1].feature)):
-        if spans and start < spans[-1][1]:
-            spans[-1][2].append(reason)
-        else:
-            spans.append((start, end, [reason]))
+    """Return a message cut into segments; a sentence that several reasons name stands once, with all of them."""
+    named: dict[tuple[int, int], list[ReasonView]] = {}
+    for reason in sorted(reasons, key=lambda reason: reason.feature):
+        if reason.sentence is not None:
+            named.setdefault((reason.sentence.start, reason.sentence.stop), []).append(reason)
     segments, at = [], 0
-    for start, end, named in spans:
-        segments += [Segment(text[at:start])] if start > at else []
-        segments.append(Segment(text[start:end], tuple(named)))
-        at = end
-    return [*segments, Segment(text[at:])] if at < len(text) else segments
+    for start, stop in sorted(named):
+        if start > at:
+            segments.append(Segment(text[at:start]))
+        segments.append(Segment(text[start:stop], tuple(named[start, stop])))
+        at = stop
+    if at < len(text):
+        segments.append(Segment(text[at:]))
+    return segments
 
 
 def mark_pair(pair: PairView) -> MarkedPair:
-    """Reasons are looked for in the response of their side; those of sentences not there, in the prompt."""
-    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
-    own = {
-        side: [r for r in pair.reasons if r.side == side and find_sentence(texts[side], r.sentence)] for side in texts
-    }
-    rest = [r for r in pair.reasons if not any(r in named for named in own.values())]
+    """Return a pair's messages, each cut where reasons name its sentences. The prompt is on both sides, and shown once
+    with the reasons of both."""
+
+    def marked(turns: tuple[tuple[str, str], ...], part: str, reasons: list[ReasonView]) -> MarkedTurns:
+        found = []
+        for number, (role, content) in enumerate(turns):
+            own = [r for r in reasons if r.sentence and (r.sentence.part, r.sentence.message) == (part, number)]
+            found.append((role, highlight(content, own)))
+        return tuple(found)
+
+    by_side = {side: [r for r in pair.reasons if r.side == side] for side in ("chosen", "rejected")}
     return MarkedPair(
         pair,
-        tuple((role, highlight(content, rest)) for role, content in pair.prompt),
-        highlight(pair.chosen, own["chosen"]),
-        highlight(pair.rejected, own["rejected"]),
+        marked(pair.prompt, "prompt", list(pair.reasons)),
+        marked(pair.chosen, "response", by_side["chosen"]),
+        marked(pair.rejected, "response", by_side["rejected"]),
     )
 
 
@@ -367,10 +384,13 @@ def _clip_start(text: str, limit: int = 90) -> str:
     """The last words of a text, with an ellipsis where it is cut."""
     if len(text) <= limit:
         return text
-    return "…" + text[-limit:].partition(" ")[2]
+    kept = text[-limit:]
+    return "…" + (kept.partition(" ")[2] or kept)
 
 
 def _clip_end(text: str, limit: int = 70) -> str:
+    """The first words of a text, with an ellipsis where it is cut."""
     if len(text) <= limit:
         return text
-    return text[:limit].rpartition(" ")[0] + "…"
+    kept = text[:limit]
+    return (kept.rpartition(" ")[0] or kept) + "…"

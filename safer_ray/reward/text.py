@@ -116,15 +116,6 @@ def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
     return number[span], ends - at[span] + start[span]
 
 
-def sentence_start(text: str, end: int) -> int:
-    """Return where the sentence that ends at character `end` begins: behind the run of punctuation before it."""
-    previous = 0
-    for match in SENTENCE_END.finditer(text, 0, max(0, end)):
-        if match.end() < end:
-            previous = match.end()
-    return previous
-
-
 def thin(indices: np.ndarray) -> np.ndarray:
     """Positions in `indices` of the ends taken: the first at token >= 5, each next at least 5 tokens further on."""
     kept, last = [], 0
@@ -176,14 +167,6 @@ class PairTokenizer:
         """The whole text of one side, that `end` offsets point into."""
         head, tail = self.render(pair["prompt"] or [], pair[side])
         return head.text + tail.text
-
-    def sentence(self, pair: dict[str, Any], side: str, end: int) -> str:
-        """Return what a message says from its last sentence end before character `end` of a side's text up to there."""
-        head, tail = self.render(pair["prompt"] or [], pair[side])
-        inside = end <= len(head.text)
-        rendered, at = (head, end) if inside else (tail, end - len(head.text))
-        begins = [start for start, _ in rendered.spans if start < at]
-        return rendered.text[max([sentence_start(rendered.text, at), *begins]) : at].strip()
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> list[PairTokens]:
         """Tokens of pairs; keys `pair_id`, `prompt`, `chosen`, `rejected` (messages)."""
