@@ -1,5 +1,7 @@
 """Where sentences end, what a pair's token sequences look like, and where offsets point."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,19 @@ from conftest import make_pair, messages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import resolve_base
-from safer_ray.reward.text import END_GAP, PairTokenizer, Rendered, render_plain, sentence_ends, thin
+from safer_ray.reward.text import (
+    END_GAP,
+    TEMPLATES,
+    PairTokenizer,
+    Rendered,
+    Template,
+    render_plain,
+    sentence_ends,
+    thin,
+)
 from safer_ray.reward.tiny_llama import train_tokenizer
 
 CHAT_TEMPLATE = (
@@ -213,6 +225,23 @@ def test_the_fallback_is_the_last_token_of_the_content_not_of_the_markup(chat):
     assert text[: tokens.chosen.end[-1]].endswith("not at all")
     assert chat.tokenizer.decode(tokens.chosen.ids[: tokens.chosen.token[-1] + 1]).startswith(text[:-9])
     assert tokens.chosen.token[-1] < len(tokens.chosen.ids) - 1
+
+
+def test_a_template_is_one_entry_of_the_registry(tokenizer, monkeypatch):
+    def bare(_tokenizer, prompt, response):
+        texts = [messages[0]["content"] for messages in (prompt, response)]
+        return tuple(Rendered(f"[{text}]", ((1, 1 + len(text)),)) for text in texts)
+
+    monkeypatch.setitem(TEMPLATES, "bare", Template(bare, writes_special_tokens=True))
+    pair = make_pair("a", "Hi there.", "Oh no, not you again.", "Yes.")
+    own = PairTokenizer(tokenizer, "bare", 400)
+    text = own.rendered_side(pair, "chosen")
+    assert text == "[Hi there.][Oh no, not you again.]"
+    assert own([pair])[0].chosen.end[-1] == len(text) - 1
+
+
+def test_a_config_names_templates_that_there_are():
+    assert set(get_args(RewardConfig.model_fields["template"].annotation)) <= {"auto", *TEMPLATES}
 
 
 def test_chat_text_equals_the_tokenizers_own_template(chat):

@@ -19,12 +19,12 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.parts import check_loaded, load_part, splits_up
 from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
-from safer_ray.reward.text import PairTokenizer
+from safer_ray.reward.text import TEMPLATES, PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
-TEMPLATES = ("auto", "plain", "chat")
+AUTO = "auto"  # the tokenizer's own chat template where it has one, else plain
 FROM_PAD = (  # count positions from behind that of the pad token, and have so many fewer
     *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
@@ -82,7 +82,7 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
         tokenizer.pad_token = tokenizer.eos_token
-    if template == "auto":
+    if template == AUTO:
         template = "chat" if tokenizer.chat_template else "plain"
         if template == "plain":
             log.warning("%s has no chat template: pairs are read as Human: and Assistant: turns", name)
@@ -196,7 +196,7 @@ def _load_range(
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    settings = {"template": "auto", "max_length": 10**9, "frozen_layers": 0}
+    settings = {"template": AUTO, "max_length": 10**9, "frozen_layers": 0}
     file = directory / SETTINGS
     if not file.is_file():
         return settings
@@ -204,8 +204,9 @@ def _settings(directory: Path) -> dict[str, Any]:
         settings |= json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
         raise UserError(f"{file} is not a JSON object; export the model again, or delete the file") from None
-    if settings["template"] not in TEMPLATES:
-        raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(TEMPLATES)}")
+    known = (AUTO, *TEMPLATES)
+    if settings["template"] not in known:
+        raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(known)}")
     for name, least in (("max_length", 1), ("frozen_layers", 0)):
         value = settings[name]
         if type(value) is not int or value < least:

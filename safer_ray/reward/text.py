@@ -1,7 +1,7 @@
 """From messages to tokens: chat rendering, tokenising a pair, truncation, sentence ends (DESIGN 2.5)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +92,33 @@ def _rendered(text: str, blank: str, messages: Sequence[Message], marked: Sequen
     return Rendered(text, _content_spans(text, BLANK.split(blank), contents))
 
 
+def render_chat(tokenizer: Any, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
+    """Return prompt and response as the tokenizer's own chat template writes them.
+
+    Raises:
+        UserError: the chat template does not put the response behind the prompt.
+    """
+    head, whole = _chat_texts(tokenizer, prompt, response)
+    marked = [_blank(m, i) for i, m in enumerate([*prompt, *response])]
+    marked_prompt, marked_response = marked[: len(prompt)], marked[len(prompt) :]
+    blank_head, blank_whole = _chat_texts(tokenizer, marked_prompt, marked_response)
+    return (
+        _rendered(head, blank_head, prompt, marked_prompt),
+        _rendered(whole[len(head) :], blank_whole[len(blank_head) :], response, marked_response),
+    )
+
+
+def _chat_texts(tokenizer: Any, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:
+    """The prompt by the chat template, and prompt with response, which begins with it."""
+    apply = tokenizer.apply_chat_template
+    whole = str(apply([*prompt, *response], tokenize=False))
+    for open_turn in (True, False):
+        head = str(apply(list(prompt), tokenize=False, add_generation_prompt=open_turn)) if prompt else ""
+        if whole.startswith(head):
+            return head, whole
+    raise UserError("the chat template rewrites the prompt when a response follows; set `template: plain`")
+
+
 def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
     """Prompt and response as `Human:` and `Assistant:` turns, the prompt ending in an open `Assistant:`."""
     turns = [PLAIN_TURNS.get(m["role"], PLAIN_TURNS["user"]) for m in prompt]
@@ -102,6 +129,19 @@ def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tupl
     gaps = [" " * bool(prompt)] + [PLAIN_TURNS["assistant"]] * (len(answers) - 1)
     tail = "".join(gap + answer for gap, answer in zip(gaps, answers, strict=True))
     return Rendered(head, _content_spans(head, turns, said)), Rendered(tail, _content_spans(tail, gaps, answers))
+
+
+class Template(NamedTuple):
+    """How messages become text. A span is a content as it is, without the whitespace around it."""
+
+    render: Callable[[Any, Sequence[Message], Sequence[Message]], tuple[Rendered, Rendered]]  # by a tokenizer
+    writes_special_tokens: bool  # else those that the tokenizer puts around a text are added
+
+
+TEMPLATES = {
+    "plain": Template(lambda _tokenizer, prompt, response: render_plain(prompt, response), False),
+    "chat": Template(render_chat, True),
+}
 
 
 def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +170,7 @@ def thin(indices: np.ndarray) -> np.ndarray:
 class PairTokenizer:
     """Renders and tokenises pairs for one model.
 
-    `limit` is the longest sequence; `template` is `plain` or `chat`.
+    `limit` is the longest sequence; `template` names one of `TEMPLATES`.
     """
 
     tokenizer: Any
@@ -138,30 +178,12 @@ class PairTokenizer:
     limit: int
 
     def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[Rendered, Rendered]:
-        """Prompt and response as the model sees them.
+        """Return prompt and response as the model sees them.
 
         Raises:
             UserError: the chat template does not put the response behind the prompt.
         """
-        if self.template == "plain":
-            return render_plain(prompt, response)
-        head, whole = self._chat(prompt, response)
-        marked = [_blank(m, i) for i, m in enumerate([*prompt, *response])]
-        blank_head, blank_whole = self._chat(marked[: len(prompt)], marked[len(prompt) :])
-        return (
-            _rendered(head, blank_head, prompt, marked[: len(prompt)]),
-            _rendered(whole[len(head) :], blank_whole[len(blank_head) :], response, marked[len(prompt) :]),
-        )
-
-    def _chat(self, prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, str]:
-        """The prompt by the chat template, and prompt with response, which begins with it."""
-        apply = self.tokenizer.apply_chat_template
-        whole = str(apply([*prompt, *response], tokenize=False))
-        for open_turn in (True, False):
-            head = str(apply(list(prompt), tokenize=False, add_generation_prompt=open_turn)) if prompt else ""
-            if whole.startswith(head):
-                return head, whole
-        raise UserError("the chat template rewrites the prompt when a response follows; set `template: plain`")
+        return TEMPLATES[self.template].render(self.tokenizer, prompt, response)
 
     def rendered_side(self, pair: dict[str, Any], side: str) -> str:
         """The whole text of one side, that `end` offsets point into."""
@@ -200,7 +222,7 @@ class PairTokenizer:
 
     def _specials(self) -> tuple[list[int], list[int], list[int]]:
         """Special tokens before the prompt, between prompt and response, and after the response."""
-        return self._around() if self.template == "plain" else ([], [], [])
+        return ([], [], []) if TEMPLATES[self.template].writes_special_tokens else self._around()
 
     def _around(self) -> tuple[list[int], list[int], list[int]]:
         """Special tokens that the tokenizer puts before a text, between two and after them."""
