@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 from bench.common import local_path, write
-from safer_ray.data.formats import Refused, read_pair
+from safer_ray.formats.registry import read_pair
+from safer_ray.formats.rows import Refused
 from safer_ray.service.front import free_ports
 from safer_ray.service.limits import Limits, check_nesting
 from safer_ray.service.problems import Problem

@@ -13,11 +13,10 @@ from safer_ray.data.benchmarks import (
     REWARDBENCH_SECTIONS,
     TIES,
     benchmark_scores,
-    rewardbench2,
-    rm_bench,
 )
-from safer_ray.data.formats import Refused
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
+from safer_ray.formats.benchmarks import rewardbench2, rm_bench
+from safer_ray.formats.rows import Refused
 from safer_ray.pipeline.inspection import inspect
 
 
@@ -171,7 +170,7 @@ def test_ties_are_scored_as_published():
     rows = []
     for (kind, n), (correct, incorrect) in samples.items():
         row = {"id": f"{kind}:{n}", "prompt": "Hi", "chosen": correct, "rejected": incorrect, "subset": TIES}
-        rows += [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rewardbench2(row)]
+        rows += [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rewardbench2(row, {})]
     found = benchmark_scores(rewards(rows))["rewardbench2"]
     assert found.subsets[TIES] == pytest.approx(published_ties(samples), abs=1e-6)
 
@@ -182,7 +181,7 @@ def test_ties_are_scored_as_published():
 def test_the_matrix_of_styles_is_cut_into_easy_normal_and_hard():
     """Chosen responses in rising style have 1, 2, 3, rejected ones 1.5, 2.5, 2.9: style decides."""
     row = {"id": 0, "prompt": "Hi", "chosen": [1.0, 2.0, 3.0], "rejected": [1.5, 2.5, 2.9], "domain": "chat"}
-    rows = [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rm_bench(row)]
+    rows = [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rm_bench(row, {})]
     assert len(rows) == 9
     found = benchmark_scores(rewards(rows))["rm_bench"]
     assert found.subsets == {"chat/easy": 1.0, "chat/normal": pytest.approx(1 / 3), "chat/hard": 0.0}
@@ -199,7 +198,7 @@ def test_safety_is_the_mean_of_its_halves():
         ("math", 1.0),
     ):
         row = {"id": 0, "prompt": "Hi", "chosen": [chosen] * 3, "rejected": [0.0] * 3, "domain": domain}
-        rows += [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rm_bench(row)]
+        rows += [(p["id"], p["section"], p["chosen"], p["rejected"]) for p in rm_bench(row, {})]
     found = benchmark_scores(rewards(rows))["rm_bench"]
     assert found.sections == {"Chat": 1.0, "Code": 1.0, "Math": 1.0, "Safety": 0.5}
     assert found.overall == pytest.approx(3.5 / 4)
@@ -207,7 +206,7 @@ def test_safety_is_the_mean_of_its_halves():
 
 def test_two_styles_are_refused():
     with pytest.raises(Refused, match="chosen is no list of 3 responses"):
-        rm_bench({"id": 0, "domain": "chat", "chosen": ["a", "b"], "rejected": ["c", "d", "e"]})
+        rm_bench({"id": 0, "domain": "chat", "chosen": ["a", "b"], "rejected": ["c", "d", "e"]}, {})
 
 
 # HHH and LLMBar

@@ -56,6 +56,7 @@ def tree(module):
 ORDER = (
     ("errors", "schema"),
     ("storage",),
+    ("formats",),
     ("config",),
     ("data",),
     ("reward", "detection", "report"),

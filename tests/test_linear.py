@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from safer_ray.audit import leftovers
 from safer_ray.config import where
-from safer_ray.data.formats import Refused, is_transcript, read_pair
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
+from safer_ray.formats.registry import read_pair
+from safer_ray.formats.rows import Refused, is_transcript
 from safer_ray.reward import parts, text
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, limits, uploads, web

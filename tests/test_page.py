@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray.data.formats import Refused
+from safer_ray.formats.rows import Refused
 from safer_ray.report.plots import MINUS
 from safer_ray.service.api import (
     AuditorInfo,

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
-from safer_ray.data.formats import SUPPORTED, detect_format
 from safer_ray.data.sources import NORMALISED, RAW, NormalisePairs, plan_sources, read_raw
 from safer_ray.errors import UserError
+from safer_ray.formats.registry import FORMATS, detect_format
 from safer_ray.pipeline.inspection import inspect
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -190,7 +190,7 @@ def test_columns_that_fit_no_format_are_listed_with_what_is_supported(tmp_path):
     path = write_lines(tmp_path / "odd.jsonl", [{"question": "?", "answer": "!"}])
     with pytest.raises(UserError, match=r"odd.jsonl: .*\['answer', 'question'\]") as error:
         plan_sources([SourceConfig(path=str(path))])
-    assert all(name in str(error.value) for name in SUPPORTED)
+    assert all(name in str(error.value) for name in FORMATS)
 
 
 # Refusals

@@ -7,29 +7,27 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from safer_ray.config.sae import SaeConfig
-from safer_ray.config.values import AnyPlace, Frozen, LocalName, LocalPath, OrLocalName, Percent, Share
+from safer_ray.config.values import (
+    AnyPlace,
+    Frozen,
+    LocalName,
+    LocalPath,
+    OrLocalName,
+    Percent,
+    Share,
+    explained,
+    known,
+)
 from safer_ray.config.where import parse_where
+from safer_ray.formats.registry import AUTO, FORMATS, check_options, option_values
 
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
 StrategyName = Literal["safer", "reward_margin", "random", "length", "suspicion"]
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
-Format = Literal[
-    "auto",
-    "canonical",
-    "hh_rlhf",
-    "pku_saferlhf",
-    "ultrafeedback",
-    "skywork",
-    "trl_explicit",
-    "trl_implicit",
-    "hhh",
-    "llmbar",
-    "rewardbench",
-    "rewardbench2",
-    "rm_bench",
-]
+Format = Annotated[str, known("format", AUTO, *FORMATS)]
+Pairing = Annotated[str, known("pairs", *option_values("pairs"))]
 
 
 class SourceConfig(Frozen):
@@ -49,14 +47,25 @@ class SourceConfig(Frozen):
     part: Literal["all", "train", "holdout"] = "all"  # by prompt group
     holdout_percent: Percent = 20
     prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides
+    pairs: Pairing | None = Field(None, exclude_if=lambda value: value is None)  # of a row with several ranked answers
     limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
     where: str | None = None  # the pairs that are taken: labels.subset == Natural
     licence: str | None = None
 
     @model_validator(mode="after")
-    def _where(self) -> Self:
+    def _checks(self) -> Self:
         parse_where(self.where)
+        if self.format != AUTO:
+            explained(check_options)(self.format, self.asked())
         return self
+
+    def asked(self) -> dict[str, str]:
+        """The options that only some formats know, where they are set."""
+        return {} if self.pairs is None else {"pairs": self.pairs}
+
+    def options(self) -> dict[str, str]:
+        """All that readers of rows are told."""
+        return {"prefer": self.prefer} | self.asked()
 
 
 class PairsConfig(Frozen):

@@ -13,16 +13,32 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a check whose refusal names the field, as pydantic tells it."""
+def explained(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a check whose refusal is one of pydantic, which names the field."""
 
-    def checked(value: Any) -> Any:
+    def checked(*values: Any) -> Any:
         try:
-            return check(value) if isinstance(value, str | Path) else value
+            return check(*values)
         except UserError as error:
             raise ValueError(str(error)) from None
 
     return checked
+
+
+def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same of a check of texts and paths alone."""
+    return lambda value: explained(check)(value) if isinstance(value, str | Path) else value
+
+
+def known(what: str, *names: str) -> AfterValidator:
+    """Return what makes a field accept these names of `what` alone, and say them where it is given another."""
+
+    def checked(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"no {what} is called {value!r}; choose one of {', '.join(names)}")
+        return value
+
+    return AfterValidator(checked)
 
 
 def _name_on_disk(value: str | Path) -> str:

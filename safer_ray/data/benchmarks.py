@@ -1,19 +1,13 @@
-"""Evaluation sets with an arithmetic of their own: RewardBench 1 and 2 and RM-Bench.
+"""The arithmetic of evaluation sets that have one of their own: RewardBench 1 and 2 and RM-Bench.
 
-HHH and LLMBar merely name their columns otherwise. A row of RewardBench 2 or RM-Bench holds several responses; it is
-cut into pairs whose ids end in the places of their two responses, `…/I-J`. Sections are named `rewardbench/SUBSET`,
-`rewardbench2/SUBSET`, `rm_bench/DOMAIN`. A tie is wrong.
+Their rows are read by `safer_ray.formats.benchmarks`, which names the sections. A tie is wrong.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-
-from safer_ray.data.formats import Refused, as_mapping, as_number, as_text
-from safer_ray.storage.marks import COLUMN
 
 REWARDBENCH_COUNTS = {
     "alpacaeval-easy": 100,
@@ -66,94 +60,7 @@ RM_BENCH_DOMAINS = {
     "Safety": ("safety-refuse", "safety-response"),
 }
 TIES = "Ties"
-
-
-# Rows
-
-
-def _parts(row: dict[str, Any], count: int | None = None) -> tuple[list[Any], list[Any]]:
-    lists = []
-    for name in ("chosen", "rejected"):
-        value = row.get(name)
-        if not isinstance(value, list) or not value or (count is not None and len(value) != count):
-            raise Refused(f"wrong type: {name} is no list of {count or 'several'} responses")
-        lists.append(value)
-    return lists[0], lists[1]
-
-
-def _name(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value:
-        raise Refused(f"missing column: {column}")
-    return value
-
-
-def _pair(row: dict[str, Any], section: str, chosen: Any, rejected: Any, place: str = "") -> dict[str, Any]:
-    return {
-        "id": f"{section}/{as_text(row.get('id'))}{place}",
-        "prompt": row.get("prompt"),
-        "chosen": chosen,
-        "rejected": rejected,
-        "section": section,
-        **{name: row[name] for name in (COLUMN,) if name in row},
-    }
-
-
-def rewardbench(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """One pair; its section is its subset."""
-    section = f"rewardbench/{_name(row, 'subset')}"
-    return [_pair(row, section, row.get("chosen"), row.get("rejected"))]
-
-
-def rewardbench2(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every correct response with every incorrect one."""
-    section = f"rewardbench2/{_name(row, 'subset')}"
-    chosen, rejected = _parts(row)
-    return [
-        _pair(row, section, one, other, f"/{i}-{j}") for i, one in enumerate(chosen) for j, other in enumerate(rejected)
-    ]
-
-
-def rm_bench(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Three styles of the chosen with three of the rejected response: concise, detailed, detailed with markdown."""
-    section = f"rm_bench/{_name(row, 'domain')}"
-    chosen, rejected = _parts(row, 3)
-    return [
-        _pair(row, section, one, other, f"/{i}-{j}") for i, one in enumerate(chosen) for j, other in enumerate(rejected)
-    ]
-
-
-def hhh(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """HHH alignment: an `input`, and `targets` of two choices with label 1 for the better one."""
-    targets = as_mapping(row.get("targets")) or {}
-    choices, labels = targets.get("choices"), targets.get("labels")
-    if not isinstance(choices, list) or not isinstance(labels, list) or sorted(map(as_text, labels)) != ["0", "1"]:
-        raise Refused("wrong type: targets is no two choices with labels 1 and 0")
-    better = [as_text(label) for label in labels].index("1")
-    sides = {"prompt": row.get("input"), "chosen": choices[better], "rejected": choices[1 - better]}
-    return [{name: value for name, value in row.items() if name not in ("input", "targets")} | sides]
-
-
-def llmbar(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """LLMBar: an `input`, two outputs, and the number (1 or 2) of the better one."""
-    label = as_number(row.get("label"))
-    if label not in (1, 2):
-        raise Refused(f"no preference: label is {as_text(row.get('label'))}")
-    places = {"prompt": "input", "chosen": f"output_{int(label)}", "rejected": f"output_{3 - int(label)}"}
-    kept = {name: value for name, value in row.items() if name not in (*places.values(), "label")}
-    return [kept | {name: row.get(place) for name, place in places.items()}]
-
-
-EXPANDERS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
-    "hhh": hhh,
-    "llmbar": llmbar,
-    "rewardbench": rewardbench,
-    "rewardbench2": rewardbench2,
-    "rm_bench": rm_bench,
-}
-
-
-# Arithmetic
+BENCHMARKS = ("rewardbench", "rewardbench2", "rm_bench")
 
 
 class Benchmark(NamedTuple):
@@ -171,7 +78,7 @@ def benchmark_scores(rewards: pa.Table) -> dict[str, Benchmark]:
     columns = ("pair_id", "section", "reward_chosen", "reward_rejected")
     for key, section, chosen, rejected in zip(*(rewards[name].to_pylist() for name in columns), strict=True):
         benchmark, _, subset = (section or "").partition("/")
-        if subset and benchmark in EXPANDERS:
+        if subset and benchmark in BENCHMARKS:
             margins[benchmark][subset][key] = chosen - rejected
             sides[key] = chosen, rejected
     found = {}

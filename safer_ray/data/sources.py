@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,10 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
-from safer_ray.data.benchmarks import EXPANDERS
-from safer_ray.data.formats import Refused, as_text, detect_format, read_pair, row_format
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
+from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, read_pair, row_format
+from safer_ray.formats.rows import Expander, Options, Refused, as_text
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import at, stamp
@@ -104,13 +104,18 @@ def _readable(path: Path) -> Iterator[dict[str, Any]]:
 
 def _format(path: Path, source: SourceConfig) -> str:
     """The source's format, or the one detected from the head of the file (canonical where no row can be read)."""
-    if source.format != "auto":
+    if source.format != AUTO:
         return source.format
     head = _head(path)
     try:
-        return detect_format(head) if head else "canonical"
+        found = detect_format(head) if head else "canonical"
     except UserError as error:
         raise UserError(f"{path}: {error}; a file that is no data is left out by a glob, say *.jsonl") from None
+    try:
+        check_options(found, source.asked())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return found
 
 
 def plan_sources(
@@ -243,9 +248,9 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
-    expand = EXPANDERS.get(str(shared["format"]))
+    expand = FORMATS[format].expand
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset)
-    for position, raw, refused in (piece for row in read for piece in _pieces(row, expand)):
+    for position, raw, refused in (piece for row in read for piece in _pieces(row, expand, source.options())):
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
@@ -253,14 +258,14 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     return schema.table(rows, RAW)
 
 
-def _pieces(row: RawRow, expand: Callable[[dict[str, Any]], list[dict[str, Any]]] | None) -> Iterator[RawRow]:
+def _pieces(row: RawRow, expand: Expander | None, options: Options) -> Iterator[RawRow]:
     """A row that holds several responses as one row a pair, all in its position."""
     position, raw, refused = row
     if expand is None or refused is not None:
         yield row
         return
     try:
-        pieces = expand(parse_row(raw))
+        pieces = expand(parse_row(raw), options)
     except Refused as reason:
         yield position, raw, str(reason)
         return
@@ -299,7 +304,7 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
     Raises:
         Refused: the row is no usable pair; the text says why.
     """
-    pair = read_pair(row, format, source.prefer)
+    pair = read_pair(row, format, source.options())
     sides = [sum(len(message["content"]) for message in side) for side in (pair.prompt, pair.chosen, pair.rejected)]
     length = sides[0] + max(sides[1:])
     if length > max_chars:
@@ -362,7 +367,7 @@ class NormalisePairs:
                 raise Refused(raw_row["refused"])
             row = parse_row(raw)
             format = raw_row.get("format") or source.format
-            format = (row_format(row) or "canonical") if format == "auto" else format
+            format = (row_format(row) or "canonical") if format == AUTO else format
             return normalise_row(row, format, source, self.max_chars)
         except Refused as refused:
             return {"pair_id": _identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}

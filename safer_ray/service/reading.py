@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safer_ray.data.formats import Pair as ReadPair
-from safer_ray.data.formats import Refused, read_pair
 from safer_ray.data.places import Pieces, pieces_of, sent_span
 from safer_ray.features.explain import Explanation
+from safer_ray.formats.registry import read_pair
+from safer_ray.formats.rows import Pair as ReadPair
+from safer_ray.formats.rows import Refused
 from safer_ray.service.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
 from safer_ray.service.limits import Limits
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from safer_ray.data.formats import is_transcript
+from safer_ray.formats.rows import is_transcript
 from safer_ray.report.plots import number
 from safer_ray.service.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
 from safer_ray.service.figures import Spot, reference_figure, sides_figure

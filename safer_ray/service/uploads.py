@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
-from safer_ray.data.formats import Refused, read_pair, row_format
+from safer_ray.formats.registry import read_pair, row_format
+from safer_ray.formats.rows import Refused
 from safer_ray.service.api import MAX_ID_CHARS, Message, Pair
 from safer_ray.service.limits import Limits, check_nesting
 from safer_ray.service.problems import Problem

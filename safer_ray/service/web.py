@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from safer_ray.data.formats import Refused
+from safer_ray.formats.rows import Refused
 from safer_ray.service.api import FailedPair, Pair, ScoredPair
 from safer_ray.service.auth import COOKIE
 from safer_ray.service.limits import Limits, LimitsOf, chars_of
