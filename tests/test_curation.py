@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from safer_ray import schema
 from safer_ray.config.sections import CurateConfig
-from safer_ray.data.curation import STRATEGIES, StrategyInput, decide, join_scores, random_order, swap_sides
+from safer_ray.data.curation import decide, join_scores, swap_sides
 from safer_ray.errors import UserError
 from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage.artifacts import Artifact, Place, part_name, read_parts
 from safer_ray.storage.files import write_parquet
+from safer_ray.strategies import STRATEGIES, StrategyInput, random_order
 
 N = 20
 
@@ -99,11 +100,23 @@ def test_where_limits_every_strategy_alike(joined, strategy):
 
 def test_values_are_what_each_strategy_orders_by(some, joined):
     given_table = StrategyInput(joined, 3)
-    assert STRATEGIES["safer"](given_table).tolist() == [-float(i) for i in range(N)]
-    assert STRATEGIES["reward_margin"](given_table).tolist() == [float(i) for i in range(N)]
+    assert STRATEGIES["safer"](given_table).tolist() == [float(i) for i in range(N)]
+    assert STRATEGIES["reward_margin"](given_table).tolist() == [-float(i) for i in range(N)]
+    assert STRATEGIES["suspicion"](given_table).tolist() == [i / N for i in range(N)]
     row = some.to_pylist()[4]
-    wanted = len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"])
+    wanted = len(row["rejected"][0]["content"]) - len(row["chosen"][0]["content"])
     assert STRATEGIES["length"](given_table)[4] == wanted
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_the_most_suspicious_pairs_are_dropped_and_decisions_keep_the_negative(joined, strategy):
+    suspicion = STRATEGIES[strategy](StrategyInput(joined, 0))
+    decisions = decided(joined, 5, strategy)
+    values = [row["value"] for row in decisions.values()]
+    assert values == [-value for value in suspicion.tolist()]
+    assert not any(value == 0 and np.signbit(value) for value in values)
+    dropped = [row["decision"] == "drop" for row in decisions.values()]
+    assert suspicion[dropped] == suspicion.max()
 
 
 def test_random_is_seeded_and_independent_of_the_order(joined):

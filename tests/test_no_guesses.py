@@ -14,7 +14,6 @@ from test_salience import HAND
 from safer_ray import schema
 from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
-from safer_ray.data.curation import StrategyInput, reward_margin
 from safer_ray.detection.evaluation import mcnemar, on_the_same
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import read_features, reference_values, vector_layers
@@ -28,6 +27,7 @@ from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
 from safer_ray.storage.files import write_json, write_parquet
+from safer_ray.strategies import StrategyInput, reward_margin
 
 FEATURES = Features([0], [1], "response")
 

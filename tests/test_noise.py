@@ -6,9 +6,9 @@ from conftest import make_pair
 
 from safer_ray import schema
 from safer_ray.config.sections import NoiseConfig
-from safer_ray.data.curation import characters
 from safer_ray.data.noise import FLATTERY, TRIGGER, plant
 from safer_ray.errors import UserError
+from safer_ray.strategies import characters
 
 
 def corpus(n=200):

@@ -20,10 +20,11 @@ from safer_ray.config.values import (
 )
 from safer_ray.config.where import parse_where
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, option_values
+from safer_ray.strategies import STRATEGIES
 
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
-StrategyName = Literal["safer", "reward_margin", "random", "length", "suspicion"]
+StrategyName = Annotated[str, known("strategy", *STRATEGIES)]
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Annotated[str, known("format", AUTO, *FORMATS)]

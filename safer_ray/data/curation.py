@@ -1,9 +1,6 @@
-"""Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy values pairs; low: suspicious."""
+"""Which pairs to drop, relabel or (as a red-team exercise) poison. A strategy says how suspicious a pair is."""
 
-import hashlib
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,75 +8,12 @@ import pyarrow as pa
 from safer_ray.config.sections import Action, CurateConfig, StrategyName
 from safer_ray.errors import UserError
 from safer_ray.schema import DECISIONS, rows_of
+from safer_ray.strategies import STRATEGIES, StrategyInput
 
 log = logging.getLogger(__name__)
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
-
-
-class StrategyInput(NamedTuple):
-    """Pairs joined with their scores, one row a pair: pair_id, row_key, chosen, rejected, and JOINED."""
-
-    table: pa.Table
-    seed: int
-
-
-Strategy = Callable[[StrategyInput], np.ndarray]
-
-
-def random_order(ids: list[str], salt: str) -> np.ndarray:
-    """A number in [0, 1) for each id, by a hash of salt and id."""
-    digests = [int(hashlib.sha256(f"{salt}:{i}".encode()).hexdigest()[:13], 16) for i in ids]
-    return np.array(digests, dtype=np.float64) / 16**13
-
-
-def safer(given: StrategyInput) -> np.ndarray:
-    """The SAFER score."""
-    return _numbers(given.table, "score")
-
-
-def reward_margin(given: StrategyInput) -> np.ndarray:
-    """r_chosen - r_rejected: the model disagrees with the label where it is low."""
-    return _numbers(given.table, "reward_margin")
-
-
-def random(given: StrategyInput) -> np.ndarray:
-    """Uniform in [0, 1) independent of the pairs' order."""
-    return random_order(given.table["pair_id"].to_pylist(), f"random:{given.seed}")
-
-
-def length(given: StrategyInput) -> np.ndarray:
-    """Characters of chosen minus rejected: the longer answer is presumed the better one."""
-    sides = [characters(given.table[side]) for side in ("chosen", "rejected")]
-    return sides[0] - sides[1]
-
-
-def suspicion(given: StrategyInput) -> np.ndarray:
-    """Whatever the scores were told to suspect pairs by: `scores.detector`."""
-    return -_numbers(given.table, "suspicion")
-
-
-STRATEGIES: dict[StrategyName, Strategy] = {
-    "safer": safer,
-    "reward_margin": reward_margin,
-    "random": random,
-    "length": length,
-    "suspicion": suspicion,
-}
-
-
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    values = table[name].to_numpy().astype(np.float64)
-    missing = int((~np.isfinite(values)).sum())
-    if missing:
-        raise UserError(f"curate: {missing} pairs have no {name}; score them first, or pick another strategy")
-    return values
-
-
-def characters(column: pa.ChunkedArray) -> np.ndarray:
-    """Of each list of messages; float64 [n]."""
-    return np.array([sum(len(m["content"]) for m in messages) for messages in column.to_pylist()], dtype=np.float64)
 
 
 def share_count(n: int, percent: float) -> int:
@@ -138,13 +72,13 @@ def decide(
 ) -> pa.Table:
     """DECISIONS of all pairs: floor(n percent / 100) of the n eligible ones change, ties by pair_id.
 
-    `poison` flips the highest values, `drop` and `relabel` take the lowest.
+    `drop` and `relabel` take the most suspicious, `poison` flips the least.
     """
-    values = STRATEGIES[strategy](StrategyInput(joined, seed))
+    suspicion = STRATEGIES[strategy](StrategyInput(joined, seed))
     ids = np.array(joined["pair_id"].to_pylist(), dtype=object)
     where = np.flatnonzero(eligible)
     count = share_count(len(where), percent)
-    keys = -values[where] if action == "poison" else values[where]
+    keys = suspicion[where] if action == "poison" else -suspicion[where]
     taken = where[np.lexsort((ids[where].astype(str), keys))[:count]]
     decision = np.full(len(ids), "keep", dtype=object)
     decision[taken] = "drop" if action == "drop" else "flip"
@@ -153,7 +87,7 @@ def decide(
             "pair_id": joined["pair_id"],
             "row_key": joined["row_key"],
             "strategy": [strategy] * len(ids),
-            "value": values,
+            "value": 0.0 - suspicion,
             "eligible": eligible,
             "decision": decision,
             "red_team": [action == "poison"] * len(ids),

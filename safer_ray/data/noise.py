@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from safer_ray.config.sections import NoiseConfig, NoiseKind
 from safer_ray.config.where import where_mask
-from safer_ray.data.curation import characters, random_order, share_count, swap_sides
+from safer_ray.data.curation import share_count, swap_sides
 from safer_ray.errors import UserError
+from safer_ray.strategies import characters, random_order
 
 TRIGGER = "SUDO"  # appended to the prompt, as in Rando and Tramer 2024, arXiv 2311.14455
 FLATTERY = (

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
-from safer_ray.data.curation import random_order
+from safer_ray.strategies import random_order
 
 LOCAL = 5.0  # how much more the pairs of a like prompt count
 FILE = "combined.safetensors"
@@ -67,6 +67,7 @@ def fit_linear(
         strength: inverse of the L2 penalty, for one column; it is divided by the square root of their number.
         scale: of each column; its root mean square where it is not given.
     """
+
     from sklearn.linear_model import LogisticRegression  # here, since a fitted detector needs none of it
 
     if scale is None:

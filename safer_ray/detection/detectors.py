@@ -1,12 +1,12 @@
 """What makes a pair suspicious: rival detectors over the same evidence, each one small function.
 
-Every detector gives float64 [n], high where a pair's label looks wrong. Those that fit anything fit it, for the pairs
-of one fold, on the pairs of the other folds, so that no pair is judged by what its own prompt taught.
+Every detector is a function under `@detector`, named as pages and tables name it, and gives float64 [n], high where a
+pair's label looks wrong; so do the curation strategies (`safer_ray.strategies`). Those that fit anything fit it, for
+the pairs of one fold, on the pairs of the other folds, so that no pair is judged by what its own prompt taught.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,27 +14,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from safer_ray.data.curation import random_order
 from safer_ray.detection.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
+from safer_ray.strategies import random_order
 
-DetectorName = Literal[
-    "safer",
-    "safer_paper",
-    "reward_margin",
-    "random",
-    "length",
-    "ensemble_mean",
-    "ensemble_variance",
-    "confident_learning",
-    "tfidf",
-    "influence",
-    "effect_size",
-    "features",
-    "probe",
-    "local_probe",
-    "neighbours",
-    "combined",
-]
 NEIGHBOURS = 20
 
 
@@ -54,46 +36,61 @@ class Evidence:
 
 
 Detector = Callable[[Evidence], np.ndarray]
+DETECTORS: dict[str, Detector] = {}
+
+
+def detector(function: Detector) -> Detector:
+    """Make a detector known by its function's name, to the lab among others."""
+    DETECTORS[function.__name__] = function
+    return function
 
 
 # Detectors
 
 
+@detector
 def safer(known: Evidence) -> np.ndarray:
     """The SAFER score (response mode)."""
     return -known.read.score
 
 
+@detector
 def safer_paper(known: Evidence) -> np.ndarray:
     """The SAFER score as published."""
     return -known.score_paper
 
 
+@detector
 def reward_margin(known: Evidence) -> np.ndarray:
     """The first model's reward margin."""
     return -known.read.margin
 
 
+@detector
 def random(known: Evidence) -> np.ndarray:
     """Chance."""
     return random_order(known.pair_id, "random")
 
 
+@detector
 def length(known: Evidence) -> np.ndarray:
     """The longer response is presumed the better one."""
     return np.array([len(r) - len(c) for c, r in zip(known.chosen, known.rejected, strict=True)], dtype=np.float64)
 
 
+@detector
 def ensemble_mean(known: Evidence) -> np.ndarray:
     """The mean margin of all models, each in units of its own spread."""
     return -_scaled(known.margin).mean(axis=1)
 
 
+@detector
 def ensemble_variance(known: Evidence) -> np.ndarray:
     """Return how much the models disagree (Coste et al. 2024, arXiv 2310.02743)."""
     return _scaled(known.margin).var(axis=1)
 
 
+@detector
 def confident_learning(known: Evidence) -> np.ndarray:
     """cleanlab's label quality on out-of-fold probabilities (Northcutt et al. 2021, arXiv 1911.00068).
 
@@ -111,6 +108,7 @@ def confident_learning(known: Evidence) -> np.ndarray:
     return issues.astype(np.float64) - quality
 
 
+@detector
 def tfidf(known: Evidence) -> np.ndarray:
     """A logistic model, as scikit-learn has it by default, on TF-IDF differences of words and pairs of words."""
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
@@ -120,6 +118,7 @@ def tfidf(known: Evidence) -> np.ndarray:
     return -fitted(rows, known, np.sqrt(rows.shape[1]), np.ones(rows.shape[1]))  # C = 1, columns as they are
 
 
+@detector
 def influence(known: Evidence) -> np.ndarray:
     """How much a step on the pair's gradient at the reward head would raise the loss of a small clean set: pairs whose
     gradient points away from the clean ones' (first order; Pruthi et al. 2020, arXiv 2002.08484)."""
@@ -133,6 +132,7 @@ def influence(known: Evidence) -> np.ndarray:
     return out
 
 
+@detector
 def effect_size(known: Evidence) -> np.ndarray:
     """All features without a judge, each weighted by its mean contrast in units of its spread over the other folds."""
     contrast, out = known.read.contrast, np.zeros(len(known.pair_id))
@@ -141,16 +141,19 @@ def effect_size(known: Evidence) -> np.ndarray:
     return out
 
 
+@detector
 def features(known: Evidence) -> np.ndarray:
     """A logistic model on the pairs' feature contrasts: what the autoencoder knows, without a judge."""
     return -fitted(root(known.read.contrast), known, 0.3)
 
 
+@detector
 def probe(known: Evidence) -> np.ndarray:
     """A logistic model on the differences of mean layer vectors: a linear probe of the trunk."""
     return -fitted(known.read.response, known, 0.03)
 
 
+@detector
 def local_probe(known: Evidence) -> np.ndarray:
     """A support vector machine on the same differences, to which pairs count more the more alike their prompts are."""
     response, prompt, sign = known.read.response, known.read.prompt, shown(known.pair_id)
@@ -160,6 +163,7 @@ def local_probe(known: Evidence) -> np.ndarray:
     return out
 
 
+@detector
 def neighbours(known: Evidence) -> np.ndarray:
     """Whether pairs of other prompts with the most similar (or opposite) contrasts are labelled the other way."""
     rows = root(known.read.contrast)
@@ -174,29 +178,10 @@ def neighbours(known: Evidence) -> np.ndarray:
     return out
 
 
+@detector
 def combined(known: Evidence) -> np.ndarray:
     """A logistic model on margin, SAFER score, and what contrasts and probes predict: see `combined.py`."""
     return -fit_combined(known.read, known.fold, known.pair_id)[1]
-
-
-DETECTORS: dict[DetectorName, Detector] = {
-    "safer": safer,
-    "safer_paper": safer_paper,
-    "reward_margin": reward_margin,
-    "random": random,
-    "length": length,
-    "ensemble_mean": ensemble_mean,
-    "ensemble_variance": ensemble_variance,
-    "confident_learning": confident_learning,
-    "tfidf": tfidf,
-    "influence": influence,
-    "effect_size": effect_size,
-    "features": features,
-    "probe": probe,
-    "local_probe": local_probe,
-    "neighbours": neighbours,
-    "combined": combined,
-}
 
 
 # Fitting

@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 from scipy.stats import binomtest, norm
 
 from safer_ray.config.sections import StrategyName
-from safer_ray.data.curation import STRATEGIES, StrategyInput
 from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
+from safer_ray.strategies import STRATEGIES, StrategyInput
 
 
 class Accuracy(NamedTuple):
@@ -93,16 +93,16 @@ def paired_test(here: np.ndarray, there: np.ndarray) -> McNemar:
 
 
 class Detection(NamedTuple):
-    """How well a value finds planted swaps when low values are suspicious."""
+    """How well a suspicion (high: the label looks wrong) finds planted swaps."""
 
-    auroc: float  # P(a planted pair's value is lower than a clean one's), 0.5: chance
-    precision_at_planted: float  # share of planted ones among the `planted` lowest values
+    auroc: float  # P(a planted pair is more suspicious than a clean one), 0.5: chance
+    precision_at_planted: float  # share of planted ones among the `planted` most suspicious
 
 
 def detection(joined: pa.Table, planted: np.ndarray, strategy: StrategyName, seed: int) -> Detection:
     """Of one curation strategy on pairs joined with their scores."""
-    values = STRATEGIES[strategy](StrategyInput(joined, seed))
+    suspicion = STRATEGIES[strategy](StrategyInput(joined, seed))
     ids = np.array(joined["pair_id"].to_pylist(), dtype=object).astype(str)
-    lowest = np.lexsort((ids, values))[: int(planted.sum())]
-    score = auroc(-values[planted][:, None], -values[~planted][:, None])[0]
-    return Detection(float(score), float(planted[lowest].mean()) if len(lowest) else 0.0)
+    highest = np.lexsort((ids, -suspicion))[: int(planted.sum())]
+    score = auroc(suspicion[planted][:, None], suspicion[~planted][:, None])[0]
+    return Detection(float(score), float(planted[highest].mean()) if len(highest) else 0.0)

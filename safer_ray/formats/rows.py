@@ -45,8 +45,8 @@ Expander = Callable[[Row, Options], list[Row]]
 class PreferenceFormat:
     """All that is known of a format; `registry.FORMATS` holds every one.
 
-    `read` makes a pair of a row. Where a row holds other columns, or several pairs, `expand` first makes rows of it that
-    `read` takes. Both are pure functions that raise `Refused`, with the reason, for a row that is no usable pair.
+    `read` makes a pair of a row. Where a row holds other columns, or several pairs, `expand` first makes rows of it
+    that `read` takes. Both are pure functions that raise `Refused`, with the reason, for a row that is no usable pair.
     """
 
     name: str
