@@ -1,6 +1,7 @@
 """The concept probe: how separations become ratings, and what is left unrated."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import yaml
 from conftest import make_codes
 
 from safer_ray import schema
-from safer_ray.config.sections import JudgeConfig
+from safer_ray.config.sections import JudgeConfig, JudgeKind
 from safer_ray.errors import UserError
 from safer_ray.features.engine import Engine
 from safer_ray.features.judge import (
+    JUDGES,
     Exchange,
     Probe,
     ProbeJudge,
@@ -190,3 +192,8 @@ def test_files_that_are_no_ratings_are_refused(tmp_path, content, message):
 def test_missing_ratings_are_named(tmp_path):
     with pytest.raises(UserError, match="no ratings at"):
         read_ratings(tmp_path / "none.json")
+
+
+def test_every_kind_of_judge_that_a_config_may_name_is_there():
+    assert set(JUDGES) == set(get_args(JudgeKind))
+    assert JUDGES[JudgeConfig().kind] is ProbeJudge

@@ -25,6 +25,7 @@ from safer_ray.strategies import STRATEGIES
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
 StrategyName = Annotated[str, known("strategy", *STRATEGIES)]
+JudgeKind = Literal["probe"]  # the keys of `safer_ray.features.judge.JUDGES`
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Annotated[str, known("format", AUTO, *FORMATS)]
@@ -194,7 +195,7 @@ class JudgeConfig(Frozen):
 
     unrecorded: ClassVar = frozenset({"exchanges"})  # an input
 
-    kind: Literal["probe"] = "probe"
+    kind: JudgeKind = "probe"
     exchanges: LocalName = "safety"
     thresholds: tuple[Share, Share, Share, Share] = (0.03, 0.06, 0.10, 0.15)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +93,25 @@ def response_maxima(codes: pa.Table, side: str, features: Sequence[int]) -> np.n
     return maxima[:, list(features)]
 
 
+class Judge(Protocol):
+    """Rates how much features concern the concept; `JUDGES` has the class of each `kind` that a config may name."""
+
+    @property
+    def name(self) -> str:
+        """What verdicts call it."""
+        ...
+
+    def __call__(self, saliences: dict[int, float]) -> pa.Table:
+        """VERDICTS of the features given with their salience: a rating of 1-5 with its reason, or none."""
+        ...
+
+
+class MakeJudge(Protocol):
+    """What `JUDGES` holds: the class of a judge, given the models at work and what the config says."""
+
+    def __call__(self, engine: Engine, probe: Probe, config: JudgeConfig) -> Judge: ...
+
+
 class ProbeJudge:
     """Rates features 1-5 by |AUROC - 0.5| of their maximum over response ends on matched exchanges."""
 
@@ -136,6 +155,9 @@ class ProbeJudge:
             raw = to_json(found._asdict())
             rows.append({"feature": feature, "judge": self.name, "rating": rating, "reason": reason, "raw": raw})
         return table(rows, VERDICTS)
+
+
+JUDGES: dict[str, MakeJudge] = {"probe": ProbeJudge}  # by `judge.kind` of a config
 
 
 def ratings_of(verdicts: pa.Table) -> dict[int, int | None]:

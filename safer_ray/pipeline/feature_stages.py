@@ -33,7 +33,7 @@ from safer_ray.features.cards import Known, make_cards
 from safer_ray.features.codes import flatten
 from safer_ray.features.contexts import FindContexts, merge_contexts
 from safer_ray.features.engine import Engine
-from safer_ray.features.judge import ProbeJudge, load_probe, ratings_of, read_ratings
+from safer_ray.features.judge import JUDGES, load_probe, ratings_of, read_ratings
 from safer_ray.features.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.features.salience import select as select_features
 from safer_ray.features.scoring import (
@@ -196,7 +196,7 @@ def _write_verdicts(
     features = candidates(rows, count)
     known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
     engine = Engine.load(reward.path, sae=sae.path, trust_remote_code=ctx.trust_remote_code)
-    judge = ProbeJudge(engine, load_probe(exchanges), config)
+    judge = JUDGES[config.kind](engine, load_probe(exchanges), config)
     verdicts = judge({feature: known[feature] for feature in features})
     write_parquet(verdicts, out / part_name(0))
     ratings = Counter(str(r) for r in verdicts["rating"].to_pylist())
