@@ -27,7 +27,8 @@ from safer_ray.reward.forward import forward, forward_pairs
 from safer_ray.reward.packing import pack, unpacked
 from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.sae.formats import load_sae
-from safer_ray.sae.model import BatchTopKSae, standardise
+from safer_ray.sae.model import standardise
+from safer_ray.sae.variants.batch_topk import BatchTopKSae
 from safer_ray.storage.work import Part
 
 

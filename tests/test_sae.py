@@ -10,9 +10,11 @@ from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.training import EngineOptions, OneProcess
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step
-from safer_ray.sae.model import BatchTopKSae, TopKSae, geometric_median, new_sae, standardise
+from safer_ray.sae.model import TopKSae, geometric_median, standardise
 from safer_ray.sae.optimizer import SaeEngine
 from safer_ray.sae.sparse import SparseCodes
+from safer_ray.sae.variants.batch_topk import BatchTopKSae
+from safer_ray.sae.variants.registry import new_sae
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from safer_ray.cli import app as cli
 from safer_ray.errors import UserError
 from safer_ray.sae.formats import load_sae, read_published, sae_layer, save_sae
-from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, standardise
+from safer_ray.sae.model import standardise
 from safer_ray.sae.model_card import write_model_card
+from safer_ray.sae.variants.batch_topk import BatchTopKSae
+from safer_ray.sae.variants.signed_topk import SignedTopKSae
 
 
 @pytest.fixture

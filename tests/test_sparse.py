@@ -6,7 +6,7 @@ from conftest import random_sae
 
 from safer_ray.sae import topk
 from safer_ray.sae.loss import RelativeError, sae_step
-from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, TopKSae
+from safer_ray.sae.model import TopKSae
 from safer_ray.sae.sparse import (
     Entries,
     counted_by_latent,
@@ -17,6 +17,8 @@ from safer_ray.sae.sparse import (
     summed_by_latent,
 )
 from safer_ray.sae.topk import InFull, Screened, above, largest, largest_of_batch, products
+from safer_ray.sae.variants.batch_topk import BatchTopKSae
+from safer_ray.sae.variants.signed_topk import SignedTopKSae
 
 WIDTH, LATENTS, ROWS = 32, 2048, 50
 TILES = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)

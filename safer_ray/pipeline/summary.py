@@ -201,12 +201,11 @@ def _sae_figures(metrics: dict[str, Any]) -> dict[str, float]:
 def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
     config = view.config
     base = config.reward.base
-    kind = {"topk": "TopK", "batch_topk": "BatchTopK"}[config.sae.variant.kind]
     first = f", first trained on {config.sae.warm_start.text}" if config.sae.warm_start else ""
     return (
         ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),
         ("Layer read", str(config.activations.layer)),
-        ("Autoencoder", f"{kind}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
+        ("Autoencoder", f"{config.sae.variant.title}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
         ("Scores are", _kind(view)),
     )

@@ -1,7 +1,4 @@
-"""SAEs on disk: SAELens' layout out and in, and the published SAFER checkpoint in.
-
-SAELens calls a trained BatchTopK SAE `jumprelu`: latents above a threshold each are active.
-"""
+"""SAEs on disk: SAELens' layout out and in, and the published SAFER checkpoint in."""
 
 import json
 from pathlib import Path
@@ -13,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.sae.model import BatchTopKSae, SignedTopKSae, TopKSae
+from safer_ray.sae.model import TopKSae
 from safer_ray.sae.model_card import write_model_card
+from safer_ray.sae.variants.registry import variant_of
+from safer_ray.sae.variants.signed_topk import SignedTopKSae
 from safer_ray.storage.files import write_json
 
 WEIGHTS = "sae_weights.safetensors"
-ARCHITECTURES = ("topk", "jumprelu", "batchtopk")  # the last is what SAELens calls a checkpoint of its training
 Unreadable = torch.serialization.pickle.UnpicklingError  # what torch.load raises for anything but tensors
 PUBLISHED = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
 
@@ -26,7 +24,7 @@ PUBLISHED = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decode
 def save_sae(sae: TopKSae, directory: Path, *, model: str, layer: int) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them, and a model card."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().contiguous().cpu() for name, value in sae.state_dict().items() if name != "batches"}
+    weights = {name: value.detach().contiguous().cpu() for name, value in sae.saved_weights().items()}
     with explain_disk_errors(directory):
         save_file(weights, directory / WEIGHTS)
     metadata: dict[str, Any] = {
@@ -34,8 +32,9 @@ def save_sae(sae: TopKSae, directory: Path, *, model: str, layer: int) -> None:
         "hook_name": f"model.layers.{layer - 1}",
         "safer_ray_layer": layer,
     }
+    layout, more = sae.layout()
     config: dict[str, Any] = {
-        "architecture": "topk",
+        **layout,
         "d_in": sae.d,
         "d_sae": sae.latents,
         "dtype": "float32",
@@ -44,27 +43,21 @@ def save_sae(sae: TopKSae, directory: Path, *, model: str, layer: int) -> None:
         "normalize_activations": "layer_norm",
         "reshape_activations": "none",
     }
-    if isinstance(sae, BatchTopKSae):
-        config["architecture"] = "jumprelu"
-        metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": sae.k}}
-    else:
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-        metadata |= {"safer_ray_signed": True} if isinstance(sae, SignedTopKSae) else {}
-    write_json({**config, "metadata": metadata}, directory / "cfg.json")
+    write_json({**config, "metadata": metadata | more}, directory / "cfg.json")
     write_model_card(directory, {})
 
 
 def load_sae(directory: Path) -> TopKSae:
-    """The SAE in a SAELens directory, ready to encode; ours, or a TopK or BatchTopK one that SAELens saved.
+    """The SAE in a SAELens directory, ready to encode; ours, or a TopK, BatchTopK or JumpReLU one that SAELens saved.
 
     Raises:
         UserError: files missing, corrupt, of another architecture or normalisation.
     """
     config = _read_config(directory)
-    architecture = config.get("architecture")
-    if architecture not in ARCHITECTURES or config.get("normalize_activations") != "layer_norm":
+    variant = variant_of(config)
+    if variant is None or config.get("normalize_activations") != "layer_norm":
         raise UserError(
-            f"{directory}: architecture {architecture!r} with normalize_activations "
+            f"{directory}: architecture {config.get('architecture')!r} with normalize_activations "
             f"{config.get('normalize_activations')!r} is not supported; wanted 'topk' or 'jumprelu' with 'layer_norm'"
         )
     k = _k(directory, config)
@@ -72,7 +65,7 @@ def load_sae(directory: Path) -> TopKSae:
         weights = {name: value.float() for name, value in load_file(directory / WEIGHTS).items()}
         if config.get("d_sae", len(weights["W_dec"])) != len(weights["W_dec"]):
             raise ValueError(f"cfg.json says {config['d_sae']} latents, W_dec has {len(weights['W_dec'])}")
-        sae = _sae_of(config, weights, k)
+        sae = _sae_of(variant, config, weights, k)
     except FileNotFoundError:
         raise UserError(f"no SAE in {directory}: {WEIGHTS} is missing") from None
     except (ValueError, KeyError, RuntimeError, SafetensorError, OSError) as error:
@@ -91,23 +84,14 @@ def _k(directory: Path, config: dict[str, Any]) -> int:
     return int(k)
 
 
-def _sae_of(config: dict[str, Any], weights: dict[str, Tensor], k: int) -> TopKSae:
-    latents, d = weights["W_dec"].shape
+def _sae_of(variant: type[TopKSae], config: dict[str, Any], weights: dict[str, Tensor], k: int) -> TopKSae:
     if config.get("rescale_acts_by_decoder_norm", config["architecture"] == "batchtopk"):
         norm = weights["W_dec"].norm(dim=-1)
         weights |= {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm}
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
     if not config.get("apply_b_dec_to_input", True):
         weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
-    if config["architecture"] == "topk":
-        signed = _metadata(config).get("safer_ray_signed", False)
-        sae: TopKSae = SignedTopKSae(d, latents, k) if signed else TopKSae(d, latents, k)
-    else:
-        sae = BatchTopKSae(d, latents, k)
-        if "topk_threshold" in weights:
-            weights["threshold"] = weights.pop("topk_threshold").expand(latents)
-        weights["batches"] = torch.zeros((), dtype=torch.long)
-    sae.load_state_dict(weights)
+    sae = variant.restored(weights, k)
     _check_finite(weights)
     return sae
 

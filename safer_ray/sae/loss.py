@@ -54,17 +54,18 @@ def sae_step(
 ) -> SaeStep:
     """Normalised reconstruction loss, plus the auxiliary loss of dead latents (Gao et al. 2024, arXiv 2406.04093, A.2).
 
-    `dead` marks latents that have not fired for long; they reconstruct the detached residual, without a bias. Temporary
+    `dead` marks latents that have not fired for long; they reconstruct the detached residual, without a bias. A
+    variant may add a penalty. Temporary
     memory that grows with vectors x latents stays under `budget` bytes.
     """
-    codes = sae.active(x, budget)
+    codes, penalty = sae.firing(x, budget)
     reconstruction = Decode.apply(codes.values, sae.W_dec, codes.entries, budget) + sae.b_dec
     nmse = RelativeError.apply(reconstruction, x)
     aux = x.new_zeros(())
     if aux_coefficient > 0 and bool(dead.any()):
         aux = auxiliary_loss(sae, x, (x - reconstruction).detach(), dead, budget)
     fired = torch.zeros_like(dead).index_fill_(0, codes.entries.features[codes.values > 0], True)
-    return SaeStep(nmse + aux_coefficient * aux, nmse.detach(), aux.detach(), fired)
+    return SaeStep(nmse + aux_coefficient * aux + penalty, nmse.detach(), aux.detach(), fired)
 
 
 def auxiliary_loss(

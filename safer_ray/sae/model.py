@@ -1,19 +1,19 @@
-"""Sparse autoencoders: TopK (DESIGN 2.5), BatchTopK, and the published signed TopK.
+"""Sparse autoencoders: TopK (DESIGN 2.5), and what its variants in `safer_ray.sae.variants` share with it.
 
 z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec, on x standardised over the hidden dimension.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safer_ray.config.sae_variants import BatchTopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
-from safer_ray.sae.topk import Found, above, largest, largest_of_batch, padded
+from safer_ray.sae.topk import Found, above, largest, padded
 
 EPSILON = 1e-5  # as SAELens' layer_norm has it
 PUBLISHED_EPSILON = 1e-6  # as the published SAFER code has it
@@ -36,9 +36,14 @@ def standardise(raw: Float[Tensor, "n d"], epsilon: float = EPSILON) -> Standard
 
 
 class TopKSae(nn.Module):
-    """`d` inputs, `latents` features of which the `k` largest stay, if they are positive."""
+    """`d` inputs, `latents` features of which the `k` largest stay, if they are positive.
+
+    A variant is a subclass: it says what fires (`firing`, `encode`), and how it is saved (`layout`), known again
+    (`reads`), restored and told of on its card.
+    """
 
     epsilon = EPSILON
+    warning: ClassVar[str] = ""  # to those who open it with SAELens
 
     def __init__(self, d: int, latents: int, k: int) -> None:
         super().__init__()
@@ -49,6 +54,41 @@ class TopKSae(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(torch.zeros(latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
+
+    @classmethod
+    def of(cls, d: int, config: SaeConfig) -> Self:
+        """A new one, all weights zero."""
+        return cls(d, config.latents, config.k)
+
+    @classmethod
+    def reads(cls, saved: Mapping[str, Any]) -> bool:
+        """Return whether a `cfg.json` is of this variant."""
+        return bool(saved.get("architecture") == "topk")
+
+    def layout(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `cfg.json` says of it as SAELens reads it, and what of that stands under `metadata`."""
+        return {"architecture": "topk", "k": self.k, "rescale_acts_by_decoder_norm": False}, {}
+
+    def saved_weights(self) -> dict[str, Tensor]:
+        """The tensors on disk, by the names that SAELens has for them."""
+        return self.state_dict()
+
+    @classmethod
+    def restored(cls, weights: dict[str, Tensor], k: int) -> Self:
+        """One of weights from disk.
+
+        Raises:
+            RuntimeError: a tensor is missing, unknown or of another shape.
+        """
+        latents, d = weights["W_dec"].shape
+        sae = cls(d, latents, k)
+        sae.load_state_dict(weights)
+        return sae
+
+    @classmethod
+    def told(cls, saved: Mapping[str, Any]) -> str:
+        """What kind it is, for its model card."""
+        return f"TopK, {saved['k']} active latents a vector"
 
     @property
     def d(self) -> int:
@@ -66,6 +106,10 @@ class TopKSae(nn.Module):
         with torch.no_grad():
             codes = largest(x - self.b_dec, self.W_enc.T, self.b_enc, self.k, budget)
         return self._with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))
+
+    def firing(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> tuple[Found, Float[Tensor, ""]]:
+        """Return what is active in training, and the mean over vectors that the loss gets for it, here nothing."""
+        return self.active(x, budget), x.new_zeros(())
 
     def _cut(self, values: Tensor) -> Tensor:
         return values.relu()
@@ -101,59 +145,25 @@ class TopKSae(nn.Module):
         self.W_enc.mul_((guess * centred).sum() / guess.square().sum().clamp_min(1e-12))
 
     @torch.no_grad()
+    def project(self) -> None:
+        """Put parameters other than the decoder back to where they may be, after each step of training."""
+
+    @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Scale each feature's direction back to unit norm."""
         normalise_rows(self.W_dec)
 
 
-class SignedTopKSae(TopKSae):
-    """As the published SAFER code has it: negative activations among the k largest stay."""
-
-    epsilon = PUBLISHED_EPSILON
-
-    def _cut(self, values: Tensor) -> Tensor:
-        return values
-
-
-class BatchTopKSae(TopKSae):
-    """The k n largest activations of a batch of n (Bussmann et al. 2024, arXiv 2412.06410).
-
-    Read vector by vector, what exceeds a threshold is active: the running mean of the smallest activation that made it
-    into a batch in training.
-    """
+class ThresholdSae(TopKSae):
+    """Read vector by vector: what exceeds its latent's threshold is active, so that vectors have unlike numbers."""
 
     threshold: Tensor
-    batches: Tensor
-
-    def __init__(self, d: int, latents: int, k: int, rate: float = 0.01) -> None:
-        super().__init__(d, latents, k)
-        self.rate = rate
-        self.register_buffer("threshold", torch.zeros(latents))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-
-    def active(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> Found:
-        """What fires of a batch while training, with gradients; in training mode the threshold learns from it."""
-        with torch.no_grad():
-            found = largest_of_batch(x - self.b_dec, self.W_enc.T, self.b_enc, self.k * len(x), budget)
-            if self.training and len(found.values):
-                self.batches += 1
-                self.threshold.lerp_(
-                    found.values.min().expand_as(self.threshold), max(self.rate, 1 / int(self.batches))
-                )
-        return self._with_gradient(x, *found)
 
     def encode(self, x: Float[Tensor, "n d"]) -> SparseCodes:
         """Codes of standardised vectors, as many places as the fullest needs."""
         with torch.no_grad():
             found = above(x - self.b_dec, self.W_enc.T, self.b_enc, self.threshold)
         return padded(self._with_gradient(x, *found), 0.0, 1)
-
-
-def new_sae(d: int, config: SaeConfig) -> TopKSae:
-    """An SAE of the configured variant, all weights zero."""
-    if isinstance(config.variant, BatchTopKVariant):
-        return BatchTopKSae(d, config.latents, config.k, config.variant.threshold_rate)
-    return TopKSae(d, config.latents, config.k)
 
 
 def normalise_rows(directions: Float[Tensor, "n d"]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safer_ray.sae.variants.registry import variant_of
 from safer_ray.storage.files import write_text
 
 CARD = """---
@@ -29,10 +30,6 @@ sae = SAE.load_from_disk("DIRECTORY")
 codes = sae.encode(hidden_states)  # as the model gives them
 ```
 {warning}"""
-SIGNED = """
-SAELens cuts negative activations off, which this SAE keeps; it also standardises with an epsilon of 1e-5 where this one
-was trained with 1e-6.
-"""
 
 
 def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -42,25 +39,19 @@ def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
     """
     config = json.loads((directory / "cfg.json").read_text(encoding="utf-8"))
     metadata = config["metadata"]
+    variant = variant_of(config)
+    assert variant is not None
     told = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
     card = CARD.format(
         layer=metadata["safer_ray_layer"],
         model=metadata["model_name"],
-        kind=_kind(config),
+        kind=variant.told(config),
         width=config["d_in"],
         latents=f"{config['d_sae']:,}",
         facts="".join(f"| {name.replace('_', ' ')} | {_shown(value)} |\n" for name, value in told.items()),
-        warning=SIGNED if metadata.get("safer_ray_signed") else "",
+        warning=variant.warning,
     )
     write_text(card, directory / "README.md")
-
-
-def _kind(config: dict[str, Any]) -> str:
-    if config["architecture"] == "jumprelu":
-        k = config["metadata"]["training_architecture_details"]["k"]
-        return f"BatchTopK, {k} active latents a vector on average; saved as JumpReLU with its threshold"
-    sign = ", negative ones kept" if config["metadata"].get("safer_ray_signed") else ""
-    return f"TopK, {config['k']} active latents a vector{sign}"
 
 
 def _shown(value: float | str) -> str:

@@ -15,7 +15,8 @@ from safer_ray.sae.model import TopKSae, normalise_rows
 
 class SaeEngine:
     """Every worker holds the SAE whole and applies the gradients of its own range of latents, whose moments it alone
-    keeps (ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910.02054); the biases are updated by all alike.
+    keeps (ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910.02054); biases, and what else a variant
+    trains, are updated by all alike.
     """
 
     def __init__(self, sae: TopKSae, options: EngineOptions, workers: Workers) -> None:
@@ -24,7 +25,8 @@ class SaeEngine:
         mine = share(sae.latents, workers.rank, workers.size)
         self.encoder = nn.Parameter(sae.W_enc.data.T[mine])  # [own latents, d] in the SAE's own memory
         self.decoder = nn.Parameter(sae.W_dec.data[mine])
-        trained = [self.encoder, self.decoder, sae.b_enc, sae.b_dec]
+        self.alike = [value for name, value in sae.named_parameters() if name not in ("W_enc", "W_dec")]
+        trained = [self.encoder, self.decoder, *self.alike]
         self.optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, fused=True)
 
     def backward(self, loss: Tensor) -> None:
@@ -33,11 +35,12 @@ class SaeEngine:
 
     def collect(self, others: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Sum over the workers what `backward` added up, for each of them its part, and `others` for all."""
-        sae, (n, latents, d) = self.sae, (len(others), self.sae.latents, self.sae.d)
-        encoder, decoder, b_enc, b_dec = map(_gradient, (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
-        others, b_enc, b_dec = self.workers.sum(torch.cat([others, b_enc, b_dec])).split([n, latents, d])
+        sae, sizes = self.sae, [len(others), *map(len, self.alike)]
+        encoder, decoder, *alike = map(_gradient, (sae.W_enc, sae.W_dec, *self.alike))
+        others, *alike = self.workers.sum(torch.cat([others, *alike])).split(sizes)
         self.encoder.grad, self.decoder.grad = self.workers.collect([encoder.T, decoder])
-        sae.b_enc.grad, sae.b_dec.grad = b_enc, b_dec
+        for parameter, gradient in zip(self.alike, alike, strict=True):
+            parameter.grad = gradient
         sae.W_enc.grad = sae.W_dec.grad = None
         return others
 
@@ -51,16 +54,17 @@ class SaeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         normalise_rows(self.decoder)
+        self.sae.project()
         self.workers.spread([self.sae.W_enc.T, self.sae.W_dec])
 
     def _limit(self) -> None:
         """Scale the gradients down to `max_grad_norm`, as `nn.utils.clip_grad_norm_` does."""
         if self.options.max_grad_norm is None:
             return
-        shared, alike = [self.encoder, self.decoder], [self.sae.b_enc, self.sae.b_dec]
-        norm = (self.workers.sum(_square(shared)) + _square(alike)).sqrt()
+        shared = [self.encoder, self.decoder]
+        norm = (self.workers.sum(_square(shared)) + _square(self.alike)).sqrt()
         if norm > self.options.max_grad_norm:
-            for parameter in shared + alike:
+            for parameter in shared + self.alike:
                 _gradient(parameter).mul_(self.options.max_grad_norm / norm)
 
     def save(self, directory: Path) -> None:

@@ -18,9 +18,10 @@ from safer_ray.sae.data import Order, Vectors, held_out_vectors, open_vectors, s
 from safer_ray.sae.fit import fit
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.log import write_lines
-from safer_ray.sae.model import TopKSae, new_sae
+from safer_ray.sae.model import TopKSae
 from safer_ray.sae.model_card import write_model_card
 from safer_ray.sae.quality import decoder_clusters, density_histogram, sae_quality, spliced
+from safer_ray.sae.variants.registry import new_sae
 from safer_ray.storage.artifacts import part_files
 from safer_ray.storage.files import read_parquet
 

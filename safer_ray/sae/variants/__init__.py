@@ -1,0 +1,1 @@
+"""Variants of the autoencoder beyond TopK, a file each."""
