@@ -14,7 +14,7 @@ from conftest import random_sae
 from safetensors.torch import load_file
 
 from safer_ray import schema
-from safer_ray.config.sae_variants import BatchTopKVariant, TopKVariant
+from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import training
@@ -127,7 +127,9 @@ def without_times(metrics):
 
 
 @pytest.mark.parametrize(
-    ("step", "variant"), [(3, TopKVariant()), (25, BatchTopKVariant()), (77, TopKVariant())], ids=str
+    ("step", "variant"),
+    [(3, TopKVariant()), (25, BatchTopKVariant()), (77, TopKVariant()), (34, JumpReluVariant())],
+    ids=str,
 )
 def test_a_killed_run_resumes_to_the_same_weights(train, monkeypatch, step, variant):
     config = CONFIG.model_copy(update={"variant": variant})
@@ -160,7 +162,7 @@ MORTAL = """
 import os, signal, sys
 from pathlib import Path
 import test_train_sae as tests
-from safer_ray import sae_data, sae_fit
+from safer_ray.sae import data as sae_data, fit as sae_fit
 from safer_ray.sae.train import train_sae
 from safer_ray.reward.training import OneProcess
 

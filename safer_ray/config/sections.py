@@ -24,12 +24,12 @@ from safer_ray.strategies import STRATEGIES
 
 Mode = Literal["paper", "response"]
 NoiseKind = Literal["uniform", "long", "length_bias", "sycophancy", "trigger"]
-StrategyName = Annotated[str, known("strategy", *STRATEGIES)]
+StrategyName = Annotated[str, known("strategy", lambda: STRATEGIES)]
 JudgeKind = Literal["probe"]  # the keys of `safer_ray.features.judge.JUDGES`
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
-Format = Annotated[str, known("format", AUTO, *FORMATS)]
-Pairing = Annotated[str, known("pairs", *option_values("pairs"))]
+Format = Annotated[str, known("format", lambda: (AUTO, *FORMATS))]
+Pairing = Annotated[str, known("pairs", lambda: option_values("pairs"))]
 
 
 class SourceConfig(Frozen):

@@ -1,6 +1,6 @@
 """The base class of all sections of a config."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -30,12 +30,12 @@ def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: explained(check)(value) if isinstance(value, str | Path) else value
 
 
-def known(what: str, *names: str) -> AfterValidator:
-    """Return what makes a field accept these names of `what` alone, and say them where it is given another."""
+def known(what: str, names: Callable[[], Collection[str]]) -> AfterValidator:
+    """Return what makes a field accept the names of `what` alone, and say them where it is given another."""
 
     def checked(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"no {what} is called {value!r}; choose one of {', '.join(names)}")
+        if value not in names():
+            raise ValueError(f"no {what} is called {value!r}; choose one of {', '.join(names())}")
         return value
 
     return AfterValidator(checked)

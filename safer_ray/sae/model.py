@@ -105,7 +105,7 @@ class TopKSae(nn.Module):
         """Return what fires of standardised vectors while training, with gradients."""
         with torch.no_grad():
             codes = largest(x - self.b_dec, self.W_enc.T, self.b_enc, self.k, budget)
-        return self._with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))
+        return self.with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))
 
     def firing(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> tuple[Found, Float[Tensor, ""]]:
         """Return what is active in training, and the mean over vectors that the loss gets for it, here nothing."""
@@ -114,7 +114,8 @@ class TopKSae(nn.Module):
     def _cut(self, values: Tensor) -> Tensor:
         return values.relu()
 
-    def _with_gradient(self, x: Tensor, entries: Entries, values: Tensor) -> Found:
+    def with_gradient(self, x: Tensor, entries: Entries, values: Tensor) -> Found:
+        """Pre-activations that were found without a gradient, with that of the encoder; none where a value is 0."""
         return Found(entries, Encode.apply(x, self.b_dec, self.W_enc, self.b_enc, values, entries))
 
     def encode(self, x: Float[Tensor, "n d"]) -> SparseCodes:
@@ -163,7 +164,7 @@ class ThresholdSae(TopKSae):
         """Codes of standardised vectors, as many places as the fullest needs."""
         with torch.no_grad():
             found = above(x - self.b_dec, self.W_enc.T, self.b_enc, self.threshold)
-        return padded(self._with_gradient(x, *found), 0.0, 1)
+        return padded(self.with_gradient(x, *found), 0.0, 1)
 
 
 def normalise_rows(directions: Float[Tensor, "n d"]) -> None:

@@ -43,7 +43,7 @@ class BatchTopKSae(ThresholdSae):
                 self.threshold.lerp_(
                     found.values.min().expand_as(self.threshold), max(self.rate, 1 / int(self.batches))
                 )
-        return self._with_gradient(x, *found)
+        return self.with_gradient(x, *found)
 
     @classmethod
     def reads(cls, saved: Mapping[str, Any]) -> bool:

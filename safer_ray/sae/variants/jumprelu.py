@@ -59,7 +59,7 @@ class JumpReluSae(ThresholdSae):
         gate = on + through(-threshold * slope)
         l0 = x.new_zeros(len(x)).index_add(0, entries.rows, gate)
         penalty = self.sparsity * (l0 / self.k - 1).square().mean()
-        found = self._with_gradient(x, entries, pre * on)
+        found = self.with_gradient(x, entries, pre * on)
         return Found(entries, found.values + through(-threshold * threshold.detach() * slope)), penalty
 
     @torch.no_grad()

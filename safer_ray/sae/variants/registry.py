@@ -14,7 +14,6 @@ from safer_ray.sae.variants.jumprelu import JumpReluSae
 from safer_ray.sae.variants.signed_topk import SignedTopKSae
 
 VARIANTS: dict[str, type[TopKSae]] = {"topk": TopKSae, "batch_topk": BatchTopKSae, "jumprelu": JumpReluSae}
-READERS = (SignedTopKSae, JumpReluSae, *VARIANTS.values())  # those that ask for more come first
 
 
 def new_sae(d: int, config: SaeConfig) -> TopKSae:
@@ -24,4 +23,5 @@ def new_sae(d: int, config: SaeConfig) -> TopKSae:
 
 def variant_of(saved: Mapping[str, Any]) -> type[TopKSae] | None:
     """The variant that a `cfg.json` is of, None for none that is known."""
-    return next((variant for variant in READERS if variant.reads(saved)), None)
+    known: tuple[type[TopKSae], ...] = (SignedTopKSae, *reversed(VARIANTS.values()))  # a later one asks for more than those before it
+    return next((variant for variant in known if variant.reads(saved)), None)
