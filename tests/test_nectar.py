@@ -58,6 +58,15 @@ def test_all_pairs_of_unequal_ranks_have_ids_of_their_own(tmp_path):
     assert len({pair["pair_id"] for pair in without}) == 3
 
 
+def test_a_row_that_would_be_cut_into_too_many_pairs_is_refused(tmp_path):
+    answers = [{"answer": f"a {i}", "rank": i} for i in range(150)]
+    (pair,) = pairs_of(tmp_path, ROW | {"answers": answers}, pairs="all")
+    assert pair["refused"] == "too many pairs in a row: 11175, limit 10000"
+    row = {"prompt": "p", "chosen": ["a"] * 200, "rejected": ["b"] * 200, "subset": "Ties", "id": 1}
+    (pair,) = pairs_of(tmp_path, row)
+    assert pair["refused"] == "too many pairs in a row: 40000, limit 10000"
+
+
 def without(name):
     first, *others = ROW["answers"]
     return ROW | {"answers": [{key: value for key, value in first.items() if key != name}, *others]}

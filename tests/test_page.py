@@ -255,6 +255,17 @@ def test_a_text_of_too_many_turns_is_refused_before_messages_are_made_of_it(turn
         pair_of(row, "a")
 
 
+def test_a_line_may_be_a_row_that_names_its_columns_otherwise():
+    answers = [{"answer": "yes", "model": "a", "rank": 2}, {"answer": "no", "model": "b", "rank": 1}]
+    ranked = pair_of({"prompt": "p", "answers": answers}, "1")
+    assert (ranked.chosen[0].content, ranked.rejected[0].content) == ("no", "yes")
+    judged = pair_of({"input": "p", "output_1": "a", "output_2": "b", "label": 2}, "2")
+    assert (judged.chosen[0].content, judged.rejected[0].content) == ("b", "a")
+    many = {"prompt": "p", "chosen": ["a"] * 20_000, "rejected": ["b"] * 20_000, "subset": "Ties"}
+    with pytest.raises(Refused, match="a row of format rewardbench2 holds several pairs, wanted one a line"):
+        pair_of(many, "3")
+
+
 def test_a_file_of_too_many_rows_is_refused_by_name():
     row = b'{"prompt":"p","chosen":"c","rejected":"r"}\n'
     assert len(read_lines(row * MAX_ROWS)) == MAX_ROWS

@@ -19,8 +19,8 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, read_pair, row_format
-from safer_ray.formats.rows import Expander, Options, Refused, as_text
+from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
+from safer_ray.formats.rows import Options, Refused, as_text
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import at, stamp
@@ -248,9 +248,8 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
-    expand = FORMATS[format].expand
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset)
-    for position, raw, refused in (piece for row in read for piece in _pieces(row, expand, source.options())):
+    for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
@@ -258,14 +257,14 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     return schema.table(rows, RAW)
 
 
-def _pieces(row: RawRow, expand: Expander | None, options: Options) -> Iterator[RawRow]:
+def _pieces(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:
     """A row that holds several responses as one row a pair, all in its position."""
     position, raw, refused = row
-    if expand is None or refused is not None:
+    if FORMATS[format].expand is None or refused is not None:
         yield row
         return
     try:
-        pieces = expand(parse_row(raw), options)
+        pieces = expanded(parse_row(raw), format, options)
     except Refused as reason:
         yield position, raw, str(reason)
         return

@@ -7,7 +7,17 @@ cut into pairs whose ids end in the places of their two responses, `…/I-J`. Se
 
 from typing import Any
 
-from safer_ray.formats.rows import Options, PreferenceFormat, Refused, Row, as_mapping, as_number, as_text, canonical
+from safer_ray.formats.rows import (
+    Options,
+    PreferenceFormat,
+    Refused,
+    Row,
+    as_mapping,
+    as_number,
+    as_text,
+    canonical,
+    check_count,
+)
 from safer_ray.storage.marks import COLUMN
 
 
@@ -18,6 +28,7 @@ def _parts(row: Row, count: int | None = None) -> tuple[list[Any], list[Any]]:
         if not isinstance(value, list) or not value or (count is not None and len(value) != count):
             raise Refused(f"wrong type: {name} is no list of {count or 'several'} responses")
         lists.append(value)
+    check_count(len(lists[0]) * len(lists[1]))
     return lists[0], lists[1]
 
 
@@ -112,6 +123,7 @@ REWARDBENCH2 = PreferenceFormat(
     canonical,
     rewardbench2,
     holds=_has_lists,
+    several=True,
 )
 RM_BENCH = PreferenceFormat(
     "rm_bench",
@@ -120,4 +132,5 @@ RM_BENCH = PreferenceFormat(
     canonical,
     rm_bench,
     holds=_has_lists,
+    several=True,
 )

@@ -3,7 +3,17 @@
 from itertools import combinations
 from typing import Any
 
-from safer_ray.formats.rows import Options, PreferenceFormat, Refused, Row, as_number, as_text, canonical, type_name
+from safer_ray.formats.rows import (
+    Options,
+    PreferenceFormat,
+    Refused,
+    Row,
+    as_number,
+    as_text,
+    canonical,
+    check_count,
+    type_name,
+)
 
 
 def nectar(row: Row, options: Options) -> list[Row]:
@@ -13,7 +23,7 @@ def nectar(row: Row, options: Options) -> list[Row]:
     order of the row; the ids of several pairs end in the places of their two answers, `…/I-J`.
 
     Raises:
-        Refused: fewer than two answers, one without text or rank, or all of one rank.
+        Refused: fewer than two answers, one without text or rank, all of one rank, or too many pairs.
     """
     answers = row.get("answers")
     if not isinstance(answers, list):
@@ -25,6 +35,7 @@ def nectar(row: Row, options: Options) -> list[Row]:
         raise Refused(f"no preference: all {len(answers)} answers have rank {ranks[0]:g}")
     if options.get("pairs", "best_worst") == "best_worst":
         return [_pair(row, answers, ranks.index(min(ranks)), ranks.index(max(ranks)), several=False)]
+    check_count(len(answers) * (len(answers) - 1) // 2)
     order = sorted(range(len(answers)), key=ranks.__getitem__)
     return [_pair(row, answers, i, j, several=True) for i, j in combinations(order, 2) if ranks[i] < ranks[j]]
 

@@ -38,6 +38,16 @@ MARGINS = ("label_margin", "margin", "preference_strength")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 
 
+def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
+    """The rows that `read_pair` takes of one row of `format`: mostly itself.
+
+    Raises:
+        Refused: the row holds no usable pair; the text says why.
+    """
+    expand = FORMATS[format].expand
+    return [row] if expand is None else expand(row, options)
+
+
 def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
     """One row of `format` as a pair, with its margin and its labels.
 

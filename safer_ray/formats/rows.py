@@ -13,6 +13,7 @@ Messages = list[dict[str, str]]
 Row = dict[str, Any]
 Options = Mapping[str, str]  # what a source says of how its rows are read, by option
 REASON_CHARS = 300
+MOST_PAIRS = 10_000  # of one row
 LARGEST = 3.4028234663852886e38  # number that float32 holds
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
@@ -55,12 +56,19 @@ class PreferenceFormat:
     read: Reader
     expand: Expander | None = None
     holds: Callable[[Row], bool] | None = None  # what must hold besides, for a row to be taken for this format
+    several: bool = False  # whether a row may hold more than one pair where its source says nothing
     detected: bool = True  # False: taken only where a config names it
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a source, and their values, default first
 
     def fits(self, row: Row) -> bool:
         """Return whether a row's columns are those of this format."""
         return self.detected and row.keys() >= set(self.columns) and (self.holds is None or self.holds(row))
+
+
+def check_count(pairs: int) -> None:
+    """Raises Refused: a row would be cut into more pairs than any data set has in one, and than memory might hold."""
+    if pairs > MOST_PAIRS:
+        raise Refused(f"too many pairs in a row: {pairs}, limit {MOST_PAIRS}")
 
 
 # Values

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
-from safer_ray.formats.registry import read_pair, row_format
+from safer_ray.formats.registry import FORMATS, expanded, read_pair, row_format
 from safer_ray.formats.rows import Refused
 from safer_ray.service.api import MAX_ID_CHARS, Message, Pair
 from safer_ray.service.limits import Limits, check_nesting
@@ -16,7 +16,7 @@ from safer_ray.service.problems import Problem
 MAX_ROWS = 1000
 MAX_LINES = 100 * MAX_ROWS  # blank ones included
 LIMITS = Limits()  # of nesting, and of lists, objects and items in the whole file
-FORMATS = "wanted prompt, chosen and rejected, or another preference format"
+WANTED = "wanted prompt, chosen and rejected, or another preference format"
 READ = {"id", "pair_id", "prompt", "chosen", "rejected", "response_0", "response_1"}  # what a scored row holds, too
 ANSWER_BYTES = 2**16  # of a scored file, that are made at a time
 
@@ -75,8 +75,12 @@ def pair_of(row: dict[str, Any], default_id: str) -> Pair:
         raise Refused(f"more than {LIMITS.values:,} turns of Human: and Assistant:")
     format = row_format(row)
     if format is None and not {"prompt", "chosen", "rejected"} & row.keys():
-        raise Refused(f"{FORMATS}; got the keys {', '.join(sorted(row)[:8]) or '(none)'}")
-    read = read_pair(row, format or "canonical")
+        raise Refused(f"{WANTED}; got the keys {', '.join(sorted(row)[:8]) or '(none)'}")
+    format = format or "canonical"
+    if FORMATS[format].several:
+        raise Refused(f"a row of format {format} holds several pairs, wanted one a line; use safer-ray audit")
+    (one,) = expanded(row, format)
+    read = read_pair(one, format)
     said = {"prompt": read.prompt, "chosen": read.chosen, "rejected": read.rejected}
     texts: dict[str, Any] = {name: [Message(**message) for message in turns] for name, turns in said.items()}
     try:

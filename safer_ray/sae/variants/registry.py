@@ -23,5 +23,8 @@ def new_sae(d: int, config: SaeConfig) -> TopKSae:
 
 def variant_of(saved: Mapping[str, Any]) -> type[TopKSae] | None:
     """The variant that a `cfg.json` is of, None for none that is known."""
-    known: tuple[type[TopKSae], ...] = (SignedTopKSae, *reversed(VARIANTS.values()))  # a later one asks for more than those before it
+    known: tuple[type[TopKSae], ...] = (
+        SignedTopKSae,
+        *reversed(VARIANTS.values()),
+    )  # a later one asks for more than those before it
     return next((variant for variant in known if variant.reads(saved)), None)
