@@ -1,5 +1,6 @@
 """The examples of docs/extending.md run as they stand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import torch
 
 from safer_ray.config.sae import SaeConfig
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
-from safer_ray.config.sections import JudgeConfig
+from safer_ray.config.sections import JudgeConfig, PairsConfig, SourceConfig
 from safer_ray.detection.detectors import DETECTORS
 from safer_ray.features.judge import JUDGES
 from safer_ray.formats.registry import FORMATS
+from safer_ray.pipeline import model_stages
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import VERSIONS, StageContext
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.loss import sae_step
 from safer_ray.sae.variants.registry import VARIANTS, new_sae
+from safer_ray.storage.artifacts import Place
 from safer_ray.strategies import STRATEGIES
 
 PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
@@ -31,7 +36,7 @@ def run():
             exec(compile(code, f"docs/extending.md: {section}", "exec"), names)
         return names
 
-    before = [(registry, dict(registry)) for registry in (FORMATS, STRATEGIES, DETECTORS, VARIANTS, JUDGES)]
+    before = [(registry, dict(registry)) for registry in (FORMATS, STRATEGIES, DETECTORS, VARIANTS, JUDGES, VERSIONS)]
     yield run
     for registry, known in before:
         registry.clear()
@@ -44,6 +49,7 @@ def test_every_section_with_examples_is_run_here():
         "A variant of the autoencoder",
         "A detector, a curation strategy",
         "A judge",
+        "A stage",
     }
 
 
@@ -74,6 +80,18 @@ def test_a_judge_is_added_as_the_page_says(run):
     run("A judge")
     verdicts = JUDGES["strong"](None, None, JudgeConfig())({3: 0.2, 5: -0.01})
     assert verdicts["rating"].to_pylist() == [5, 1]
+
+
+def test_a_stage_that_is_added_is_made_once_and_carries_marks(run, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}\n')
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner())
+    source = SourceConfig(path=str(tmp_path / "pairs.jsonl"), format="canonical", licence="CC BY-NC")
+    pairs = model_stages.pairs(ctx, PairsConfig(sources=(source,)))
+    lengths = run("A stage")["lengths"]
+    made = lengths(ctx, pairs)
+    assert json.loads((made.path / "lengths.json").read_text()) == {"mean": 1}
+    assert made.manifest["licence"] == ["CC BY-NC"]
+    assert lengths(ctx, pairs).path == made.path
 
 
 def test_every_variant_that_a_config_may_name_is_made_and_known_again(tmp_path):

@@ -49,7 +49,9 @@ class SourceConfig(Frozen):
     part: Literal["all", "train", "holdout"] = "all"  # by prompt group
     holdout_percent: Percent = 20
     prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides
-    pairs: Pairing | None = Field(None, exclude_if=lambda value: value is None)  # of a row with several ranked answers
+    pairs: Pairing | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )  # of a row with several ranked answers
     limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
     where: str | None = None  # the pairs that are taken: labels.subset == Natural
     licence: str | None = None
