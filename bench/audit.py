@@ -36,7 +36,7 @@ from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SelectConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.features.salience import candidates
 from safer_ray.features.scoring import pair_scores
 from safer_ray.pipeline import feature_stages, model_stages
@@ -240,10 +240,10 @@ def apart(*words: object) -> dict[str, Any]:
 def bare(bundle: Path, pairs: Sequence[dict[str, Any]], cores: int) -> float:
     """Pairs a second of the engine alone, scores among them."""
     from safer_ray.features.auditor import read_features
-    from safer_ray.features.engine import codes_table
+    from safer_ray.features.encoder import codes_table
 
     torch.set_num_threads(cores)
-    engine = Engine.load(bundle / "reward", sae=bundle / "sae")
+    engine = Encoder.load(bundle / "reward", sae=bundle / "sae")
     features = read_features(bundle / "features.json")
     engine.encode(pairs[:50])
     began = time.perf_counter()

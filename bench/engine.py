@@ -26,7 +26,7 @@ from bench.common import local_path, write
 from bench.growth import growth
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.features.contexts import FindContexts
-from safer_ray.features.engine import Engine, codes_table
+from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.features.salience import SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.formats.rows import parse_prompt
@@ -35,7 +35,7 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack, pad_batch
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.sae.model import TopKSae
-from safer_ray.storage.background import repeated
+from safer_ray.storage.background import heartbeat
 
 DATA = Path(__file__).parents[1] / "../shared/data/hh_harmless_test.jsonl.gz"
 SHARES = ("tokenise", "forward", "sae", "output")
@@ -156,13 +156,13 @@ def early(bench: Bench) -> RewardModel:
     return bench.reward
 
 
-def activations(engine: Engine, tokens: list[PairTokens]) -> int:
+def activations(engine: Encoder, tokens: list[PairTokens]) -> int:
     """Way (c) without rewards or codes."""
     engine.encode_tokens(tokens)
     return len(tokens)
 
 
-def audit(engine: Engine, bench: Bench) -> int:
+def audit(engine: Encoder, bench: Bench) -> int:
     """All of it from texts: codes, salience, contexts of the candidates, scores."""
     import pyarrow as pa
 
@@ -192,7 +192,7 @@ def peak_memory(found: dict[str, float], name: str) -> Iterator[None]:
         most[0] = max(most[0], process.memory_info().rss)
 
     try:
-        with repeated(0.005, watch):
+        with heartbeat(0.005, watch):
             yield
     finally:
         found[name] = (most[0] - before) / 2**20
@@ -237,7 +237,7 @@ def forward_flops(bench: Bench, layers: int) -> float:
     return total
 
 
-def shares(engine: Engine, bench: Bench) -> dict[str, float]:
+def shares(engine: Encoder, bench: Bench) -> dict[str, float]:
     """Return where the time of an audit's forward pass goes, as shares of 1."""
     spent = dict.fromkeys(SHARES, 0.0)
 
@@ -251,7 +251,7 @@ def shares(engine: Engine, bench: Bench) -> dict[str, float]:
         return result
 
     tokens = timed("tokenise", lambda: bench.reward.pairs(bench.pairs))
-    bare = Engine(engine.reward, engine.layer, rewards=True)
+    bare = Encoder(engine.reward, engine.layer, rewards=True)
     encoded = timed("forward", lambda: bare.encode_tokens(tokens))
     codes = timed("sae", lambda: engine.codes_of(encoded.vectors))
     timed("output", lambda: codes_table(encoded._replace(codes=codes)))
@@ -263,7 +263,7 @@ def shares(engine: Engine, bench: Bench) -> dict[str, float]:
 def measure(size: Size, count: int, device: str, rounds: int) -> dict[str, Any]:
     """Everything about one size; each figure the median over rounds in which the ways took turns."""
     bench = prepare(size, count, device)
-    whole = Engine(bench.reward, size.layer, bench.sae)
+    whole = Encoder(bench.reward, size.layer, bench.sae)
     ways: dict[str, Callable[[], int]] = {
         "padded_512": lambda: published(bench, 512),
         "padded_1024": lambda: published(bench, 1024),
@@ -271,8 +271,8 @@ def measure(size: Size, count: int, device: str, rounds: int) -> dict[str, Any]:
         "audit": lambda: audit(whole, bench),
     }
     cut = prepare(size, count, device)
-    first = Engine(early(cut), size.layer, rewards=False)
-    encoder = Engine(cut.reward, size.layer, bench.sae, rewards=False)
+    first = Encoder(early(cut), size.layer, rewards=False)
+    encoder = Encoder(cut.reward, size.layer, bench.sae, rewards=False)
     ways["one_pass"] = lambda: activations(first, bench.tokens)
     ways["audit_activations"] = lambda: audit(encoder, replace(bench, reward=cut.reward))
     memory: dict[str, float] = {}

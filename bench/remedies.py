@@ -21,7 +21,7 @@ from safer_ray.detection.quality import compare
 from safer_ray.pipeline import crossfit, detector_stages, model_stages
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
 from safer_ray.pipeline.detector_stages import read_folds
-from safer_ray.pipeline.inputs import lasting
+from safer_ray.pipeline.inputs import durable_path
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.schema import rows_of
@@ -131,7 +131,7 @@ def main() -> None:
     given = parser.parse_args()
     config = load_config(ROOT / "configs/lab_pku.yaml")
     assert config.lab is not None
-    ctx = StageContext.of(Place(lasting(given.root) / config.name), LocalRunner(), config)
+    ctx = StageContext.of(Place(durable_path(given.root) / config.name), LocalRunner(), config)
     seeds = [open_seed(ctx, config, seed) for seed in config.lab.seeds]
     tried = [remedies(seed) for seed in seeds]
     suspicions = {name: [each[name] for each in tried] for name in tried[0]}

@@ -15,9 +15,9 @@ from torch import Tensor
 from bench.common import local_path, write
 from bench.engine import read_pairs
 from safer_ray.config.sections import RewardConfig
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
-from safer_ray.reward.training import EngineOptions, TorchEngine, permutation, warmup_decay
+from safer_ray.reward.training import OptimizerOptions, TorchOptimizer, permutation, warmup_decay
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step
 from safer_ray.sae.model import TopKSae
 
@@ -33,7 +33,7 @@ def harvest(pairs: int) -> tuple[Tensor, Tensor]:
     rows = read_pairs(pairs)
     reward = new_reward_model(BASE, lambda: iter(()))
     reward.model.eval()
-    engine = Engine(reward, LAYER, rewards=False)
+    engine = Encoder(reward, LAYER, rewards=False)
     vectors = [v.x for v in engine.encode(rows, all_tokens=True).vectors]
     held = len(vectors) // 10
     return torch.cat(vectors[held:]), torch.cat(vectors[:held])
@@ -62,7 +62,7 @@ def train(name: str, x: Tensor, steps: int, seed: int) -> TopKSae:
         published_start(sae, seed)
     else:
         sae.initialise(x[permutation(len(x), seed, 2**31 - 1)[:8192]], seed)
-    engine = TorchEngine(sae, EngineOptions(learning_rate=RATE, max_grad_norm=1.0))
+    engine = TorchOptimizer(sae, OptimizerOptions(learning_rate=RATE, max_grad_norm=1.0))
     idle = torch.zeros(LATENTS, dtype=torch.long)
     per_epoch = len(x) // BATCH
     for step in range(steps):

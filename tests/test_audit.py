@@ -21,7 +21,7 @@ from tiny_run import finished
 
 from safer_ray import schema
 from safer_ray.audit.estimate import estimate
-from safer_ray.audit.parts import AUDITED, BINS, added, figures_of, flagged_line, from_tree, to_tree
+from safer_ray.audit.parts import AUDITED, BINS, figures_of, flagged_line, from_tree, sum_figures, to_tree
 from safer_ray.audit.run import Audit, audit_corpus, check_accounts
 from safer_ray.audit.score import AuditPairs
 from safer_ray.audit.summary import close_audit, drift
@@ -340,7 +340,7 @@ def test_figures_of_parts_add_up_to_those_of_the_whole(draws, cuts):
     edges = [0, *(min(cut, len(rows)) for cut in cuts), len(rows)]
     parts = [figures_of(rows.slice(a, b - a)) for a, b in itertools.pairwise(edges)]
     through_json = [from_tree(json.loads(json.dumps(to_tree(part)))) for part in parts]
-    total, wanted = added(through_json), added([figures_of(rows)])
+    total, wanted = sum_figures(through_json), sum_figures([figures_of(rows)])
     assert (total.pairs, total.flagged, total.wrong, total.groups) == (
         len(rows),
         sum(s > 0.8 for _, s in draws),
@@ -356,7 +356,7 @@ def test_figures_of_parts_add_up_to_those_of_the_whole(draws, cuts):
 def test_groups_have_an_end_and_what_is_left_is_counted_together():
     rows = rows_of([(0.0, i / 1000) for i in range(1000)])
     many = rows.set_column(rows.column_names.index("source"), "source", pa.array([f"s{i}" for i in range(1000)]))
-    groups = added([figures_of(many), figures_of(many)]).groups["source"]
+    groups = sum_figures([figures_of(many), figures_of(many)]).groups["source"]
     assert len(groups) == 201
     assert sum(group.pairs for group in groups.values()) == 2000
 

@@ -14,7 +14,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import read_raw
 from safer_ray.errors import UserError
-from safer_ray.storage.artifacts import ASKED, part_name, read_plan
+from safer_ray.storage.artifacts import SETTINGS_FILE, part_name, read_plan
 from safer_ray.storage.files import read_parquet, write_json, write_parquet
 
 OLD_COLUMNS = ("number", "source", "path", "start", "stop", "size", "etag", "offset", "digest")  # before `file`
@@ -295,7 +295,7 @@ def test_blanks_at_the_end_and_rows_behind_the_limit_are_not_left_for_later(corp
 
 def fill_audit(folder):
     """What an audit writes, as far as it looks like data."""
-    write_json({"auditor": "x", "source": {}, "scores": {}, "path": "y"}, folder / ASKED)
+    write_json({"auditor": "x", "source": {}, "scores": {}, "path": "y"}, folder / SETTINGS_FILE)
     write_json({"rows": 1}, folder / "summary.json")
     (folder / "flagged.jsonl").write_text(lines(30))
     write_parquet(pa.table({"row_key": ["a#0"]}), folder / "scores/part-00000000.parquet")
@@ -444,7 +444,7 @@ def test_an_audit_that_holds_a_corpus_twice_is_refused_by_name(corpus, audited, 
 
 def test_an_unfinished_audit_is_not_opened_because_its_plan_is_written(out, audited, corpus):
     audited(corpus)
-    write_json({"auditor": "x"}, out / ASKED)
+    write_json({"auditor": "x"}, out / SETTINGS_FILE)
     with pytest.raises(UserError, match="is not finished"):
         open_audit(out)
 

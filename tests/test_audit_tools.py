@@ -39,7 +39,7 @@ from safer_ray.features.auditor import AUDITOR_FORMAT
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
-from safer_ray.storage.files import at, read_json, remove, write_json, write_parquet, write_text
+from safer_ray.storage.files import as_path, read_json, remove, write_json, write_parquet, write_text
 from safer_ray.storage.lock import locked
 from safer_ray.storage.marks import RED_TEAM_MARK
 from safer_ray.storage.owners import this_process
@@ -950,7 +950,7 @@ def test_a_root_that_is_not_there_is_told(refused, tmp_path):
 
 
 def test_audits_and_sources_in_an_object_store_are_worked_with_as_those_on_a_disk(ok, corpus, audit, tmp_path):
-    root = at(f"memory://{tmp_path.name}")
+    root = as_path(f"memory://{tmp_path.name}")
     source = write_corpus(root / "data/pairs.jsonl", [json.loads(line) for line in corpus.read_text().splitlines()])
     there = make_audit(root / "audit", root / "data", suspicions(N))
     flagged = next(i for i in range(N) if suspicions(N)[f"p{i:03}"][0] >= FLAG)

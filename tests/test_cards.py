@@ -6,7 +6,7 @@ from conftest import make_codes
 from tiny_run import finished
 
 from safer_ray import schema
-from safer_ray.features.cards import BINS, CARDS, FILE, NAME_CHARS, Known, make_cards, name_of, read_cards
+from safer_ray.features.cards import BINS, CARDS, FILE, NAME_CHARS, FeatureEvidence, make_cards, name_of, read_cards
 from safer_ray.features.scoring import Features
 from safer_ray.storage.artifacts import open_artifact
 from safer_ray.storage.files import read_parquet
@@ -23,7 +23,7 @@ def context(feature, rank, sentence):
 
 
 def made(known=None, rows=()):
-    known = known or Known(SALIENCE)
+    known = known or FeatureEvidence(SALIENCE)
     return {row["feature"]: row for row in make_cards(FEATURES, known, [make_codes(list(rows))]).to_pylist()}
 
 
@@ -45,7 +45,7 @@ def test_a_histogram_counts_where_a_feature_fires_on_either_side():
 
 def test_contexts_come_strongest_first_and_the_first_gives_the_name():
     contexts = schema.table([context(1, 1, "Second."), context(1, 0, " First\n one. ")], schema.CONTEXTS)
-    card = made(Known(SALIENCE, contexts=contexts))[1]
+    card = made(FeatureEvidence(SALIENCE, contexts=contexts))[1]
     assert [c["sentence"] for c in card["contexts"]] == [" First\n one. ", "Second."]
     assert card["name"] == "First one."
 

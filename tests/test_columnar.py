@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from safer_ray.storage import columnar, resting
+from safer_ray.storage import columnar, reader_cache
 from safer_ray.storage.rows import read_rows
 
 ROWS = 2000
@@ -87,7 +87,7 @@ def test_two_readers_that_take_turns_decode_it_once_each(tmp_path, decoded):
     """As two processes do that each take every other fragment."""
     parquet(ROWS)(tmp_path / "a.parquet")
     for first in (0, 90):
-        resting._kept.clear()
+        reader_cache._kept.clear()
         for start in range(first, ROWS - 90, 180):
             list(read_rows(tmp_path / "a.parquet", start, start + 90))
     assert sum(decoded) <= 2 * ROWS
@@ -115,7 +115,7 @@ def test_of_a_large_row_group_little_is_held(tmp_path):
     columns = {name: [random.bytes(10_000).hex() for _ in range(1500)] for name in "abc"}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", use_dictionary=False, write_batch_size=50)
     size = (tmp_path / "a.parquet").stat().st_size
-    resting._kept.clear()
+    reader_cache._kept.clear()
     del columns
     before = pa.total_allocated_bytes()
     assert len(list(read_rows(tmp_path / "a.parquet", 0, 50))) == 50

@@ -11,7 +11,7 @@ from conftest import make_codes
 from safer_ray import schema
 from safer_ray.config.sections import JudgeConfig, JudgeKind
 from safer_ray.errors import UserError
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.features.judge import (
     JUDGES,
     Exchange,
@@ -106,7 +106,7 @@ def test_auroc_counts_ties_half():
 
 
 def test_a_judge_reads_exchanges_with_a_real_engine(probe, reward_dir, sae_dir):
-    judge = ProbeJudge(Engine.load(reward_dir, sae=sae_dir), probe, CONFIG)
+    judge = ProbeJudge(Encoder.load(reward_dir, sae=sae_dir), probe, CONFIG)
     features = sorted({f for row in judge.codes["chosen_features"].to_pylist() for end in row for f in end})
     verdicts = judge(dict.fromkeys(features, 0.5))
     assert len(verdicts) == len(features) > 0

@@ -8,7 +8,7 @@ from test_train_sae import CONFIG, activations, dictionary_vectors, write
 
 from safer_ray.config.sae_variants import JumpReluVariant
 from safer_ray.config.sections import SaeConfig
-from safer_ray.features.engine import Engine, codes_table
+from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.features.salience import SumFeatures, reduce_sums, salience_table
 from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.reward.checkpoints import load_reward_model
@@ -178,8 +178,8 @@ def test_codes_of_any_number_a_vector_travel_to_salience_and_scores(sae, reward_
     with torch.no_grad():
         sae.threshold += 0.5
     save_sae(sae, tmp_path, model="tiny", layer=2)
-    engine = Engine(load_reward_model(reward_dir), 2, load_sae(tmp_path))
-    encoded = engine.encode(pairs.slice(0, 6).to_pylist())
+    encoder = Encoder(load_reward_model(reward_dir), 2, load_sae(tmp_path))
+    encoded = encoder.encode(pairs.slice(0, 6).to_pylist())
     codes = codes_table(encoded)
     counts = [len(features) for row in codes.to_pylist() for features in row["chosen_features"]]
     wanted = [int(n) for v in encoded.vectors[::2] for n in (sae.pre_activations(v.x) > sae.threshold).sum(1)]

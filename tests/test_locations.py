@@ -15,7 +15,7 @@ from safer_ray.config.sections import RunConfig, SourceConfig
 from safer_ray.config.values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
 from safer_ray.service.arguments import ServiceConfig, read_args
-from safer_ray.storage.files import at
+from safer_ray.storage.files import as_path
 from safer_ray.storage.locations import a_config, a_source, anywhere, on_disk
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def test_the_service_refuses_a_bundle_and_keys_in_a_store(tmp_path):
 def test_a_file_uri_is_the_path_that_it_names_everywhere(tmp_path):
     plain = tmp_path / "a folder"
     for uri in (f"file://{tmp_path}/a%20folder", f"file://localhost{tmp_path}/a%20folder", f"FILE:{tmp_path}/a folder"):
-        assert on_disk(uri) == at(uri) == Path(anywhere(uri)) == plain
+        assert on_disk(uri) == as_path(uri) == Path(anywhere(uri)) == plain
         assert load_config(ROOT / "configs/demo.yaml", [f"root={uri}"]).root == plain
         assert SourceConfig(path=uri).path == str(plain)
     assert Path(str(on_disk(plain))) == plain
@@ -181,13 +181,13 @@ def test_a_file_uri_is_the_path_that_it_names_everywhere(tmp_path):
 
 @pytest.mark.parametrize("uri", ["file://elsewhere/x", "file://x", "file:///"[:7]])
 def test_a_file_uri_of_another_machine_is_refused(uri):
-    for kind in (on_disk, anywhere, at):
+    for kind in (on_disk, anywhere, as_path):
         with pytest.raises(UserError, match=r"names a file on .* machine; write file:///PATH"):
             kind(uri)
 
 
 def test_a_uri_that_lost_a_slash_is_no_folder():
-    for kind in (anywhere, at):
+    for kind in (anywhere, as_path):
         with pytest.raises(UserError, match="s3:/bucket/x is no URI; write s3://BUCKET/NAME"):
             kind("s3:/bucket/x")
 

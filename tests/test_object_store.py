@@ -39,7 +39,7 @@ from safer_ray.pipeline.stage import StageContext
 from safer_ray.storage import lock
 from safer_ray.storage import remote as remote_module
 from safer_ray.storage.artifacts import Artifact, Place, read_parts
-from safer_ray.storage.files import at, names_in, read_json, write_json, writing
+from safer_ray.storage.files import as_path, names_in, read_json, write_json, writing
 from safer_ray.storage.owners import this_process
 from safer_ray.storage.quarantine import quarantine_rows
 
@@ -112,7 +112,7 @@ def audit_of(bundle: Artifact, path: object) -> Audit:
 
 
 def run(audit: Audit, out: str | Path) -> dict:
-    out = at(out)
+    out = as_path(out)
     out.mkdir(exist_ok=True)
     counts = audit_corpus(audit, out, LocalRunner())
     return close_audit(audit, out, counts, 1.0)
@@ -120,15 +120,15 @@ def run(audit: Audit, out: str | Path) -> dict:
 
 def assert_same_scores(one: str | Path, other: str | Path) -> None:
     """The same of every row, up to what other threads make of sums."""
-    found, known = (read_parts(at(out) / "scores") for out in (one, other))
+    found, known = (read_parts(as_path(out) / "scores") for out in (one, other))
     assert found["row_key"].equals(known["row_key"])
     assert found["score"].to_numpy() == pytest.approx(known["score"].to_numpy(), rel=1e-5, abs=1e-5)
-    assert names_in(at(one) / "done") == names_in(at(other) / "done")
+    assert names_in(as_path(one) / "done") == names_in(as_path(other) / "done")
 
 
 def assert_alike(one: str | Path, other: str | Path) -> None:
     """Two audits of one process say the same of every row."""
-    one, other = at(one), at(other)
+    one, other = as_path(one), as_path(other)
     assert read_parts(one / "scores").equals(read_parts(other / "scores"))
     assert quarantine_rows(one).equals(quarantine_rows(other))
     assert (one / "flagged.jsonl").read_bytes() == (other / "flagged.jsonl").read_bytes()
@@ -225,7 +225,7 @@ def test_an_estimate_reads_a_store_and_writes_nothing(store, corpus, bundle):
 
 def test_any_filesystem_of_fsspec_will_do(store, files, bundle, wanted):
     for name, content in files.items():
-        at(f"memory://{store.bucket}/corpus/{name}").write([content])
+        as_path(f"memory://{store.bucket}/corpus/{name}").write([content])
     run(audit_of(bundle, f"memory://{store.bucket}/corpus"), f"memory://{store.bucket}/out")
     assert_alike(f"memory://{store.bucket}/out", wanted)
 
@@ -240,7 +240,7 @@ def test_new_objects_are_audited_and_changed_ones_refused_and_named(store, corpu
     grown = run(audit_of(bundle, corpus), out_of(store))
     assert grown["rows"]["scored"] == 67
     assert old.items() <= store.objects(f"{store.bucket}/audits/one/scores").items()
-    found, known = read_parts(at(out_of(store)) / "scores"), read_parts(wanted / "scores")
+    found, known = read_parts(as_path(out_of(store)) / "scores"), read_parts(wanted / "scores")
     assert found.slice(0, len(known)).equals(known)
     assert found["row_key"].to_pylist()[len(known) :] == [f"new.jsonl#{i}" for i in range(12)]
     store.put(f"{store.bucket}/corpus/c.jsonl", "".join(reversed(lines[45:55])).encode())  # as long as it was
@@ -252,7 +252,7 @@ def test_the_same_objects_elsewhere_are_not_audited_again(store, corpus, files, 
     run(audit_of(bundle, corpus), out_of(store))
     for name, content in files.items():
         store.put(f"{store.bucket}/copied/here/{name}", content)
-    (at(out_of(store)) / "done/00000003.json").unlink()  # so that one fragment is read from the copy
+    (as_path(out_of(store)) / "done/00000003.json").unlink()  # so that one fragment is read from the copy
     for place in (f"s3://{store.bucket}/copied/here", f"s3://{store.bucket}/copied/here/**/*.jsonl", corpus):
         assert run(audit_of(bundle, place), out_of(store))["rows"] == {"read": 56, "scored": 55, "quarantined": 1}
     assert_same_scores(out_of(store), wanted)
@@ -268,7 +268,7 @@ def test_objects_that_were_copied_to_a_disk_are_known_by_their_md5_or_refused(
     """An object that was uploaded in several parts has an ETag that is no MD5."""
     content = "".join(lines[:25]).encode()
     if parts == 1:
-        at(f"s3://{store.bucket}/one/a.jsonl").write([content])
+        as_path(f"s3://{store.bucket}/one/a.jsonl").write([content])
     else:
         store.put(f"{store.bucket}/one/a.jsonl", content)
     run(audit_of(bundle, f"s3://{store.bucket}/one"), out_of(store))
@@ -321,7 +321,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(store, corpus, lines
     store.proxy.rule = overwrite
     with pytest.raises(UserError, match=r"more/b\.jsonl changed since it was planned"):
         run(audit_of(bundle, corpus), out_of(store))
-    assert len(names_in(at(out_of(store)) / "done")) < 6
+    assert len(names_in(as_path(out_of(store)) / "done")) < 6
 
 
 # A store that fails
@@ -393,7 +393,7 @@ def test_a_slow_store_is_waited_for(store, corpus, bundle, wanted):
 
 def test_a_large_object_comes_in_parts_and_is_whole_or_absent(store, monkeypatch):
     blocks = [os.urandom(2**20) for _ in range(12)]
-    place = at(f"s3://{store.bucket}/large")
+    place = as_path(f"s3://{store.bucket}/large")
     with writing(place) as stream:
         stream.writelines(blocks)
     assert place.read_bytes() == b"".join(blocks)
@@ -423,7 +423,7 @@ def test_a_done_entry_without_its_part_is_told_and_a_part_without_it_done_again(
     store.delete(f"{folder}/done/00000003.json")
     run(audit_of(bundle, corpus), out_of(store))
     assert_alike(out_of(store), wanted)
-    audit_corpus(audit_of(bundle, corpus)._replace(fragment_rows=30), at(out_of(store)), LocalRunner(), fresh=True)
+    audit_corpus(audit_of(bundle, corpus)._replace(fragment_rows=30), as_path(out_of(store)), LocalRunner(), fresh=True)
     assert len(store.objects(f"{folder}/scores")) == 3
 
 
@@ -461,14 +461,14 @@ def test_a_second_driver_is_refused_and_a_killed_one_taken_up_again(
     killed.set()
     done = store.objects(f"{store.bucket}/audits/one/done")
     assert len(done) == 2
-    assert (at(out_of(store)) / "run.lock").exists()
+    assert (as_path(out_of(store)) / "run.lock").exists()
     with pytest.raises(SystemExit, match="0"):
         main()
     said = capsys.readouterr()
     assert f"{out_of(store)}/flagged.jsonl" in said.out.replace("\n", "")
     assert done.items() <= store.objects(f"{store.bucket}/audits/one/done").items()
     assert_same_scores(out_of(store), wanted)
-    assert not (at(out_of(store)) / "run.lock").exists()
+    assert not (as_path(out_of(store)) / "run.lock").exists()
     written = [store.get(name) for name in store.objects(f"{store.bucket}/audits") if name.endswith("json")]
     told = [said.out, said.err, caplog.text, *(content.decode() for content in written)]
     assert not any(KEY in text or SECRET in text for text in told)
@@ -476,7 +476,7 @@ def test_a_second_driver_is_refused_and_a_killed_one_taken_up_again(
 
 def test_a_lock_is_lost_to_who_wrote_last_and_a_silent_host_is_believed_for_a_minute(store, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.3)
-    folder = at(f"s3://{store.bucket}/run")
+    folder = as_path(f"s3://{store.bucket}/run")
     other = {"host": "elsewhere", "pid": 1, "started": 1.0}
     timer = threading.Timer(0.15, write_json, (other, folder / "run.lock"))
     timer.start()
@@ -496,7 +496,7 @@ def test_a_heartbeat_that_fails_is_told_and_does_not_end_the_run(store, monkeypa
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(lock, "OBJECT_HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    folder = at(f"s3://{store.bucket}/run")
+    folder = as_path(f"s3://{store.bucket}/run")
     with lock.locked(folder):
         store.proxy.rule = lambda r: Fault(status=503) if r.method == "PUT" else None
         wait_until(lambda: "heartbeat of this run failed" in caplog.text, 10)
@@ -507,7 +507,7 @@ def test_a_heartbeat_that_fails_is_told_and_does_not_end_the_run(store, monkeypa
 def test_a_run_whose_lock_object_another_has_written_ends_with_one_line(store, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(lock, "OBJECT_HEARTBEAT_SECONDS", 0.1)
-    folder = at(f"s3://{store.bucket}/run")
+    folder = as_path(f"s3://{store.bucket}/run")
     other = this_process() | {"host": "elsewhere", "pid": 1, "boot": "another"}
     message = rf"^{folder}/run.lock names process 1 on elsewhere: this run has lost its folder and ends; .* kept$"
 
@@ -525,14 +525,16 @@ def test_a_run_whose_lock_object_another_has_written_ends_with_one_line(store, m
 
 
 def test_paths_of_a_store_travel_and_behave_as_paths_do(store):
-    path = at("s3://bucket/a folder/x.tar.gz")
+    path = as_path("s3://bucket/a folder/x.tar.gz")
     assert pickle.loads(pickle.dumps(path)) == path  # noqa: S301
     assert str(path / "y") == "s3://bucket/a folder/x.tar.gz/y"
     assert (path.name, path.suffix, str(path.parent.parent)) == ("x.tar.gz", ".gz", "s3://bucket")
     assert str(path.with_suffix(".zst")) == "s3://bucket/a folder/x.tar.zst"
-    assert sorted([at("s3://b/a-b"), at("s3://b/a/b")]) == sorted([at("s3://b/a/b"), at("s3://b/a-b")])
-    assert at("file:///tmp/a%20b") == Path("/tmp/a b")
-    assert at("plain/path") == Path("plain/path")
+    assert sorted([as_path("s3://b/a-b"), as_path("s3://b/a/b")]) == sorted(
+        [as_path("s3://b/a/b"), as_path("s3://b/a-b")]
+    )
+    assert as_path("file:///tmp/a%20b") == Path("/tmp/a b")
+    assert as_path("plain/path") == Path("plain/path")
 
 
 @pytest.mark.parametrize(
@@ -545,7 +547,7 @@ def test_paths_of_a_store_travel_and_behave_as_paths_do(store):
 )
 def test_uris_that_cannot_be_used_are_refused_and_secrets_not_repeated(uri, told):
     with pytest.raises(UserError, match=told) as raised:
-        at(uri)
+        as_path(uri)
     assert "word" not in str(raised.value)
 
 
@@ -563,7 +565,7 @@ def test_workers_on_ray_read_and_write_the_store(store, corpus, bundle, wanted, 
         return replace(made, **knowing(made, store.environment()))
 
     monkeypatch.setattr(Audit, "job", job_for_workers)
-    audit, out = audit_of(bundle, f"{corpus}more"), at(out_of(store))
+    audit, out = audit_of(bundle, f"{corpus}more"), as_path(out_of(store))
     counts = audit_corpus(audit, out, RayRunner(RayConfig(max_actors=1, tasks=1)))
     assert close_audit(audit, out, counts, 1.0)["rows"] == {"read": 20, "scored": 20, "quarantined": 0}
     found, known = read_parts(out / "scores"), read_parts(wanted / "scores").slice(35)

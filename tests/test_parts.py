@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_packing import COMMON, FAMILIES, build
 
 from safer_ray.errors import UserError
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.parts import load_part
 
@@ -104,7 +104,7 @@ def test_a_model_that_is_not_known_to_split_up_is_refused(bert_dir):
 
 def test_activations_load_the_blocks_they_need(model_dir):
     pairs = make_pairs(5).to_pylist()
-    whole, early = Engine.load(model_dir, 2), Engine.load(model_dir, 2, rewards=False)
+    whole, early = Encoder.load(model_dir, 2), Encoder.load(model_dir, 2, rewards=False)
     assert len(early.reward.blocks()) == 2 < len(whole.reward.blocks())
     for ours, theirs in zip(early.encode(pairs).vectors, whole.encode(pairs).vectors, strict=True):
         np.testing.assert_allclose(ours.x.numpy(), theirs.x.numpy(), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 
 from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.reward.training import EngineOptions, OneProcess
+from safer_ray.reward.training import OneProcess, OptimizerOptions
 from safer_ray.storage import files
 from safer_ray.storage.artifacts import Place, Recipe, Result, open_artifact, part_fragments, part_name, read_fragment
 from safer_ray.storage.files import make_folder, read_json, read_parquet, write_json, write_parquet, write_text
@@ -143,7 +143,7 @@ def test_an_artifact_gets_its_manifest_and_its_name_when_all_else_is_on_the_disk
 def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk_and_the_one_before_goes_after(disk):
     state = disk.root / "reward/state"
     workers = OneProcess(state)
-    engine = workers.engine(torch.nn.Linear(2, 1), EngineOptions(0.1))
+    engine = workers.engine(torch.nn.Linear(2, 1), OptimizerOptions(0.1))
     for step in (1, 2):
         workers.save(engine, {"progress": {"step": step}})
     assert disk.at("step-00000001") == ([], True)
@@ -228,7 +228,7 @@ def test_a_training_whose_metrics_are_torn_is_gone_on_with(tmp_path, content):
 @pytest.mark.parametrize("size", [0, 20])
 def test_a_torn_checkpoint_is_named(tmp_path, name, size):
     workers = OneProcess(tmp_path / "state")
-    engine = workers.engine(torch.nn.Linear(2, 1), EngineOptions(0.1))
+    engine = workers.engine(torch.nn.Linear(2, 1), OptimizerOptions(0.1))
     workers.save(engine, {"progress": {"step": 1}})
     path = tmp_path / "state/step-00000001"
     (path / name).write_bytes((path / name).read_bytes()[:size])

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
-from safer_ray.features.engine import Engine, codes_table
+from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.reward import execution
 from safer_ray.reward.checkpoints import (
     SETTINGS,
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_exceeds_the_embedding_is_refused(reward_dir, tmp_path)
 @pytest.mark.parametrize("layer", [0, 4])
 def test_a_layer_past_the_model_is_refused_with_the_range(reward, layer):
     with pytest.raises(UserError, match=rf"layer {layer} lies past the 3 layers of tiny; choose 1\.\.3"):
-        Engine(reward, layer)
+        Encoder(reward, layer)
 
 
 def test_a_missing_pad_token_reuses_eos(reward_dir, tmp_path):
@@ -318,7 +318,7 @@ def test_the_models_positions_limit_the_length(pairs):
 def test_the_engine_gives_codes_and_rewards_of_one_pass(reward, sae_dir, pairs):
     rows = pairs.slice(0, 6).to_pylist()
     sae = load_sae(sae_dir)
-    encoded = Engine(reward, 2, sae).encode(rows)
+    encoded = Encoder(reward, 2, sae).encode(rows)
     table = codes_table(encoded)
     assert table["pair_id"].to_pylist() == [row["pair_id"] for row in rows]
     for i, pair in enumerate(encoded.tokens):
@@ -336,11 +336,11 @@ def test_the_engine_gives_codes_and_rewards_of_one_pass(reward, sae_dir, pairs):
 
 
 def test_codes_do_not_depend_on_the_batch(reward, sae_dir, pairs):
-    engine = Engine(reward, 2, load_sae(sae_dir))
+    encoder = Encoder(reward, 2, load_sae(sae_dir))
     rows = pairs.slice(0, 5).to_pylist()
-    together = codes_table(engine.encode(rows)).to_pylist()
+    together = codes_table(encoder.encode(rows)).to_pylist()
     for row, wanted in zip(rows, together, strict=True):
-        alone = codes_table(engine.encode([row])).to_pylist()[0]
+        alone = codes_table(encoder.encode([row])).to_pylist()[0]
         assert alone["rejected_features"] == wanted["rejected_features"]
         assert np.concatenate(alone["rejected_values"]) == pytest.approx(
             np.concatenate(wanted["rejected_values"]), rel=1e-4, abs=1e-5
@@ -354,7 +354,7 @@ def test_the_engine_gives_as_many_codes_as_a_batch_topk_sae_has_active(reward, p
     sae.load_state_dict(
         random_sae(32, 64, 4).state_dict() | {"threshold": torch.full((64,), 1.5), "batches": sae.batches}
     )
-    encoded = Engine(reward, 2, sae).encode(pairs.slice(0, 6).to_pylist())
+    encoded = Encoder(reward, 2, sae).encode(pairs.slice(0, 6).to_pylist())
     rows = codes_table(encoded).to_pylist()
     found = [len(features) for row in rows for features in row["chosen_features"]]
     wanted = [int((sae.pre_activations(v.x) > 1.5).sum()) for v in encoded.vectors[::2]]
@@ -366,12 +366,12 @@ def test_an_sae_of_another_width_is_refused(reward):
     from conftest import random_sae
 
     with pytest.raises(UserError, match="the SAE reads 16 dimensions, tiny has 32; train an SAE"):
-        Engine(reward, 2, random_sae(16, 32, 4))
+        Encoder(reward, 2, random_sae(16, 32, 4))
 
 
 def test_an_engine_on_a_folder_without_sae_says_so(reward_dir, tmp_path):
     with pytest.raises(UserError, match="no SAE in"):
-        Engine.load(reward_dir, sae=tmp_path)
+        Encoder.load(reward_dir, sae=tmp_path)
 
 
 def test_a_model_that_gives_nan_names_the_pair(reward_dir, sae_dir):
@@ -379,11 +379,11 @@ def test_a_model_that_gives_nan_names_the_pair(reward_dir, sae_dir):
     with torch.no_grad():
         reward.model.score.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="pair 'first': layer 2 of tiny gives NaN"):
-        Engine(reward, 2, load_sae(sae_dir)).encode([make_pair("first", "Hi?", "Yes, of course.", "No.")])
+        Encoder(reward, 2, load_sae(sae_dir)).encode([make_pair("first", "Hi?", "Yes, of course.", "No.")])
 
 
 def test_all_tokens_are_read_when_asked_for(reward):
-    encoded = Engine(reward, 1, rewards=False).encode(make_pairs(2).to_pylist(), all_tokens=True)
+    encoded = Encoder(reward, 1, rewards=False).encode(make_pairs(2).to_pylist(), all_tokens=True)
     assert encoded.rewards is None
     assert encoded.codes is None
     assert [len(v.x) for v in encoded.vectors] == [

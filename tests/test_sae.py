@@ -8,10 +8,10 @@ from conftest import random_sae
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.reward.training import EngineOptions, OneProcess
+from safer_ray.reward.training import OneProcess, OptimizerOptions
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step
 from safer_ray.sae.model import TopKSae, geometric_median, standardise
-from safer_ray.sae.optimizer import SaeEngine
+from safer_ray.sae.optimizer import SaeOptimizer
 from safer_ray.sae.sparse import SparseCodes
 from safer_ray.sae.variants.batch_topk import BatchTopKSae
 from safer_ray.sae.variants.registry import new_sae
@@ -71,14 +71,14 @@ def test_gradients_of_sparse_decoding_equal_dense_autograd(sae, raw):
 
 @pytest.fixture
 def engine(sae, tmp_path):
-    return SaeEngine(sae, EngineOptions(learning_rate=0.05, max_grad_norm=0.1), OneProcess(tmp_path))
+    return SaeOptimizer(sae, OptimizerOptions(learning_rate=0.05, max_grad_norm=0.1), OneProcess(tmp_path))
 
 
 def test_the_decoder_stays_of_unit_norm_and_its_gradient_tangential(sae, engine, raw):
     x = standardise(raw).x
     for _ in range(5):
         engine.backward(sae_step(sae, x, torch.zeros(64, dtype=torch.bool), 0).loss)
-        engine.collect(torch.zeros(0))
+        engine.reduce_gradients(torch.zeros(0))
         remove_parallel_gradient(engine.decoder)
         radial = (engine.decoder.grad * sae.W_dec).sum(-1)
         torch.testing.assert_close(radial, torch.zeros(64), rtol=0, atol=1e-6)
@@ -94,7 +94,7 @@ def test_an_engines_steps_are_those_of_adamw_under_a_bounded_norm(sae, engine, r
     for number in range(5):
         for one in (sae, other):
             (scale / 30 * sae_step(one, x, torch.zeros(64, dtype=torch.bool), 0).loss).backward()
-        engine.collect(torch.zeros(0))
+        engine.reduce_gradients(torch.zeros(0))
         engine.step(1 / (1 + number))
         remove_parallel_gradient(other.W_dec)
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)

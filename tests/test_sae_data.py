@@ -16,7 +16,7 @@ from safer_ray.sae import data as sae_data
 from safer_ray.sae.data import Order, held_out_vectors, open_vectors, sample
 from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import part_name
-from safer_ray.storage.background import ahead
+from safer_ray.storage.background import prefetch
 from safer_ray.storage.files import write_parquet
 
 WIDTH = 4
@@ -236,11 +236,11 @@ def test_what_is_made_ahead_comes_in_order_and_errors_come_where_they_are():
         yield from range(5)
         raise ValueError("the sixth")
 
-    with ahead(items(), 2) as made:
+    with prefetch(items(), 2) as made:
         assert list(islice(made, 5)) == list(range(5))
         with pytest.raises(ValueError, match="the sixth"):
             next(made)
-    with ahead(range(3), 2) as made:
+    with prefetch(range(3), 2) as made:
         assert list(made) == [0, 1, 2]
 
 
@@ -252,7 +252,7 @@ def test_no_more_is_made_than_is_wanted_ahead_and_nothing_after_the_end():
             made_so_far.append(i)
             yield i
 
-    with ahead(items(), 2) as made:
+    with prefetch(items(), 2) as made:
         assert next(made) == 0
     assert len(made_so_far) <= 4
 

@@ -18,7 +18,7 @@ from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, 
 from safer_ray.distributed.pieces import cut
 from safer_ray.distributed.runner import RayRunner
 from safer_ray.errors import UserError
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.runner import LocalRunner, whole_function
@@ -108,7 +108,7 @@ def test_odd_pairs_are_what_plain_transformers_makes_of_each_sequence_alone(fami
     reward = load_reward_model(family_dir)
     tokens = reward.pairs(PAIRS.to_pylist())
     assert {t.pair_id for t in tokens if t.truncated} == {"prompt cut", "responses cut"}
-    found = Engine(reward, 3).encode_tokens(tokens, all_tokens=True)
+    found = Encoder(reward, 3).encode_tokens(tokens, all_tokens=True)
     for i, side in enumerate(both_sides(tokens)):
         output = plain(input_ids=torch.from_numpy(side.ids)[None], output_hidden_states=True)
         raw = output.hidden_states[3][0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safer_ray import schema
 from safer_ray.errors import UserError
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.features.passes import EncodeActivations, EncodePairs, RewardPairs, tokens_of
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.tokens import TEXTS, TokenisePairs, read_tokens, token_count, with_tokens
@@ -132,8 +132,8 @@ def test_tokenised_rows_give_the_same_as_raw_ones(function, tokenised, pairs):
 
 
 def test_an_engine_reads_tokenised_rows_as_raw_ones(reward, sae_dir, tokenised, pairs):
-    engine = Engine(reward, 2, load_sae(sae_dir))
-    found, wanted = (engine.encode_tokens(tokens_of(reward, rows.slice(3, 2))) for rows in (tokenised, pairs))
+    encoder = Encoder(reward, 2, load_sae(sae_dir))
+    found, wanted = (encoder.encode_tokens(tokens_of(reward, rows.slice(3, 2))) for rows in (tokenised, pairs))
     assert np.array_equal(found.rewards, wanted.rewards)
     assert_equal_tokens(found.tokens, wanted.tokens)
 

@@ -30,9 +30,9 @@ from safer_ray.reward.train import (
 )
 from safer_ray.reward.training import (
     Checkpoints,
-    EngineOptions,
     OneProcess,
-    TorchEngine,
+    OptimizerOptions,
+    TorchOptimizer,
     bradley_terry,
     bucketed_batches,
     my_share,
@@ -221,7 +221,7 @@ def fresh(pairs):
 def training_of(reward, workers, **changes):
     config = CONFIG.model_copy(update=changes)
     options = engine_options(config, workers.size)
-    return _Training(reward, TorchEngine(reward.model, options), workers, config, options)
+    return _Training(reward, TorchOptimizer(reward.model, options), workers, config, options)
 
 
 def gradients(reward, pairs, workers, **changes):
@@ -405,9 +405,13 @@ def test_options_for_the_engine_come_from_the_config():
     config = RewardConfig(
         batch_size=32, micro_batch_size=8, learning_rate=1e-4, weight_decay=0.1, max_grad_norm=2, dtype="bfloat16"
     )
-    assert engine_options(config, 1) == EngineOptions(1e-4, 0.1, 2, micro_batches=4, micro_batch_size=8, bfloat16=True)
+    assert engine_options(config, 1) == OptimizerOptions(
+        1e-4, 0.1, 2, micro_batches=4, micro_batch_size=8, bfloat16=True
+    )
     assert engine_options(config, 3).micro_batches == 2  # 11 pairs each
-    assert engine_options(config, 16) == EngineOptions(1e-4, 0.1, 2, micro_batches=1, micro_batch_size=2, bfloat16=True)
+    assert engine_options(config, 16) == OptimizerOptions(
+        1e-4, 0.1, 2, micro_batches=1, micro_batch_size=2, bfloat16=True
+    )
     assert not engine_options(RewardConfig(), 1).bfloat16
 
 
@@ -417,7 +421,7 @@ def test_options_for_the_engine_come_from_the_config():
 @pytest.fixture
 def engine():
     torch.manual_seed(0)
-    return TorchEngine(torch.nn.Linear(3, 2), EngineOptions(1e-2, weight_decay=0.1))
+    return TorchOptimizer(torch.nn.Linear(3, 2), OptimizerOptions(1e-2, weight_decay=0.1))
 
 
 def one_step(engine):
@@ -433,7 +437,7 @@ def test_a_checkpoint_brings_back_weights_optimiser_loop_and_random_state(engine
     wanted = torch.rand(3)
     one_step(engine)
     after = [p.clone() for p in engine.model.parameters()]
-    other = TorchEngine(torch.nn.Linear(3, 2), engine.options)
+    other = TorchOptimizer(torch.nn.Linear(3, 2), engine.options)
     found = OneProcess(tmp_path).load(other)
     assert found["progress"] == {"step": 1}
     assert torch.equal(found["idle"], torch.arange(3))

@@ -27,7 +27,7 @@ from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
 from safer_ray.storage.contents import content_hash
-from safer_ray.storage.files import at, read_json, read_parquet, stamp, write_parquet, write_text
+from safer_ray.storage.files import as_path, read_json, read_parquet, stamp, write_parquet, write_text
 from safer_ray.storage.fingerprints import begins_as
 from safer_ray.storage.marks import Marks, enclosing, is_marked, together
 from safer_ray.storage.recipes import Input
@@ -84,7 +84,7 @@ def check_sources(fragments: Sequence[Fragment]) -> None:
     """Raises UserError unless every planned row can be read as it was: files are as they were, or have only grown."""
     last = {fragment.path: fragment for fragment in fragments}
     for fragment in last.values():
-        file = at(fragment.path)
+        file = as_path(fragment.path)
         if not file.is_file():
             raise UserError(
                 f"{file} is gone, but the audit read its pairs from there; put it back, or run the same audit with "
@@ -167,7 +167,7 @@ def _root(fragment: Fragment, key: str) -> Path:
     Raises:
         UserError: the keys are not of the fragment's file.
     """
-    name, path = Path(key.rpartition("#")[0]), at(fragment.path)
+    name, path = Path(key.rpartition("#")[0]), as_path(fragment.path)
     if path.parts[-len(name.parts) :] != name.parts:
         raise UserError(f"{path} is planned, but row {key} is scored: the audit is damaged; run it with --fresh")
     for _ in name.parts:
@@ -207,7 +207,7 @@ def export(audit: Artifact, percent: float | None, place: Place, runner: Runner)
         inputs["reviews"] = Input(content_hash(audit.path / REVIEWS), (audit,))
     config = {"drop": "flagged"} if percent is None else {"percent": percent}
     fragments = read_plan(audit.path / PLAN)
-    files = list({at(fragment.path) for fragment in fragments})
+    files = list({as_path(fragment.path) for fragment in fragments})
     place = replace(place, reads=(*place.reads, *files))
     write = partial(_write_export, audit, asked, percent, fragments, files, runner)
     return place.make(Recipe("export", VERSION, config, inputs), write)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safer_ray.data.audit_files import FLAGGED, LISTED, SCORES
+from safer_ray.data.audit_files import FLAGGED, FLAGGED_FILE, SCORES
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, SCRATCH
+from safer_ray.storage.artifacts import SCRATCH, SETTINGS_FILE, SETTINGS_KEYS
 from safer_ray.storage.lock import is_held, is_lock, locked
 from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
 
@@ -28,7 +28,7 @@ PARTIAL = ".partial-"
 STAGE_LOCK = ".lock-"  # folder beside the --out of a single stage
 TORN = re.compile(
     r"\.((part-\d{8}|plan)\.parquet|part-\d{8}\.jsonl|(\d{8}|audit|manifest|reviews|summary)\.json|report\.html|run\.lock)"
-    rf"\.\d+|\.{re.escape(LISTED)}"
+    rf"\.\d+|\.{re.escape(FLAGGED_FILE)}"
 )
 WRITTEN = (SCORES, FLAGGED, "quarantine", "done")  # folders of an audit
 DAY = 86_400.0
@@ -74,7 +74,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def _is_audit(folder: Path) -> bool:
-    return set(_tree(folder / ASKED)) >= ASKED_KEYS
+    return set(_tree(folder / SETTINGS_FILE)) >= SETTINGS_KEYS
 
 
 def _is_partial(path: Path) -> bool:

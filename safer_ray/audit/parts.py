@@ -148,7 +148,7 @@ def from_tree(tree: dict[str, Any]) -> Figures:
     )
 
 
-def no_figures() -> Figures:
+def empty_figures() -> Figures:
     return from_tree(
         dict.fromkeys(("pairs", "flagged", "wrong"), 0)
         | {"score": [0] * 3, "margin": [0] * 3}
@@ -156,9 +156,9 @@ def no_figures() -> Figures:
     )
 
 
-def added(figures: Iterable[Figures]) -> Figures:
+def sum_figures(figures: Iterable[Figures]) -> Figures:
     """Figures of parts, in their order, as those of all."""
-    total = no_figures()
+    total = empty_figures()
     for part in figures:
         groups = {facet: dict(kinds) for facet, kinds in total.groups.items()}
         for facet, kinds in part.groups.items():

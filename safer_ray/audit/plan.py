@@ -25,8 +25,8 @@ from safer_ray.storage.artifacts import (
     with_digests,
     write_plan,
 )
-from safer_ray.storage.background import side_by_side
-from safer_ray.storage.files import at, names_in, read_parquet, remove, stamp, threads_for
+from safer_ray.storage.background import map_ordered
+from safer_ray.storage.files import as_path, names_in, read_parquet, remove, stamp, threads_for
 from safer_ray.storage.fingerprints import begins_as, digests_of, is_at
 from safer_ray.storage.rows import Cut, grows
 
@@ -78,7 +78,7 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
 
     def look(before: dict[Path, Fragment | None]) -> list[_Looked]:
         return list(
-            side_by_side(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0]))
+            map_ordered(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0]))
         )
 
     try:
@@ -213,7 +213,7 @@ def _refuse_another_corpus(
 
 
 def _lies_in(path: str, root: Path) -> bool:
-    place = at(path)
+    place = as_path(path)
     return type(place) is type(root) and (place.is_relative_to(root) or is_at(root, path))
 
 
@@ -233,7 +233,7 @@ def _renamed(new: Sequence[Path], gone: Sequence[Fragment]) -> dict[Path, Fragme
     if not new or not gone:
         return {}
     left, found = list(gone), {}
-    for file, (size, etag) in zip(new, side_by_side(stamp, new, threads_for(new[0])), strict=True):
+    for file, (size, etag) in zip(new, map_ordered(stamp, new, threads_for(new[0])), strict=True):
         likely = [f for f in left if f.size == size or (f.size < size and grows(file))]
         same = [f for f in likely if begins_as(file, (size, etag), replace(f, digest=""))]
         if not same and (known := [f for f in likely if f.digest]):
@@ -299,7 +299,7 @@ def _continued(known: list[Fragment], looked: Sequence[_Looked]) -> list[Fragmen
 
 def _moved(fragment: Fragment, look: _Looked, size: int) -> Fragment:
     """Return a fragment where its file lies now; an object is one piece, of which the last size holds."""
-    size = fragment.size if grows(at(look.path)) else size
+    size = fragment.size if grows(as_path(look.path)) else size
     digest = fragment.digest if size == fragment.size else ""
     return replace(fragment, path=look.path, etag=look.etag, size=size, digest=digest)
 

@@ -11,10 +11,10 @@ from safer_ray.data.audit_files import SCORES
 from safer_ray.errors import UserError
 from safer_ray.storage.accounts import DONE
 from safer_ray.storage.artifacts import (
-    ASKED,
-    ASKED_KEYS,
     MANIFEST,
     PLAN,
+    SETTINGS_FILE,
+    SETTINGS_KEYS,
     Artifact,
     check_unplanned,
     open_artifact,
@@ -37,7 +37,7 @@ def read_asked(out: Path) -> dict[str, Any]:
         TornError: it is written down no more.
         UserError: what is there is no audit's.
     """
-    path = out / ASKED
+    path = out / SETTINGS_FILE
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -46,7 +46,7 @@ def read_asked(out: Path) -> dict[str, Any]:
             f"{path}, which says what {out} audits by what, is empty or torn ({error}); put it back from a copy, or "
             f"start again with --fresh: {done:,} finished fragments are done again then"
         ) from None
-    if not (isinstance(asked, dict) and asked.keys() >= ASKED_KEYS and isinstance(asked["source"], dict)):
+    if not (isinstance(asked, dict) and asked.keys() >= SETTINGS_KEYS and isinstance(asked["source"], dict)):
         raise UserError(f"{path} is none of ours: {out} holds no audit; choose another folder")
     return asked
 
@@ -59,13 +59,13 @@ def open_audit(path: Path) -> Artifact:
     """
     if not path.is_dir():
         raise UserError(f"no audit at {path}: no such folder; pass the --out of `safer-ray audit`")
-    if (path / ASKED).is_file() and not (path / MANIFEST).is_file():
+    if (path / SETTINGS_FILE).is_file() and not (path / MANIFEST).is_file():
         raise UserError(
             f"the audit in {path} is not finished: it has no {MANIFEST}; run the same `safer-ray audit` command again, "
             "it goes on where it stopped"
         )
-    if not (path / ASKED).is_file():
-        raise UserError(f"{path} holds no audit: it has no {ASKED}; pass the --out of `safer-ray audit`")
+    if not (path / SETTINGS_FILE).is_file():
+        raise UserError(f"{path} holds no audit: it has no {SETTINGS_FILE}; pass the --out of `safer-ray audit`")
     read_asked(path)
     if not (path / PLAN).exists():
         check_unplanned(path)

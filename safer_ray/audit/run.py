@@ -16,7 +16,7 @@ from safer_ray.audit.parts import AUDITED, write_part
 from safer_ray.audit.plan import FileNotes, in_words, plan_audit
 from safer_ray.audit.read import TornError, read_asked
 from safer_ray.config.sections import ScoresConfig, SourceConfig
-from safer_ray.data.audit_files import OWN, SCORES
+from safer_ray.data.audit_files import OWN_FILES, SCORES
 from safer_ray.data.source_files import place_of
 from safer_ray.data.sources import read_raw
 from safer_ray.errors import SaferError, UserError
@@ -24,9 +24,9 @@ from safer_ray.features.auditor import check_auditor, check_code
 from safer_ray.features.scoring import BY_BUNDLE, KIND
 from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.accounts import Counts, entry_name, pending, read_entry
-from safer_ray.storage.artifacts import ASKED, SCRATCH, Artifact, Fragment, part_name
-from safer_ray.storage.background import side_by_side
-from safer_ray.storage.files import Footer, at, names_in, parquet_footer, remove, threads_for, write_json
+from safer_ray.storage.artifacts import SCRATCH, SETTINGS_FILE, Artifact, Fragment, part_name
+from safer_ray.storage.background import map_ordered
+from safer_ray.storage.files import Footer, as_path, names_in, parquet_footer, remove, threads_for, write_json
 from safer_ray.storage.marks import wholly_marked
 from safer_ray.storage.work import MapJob
 
@@ -100,9 +100,9 @@ def audit_corpus(audit: Audit, out: Path, runner: Runner, *, fresh: bool = False
         why = " ".join(in_words(notes.to_tree())) or "Is it empty?"
         raise UserError(f"{audit.source.path}: no rows to audit there. {why}")
     job = audit.job()
-    files = dict.fromkeys(at(fragment.path) for fragment in pending(fragments, out))
+    files = dict.fromkeys(as_path(fragment.path) for fragment in pending(fragments, out))
     marked = wholly_marked(files)
-    names = frozenset(fragment.file for fragment in fragments if at(fragment.path) in marked) if marked else ()
+    names = frozenset(fragment.file for fragment in fragments if as_path(fragment.path) in marked) if marked else ()
     job = replace(job, write=partial(write_part, red_team=audit.auditor.red_team, of=names))
     counts = runner.map(job, fragments, out)
     check_accounts(out, fragments, counts)
@@ -120,29 +120,29 @@ def planned(audit: Audit, out: Path) -> list[Fragment]:
 
 def clear(out: Path) -> None:
     """Remove what an audit wrote, and nothing else."""
-    for name in OWN:
+    for name in OWN_FILES:
         remove(out / name)
 
 
 def _refuse_to_clear(audit: Audit, out: Path) -> None:
     """Raises UserError where `--fresh` would delete what is no audit's, or what is to be audited."""
-    if (out / ASKED).exists():
+    if (out / SETTINGS_FILE).exists():
         with contextlib.suppress(TornError):  # an audit's all the same
             read_asked(out)
-    elif strange := sorted(names_in(out) & set(OWN)):
+    elif strange := sorted(names_in(out) & set(OWN_FILES)):
         raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
     source = str(place_of(audit.source))
-    below = [name for name in OWN if source == str(out / name) or source.startswith(f"{out / name}/")]
+    below = [name for name in OWN_FILES if source == str(out / name) or source.startswith(f"{out / name}/")]
     if below:
         raise UserError(f"{source} is what --fresh deletes of the audit in {out}; choose another --out")
 
 
 def _check_asked(audit: Audit, out: Path) -> None:
     """Write down what is asked, or compare it with what was."""
-    path, asked = out / ASKED, audit.asked() | {"path": str(place_of(audit.source))}
+    path, asked = out / SETTINGS_FILE, audit.asked() | {"path": str(place_of(audit.source))}
     bundle, content = audit.auditor, asked[CONTENT]
     if not path.exists():
-        strange = sorted(names_in(out) & set(OWN))
+        strange = sorted(names_in(out) & set(OWN_FILES))
         if strange:
             raise UserError(f"{out} holds {strange[0]}, but no audit; choose another --out")
         write_json(asked, path)
@@ -196,7 +196,7 @@ def check_accounts(out: Path, fragments: Sequence[Fragment], counts: Counts) -> 
             return None
         return read_entry(out / "done" / done), footer(SCORES, name), footer("quarantine", name)
 
-    for fragment, found in zip(fragments, side_by_side(held, fragments, threads_for(out)), strict=True):
+    for fragment, found in zip(fragments, map_ordered(held, fragments, threads_for(out)), strict=True):
         if found is None:
             wrong.append(f"fragment {fragment.number} is not done")
             continue

@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
 from safer_ray.audit import page as report_audit
-from safer_ray.audit.parts import BINS, WORST, Figures, Group, added, from_tree, text_digest
+from safer_ray.audit.parts import BINS, WORST, Figures, Group, from_tree, sum_figures, text_digest
 from safer_ray.audit.run import Audit, AuditCounts
-from safer_ray.data.audit_files import FLAGGED, LISTED, PAGE, SCORES, SUMMARY
+from safer_ray.data.audit_files import FLAGGED, FLAGGED_FILE, PAGE, SCORES, SUMMARY
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
 from safer_ray.schema import to_json
 from safer_ray.storage.accounts import entry_name, read_entry
 from safer_ray.storage.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
-from safer_ray.storage.background import side_by_side
-from safer_ray.storage.files import at, names_in, read_parquet, threads_for, write_json, write_text, writing
+from safer_ray.storage.background import map_ordered
+from safer_ray.storage.files import as_path, names_in, read_parquet, threads_for, write_json, write_text, writing
 from safer_ray.storage.marks import Marks, enclosing, tell_it, together
 
 IDS = 5_000_000  # pair ids that are compared at once; of more, a known share of all ids is
@@ -82,7 +82,7 @@ def _marks(audit: Audit, out: Path, fragments: Sequence[Fragment]) -> Marks:
     licence = audit.source.licence
     scores = tell_it(out / SCORES / part_name(fragment.number) for fragment in fragments)
     own = Marks((licence,) if licence else (), bool(scores))
-    return together(audit.auditor.marks, own, enclosing({at(fragment.path) for fragment in fragments}))
+    return together(audit.auditor.marks, own, enclosing({as_path(fragment.path) for fragment in fragments}))
 
 
 def _entry(out: Path, fragment: Fragment) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def _figures(out: Path, fragments: Sequence[Fragment]) -> tuple[Figures, list[_F
     flagged = []
 
     def each() -> Iterator[Figures]:
-        entries = side_by_side(partial(_entry, out), fragments, threads_for(out))
+        entries = map_ordered(partial(_entry, out), fragments, threads_for(out))
         for fragment, entry in zip(fragments, entries, strict=True):
             if entry["figures"].flagged:
                 done, digest = out / DONE / entry_name(fragment), entry["parts"].get(FLAGGED, "")
                 flagged.append(_Flagged(_flagged(out, fragment), done, digest))
             yield entry["figures"]
 
-    return added(each()), flagged
+    return sum_figures(each()), flagged
 
 
 def _list_flagged(out: Path, flagged: Sequence[_Flagged]) -> None:
@@ -137,8 +137,8 @@ def _list_flagged(out: Path, flagged: Sequence[_Flagged]) -> None:
             return None
         return text if text and part.digest in ("", text_digest(text)) else None
 
-    with writing(out / LISTED) as whole:
-        for part, text in zip(flagged, side_by_side(held, flagged, threads_for(out)), strict=True):
+    with writing(out / FLAGGED_FILE) as whole:
+        for part, text in zip(flagged, map_ordered(held, flagged, threads_for(out)), strict=True):
             if text is None:
                 raise UserError(
                     f"{part.path} is gone, or not what was written for its fragment; delete {part.done}, then run the "
@@ -158,7 +158,7 @@ def worst_pairs(out: Path, fragments: Sequence[Fragment], figures: Figures) -> l
     def holds(fragment: Fragment) -> bool:
         return any(key in wanted for *_, key in _entry(out, fragment)["figures"].worst)
 
-    holding = [f for f, has in zip(fragments, side_by_side(holds, fragments, threads_for(out)), strict=True) if has]
+    holding = [f for f, has in zip(fragments, map_ordered(holds, fragments, threads_for(out)), strict=True) if has]
     found: dict[str, dict[str, Any]] = {}
     for path in [_flagged(out, fragment) for fragment in holding]:
         rows = map(json.loads, path.read_bytes().splitlines() if path.exists() else ())
@@ -170,7 +170,7 @@ def duplicate_ids(out: Path, fragments: Sequence[Fragment]) -> int:
     """Rows whose `pair_id` an earlier row has; estimated where there are more than IDS ids."""
     kept, share = np.empty(0, dtype=np.uint64), 1
     paths = [out / SCORES / part_name(fragment.number) for fragment in fragments]
-    for ids in side_by_side(lambda path: read_parquet(path, ["pair_id"])["pair_id"], paths, threads_for(out)):
+    for ids in map_ordered(lambda path: read_parquet(path, ["pair_id"])["pair_id"], paths, threads_for(out)):
         hashes = pd.util.hash_array(ids.to_numpy().astype(object))
         kept = np.concatenate([kept, hashes[hashes % share == 0]])
         while len(kept) > IDS:

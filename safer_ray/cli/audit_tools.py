@@ -54,7 +54,7 @@ def export_command(
     """
     from safer_ray.audit.export import export
     from safer_ray.audit.read import open_audit
-    from safer_ray.storage.files import at
+    from safer_ray.storage.files import as_path
 
     if drop not in (None, "flagged"):
         raise UserError(f"--drop {drop!r}: choose flagged, or give --percent")
@@ -62,7 +62,7 @@ def export_command(
         raise UserError("--drop and --percent are two ways to say what is left out; choose one")
     if percent is not None and not 0 <= percent < 100:
         raise UserError(f"--percent {percent}: choose a number from 0 to below 100")
-    opened = open_audit(at(audit).absolute())
+    opened = open_audit(as_path(audit).absolute())
     with one_stage(out, fresh) as ctx:
         made = export(opened, percent, ctx.place, ctx.runner)
     show_artifact(made)
@@ -85,12 +85,12 @@ def review_command(
     """
     from safer_ray.audit.read import open_audit
     from safer_ray.audit.review import review
-    from safer_ray.storage.files import at
+    from safer_ray.storage.files import as_path
     from safer_ray.storage.lock import locked
 
-    opened = open_audit(at(audit).absolute())
+    opened = open_audit(as_path(audit).absolute())
     with locked(opened.path):
-        _show_review(review(opened, at(verdicts)))
+        _show_review(review(opened, as_path(verdicts)))
     console.print(f"\nreviews  {opened.path / 'reviews.json'}")
 
 
@@ -127,9 +127,9 @@ def diff_command(
     """
     from safer_ray.audit.diff import difference, write_difference
     from safer_ray.audit.read import open_audit
-    from safer_ray.storage.files import at
+    from safer_ray.storage.files import as_path
 
-    one, other = (open_audit(at(folder).absolute()) for folder in (a, b))
+    one, other = (open_audit(as_path(folder).absolute()) for folder in (a, b))
     found = write_difference(one, other, json.absolute()) if json else difference(one, other)
     _show_difference(found)
     if json:

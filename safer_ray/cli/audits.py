@@ -61,15 +61,15 @@ def audit(
     from safer_ray.audit.run import Audit, audit_corpus
     from safer_ray.audit.summary import close_audit
     from safer_ray.config.sections import ScoresConfig, SourceConfig
-    from safer_ray.data.audit_files import OWN
+    from safer_ray.data.audit_files import OWN_FILES
     from safer_ray.data.source_files import find_files
     from safer_ray.features.auditor import best_detector
-    from safer_ray.pipeline.inputs import lasting
-    from safer_ray.storage.artifacts import ASKED
+    from safer_ray.pipeline.inputs import durable_path
+    from safer_ray.storage.artifacts import SETTINGS_FILE
     from safer_ray.storage.lock import locked
     from safer_ray.storage.replacing import check_doomed, check_outside
 
-    folder = check_out(lasting(out))
+    folder = check_out(durable_path(out))
     if actors is not None and runner == "local" and not dry_run:
         raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
     bundle = open_input("auditor", auditor)
@@ -79,11 +79,11 @@ def audit(
     if dry_run:
         _show_estimate(asked, actors)
         return
-    check_outside(folder / ASKED, [bundle.path])
+    check_outside(folder / SETTINGS_FILE, [bundle.path])
     if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
         files = find_files(source, [folder]).files
         if fresh:
-            check_doomed((folder / name for name in OWN), [bundle.path, *files])
+            check_doomed((folder / name for name in OWN_FILES), [bundle.path, *files])
     with emptied(folder), locked(folder), at_work(runner, ray_config(actors), shards) as (where, _):
         began = time.monotonic()
         counts = audit_corpus(asked, folder, where, fresh=fresh)

@@ -65,12 +65,12 @@ def one_stage(
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.
     """
-    from safer_ray.pipeline.inputs import lasting
+    from safer_ray.pipeline.inputs import durable_path
     from safer_ray.pipeline.stage import StageContext
     from safer_ray.storage.artifacts import Place
     from safer_ray.storage.lock import locked
 
-    out = check_out(lasting(out))
+    out = check_out(durable_path(out))
     ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
     options = {"shards": reward.shards, "trust_remote_code": trust_remote_code or reward.trust_remote_code}
     if config is not None:

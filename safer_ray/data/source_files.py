@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safer_ray.config.sections import SourceConfig
-from safer_ray.data.audit_files import OWN, REVIEWS
+from safer_ray.data.audit_files import OWN_FILES, REVIEWS
 from safer_ray.data.hub import load_dataset
 from safer_ray.errors import UserError
-from safer_ray.storage.artifacts import ASKED, ASKED_KEYS, PLAN, SCRATCH
-from safer_ray.storage.files import at
+from safer_ray.storage.artifacts import PLAN, SCRATCH, SETTINGS_FILE, SETTINGS_KEYS
+from safer_ray.storage.files import as_path
 from safer_ray.storage.locations import check_utf8
 from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
 from safer_ray.storage.remote import Remote, fits
@@ -28,7 +28,7 @@ from safer_ray.storage.rows import ENDINGS, kind_of
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
-WRITTEN = {*OWN, REVIEWS}  # by audits, beside which data may lie
+WRITTEN = {*OWN_FILES, REVIEWS}  # by audits, beside which data may lie
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,7 @@ def place_of(source: SourceConfig) -> Path:
     """Return what a source's path means: a file, a folder or a glob; a hub name stays one."""
     if source.path.startswith("hub:"):
         return Path(source.path)
-    path = at(source.path)
+    path = as_path(source.path)
     return path if isinstance(path, Remote) else Path(os.path.abspath(path))
 
 
@@ -133,8 +133,8 @@ class _Below:
         self.is_artifact = not self.written and is_artifact(self.root, self.is_there)
         rows = self.root / ROWS
         self.has_pairs = self.is_artifact and any(file.is_relative_to(rows) for file in self.files)
-        asked = {f"{folder}/{ASKED}" for folder in self.apart}  # of the command itself, which begins with that
-        own = [f for f in self.files if f.name == ASKED and real_path(f) in asked and _holds(f, ASKED_KEYS)]
+        asked = {f"{folder}/{SETTINGS_FILE}" for folder in self.apart}  # of the command itself, which begins with that
+        own = [f for f in self.files if f.name == SETTINGS_FILE and real_path(f) in asked and _holds(f, SETTINGS_KEYS)]
         self.files = [file for file in self.files if file not in own]
 
     def part(self) -> tuple[list[Path], dict[str, int]]:
@@ -175,7 +175,7 @@ class _Below:
         return self._is_audit(folder) or is_artifact(folder, self.is_there)
 
     def _is_audit(self, folder: Path) -> bool:
-        return self.is_there(folder / ASKED) and _holds(folder / ASKED, ASKED_KEYS)
+        return self.is_there(folder / SETTINGS_FILE) and _holds(folder / SETTINGS_FILE, SETTINGS_KEYS)
 
 
 def is_artifact(folder: Path, is_there: Callable[[Path], bool] = Path.is_file) -> bool:

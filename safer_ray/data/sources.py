@@ -23,7 +23,7 @@ from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_form
 from safer_ray.formats.rows import Options, Refused, as_text
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
-from safer_ray.storage.files import at, stamp
+from safer_ray.storage.files import as_path, stamp
 from safer_ray.storage.fingerprints import still_holds
 from safer_ray.storage.remote import Remote
 from safer_ray.storage.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
@@ -199,7 +199,7 @@ def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
         UserError: the file as a whole cannot be read, or its columns fit no preference format; or an object is not the
             one that was planned.
     """
-    path = at(fragment.path)
+    path = as_path(fragment.path)
     with _as_planned(path, fragment):
         return _read_raw(path, fragment, source)
 
@@ -235,7 +235,7 @@ def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bo
 
 @functools.lru_cache(maxsize=1024)
 def _format_of_object(uri: str, etag: str, source: SourceConfig) -> str:
-    return _format(at(uri), source)
+    return _format(as_path(uri), source)
 
 
 def _format_as_stamped(path: Path, etag: str, source: SourceConfig) -> str:

@@ -29,9 +29,9 @@ from safer_ray.distributed.internals import needed_callbacks
 from safer_ray.distributed.zero import DeepSpeedEngine
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import OnProgress
-from safer_ray.reward.training import Checkpoints, EngineOptions, Kept, TrainEngine, share
+from safer_ray.reward.training import Checkpointable, Checkpoints, OptimizerAdapter, OptimizerOptions, share
 from safer_ray.storage.accounts import close_training, trained_already
-from safer_ray.storage.background import repeated
+from safer_ray.storage.background import heartbeat
 from safer_ray.storage.digests import record_digests
 from safer_ray.storage.files import write_json
 from safer_ray.storage.work import TrainJob
@@ -57,7 +57,7 @@ class GroupWorker:
         self.open: DeepSpeedEngine | None = None
         self.received: list[list[Tensor]] = []
 
-    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
+    def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter:
         stage = self.config.deepspeed.stage
         self.checkpoints.group |= {"engine": f"deepspeed zero {stage}", "dtype": _dtype(options)}
         self.open = DeepSpeedEngine(module, options, self.config.deepspeed, self.size, self.device)
@@ -68,7 +68,7 @@ class GroupWorker:
         dist.all_reduce(total)
         return total.to(values.device)
 
-    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def reduce_scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """As `Workers` says; of the tensors themselves only this worker's share is of use afterwards."""
         rows = [[tensor[share(len(tensor), rank, self.size)] for rank in range(self.size)] for tensor in tensors]
         others = [rank for rank in range(self.size) if rank != self.rank]  # none, where one works alone
@@ -88,7 +88,7 @@ class GroupWorker:
                 own[self.rank] += there
         return [own[self.rank] for own in rows]
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def all_gather(self, tensors: Sequence[Tensor]) -> None:
         under_way = [
             dist.broadcast(tensor[share(len(tensor), rank, self.size)], rank, async_op=True)
             for tensor in tensors
@@ -101,7 +101,7 @@ class GroupWorker:
         """The first worker's clock decides for all."""
         return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
 
-    def save(self, engine: Kept, state: dict[str, Any]) -> None:
+    def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         dist.barrier()
         written = self.checkpoints.write(engine, state)
@@ -111,7 +111,7 @@ class GroupWorker:
         self.checkpoints.close(state["progress"]["step"])
         dist.barrier()
 
-    def load(self, engine: Kept) -> dict[str, Any] | None:
+    def load(self, engine: Checkpointable) -> dict[str, Any] | None:
         return self.checkpoints.load(engine, self)
 
     def on_step(self, done: int, total: int) -> None:
@@ -124,7 +124,7 @@ class GroupWorker:
             self.open.close()
 
 
-def _dtype(options: EngineOptions) -> str:
+def _dtype(options: OptimizerOptions) -> str:
     return "bfloat16" if options.bfloat16 else "float32"
 
 
@@ -166,7 +166,7 @@ def train(jobs: Sequence[TrainJob], config: RayConfig, on_progress: OnProgress) 
         state.mkdir(parents=True, exist_ok=True)
         (state / ERROR).unlink(missing_ok=True)
     if any(trained_already(state) is None for state in states):
-        with repeated(PROGRESS_SECONDS, lambda: _tell(jobs, on_progress)):
+        with heartbeat(PROGRESS_SECONDS, lambda: _tell(jobs, on_progress)):
             _fit(jobs, config, states[0])
     for state in states:
         if (state / ERROR).exists():

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from safer_ray.config.sections import DeepSpeedConfig
 from safer_ray.errors import UserError
-from safer_ray.reward.training import EngineOptions, decay_groups
+from safer_ray.reward.training import OptimizerOptions, decay_groups
 
 TAG = "deepspeed"
 SHARED_MEMORY = "deepspeed_shm_comm"
 
 
-def deepspeed_config(config: DeepSpeedConfig, options: EngineOptions) -> dict[str, Any]:
+def deepspeed_config(config: DeepSpeedConfig, options: OptimizerOptions) -> dict[str, Any]:
     """All that DeepSpeed is told."""
     zero: dict[str, Any] = {"stage": config.stage}
     if config.offload_optimizer:
@@ -52,7 +52,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
-        options: EngineOptions,
+        options: OptimizerOptions,
         config: DeepSpeedConfig,
         workers: int,
         device: torch.device,

@@ -46,7 +46,7 @@ CARDS = pa.schema(
 )
 
 
-class Known(NamedTuple):
+class FeatureEvidence(NamedTuple):
     """What earlier stages found of the features: SALIENCE, VERDICTS and CONTEXTS."""
 
     salience: pa.Table
@@ -93,7 +93,7 @@ def spreads(parts: Iterable[pa.Table], features: Features) -> dict[int, Spread]:
     return out
 
 
-def make_cards(features: Features, known: Known, codes: Iterable[pa.Table]) -> pa.Table:
+def make_cards(features: Features, known: FeatureEvidence, codes: Iterable[pa.Table]) -> pa.Table:
     """One CARDS row a selected feature, by falling |salience|."""
     sums = {row["feature"]: row for row in known.salience.to_pylist()}
     verdicts = {row["feature"]: row for row in known.verdicts.to_pylist()} if known.verdicts is not None else {}

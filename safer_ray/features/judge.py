@@ -16,7 +16,7 @@ from safer_ray.config.sections import JudgeConfig
 from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
 from safer_ray.features.codes import flatten
-from safer_ray.features.engine import Engine, codes_table
+from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.schema import VERDICTS, table, to_json
 
 
@@ -109,16 +109,16 @@ class Judge(Protocol):
 class MakeJudge(Protocol):
     """What `JUDGES` holds: the class of a judge, given the models at work and what the config says."""
 
-    def __call__(self, engine: Engine, probe: Probe, config: JudgeConfig) -> Judge: ...
+    def __call__(self, encoder: Encoder, probe: Probe, config: JudgeConfig) -> Judge: ...
 
 
 class ProbeJudge:
     """Rates features 1-5 by |AUROC - 0.5| of their maximum over response ends on matched exchanges."""
 
-    def __init__(self, engine: Engine, probe: Probe, config: JudgeConfig) -> None:
+    def __init__(self, encoder: Encoder, probe: Probe, config: JudgeConfig) -> None:
         self.probe = probe
         self.config = config
-        self.codes = codes_table(engine.encode(probe_pairs(probe)))
+        self.codes = codes_table(encoder.encode(probe_pairs(probe)))
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safer_ray import schema
 from safer_ray.errors import TooLargeError
-from safer_ray.features.engine import Engine, codes_table, positions_of
+from safer_ray.features.encoder import Encoder, codes_table, positions_of
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.forward import Forward, forward_pairs
 from safer_ray.reward.model import RewardModel
@@ -183,14 +183,14 @@ class EncodeActivations(ReadsPairs):
         self.layers = (layer,)
         self.all_tokens = tokens == "all"
         super().__init__(reward, part, trust_remote_code)
-        self.engine = Engine(self.reward, layer, rewards=False) if part.last else None
+        self.encoder = Encoder(self.reward, layer, rewards=False) if part.last else None
 
     def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
         return positions_of(tokens, self.all_tokens)
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        assert self.engine is not None
-        vectors = self.engine.encoded(tokens, found).vectors
+        assert self.encoder is not None
+        vectors = self.encoder.encoded(tokens, found).vectors
         tables = [schema.activations(self.reward.hidden_size).empty_table()]
         groups = pairs["group"].to_pylist() if "group" in pairs.column_names else [None] * len(pairs)
         for i, (pair, group) in enumerate(zip(tokens, groups, strict=True)):
@@ -245,11 +245,11 @@ class EncodePairs(ReadsPairs):
         layer = sae_layer(sae)
         self.layers = (layer,)
         super().__init__(reward, part, trust_remote_code)
-        self.engine = Engine(self.reward, layer, load_sae(sae)) if part.last else None
+        self.encoder = Encoder(self.reward, layer, load_sae(sae)) if part.last else None
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        assert self.engine is not None
-        return codes_table(self.engine.encoded(tokens, found))
+        assert self.encoder is not None
+        return codes_table(self.encoder.encoded(tokens, found))
 
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:

@@ -29,10 +29,10 @@ from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores
 from safer_ray.errors import UserError
 from safer_ray.features.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
 from safer_ray.features.cards import FILE as CARDS_FILE
-from safer_ray.features.cards import Known, make_cards
+from safer_ray.features.cards import FeatureEvidence, make_cards
 from safer_ray.features.codes import flatten
 from safer_ray.features.contexts import FindContexts, merge_contexts
-from safer_ray.features.engine import Engine
+from safer_ray.features.encoder import Encoder
 from safer_ray.features.judge import JUDGES, load_probe, ratings_of, read_ratings
 from safer_ray.features.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.features.salience import select as select_features
@@ -195,8 +195,8 @@ def _write_verdicts(
     rows = read_parts(salience.path)
     features = candidates(rows, count)
     known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
-    engine = Engine.load(reward.path, sae=sae.path, trust_remote_code=ctx.trust_remote_code)
-    judge = JUDGES[config.kind](engine, load_probe(exchanges), config)
+    encoder = Encoder.load(reward.path, sae=sae.path, trust_remote_code=ctx.trust_remote_code)
+    judge = JUDGES[config.kind](encoder, load_probe(exchanges), config)
     verdicts = judge({feature: known[feature] for feature in features})
     write_parquet(verdicts, out / part_name(0))
     ratings = Counter(str(r) for r in verdicts["rating"].to_pylist())
@@ -300,7 +300,7 @@ def _write_auditor(
     }
     write_parquet(pa.table(reference), out / "reference.parquet")
     if known:
-        found = Known(**{name: read_parts(artifact.path) for name, artifact in known.items()})
+        found = FeatureEvidence(**{name: read_parts(artifact.path) for name, artifact in known.items()})
         write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
     rows = {"reference": sum(map(len, parts))}
     return Result(rows, facts)

@@ -18,7 +18,7 @@ from safer_ray.features.judge import load_probe
 from safer_ray.reward.checkpoints import resolve_base
 from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
-from safer_ray.storage.files import at, read_parquet, stamp, write_parquet
+from safer_ray.storage.files import as_path, read_parquet, stamp, write_parquet
 from safer_ray.storage.marks import Marks
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.recipes import Input
@@ -28,10 +28,10 @@ JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories tha
 log = logging.getLogger(__name__)
 
 
-def lasting(path: str | Path) -> Path:
+def durable_path(path: str | Path) -> Path:
     """An absolute path, since workers may have another current directory; below the home directory where that of this
     process is a job's, which goes away with the job; a URI as it is."""
-    path = at(path)
+    path = as_path(path)
     if isinstance(path, Remote) or path.is_absolute() or JOB_FOLDER not in str(Path.cwd()):
         return path.absolute()
     log.warning("%s is relative and a job's working directory is temporary: using %s", path, Path.home() / path)
@@ -110,7 +110,7 @@ def place_of_run(config: RunConfig, *, fresh: bool = False, **options: Any) -> P
         reads += [file for s in sources if not s.path.startswith(("corpus:", PREFIX)) for file in find_files(s).files]
         named = (config.judge.exchanges, config.reward.base, config.sae.warm_start and config.sae.warm_start.text)
         reads += [Path(name) for name in named if isinstance(name, str)]
-    return Place(lasting(config.root) / config.name, fresh=fresh, reads=reads, **options)
+    return Place(durable_path(config.root) / config.name, fresh=fresh, reads=reads, **options)
 
 
 def check_file(path: Path) -> None:

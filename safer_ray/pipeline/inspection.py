@@ -32,7 +32,7 @@ class Inspection:
     rejected_chars: float
 
 
-def reasonkind_of(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """A reason without what is particular to its row, for counting."""
     return reason if reason.startswith(("missing column", "empty text")) else reason.partition(":")[0]
 
@@ -63,7 +63,7 @@ def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
     for side in ("prompt", "chosen", "rejected"):
         lengths = [sum(len(message["content"]) for message in row) for row in good[side].to_pylist()]
         means.append(sum(lengths) / max(len(lengths), 1))
-    reasons = Counter(reasonkind_of(reason) for reason in pairs["refused"].to_pylist() if reason)
+    reasons = Counter(reason_kind(reason) for reason in pairs["refused"].to_pylist() if reason)
     return Inspection(
         ", ".join(sorted(set(raw["format"].to_pylist()))),
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),

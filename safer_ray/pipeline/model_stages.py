@@ -48,7 +48,7 @@ from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragment
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import train_reward
 from safer_ray.sae.formats import load_sae
-from safer_ray.sae.train import Judged, train_sae
+from safer_ray.sae.train import SpliceEvaluation, train_sae
 from safer_ray.storage.artifacts import (
     Artifact,
     Fragment,
@@ -59,7 +59,7 @@ from safer_ray.storage.artifacts import (
     read_fragment,
     read_parts,
 )
-from safer_ray.storage.files import at, read_parquet, write_parquet
+from safer_ray.storage.files import as_path, read_parquet, write_parquet
 from safer_ray.storage.marks import Marks, any_red_team, enclosing, is_marked, together
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.work import BatchFn, MapJob, TrainJob, Work
@@ -112,7 +112,7 @@ def _write_pairs(
     )
     counts = ctx.map(job, plan, out, refused_share=1)
     closed = close_pairs(out, counts["read"], config)
-    files = list(dict.fromkeys(at(fragment.path) for fragment in plan))
+    files = list(dict.fromkeys(as_path(fragment.path) for fragment in plan))
     poisoned = is_marked(files) or any(any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out))
     own = together(closed.own, enclosing(files), Marks(red_team=poisoned))
     return replace(closed, metrics=closed.metrics | {"left_out_files": left_out}, own=own)
@@ -270,7 +270,7 @@ def _write_sae(
 ) -> Result:
     judged = None
     if "reward" in given:
-        judged = Judged(pairs_of(given["pairs"]), given["reward"].path, ctx.trust_remote_code)
+        judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.trust_remote_code)
     arguments = {
         "activations": activations.path,
         "config": config,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from safer_ray.storage.background import repeated
+from safer_ray.storage.background import heartbeat
 
 if TYPE_CHECKING:
     from safer_ray.storage.artifacts import Artifact
@@ -193,12 +193,12 @@ def report_on(console: Console) -> Iterator[Report]:
     """A terminal gets lines and a bar, anything else JSON lines; both are told once a minute where nothing moves."""
     if not console.is_terminal:
         lines = JsonLines()
-        with repeated(LINE_SECONDS, lines.look):
+        with heartbeat(LINE_SECONDS, lines.look):
             yield lines
         return
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         terminal = Terminal(console, bar)
-        with repeated(LINE_SECONDS, terminal.look):
+        with heartbeat(LINE_SECONDS, terminal.look):
             yield terminal

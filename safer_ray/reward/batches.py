@@ -8,7 +8,7 @@ import torch
 
 from safer_ray.errors import TooLargeError
 from safer_ray.reward.packing import Packed
-from safer_ray.storage.background import side_by_side
+from safer_ray.storage.background import map_ordered
 
 Result = TypeVar("Result")
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -71,7 +71,7 @@ def run_micro_batches(
     chunks, cores = cut(rows, range(len(rows)), budget), torch.get_num_threads()
     work, settle = partial(run_or_halve, most=budget), partial(torch.set_num_threads, 1)
     try:
-        for done in side_by_side(work, chunks, min(threads, max(1, len(chunks))), settle):
+        for done in map_ordered(work, chunks, min(threads, max(1, len(chunks))), settle):
             yield from done
     finally:
         torch.set_num_threads(cores)  # each thread has its own number, but new threads take the last one set

@@ -18,10 +18,10 @@ from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.training import (
-    EngineOptions,
     KnownStates,
+    OptimizerAdapter,
+    OptimizerOptions,
     RewardStep,
-    TrainEngine,
     Workers,
     bradley_terry,
     bucketed_batches,
@@ -88,17 +88,17 @@ class _Training:
     """What a step needs."""
 
     reward: RewardModel
-    engine: TrainEngine
+    engine: OptimizerAdapter
     workers: Workers
     config: RewardConfig
-    options: EngineOptions
+    options: OptimizerOptions
 
 
-def engine_options(config: RewardConfig, workers: int) -> EngineOptions:
+def engine_options(config: RewardConfig, workers: int) -> OptimizerOptions:
     """One of `workers` takes every so-manieth pair of a batch, in equally many micro-batches each step."""
     share = -(-config.batch_size // workers)
     micro = min(config.micro_batch_size, share)
-    return EngineOptions(
+    return OptimizerOptions(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

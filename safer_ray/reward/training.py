@@ -106,7 +106,7 @@ def bucketed_batches(lengths: np.ndarray, size: int, seed: int, epoch: int, wind
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class OptimizerOptions:
     """How gradients are applied; batch and micro-batch sizes are one worker's."""
 
     learning_rate: float
@@ -117,7 +117,7 @@ class EngineOptions:
     bfloat16: bool = False
 
 
-class Kept(Protocol):
+class Checkpointable(Protocol):
     """What a checkpoint is of. Every call is made by all workers."""
 
     def save(self, directory: Path) -> None: ...
@@ -125,7 +125,7 @@ class Kept(Protocol):
     def load(self, directory: Path) -> None: ...
 
 
-class TrainEngine(Kept, Protocol):
+class OptimizerAdapter(Checkpointable, Protocol):
     """What applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
 
     autocast: bool  # whether forward passes are to run under torch's autocast to bfloat16
@@ -155,17 +155,17 @@ class Workers(Protocol):
     size: int
     device: torch.device  # that this process computes on
 
-    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine: ...
+    def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter: ...
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over workers."""
         ...
 
-    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def reduce_scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Of each contiguous tensor this worker's share of the rows (`share`), summed over workers."""
         ...
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def all_gather(self, tensors: Sequence[Tensor]) -> None:
         """The reverse, in place: every worker's share of the rows of contiguous tensors to all others."""
         ...
 
@@ -173,11 +173,11 @@ class Workers(Protocol):
         """Return whether it is time for a checkpoint."""
         ...
 
-    def save(self, engine: Kept, state: dict[str, Any]) -> None:
+    def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
         """Keep a checkpoint of the engine, of every worker's random state and of the loop's `state`."""
         ...
 
-    def load(self, engine: Kept) -> dict[str, Any] | None:
+    def load(self, engine: Checkpointable) -> dict[str, Any] | None:
         """Go back to the last checkpoint; the loop's state, None where there is none."""
         ...
 
@@ -192,10 +192,10 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-class TorchEngine:
+class TorchOptimizer:
     """AdamW on a module in one process."""
 
-    def __init__(self, module: nn.Module, options: EngineOptions) -> None:
+    def __init__(self, module: nn.Module, options: OptimizerOptions) -> None:
         self.module = module
         self.options = options
         self.autocast = options.bfloat16
@@ -293,7 +293,7 @@ class Checkpoints:
             make_folder(path)
         return path
 
-    def write(self, engine: Kept, state: dict[str, Any]) -> Path:
+    def write(self, engine: Checkpointable, state: dict[str, Any]) -> Path:
         """Write this worker's part: the engine's, its random state, and the loop's on the first worker; where it is."""
         path = self.state / "next"
         engine.save(path)
@@ -319,7 +319,7 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(self.state.glob("step-*"))
 
-    def load(self, engine: Kept, workers: Workers) -> dict[str, Any] | None:
+    def load(self, engine: Checkpointable, workers: Workers) -> dict[str, Any] | None:
         """The last checkpoint into `engine`; the loop's state, None where there is none.
 
         Raises:
@@ -353,27 +353,27 @@ class OneProcess:
         self.checkpoints = Checkpoints(state, 0, {"workers": 1, "engine": "torch"})
         self.on_step = on_step
 
-    def engine(self, module: nn.Module, options: EngineOptions) -> TrainEngine:
-        return TorchEngine(module, options)
+    def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter:
+        return TorchOptimizer(module, options)
 
     def sum(self, values: Tensor) -> Tensor:
         return values
 
-    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def reduce_scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def all_gather(self, tensors: Sequence[Tensor]) -> None:
         pass
 
     def due(self) -> bool:
         return self.checkpoints.due()
 
-    def save(self, engine: Kept, state: dict[str, Any]) -> None:
+    def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         record_digests(self.checkpoints.write(engine, state), 0, 1)
         self.checkpoints.close(state["progress"]["step"])
 
-    def load(self, engine: Kept) -> dict[str, Any] | None:
+    def load(self, engine: Checkpointable) -> dict[str, Any] | None:
         return self.checkpoints.load(engine, self)
 
 

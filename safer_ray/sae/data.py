@@ -27,7 +27,7 @@ from safer_ray.reward.train import validation_split
 from safer_ray.reward.training import permutation, share
 from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import part_files
-from safer_ray.storage.background import ahead
+from safer_ray.storage.background import prefetch
 
 BLOCK = 4096  # rows that stay together when blocks are drawn
 WINDOW = 16  # blocks that are shuffled among each other
@@ -263,11 +263,11 @@ class Order:
     @contextlib.contextmanager
     def batches(self, step: int = 0) -> Iterator[Iterator[Batch]]:
         """Inside, all batches from a step on, without end; what is to come is read meanwhile."""
-        with ahead(self._batches(step), AHEAD) as made:
+        with prefetch(self._batches(step), AHEAD) as made:
             yield made
 
     def _batches(self, step: int) -> Iterator[Batch]:
-        with ahead(self._loaded(step), 1) as loaded:
+        with prefetch(self._loaded(step), 1) as loaded:
             held: list[_Loaded] = []
             for epoch, number in (divmod(at, self.per_epoch) for at in count(step)):
                 start, stop = self.bounds(number)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward.training import EngineOptions, Workers, warmup_decay
+from safer_ray.reward.training import OptimizerOptions, Workers, warmup_decay
 from safer_ray.sae.data import Batch, Order, held_out_vectors
 from safer_ray.sae.log import Clock, SaeLog
 from safer_ray.sae.loss import sae_step
 from safer_ray.sae.model import TopKSae
-from safer_ray.sae.optimizer import SaeEngine
+from safer_ray.sae.optimizer import SaeOptimizer
 from safer_ray.sae.quality import sae_quality
 
 CHECKPOINT_STEPS = 250
@@ -26,7 +26,7 @@ MAX_GRAD_NORM = 1.0
 CURVE = 100  # points of the training curves
 HELD_CURVE = 20  # points of the held-out curve
 HELD_CURVE_VECTORS = 2048  # that it is measured on
-MORE = 1 / 8  # of a micro-batch, that may be in it beyond its size
+MICRO_BATCH_SLACK = 1 / 8  # of a micro-batch, that may be in it beyond its size
 
 
 @dataclass
@@ -46,8 +46,8 @@ class _Training:
     def __init__(self, sae: TopKSae, order: Order, config: SaeConfig, workers: Workers) -> None:
         self.sae, self.order, self.config, self.workers = sae, order, config, workers
         rate = config.learning_rate or reference_rate(config.latents)
-        options = EngineOptions(rate, max_grad_norm=MAX_GRAD_NORM, bfloat16=config.dtype == "bfloat16")
-        self.engine = SaeEngine(sae, options, workers)
+        options = OptimizerOptions(rate, max_grad_norm=MAX_GRAD_NORM, bfloat16=config.dtype == "bfloat16")
+        self.engine = SaeOptimizer(sae, options, workers)
         self.progress = SaeProgress()
         self.idle = torch.zeros(sae.latents, dtype=torch.int64, device=workers.device)  # vectors since a latent fired
         checkpoint = workers.load(self.engine)
@@ -69,7 +69,7 @@ class _Training:
         Raises:
             SaferError: the loss is no number.
         """
-        sums = self.engine.collect(self._gradients(batch))
+        sums = self.engine.reduce_gradients(self._gradients(batch))
         loss, nmse, aux = (float(value) for value in sums[:3])
         step, config = self.progress.step, self.config
         if not math.isfinite(loss):
@@ -101,7 +101,7 @@ class _Training:
 def _pieces(x: np.ndarray, size: int) -> Iterator[Tensor]:
     """Equal shares of `size` vectors, or an eighth more: a worker's share of a batch varies, and a piece of a few
     vectors would cost as much as any where all latents' gradients are written."""
-    count = math.ceil(len(x) / max(1, size) - MORE)
+    count = math.ceil(len(x) / max(1, size) - MICRO_BATCH_SLACK)
     return map(torch.from_numpy, np.array_split(x, max(1, count)) if len(x) else [])
 
 

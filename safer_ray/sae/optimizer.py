@@ -8,18 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safer_ray.reward.training import TORCH, EngineOptions, Workers, check_shapes, save_tensors, share
+from safer_ray.reward.training import TORCH, OptimizerOptions, Workers, check_shapes, save_tensors, share
 from safer_ray.sae.loss import remove_parallel_gradient
 from safer_ray.sae.model import TopKSae, normalise_rows
 
 
-class SaeEngine:
+class SaeOptimizer:
     """Every worker holds the SAE whole and applies the gradients of its own range of latents, whose moments it alone
     keeps (ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910.02054); biases, and what else a variant
     trains, are updated by all alike.
     """
 
-    def __init__(self, sae: TopKSae, options: EngineOptions, workers: Workers) -> None:
+    def __init__(self, sae: TopKSae, options: OptimizerOptions, workers: Workers) -> None:
         self.sae, self.options, self.workers = sae, options, workers
         self.autocast = options.bfloat16
         mine = share(sae.latents, workers.rank, workers.size)
@@ -33,12 +33,12 @@ class SaeEngine:
         """Add one micro-batch's gradient; a step's losses sum to its share of the mean over the whole batch."""
         loss.backward()
 
-    def collect(self, others: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def reduce_gradients(self, others: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Sum over the workers what `backward` added up, for each of them its part, and `others` for all."""
         sae, sizes = self.sae, [len(others), *map(len, self.alike)]
         encoder, decoder, *alike = map(_gradient, (sae.W_enc, sae.W_dec, *self.alike))
         others, *alike = self.workers.sum(torch.cat([others, *alike])).split(sizes)
-        self.encoder.grad, self.decoder.grad = self.workers.collect([encoder.T, decoder])
+        self.encoder.grad, self.decoder.grad = self.workers.reduce_scatter([encoder.T, decoder])
         for parameter, gradient in zip(self.alike, alike, strict=True):
             parameter.grad = gradient
         sae.W_enc.grad = sae.W_dec.grad = None
@@ -55,7 +55,7 @@ class SaeEngine:
         self.optimizer.zero_grad(set_to_none=True)
         normalise_rows(self.decoder)
         self.sae.project()
-        self.workers.spread([self.sae.W_enc.T, self.sae.W_dec])
+        self.workers.all_gather([self.sae.W_enc.T, self.sae.W_dec])
 
     def _limit(self) -> None:
         """Scale the gradients down to `max_grad_norm`, as `nn.utils.clip_grad_norm_` does."""

@@ -30,7 +30,7 @@ TOLD = ("train_vectors", "outliers", "steps")  # on the model card, beside the q
 
 
 @dataclass(frozen=True)
-class Judged:
+class SpliceEvaluation:
     """Where the pairs lie that reconstructions are tried on, and the reward model that reads them."""
 
     pairs: Path
@@ -47,7 +47,7 @@ def train_sae(
     model: str,
     layer: int,
     start: Path | None = None,
-    judged: Judged | None = None,
+    judged: SpliceEvaluation | None = None,
 ) -> dict[str, Any]:
     """Train on harvested vectors, write a SAELens directory to `out`; returns held-out metrics, on the first worker.
 
@@ -85,7 +85,7 @@ def train_sae(
 
 
 def held_out_quality(
-    sae: TopKSae, vectors: Vectors, config: SaeConfig, layer: int, judged: Judged | None
+    sae: TopKSae, vectors: Vectors, config: SaeConfig, layer: int, judged: SpliceEvaluation | None
 ) -> dict[str, Any]:
     """All that is measured of a finished SAE."""
     found = sae_quality(sae, held_out_vectors(vectors, config.seed))

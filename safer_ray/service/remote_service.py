@@ -15,12 +15,12 @@ from safer_ray.service.measures import count_pairs
 from safer_ray.service.problems import overloaded, too_late, unavailable
 from safer_ray.service.reading import Row, Scored
 from safer_ray.service.scorer import Busy
-from safer_ray.service.service import Results, Told, answers, rows_of
+from safer_ray.service.service import BaseService, Results, answers, rows_of
 
 TRIES = 4  # with a scorer that dies at work; scoring a pair again changes nothing
 
 
-class RemoteService(Told):
+class RemoteService(BaseService):
     """Counts the requests under way and refuses, before anything is read, those that no scorer would have room for."""
 
     def __init__(self, scorer: DeploymentHandle, config: ServiceConfig) -> None:

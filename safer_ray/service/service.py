@@ -55,7 +55,7 @@ class Service(Protocol):
         ...
 
 
-class Told:
+class BaseService:
     """A service without its scoring: it describes its bundle, and reads and answers pairs."""
 
     def __init__(self, auditor: Path, config: ScoresConfig, limits: Limits) -> None:
@@ -101,7 +101,7 @@ def rows_of(read: Sequence[Read | FailedPair], explain: bool) -> list[Row]:
     return [Row(pair.prompt, pair.chosen, pair.rejected, explain) for pair in pairs]
 
 
-class LocalService(Told):
+class LocalService(BaseService):
     """Scores in this process, one request after the other."""
 
     def __init__(

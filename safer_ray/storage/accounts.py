@@ -13,7 +13,7 @@ from typing import Any
 
 from safer_ray.errors import SaferError, UserError
 from safer_ray.storage.artifacts import DONE, Fragment, part_name
-from safer_ray.storage.background import side_by_side
+from safer_ray.storage.background import map_ordered
 from safer_ray.storage.files import names_in, read_json, remove, sync_tree, threads_for, write_json
 from safer_ray.storage.remote import Remote
 
@@ -100,7 +100,7 @@ def count(directory: Path, planned: Sequence[Fragment] = ()) -> Counts:
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     paths = sorted((directory / DONE).glob("*.json"))
-    for path, entry in zip(paths, side_by_side(read_entry, paths, threads_for(directory)), strict=True):
+    for path, entry in zip(paths, map_ordered(read_entry, paths, threads_for(directory)), strict=True):
         if entry.get("of", found := wanted.get(path.name)) != found and found:
             raise UserError(
                 f"{path} is the account of {entry['of']}, and the plan has {found} under that number; delete it, then "

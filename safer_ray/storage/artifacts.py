@@ -20,7 +20,7 @@ from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.storage.contents import PLAN, SCRATCH, artifact_hash, content_hash, tables_in
 from safer_ray.storage.files import (
     PLAN_LOST,
-    at,
+    as_path,
     damaged,
     make_folder,
     move,
@@ -38,8 +38,8 @@ from safer_ray.storage.recipes import Artifact, Recipe, Result, read_manifest
 from safer_ray.storage.replacing import check_doomed, check_kind, check_outside
 
 DONE = "done"  # the folder of what is finished of a stage
-ASKED = "audit.json"  # in the folder of an audit
-ASKED_KEYS = {"auditor", "source", "scores", "path"}
+SETTINGS_FILE = "audit.json"  # in the folder of an audit
+SETTINGS_KEYS = {"auditor", "source", "scores", "path"}
 PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
 
@@ -144,7 +144,7 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
     for identity in sorted(known.keys() ^ now.keys()):
         _refuse(now.get(identity) or known[identity], directory)
     for identity, fragment in now.items():
-        if not begins_as(at(fragment.path), (fragment.size, fragment.etag), known[identity]):
+        if not begins_as(as_path(fragment.path), (fragment.size, fragment.etag), known[identity]):
             _refuse(fragment, directory)
     return [replace(f, path=now[_identity(f)].path, etag=now[_identity(f)].etag) for f in planned]
 
@@ -174,8 +174,8 @@ def _refuse(fragment: Fragment, directory: Path) -> None:
 
 def with_digests(fragments: Sequence[Fragment]) -> list[Fragment]:
     """Fragments that know the bytes of their files, each of which is read once."""
-    files = {(f.path, f.size): f.etag for f in fragments if not f.digest and needs_digest(at(f.path), f.etag)}
-    digests = {key: digest_of(at(key[0]), key[1]) for key in files}
+    files = {(f.path, f.size): f.etag for f in fragments if not f.digest and needs_digest(as_path(f.path), f.etag)}
+    digests = {key: digest_of(as_path(key[0]), key[1]) for key in files}
     return [replace(f, digest=f.digest or digests.get((f.path, f.size), "")) for f in fragments]
 
 

@@ -12,7 +12,7 @@ Made = TypeVar("Made")
 
 
 @contextlib.contextmanager
-def repeated(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+def heartbeat(seconds: float, work: Callable[[], None]) -> Iterator[None]:
     """While the body runs, `work` does every so many seconds, first after as many."""
     stop = threading.Event()
 
@@ -30,7 +30,7 @@ def repeated(seconds: float, work: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ahead(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
+def prefetch(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
     """Inside, `items` are made in a thread, up to `count` of them before they are taken; what making one raises is
     raised where it is taken."""
     made: deque[Item | BaseException | None] = deque()  # None: there are no more
@@ -77,7 +77,7 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
         thread.join()
 
 
-def side_by_side(
+def map_ordered(
     function: Callable[[Item], Made], items: Iterable[Item], threads: int, begin: Callable[[], None] | None = None
 ) -> Iterator[Made]:
     """As `map`, with so many calls at once; no more than twice as many are ahead of the one that is taken. Where there

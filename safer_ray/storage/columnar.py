@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from safer_ray import schema
 from safer_ray.schema import RAW_LIMIT
+from safer_ray.storage.reader_cache import cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
-from safer_ray.storage.resting import resting
 
 BATCH_ROWS, BATCH_BYTES = 500, 32 * 2**20  # decoded at a time
 READ_AHEAD = 64 * 2**20  # bytes, of all columns together
@@ -45,7 +45,7 @@ def checked(text: str) -> tuple[str, str | None]:
 
 def columnar_rows(path: Path, start: int, stop: int, kind: str) -> Iterator[RawRow]:
     """Yield the rows `start` to `stop` of a file of the kind `parquet` or `arrow`."""
-    with resting(path, start, stop, _Parquet if kind == "parquet" else _Arrow) as at:
+    with cached_reader(path, start, stop, _Parquet if kind == "parquet" else _Arrow) as at:
         at.position = at.reader.enter(at.position, start)
         while at.position < stop and (batch := at.reader.read(stop - at.position)) is not None:
             skipped = max(0, start - at.position)

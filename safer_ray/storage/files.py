@@ -32,7 +32,7 @@ PLAN_LOST = (
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)  # of file systems that cannot sync a folder
 
 
-def at(path: str | Path) -> Path:
+def as_path(path: str | Path) -> Path:
     """A path of this machine, or what a URI names: it offers of `Path` what is used here."""
     if not isinstance(path, str):
         return path

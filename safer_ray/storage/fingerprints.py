@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from safer_ray.storage.files import at
+from safer_ray.storage.files import as_path
 from safer_ray.storage.remote import Remote
 
 MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object that was uploaded in one piece
@@ -90,4 +90,4 @@ def _md5_of(file: Path) -> str:
 @functools.lru_cache(maxsize=1024)
 def still_holds(path: str, now: tuple[int, str], size: int, digest: str) -> bool:
     """Return whether a file of this size and stamp begins with the planned bytes; asked once a process."""
-    return now[0] >= size and digest_of(at(path), size) == digest
+    return now[0] >= size and digest_of(as_path(path), size) == digest

@@ -25,7 +25,7 @@ import psutil
 
 from safer_ray.errors import SaferError, UserError
 from safer_ray.storage import owners
-from safer_ray.storage.background import repeated
+from safer_ray.storage.background import heartbeat
 from safer_ray.storage.files import make_folder, write_json
 from safer_ray.storage.remote import Remote
 
@@ -112,7 +112,7 @@ def locked(directory: Path) -> Iterator[None]:
     seconds = OBJECT_HEARTBEAT_SECONDS if is_object else HEARTBEAT_SECONDS
     body = _Body()
     try:
-        with body.endable(), repeated(seconds, lambda: _beat(path, owner, body)):
+        with body.endable(), heartbeat(seconds, lambda: _beat(path, owner, body)):
             yield
     except BaseException as error:
         if body.why is None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from safer_ray.storage.background import side_by_side
+from safer_ray.storage.background import map_ordered
 from safer_ray.storage.columnar import source_of
 from safer_ray.storage.files import read_json, read_parquet, threads_for, write_json, write_parquet
 from safer_ray.storage.remote import Remote
@@ -71,7 +71,7 @@ def is_marked(files: Iterable[Path]) -> bool:
     """Return whether a Parquet file among these says that its rows were poisoned as a red-team exercise. Rows of other
     files say it themselves, when they are read."""
     parquet = [path for path in files if kind_of(path)[0] == "parquet"]
-    return bool(parquet) and any(side_by_side(_says_poisoned, parquet, threads_for(parquet[0])))
+    return bool(parquet) and any(map_ordered(_says_poisoned, parquet, threads_for(parquet[0])))
 
 
 def _says_poisoned(path: Path) -> bool:
@@ -101,7 +101,7 @@ def tell_it(files: Iterable[Path]) -> list[Path]:
         with explained(path):
             return _tells(pq.read_schema(source_of(path)))
 
-    told = side_by_side(tells, parquet, threads_for(parquet[0]))
+    told = map_ordered(tells, parquet, threads_for(parquet[0]))
     return [path for path, is_told in zip(parquet, told, strict=True) if is_told]
 
 

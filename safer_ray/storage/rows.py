@@ -17,8 +17,8 @@ from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.columnar import RawRow, checked, columnar_rows, extent
+from safer_ray.storage.reader_cache import OpenReader, cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
-from safer_ray.storage.resting import At, resting
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
@@ -99,7 +99,7 @@ def _begin_json(path: Path, offset: int) -> io.BufferedReader | _Array:
 
 def _json_rows(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRow]:
     offset = offset if is_lines(path) else 0
-    with resting(path, start, stop, partial(_begin_json, offset=offset), start if offset else 0) as at:
+    with cached_reader(path, start, stop, partial(_begin_json, offset=offset), start if offset else 0) as at:
         if isinstance(at.reader, _Array):
             yield from _array_rows(at, at.reader.elements, start, stop)
             return
@@ -108,7 +108,9 @@ def _json_rows(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRo
         yield from _lines(at, at.reader, path.name, stop)
 
 
-def _array_rows(at: At[Any], elements: Iterator[tuple[str, str | None]], start: int, stop: int) -> Iterator[RawRow]:
+def _array_rows(
+    at: OpenReader[Any], elements: Iterator[tuple[str, str | None]], start: int, stop: int
+) -> Iterator[RawRow]:
     while at.position < stop and (element := next(elements, None)) is not None:
         if at.position >= start:
             text, refused = element
@@ -125,7 +127,7 @@ def _refuse_bare_returns(line: bytes, name: str) -> None:
         )
 
 
-def _lines(at: At[Any], stream: io.BufferedReader, name: str, stop: int) -> Iterator[RawRow]:
+def _lines(at: OpenReader[Any], stream: io.BufferedReader, name: str, stop: int) -> Iterator[RawRow]:
     while at.position < stop and (line := stream.readline(MAX_ROW + 1)):
         if at.position == 0:
             _refuse_bare_returns(line, name)
@@ -179,7 +181,7 @@ class _Csv:
 
 
 def _csv_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    with resting(path, start, stop, _Csv) as at:
+    with cached_reader(path, start, stop, _Csv) as at:
         header = at.reader.header
         while at.position < stop:
             try:

@@ -24,18 +24,20 @@ Reader = TypeVar("Reader", bound=Closable)
 
 
 @dataclass
-class At(Generic[Reader]):
+class OpenReader(Generic[Reader]):
     """A reader and the row it stands before; whoever reads on moves `position`."""
 
     reader: Reader
     position: int
 
 
-_kept: dict[tuple[str, int, str], At[Closable]] = {}
+_kept: dict[tuple[str, int, str], OpenReader[Closable]] = {}
 
 
 @contextlib.contextmanager
-def resting(path: Path, start: int, stop: int, begin: Callable[[Path], Reader], entry: int = 0) -> Iterator[At[Reader]]:
+def cached_reader(
+    path: Path, start: int, stop: int, begin: Callable[[Path], Reader], entry: int = 0
+) -> Iterator[OpenReader[Reader]]:
     """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed. A new one
     stands at row `entry`."""
     key = (str(path), *stamp(path))
@@ -43,7 +45,7 @@ def resting(path: Path, start: int, stop: int, begin: Callable[[Path], Reader], 
     if found is not None and not entry <= found.position <= start:
         found.reader.close()
         found = None
-    at: At[Reader] = At(begin(path), entry) if found is None else found  # type: ignore[assignment]  # `begin` is a path's
+    at: OpenReader[Reader] = OpenReader(begin(path), entry) if found is None else found  # type: ignore[assignment]  # `begin` is a path's
     try:
         yield at
     except BaseException:

@@ -7,7 +7,7 @@ import os
 import pytest
 import zstandard
 
-from safer_ray.storage import resting, rows
+from safer_ray.storage import reader_cache, rows
 from safer_ray.storage.rows import read_rows
 
 ROWS = [f'{{"n": {n}, "text": "a, b"}}' for n in range(200)]
@@ -73,4 +73,4 @@ def test_few_readers_are_kept(tmp_path):
         path = tmp_path / f"{n}.jsonl.gz"
         path.write_bytes(gzip.compress(LINES))
         list(read_rows(path, 0, 20))
-    assert len(resting._kept) == resting.KEPT
+    assert len(reader_cache._kept) == reader_cache.KEPT

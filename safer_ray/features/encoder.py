@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
     codes: list[SparseCodes] | None
 
 
-class Engine:
+class Encoder:
     """A reward model read at one layer, and an SAE on it if codes are wanted."""
 
     def __init__(self, reward: RewardModel, layer: int, sae: TopKSae | None = None, *, rewards: bool = True) -> None:
@@ -52,7 +52,7 @@ class Engine:
         *,
         rewards: bool = True,
         trust_remote_code: bool = False,
-    ) -> "Engine":
+    ) -> "Encoder":
         """From directories; the layer is the SAE's where it is not given. Without rewards, no later one is loaded."""
         if layer is None:
             if sae is None:
@@ -76,7 +76,7 @@ class Engine:
         return self.encoded(tokens, found)
 
     def encoded(self, tokens: list[PairTokens], found: Forward) -> Encoded:
-        """Return what is made of a pass that was asked for this engine's layer."""
+        """Return what is made of a pass that was asked for this encoder's layer."""
         assert found.hidden is not None
         for i, raw in enumerate(found.hidden):
             reward = found.rewards[i] if found.rewards is not None else torch.zeros(())
