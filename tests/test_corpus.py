@@ -13,7 +13,7 @@ import yaml
 from safer_ray.data import corpus
 from safer_ray.errors import UserError
 
-SHIPPED_PROBE = Path(corpus.__file__).parent / "data" / "probes" / "safety.yaml"
+SHIPPED_PROBE = Path(corpus.__file__).parent / "probes" / "safety.yaml"
 SIZES = {"train_per_section": 1000, "heldout_per_section": 300}
 FILES = ("train.jsonl", "heldout.jsonl", "probe.yaml")
 
