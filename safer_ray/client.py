@@ -28,7 +28,7 @@ class ServiceError(SaferError):
 
 
 class Contribution(NamedTuple):
-    """What a feature adds to a pair's score; negative ones make it suspicious."""
+    """The share of a feature in a pair's score; negative ones make it suspicious."""
 
     feature: int
     name: str
@@ -76,7 +76,7 @@ class Failed:
 
 
 class Patience(NamedTuple):
-    """How long a client goes on asking."""
+    """The time that a client goes on asking."""
 
     tries: int = 8
     first_s: float = 0.25  # before the second try; twice as long before each next one, less up to half by chance
@@ -211,7 +211,7 @@ def pause(patience: Patience, attempt: int, asked: str | None) -> float:
 
 
 def seconds_of(header: str | None) -> float | None:
-    """Of a Retry-After header: seconds, or a date."""
+    """Return the seconds of a Retry-After header, which has seconds or a date."""
     if header is None:
         return None
     if header.strip().isdigit():

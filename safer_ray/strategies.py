@@ -39,7 +39,7 @@ def random_order(ids: list[str], salt: str) -> np.ndarray:
 
 
 def characters(column: pa.ChunkedArray) -> np.ndarray:
-    """Of each list of messages; float64 [n]."""
+    """Return the number of characters of each list of messages; float64 [n]."""
     return np.array([sum(len(m["content"]) for m in messages) for messages in column.to_pylist()], dtype=np.float64)
 
 

@@ -106,7 +106,7 @@ def _rewardbench(margins: dict[str, dict[str, float]]) -> Benchmark:
 
 
 def _by_row(by_id: dict[str, float]) -> dict[str, dict[tuple[int, int], float]]:
-    """Of each row of the set, what its pairs have, by the places of their responses."""
+    """Return for each row of the set what its pairs have, by the places of their responses."""
     rows: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     for key, value in by_id.items():
         row, _, place = key.rpartition("/")
@@ -167,9 +167,9 @@ def _ties(by_id: dict[str, float], sides: dict[str, tuple[float, float]]) -> flo
 
 
 def _rm_bench(margins: dict[str, dict[str, float]]) -> Benchmark:
-    """Of the 3 x 3 matrix of styles (rows: chosen), easy is the mean below the diagonal, normal on it, hard above it; a
-    domain is the mean of the three, safety that of its two halves, the whole that of the four domains (Liu et al. 2025,
-    arXiv 2410.16184)."""
+    """Return the scores of the 3 x 3 matrix of styles (rows: chosen), easy is the mean below the diagonal, normal on
+    it, hard above it; a domain is the mean of the three, safety that of its two halves, the whole that of the four
+    domains (Liu et al. 2025, arXiv 2410.16184)."""
     subsets: dict[str, float] = {}
     for name, by_id in margins.items():
         rows = list(_by_row(by_id).values())

@@ -20,7 +20,7 @@ Pieces = list[list[Piece]]  # of each message of a prompt or a response, in orde
 
 
 def pieces_of(sent: Mapping[str, Any], pair: Pair) -> dict[str, Pieces]:
-    """Of the messages of `prompt`, `chosen` and `rejected` of a pair in canonical format, what was sent where.
+    """Return of the messages of `prompt`, `chosen` and `rejected` of a pair in canonical format what was sent where.
 
     A prompt that only the sides told, or told at more length, has no piece: nobody sent it as the prompt.
     """

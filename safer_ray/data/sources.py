@@ -221,7 +221,8 @@ def _as_planned(path: Path, fragment: Fragment) -> Iterator[None]:
 
 
 def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bool:
-    """Whether a file holds what was planned, as far as that is known without reading one that grows again and again."""
+    """Return whether a file holds what was planned, as far as that is known without reading one that grows again and
+    again."""
     if found == (fragment.size, fragment.etag):
         return True
     if grows(path) and (found[0] > fragment.size or not fragment.digest):

@@ -1,1 +1,1 @@
-"""What makes a pair suspicious, and how well that finds planted errors."""
+"""Detectors of suspicious pairs, and how well they find planted errors."""

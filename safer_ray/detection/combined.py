@@ -22,7 +22,7 @@ PARTS = ("margin", "score", "effect_size", "features", "probe", "local_probe")
 
 
 class Readings(NamedTuple):
-    """What is read of n pairs; all but `prompt` is negated when the responses are swapped."""
+    """Readings of n pairs; all but `prompt` is negated when the responses are swapped."""
 
     margin: Float[ndarray, " n"]  # r_chosen - r_rejected
     score: Float[ndarray, " n"]  # the SAFER score

@@ -1,4 +1,4 @@
-"""What makes a pair suspicious: rival detectors over the same evidence, each one small function.
+"""Detectors of suspicious pairs: rivals over the same evidence, each one small function.
 
 Every detector is a function under `@detector`, named as pages and tables name it, and gives float64 [n], high where a
 pair's label looks wrong; so do the curation strategies (`safer_ray.strategies`). Those that fit anything fit it, for
@@ -22,7 +22,7 @@ NEIGHBOURS = 20
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of n pairs, row by row; nothing of it says which labels were planted."""
+    """Evidence about n pairs, row by row; nothing of it says which labels were planted."""
 
     pair_id: list[str]
     fold: Int[ndarray, " n"]
@@ -120,8 +120,8 @@ def tfidf(known: Evidence) -> np.ndarray:
 
 @detector
 def influence(known: Evidence) -> np.ndarray:
-    """How much a step on the pair's gradient at the reward head would raise the loss of a small clean set: pairs whose
-    gradient points away from the clean ones' (first order; Pruthi et al. 2020, arXiv 2002.08484)."""
+    """Return how much a step on the pair's gradient at the reward head would raise the loss of a small clean set: pairs
+    whose gradient points away from the clean ones' (first order; Pruthi et al. 2020, arXiv 2002.08484)."""
     assert known.head is not None
     assert known.clean_head is not None
     out = np.zeros(len(known.pair_id))
@@ -165,7 +165,8 @@ def local_probe(known: Evidence) -> np.ndarray:
 
 @detector
 def neighbours(known: Evidence) -> np.ndarray:
-    """Whether pairs of other prompts with the most similar (or opposite) contrasts are labelled the other way."""
+    """Return whether pairs of other prompts with the most similar (or opposite) contrasts are labelled the other
+    way."""
     rows = root(known.read.contrast)
     norm = np.sqrt(rows.multiply(rows).sum(axis=1)).A1
     unit = sp.diags(1 / np.maximum(norm, 1e-9)) @ rows

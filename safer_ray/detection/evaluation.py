@@ -1,4 +1,5 @@
-"""What changed: accuracy by section with intervals, paired tests between models, and detection of planted swaps."""
+"""Measure what changed: accuracy by section with intervals, paired tests between models, and detection of planted
+swaps."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -93,14 +94,14 @@ def paired_test(here: np.ndarray, there: np.ndarray) -> McNemar:
 
 
 class Detection(NamedTuple):
-    """How well a suspicion (high: the label looks wrong) finds planted swaps."""
+    """Figures of how well a suspicion (high: the label looks wrong) finds planted swaps."""
 
     auroc: float  # P(a planted pair is more suspicious than a clean one), 0.5: chance
     precision_at_planted: float  # share of planted ones among the `planted` most suspicious
 
 
 def detection(joined: pa.Table, planted: np.ndarray, strategy: StrategyName, seed: int) -> Detection:
-    """Of one curation strategy on pairs joined with their scores."""
+    """Return the figures of one curation strategy on pairs joined with their scores."""
     suspicion = STRATEGIES[strategy](StrategyInput(joined, seed))
     ids = np.array(joined["pair_id"].to_pylist(), dtype=object).astype(str)
     highest = np.lexsort((ids, -suspicion))[: int(planted.sum())]

@@ -1,4 +1,4 @@
-"""How well suspicion finds planted errors: ranks, budgets, intervals over prompts, and paired differences."""
+"""Measure how well suspicion finds planted errors: ranks, budgets, intervals over prompts, and paired differences."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ DRAWS = 1000
 
 
 class Measures(NamedTuple):
-    """Of one detector on pairs of which some are planted errors; all in [0, 1], higher is better."""
+    """Figures of one detector on pairs of which some are planted errors; all in [0, 1], higher is better."""
 
     auroc: float  # P(a planted pair is more suspicious than a clean one), ties half; 0.5: chance
     auprc: float  # average precision; the planted share: chance

@@ -1,4 +1,4 @@
-"""What people are shown of an auditor's features: a name, how it was judged, where and how strongly it fires."""
+"""Cards of an auditor's features, for people: a name, how it was judged, where and how strongly it fires."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ CARDS = pa.schema(
 
 
 class FeatureEvidence(NamedTuple):
-    """What earlier stages found of the features: SALIENCE, VERDICTS and CONTEXTS."""
+    """Evidence about features from earlier stages: SALIENCE, VERDICTS and CONTEXTS."""
 
     salience: pa.Table
     verdicts: pa.Table | None = None
@@ -55,7 +55,7 @@ class FeatureEvidence(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How often a feature fires how strongly on the sentences of either side."""
+    """A histogram of how strongly a feature fires on the sentences of either side."""
 
     edges: np.ndarray  # float64 [bins + 1]
     chosen: np.ndarray  # int64 [bins]
@@ -72,7 +72,8 @@ def name_of(feature: int, verdict: dict[str, Any] | None, contexts: Sequence[dic
 
 
 def spreads(parts: Iterable[pa.Table], features: Features) -> dict[int, Spread]:
-    """Of each selected feature that fires in these codes; the bins go from 0 to its largest activation."""
+    """Return the histogram of each selected feature that fires in these codes; the bins go from 0 to its largest
+    activation."""
     ids = np.sort(np.array([*features.safe, *features.unsafe], dtype=np.int64))
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {side: [] for side in SIDES}
     for part in parts:

@@ -105,7 +105,8 @@ def latent_count(codes: pa.Table) -> int:
 
 
 def contrasts(codes: pa.Table, latents: int, mode: Mode = "response") -> sp.csr_matrix:
-    """Of each pair and feature, the mean activation over the chosen side's entries minus that over the rejected's."""
+    """Return, of each pair and feature, the mean activation over the chosen side's entries minus that over the
+    rejected's."""
     total = sp.csr_matrix((len(codes), latents))
     for sign, side in ((1.0, "chosen"), (-1.0, "rejected")):
         flat = flatten(codes, side, mode)

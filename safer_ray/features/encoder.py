@@ -20,7 +20,7 @@ from safer_ray.sae.sparse import SparseCodes
 
 
 class Encoded(NamedTuple):
-    """What one forward pass leaves of a batch of pairs; lists hold chosen then rejected of each pair in turn."""
+    """The result of one forward pass over a batch of pairs; lists hold chosen then rejected of each pair in turn."""
 
     tokens: list[PairTokens]
     rewards: np.ndarray | None  # float32 [2 n]

@@ -14,7 +14,7 @@ from safer_ray.schema import SIDES
 
 
 class FeaturePart(NamedTuple):
-    """What a feature adds to a pair's score; negative parts make the pair suspicious."""
+    """The share of a feature in a pair's score; negative parts make the pair suspicious."""
 
     feature: int
     sign: int  # +1: of F+, -1: of F-
@@ -22,7 +22,7 @@ class FeaturePart(NamedTuple):
 
 
 class SentencePart(NamedTuple):
-    """What a sentence adds to a pair's score; `content[start:stop]` of that message is the sentence."""
+    """The share of a sentence in a pair's score; `content[start:stop]` of that message is the sentence."""
 
     side: str
     part: str  # prompt or response
@@ -41,8 +41,8 @@ class Explanation(NamedTuple):
 def explain(
     codes: pa.Table, features: Features, pairs: Sequence[Mapping[str, Any]], tokenizer: PairTokenizer, limit: int
 ) -> list[Explanation]:
-    """Of each pair, given by its codes and its messages, the `limit` features that count most, and all sentences on
-    which a selected feature fires. All features' parts, and all sentences', sum to the pair's score."""
+    """Return of each pair, given by its codes and its messages, the `limit` features that count most, and all sentences
+    on which a selected feature fires. All features' parts, and all sentences', sum to the pair's score."""
     parts = contributions(codes, features)
     order = np.argsort(parts.row, kind="stable")
     parts = Contributions(*(column[order] for column in parts))

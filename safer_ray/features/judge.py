@@ -43,7 +43,7 @@ class Probe(BaseModel):
 
 
 class Separation(NamedTuple):
-    """How a feature tells safe from unsafe responses: AUROC in [0, 1], > 0.5 where it fires more on safe ones."""
+    """A feature's separation of safe from unsafe responses: AUROC in [0, 1], > 0.5 where it fires more on safe ones."""
 
     auroc: float
     harmful: float  # among harmful requests only
@@ -98,7 +98,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What verdicts call it."""
+        """Return what verdicts call it."""
         ...
 
     def __call__(self, saliences: dict[int, float]) -> pa.Table:

@@ -64,8 +64,8 @@ class ReadsPairs(ABC):
         return pa.concat_tables([*([made] if made is not None else []), *known], promote_options="default")
 
     def read(self, pairs: pa.Table) -> tuple[pa.Table | None, dict[int, str]]:
-        """What is made of the pairs that can be read, None of none, and by row why the others cannot: one that does
-        not fit the memory, and one of which the model gives values that are not finite."""
+        """Return what is made of the pairs that can be read, None of none, and by row why the others cannot: one that
+        does not fit the memory, and one of which the model gives values that are not finite."""
         reasons: dict[int, str] = {}
         rows = np.arange(len(pairs))
         while True:
@@ -253,7 +253,8 @@ class EncodePairs(ReadsPairs):
 
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
-    """What the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n, d]."""
+    """Return what the reward head reads of the chosen response minus what it reads of the rejected one, float32 [n,
+    d]."""
     return _differences(forward_pairs(reward, tokens, rewards=False, heads=True))
 
 

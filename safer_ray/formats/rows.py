@@ -1,4 +1,4 @@
-"""What preference formats are made of: the declaration of one, pairs, refusals, values and transcripts."""
+"""The parts of preference formats: the declaration of one, pairs, refusals, values and transcripts."""
 
 import itertools
 import re
@@ -28,7 +28,8 @@ class Refused(Exception):  # noqa: N818  # a verdict on a row, no error
 
 @dataclass(frozen=True)
 class Pair:
-    """What a format says of one row. `used` are the columns it accounts for; the others ride along as extras."""
+    """The pair that a format reads from one row. `used` are the columns it accounts for; the others ride along as
+    extras."""
 
     prompt: Messages
     chosen: Messages

@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a child ended: its exit code, or the negative number of a signal."""
+    """The end of a child: its exit code, or the negative number of a signal."""
 
     code: int
     grown: int  # bytes that it took beyond its parent's

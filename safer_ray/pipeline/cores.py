@@ -1,4 +1,5 @@
-"""How many CPUs there are for this process: fewer than the machine has, where an affinity or a container says so."""
+"""Count the CPUs that there are for this process: fewer than the machine has, where an affinity or a container says
+so."""
 
 import os
 from collections.abc import Iterator

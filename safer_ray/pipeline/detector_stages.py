@@ -27,7 +27,7 @@ from safer_ray.storage.files import read_parquet, write_parquet
 
 
 class FoldReadings(NamedTuple):
-    """What was read of n pairs by the models of their folds."""
+    """Readings of n pairs by the models of their folds."""
 
     fold: Int[ndarray, " n"]
     readings: Readings
@@ -102,7 +102,7 @@ def read_folds(folds: Sequence[Fold], vectors: Artifact, ids: list[str]) -> Fold
 
 
 def _said(fold: Fold, number: int) -> pa.Table:
-    """Of a fold's held pairs in the order of its codes: margin and both scores."""
+    """Return margin and both scores of a fold's held pairs, in the order of its codes."""
     codes = read_parts(fold.codes.path)
     features = read_features(fold.auditor.path / "features.json")
     return pa.table(

@@ -1,4 +1,4 @@
-"""What comes from outside a run: where sources lie, their names by content, and the accounts of `pairs`."""
+"""Inputs from outside a run: where sources lie, their names by content, and the accounts of `pairs`."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What a data set looks like: its format, its columns, and what would be refused."""
+"""Look at a data set: its format, its columns, and what would be refused."""
 
 import contextlib
 from collections import Counter
@@ -17,7 +17,7 @@ from safer_ray.formats.rows import Refused
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the first rows of a data set look like."""
+    """The first rows of a data set, summarised."""
 
     format: str  # formats, where files differ
     files: tuple[str, ...]

@@ -85,7 +85,7 @@ def _in_sample(ctx: StageContext, config: RunConfig, pairs: Artifact, sae: Artif
 
 
 def _margins(ctx: StageContext, rewards: Sequence[Artifact], folds: Sequence[Fold]) -> dict[str, float]:
-    """Of each pair, by the model of its fold."""
+    """Return the margin of each pair, by the model of its fold."""
     found: dict[str, float] = {}
     for reward, fold in zip(rewards, folds, strict=True):
         table = read_parts(model_stages.evaluate(ctx, reward, fold.held).path, ["pair_id", "reward_margin"])

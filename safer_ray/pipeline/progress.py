@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, else a JSON line for every stage and every minute of it; each
+"""Report what a run does: a bar on a terminal, else a JSON line for every stage and every minute of it; each
 line has the id of the run."""
 
 import contextlib
@@ -27,7 +27,7 @@ LINE_SECONDS = 60.0  # between two lines of a stage that takes so long
 
 
 class Report(Protocol):
-    """Told what happens."""
+    """Receives progress events."""
 
     def stage(self, name: str, artifact: "Artifact | None") -> None:
         """A stage begins (None), or its artifact is there: made now, or found."""
@@ -57,7 +57,7 @@ class JsonLog(logging.Handler):
 
 @dataclass
 class Pace:
-    """How fast a stage goes since it was first heard of; what was done by then has taken nobody knows how long."""
+    """The pace of a stage since its first event; the time before that is unknown, and so left out."""
 
     began: float
     done: int

@@ -1,4 +1,5 @@
-"""What a file or folder must hold to be taken for what a command calls it, seen before anything is read or made."""
+"""Check that a file or folder holds what it must to be taken for what a command calls it, seen before anything is read
+or made."""
 
 import json
 from collections.abc import Callable

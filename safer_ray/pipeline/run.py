@@ -54,7 +54,7 @@ class Run:
 
 
 def preflight(config: RunConfig) -> None:
-    """What can be known to fail, before anything is computed.
+    """Refuse what can be known to fail, before anything is computed.
 
     Raises:
         UserError: a missing source, text or probe, or a layer past the model.
@@ -174,7 +174,7 @@ def _find(ctx: StageContext, run: Run) -> Iterator[str]:
 
 
 def _change(ctx: StageContext, run: Run) -> Iterator[str]:
-    """What curation leaves of the pairs, the models retrained on it, and all models measured on the same pairs."""
+    """Curate the pairs, retrain models on what is left, and measure all models on the same pairs."""
     config, made = run.config, run.artifacts
     for name, curate in config.curate.items():
         run.curated[name] = feature_stages.curate(ctx, curate, made["training_pairs"], made["scores"])

@@ -1,4 +1,4 @@
-"""What every stage shares: recipes and their versions, the place and the runner, and reading parts side by side."""
+"""Shared by all stages: recipes and their versions, the place and the runner, and reading parts side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -65,7 +65,7 @@ class Effect(NamedTuple):
 
 
 def effect(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Effect:
-    """Of right answers (bool) [seeds, pairs] of a cell and of its rival.
+    """Return the effect from right answers (bool) [seeds, pairs] of a cell and of its rival.
 
     Both the pairs and the seeds are drawn again, so that the noise of training counts.
     """
@@ -118,7 +118,7 @@ def retraining(config: RunConfig) -> str:
 
 
 def answers(evaluation: Artifact) -> dict[str, dict[str, bool]]:
-    """Of each section and pair, whether r_chosen > r_rejected."""
+    """Return, for each section and pair, whether r_chosen > r_rejected."""
     rows = read_parts(evaluation.path, ["pair_id", "section", "reward_margin"])
     found: dict[str, dict[str, bool]] = {}
     columns = (rows[name].to_pylist() for name in rows.column_names)

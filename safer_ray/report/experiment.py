@@ -1,4 +1,5 @@
-"""What the lab and the sweeps found: figures, tables and conclusions in plain words, made from their numbers alone."""
+"""Tell what the lab and the sweeps found: figures, tables and conclusions in plain words, made from their numbers
+alone."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
 
 def detection_part(key: str, title: str, found: Mapping[str, Any]) -> Part:
-    """Of one kind of errors in `detection.json`."""
+    """Return the part about one kind of errors in `detection.json`."""
     outside = found["out_of_fold"]
     recalls = ("recall at 1%", "2%", "5%", "10%")
     head = ("detector", "AUROC", "AUPRC", "precision", *recalls, "combined leads by", "in sample")
@@ -134,7 +135,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def sweep_part(key: str, title: str, found: Mapping[str, Any]) -> Part:
-    """Of a `sweep.json`; figure and words tell of `safety` and `chat`, or of all sections where these are not there."""
+    """Return the part about a `sweep.json`; figure and words tell of `safety` and `chat`, or of all sections where
+    these are not there."""
     names = list(dict.fromkeys(str(row["section"]) for row in found["rows"]))
     groups = [name for name in ("safety", "chat") if name in names] or names
     head = ("section", "pairs", "curation", "accuracy", "against the pairs as they are", "against random")

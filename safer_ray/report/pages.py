@@ -1,4 +1,4 @@
-"""How HTML pages are rendered: templates of this package, all text escaped, nothing undefined."""
+"""Render HTML pages: templates of this package, all text escaped, nothing undefined."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -81,7 +81,7 @@ class StageView:
 
 @dataclass(frozen=True)
 class DetectionView:
-    """How well a strategy finds planted swaps: AUROC in [0, 1], 0.5 is chance."""
+    """Figures of how well a strategy finds planted swaps: AUROC in [0, 1], 0.5 is chance."""
 
     strategy: str
     auroc: float

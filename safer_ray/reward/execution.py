@@ -18,7 +18,7 @@ from safer_ray.reward.trunk import States
 
 
 class ForwardRequest(NamedTuple):
-    """What a forward pass is for."""
+    """The purpose of a forward pass."""
 
     layers: tuple[int, ...] = ()  # blocks, 1-based, whose outputs are wanted, side by side
     rewards: bool = True
@@ -27,12 +27,12 @@ class ForwardRequest(NamedTuple):
 
     @property
     def reaches_head(self) -> bool:
-        """Whether the pass runs to the end of the model."""
+        """Return whether the pass runs to the end of the model."""
         return self.rewards or self.heads
 
 
 class MicroBatchResult(NamedTuple):
-    """What was asked for of the sides of a micro-batch in turn, and of its rows."""
+    """The results asked for of the sides of a micro-batch in turn, and of its rows."""
 
     hidden: Float[Tensor, "tokens width"] | None
     rewards: Float[Tensor, " sides"] | None
@@ -112,7 +112,7 @@ def _inputs(reward: RewardModel, rows: Sequence[Packed], dtype: torch.dtype) -> 
 def _run_backbone(
     reward: RewardModel, batch: dict[str, Tensor], request: ForwardRequest, read: Index | None, ends: Index
 ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
-    """Of a known causal model: blocks' outputs, and at the ends alone what the head reads and the rewards."""
+    """Run a known causal model: blocks' outputs, and at the ends alone what the head reads and the rewards."""
     outputs, output = _run(reward, reward.model.base_model, batch | {"use_cache": False}, request, read, ends)
     if output is None:
         return outputs, None, None
@@ -123,7 +123,7 @@ def _run_backbone(
 def _run_whole_model(
     reward: RewardModel, batch: dict[str, Tensor], request: ForwardRequest, ends: Index
 ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
-    """Of any other model: blocks' outputs, and what its own head reads and gives."""
+    """Run any other model: blocks' outputs, and what its own head reads and gives."""
     inputs: list[Tensor] = []
     with hooks.before(reward.head(), lambda given: inputs.append(given[0])):
         outputs, output = _run(reward, reward.model, batch, request)
@@ -134,8 +134,8 @@ def _run_whole_model(
 
 
 def _at_ends(reward: RewardModel, values: Tensor, logits: Tensor, ends: Index) -> tuple[Tensor, Tensor]:
-    """What the head reads of each side, and the rewards; a decoder's head reads every token, and looks for the last
-    that is not the pad token it is called with."""
+    """Return what the head reads of each side, and the rewards; a decoder's head reads every token, and looks for the
+    last that is not the pad token it is called with."""
     if values.ndim != 3:
         return values, logits[:, 0]
     heads = values[ends]
@@ -193,7 +193,8 @@ def _looked_at(request: ForwardRequest, last: int, read: Index | None, ends: Ind
 def _vectors(
     outputs: dict[int, Tensor], layers: Sequence[int], read: Index | None
 ) -> Float[Tensor, "tokens width"] | None:
-    """What the blocks of `layers` that ran here give at the tokens that are read, side by side by rising number."""
+    """Return what the blocks of `layers` that ran here give at the tokens that are read, side by side by rising
+    number."""
     if read is None:
         return None
     vectors = [outputs[layer][read].float().cpu() for layer in sorted(layers) if layer in outputs]

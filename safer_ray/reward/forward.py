@@ -26,7 +26,7 @@ MASK = 2**26  # entries of a micro-batch's mask where pairs are packed for train
 
 
 class Forward(NamedTuple):
-    """What was asked for of a batch of sequences, or of the sides of pairs, in input order."""
+    """The results asked for of a batch of sequences, or of the sides of pairs, in input order."""
 
     rewards: Float[Tensor, " n"] | None
     hidden: list[Float[Tensor, "m d"]] | None
@@ -207,7 +207,7 @@ def _run_rows(
 
 
 def _sides_of(rows: Sequence[Packed]) -> list[range]:
-    """Of each row, the numbers of its sides, where those of all rows are counted in turn."""
+    """Return for each row the numbers of its sides, where those of all rows are counted in turn."""
     found, count = [], 0
     for row in rows:
         found.append(range(count, count + len(row.lengths)))

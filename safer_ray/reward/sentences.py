@@ -114,7 +114,8 @@ class _Part:
 
 
 def _owners(rendered: Rendered, messages: Sequence[Mapping[str, str]]) -> list[tuple[int, int]]:
-    """Of each span, the message whose content it is, and where in that it begins; templates may leave some out."""
+    """Return for each span the message whose content it is, and where in that it begins; templates may leave some
+    out."""
     owners, number = [], 0
     for start, stop in rendered.spans:
         said = rendered.text[start:stop]

@@ -132,7 +132,7 @@ def render_plain(prompt: Sequence[Message], response: Sequence[Message]) -> tupl
 
 
 class Template(NamedTuple):
-    """How messages become text. A span is a content as it is, without the whitespace around it."""
+    """A way in which messages become text. A span is a content as it is, without the whitespace around it."""
 
     render: Callable[[Any, Sequence[Message], Sequence[Message]], tuple[Rendered, Rendered]]  # by a tokenizer
     writes_special_tokens: bool  # else those that the tokenizer puts around a text are added

@@ -85,7 +85,7 @@ class _Batches:
 
 @dataclass(frozen=True)
 class _Training:
-    """What a step needs."""
+    """Everything that a step needs."""
 
     reward: RewardModel
     engine: OptimizerAdapter

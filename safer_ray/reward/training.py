@@ -31,7 +31,7 @@ TORCH = "torch.pt"
 
 
 class RewardStep(NamedTuple):
-    """Of a batch of pairs: the loss, and the reward margins (chosen - rejected; > 0 is right)."""
+    """The result on a batch of pairs: the loss, and the reward margins (chosen - rejected; > 0 is right)."""
 
     loss: Float[Tensor, ""]
     margin: Float[Tensor, " n"]
@@ -43,7 +43,7 @@ def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 
 
 class KnownStates(NamedTuple):
-    """What block `layer` gives for the sides of a batch, the chosen ones first; each [length, d]."""
+    """The output of block `layer` for the sides of a batch, the chosen ones first; each [length, d]."""
 
     layer: int
     sides: list[Tensor]
@@ -107,7 +107,7 @@ def bucketed_batches(lengths: np.ndarray, size: int, seed: int, epoch: int, wind
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How gradients are applied; batch and micro-batch sizes are one worker's."""
+    """Options of how gradients are applied; batch and micro-batch sizes are one worker's."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -118,7 +118,7 @@ class OptimizerOptions:
 
 
 class Checkpointable(Protocol):
-    """What a checkpoint is of. Every call is made by all workers."""
+    """What can be saved and restored as a checkpoint. Every call is made by all workers."""
 
     def save(self, directory: Path) -> None: ...
 
@@ -126,13 +126,13 @@ class Checkpointable(Protocol):
 
 
 class OptimizerAdapter(Checkpointable, Protocol):
-    """What applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
+    """Applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
 
     autocast: bool  # whether forward passes are to run under torch's autocast to bfloat16
 
     @property
     def model(self) -> Any:
-        """What to call for a forward pass that will be differentiated."""
+        """Return what to call for a forward pass that will be differentiated."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -162,7 +162,7 @@ class Workers(Protocol):
         ...
 
     def reduce_scatter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of each contiguous tensor this worker's share of the rows (`share`), summed over workers."""
+        """Return of each contiguous tensor this worker's share of the rows (`share`), summed over workers."""
         ...
 
     def all_gather(self, tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""What frozen blocks give, computed once a text: a reward model's frozen trunk is the same in every training on it."""
+"""Cache what frozen blocks give, computed once a text: a reward model's frozen trunk is the same in every training on
+it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

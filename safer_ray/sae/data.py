@@ -115,7 +115,7 @@ def _standardised(x: np.ndarray) -> np.ndarray:
 
 
 class _Facts(NamedTuple):
-    """What is known of the rows of a file without its vectors (of raw ones: from them)."""
+    """Facts about the rows of a file without its vectors (of raw ones: from them)."""
 
     norm: np.ndarray  # float32 [rows]
     held: np.ndarray  # bool [rows]
@@ -215,7 +215,7 @@ class _Window(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """What a worker holds of a window: rows `low` and on of its blocks, one after another."""
+    """A worker's part of a window: rows `low` and on of its blocks, one after another."""
 
     window: _Window
     order: np.ndarray  # of all rows of the window

@@ -1,4 +1,4 @@
-"""What a training of an SAE tells on its way: JSON lines, and TensorBoard's event files where they are wanted."""
+"""Log the training of an SAE: JSON lines, and TensorBoard's event files where they are wanted."""
 
 import json
 import time
@@ -47,7 +47,7 @@ def write_lines(lines: list[dict[str, Any]], out: Path) -> None:
 
 
 class Clock:
-    """How long something takes, and how much of it goes by in waiting for data."""
+    """Times how long something takes, and how much of it goes by in waiting for data."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()

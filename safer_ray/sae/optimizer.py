@@ -1,4 +1,4 @@
-"""What applies an SAE's gradients: AdamW under a bounded norm, with decoder directions kept on the unit sphere."""
+"""Apply an SAE's gradients: AdamW under a bounded norm, with decoder directions kept on the unit sphere."""
 
 from collections.abc import Sequence
 from pathlib import Path

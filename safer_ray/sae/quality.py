@@ -1,4 +1,5 @@
-"""How good an SAE is: on vectors that it was not trained on, and by what its reconstructions cost the reward model."""
+"""Measure how good an SAE is: on vectors that it was not trained on, and by what its reconstructions cost the reward
+model."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -29,7 +30,7 @@ PAIRS = 64  # whose states are in memory at once
 
 
 class Quality(NamedTuple):
-    """Of n held-out vectors; all but the last two are means."""
+    """Figures over n held-out vectors; all but the last two are means."""
 
     nmse: float  # ||x_hat - x||^2 / ||x||^2; 0 is perfect
     explained_variance: float  # 1 - SSE / SS about the mean vector; 1 is perfect
@@ -70,8 +71,8 @@ def sae_quality(sae: TopKSae, blocks: Iterable[np.ndarray]) -> Quality:
 
 
 def density_histogram(quality: Quality) -> dict[str, list[float]]:
-    """How many latents fire on which share of the vectors: `edges` of bins of its log10, and `counts`; those that fire
-    on none are in no bin, rarer ones in the first."""
+    """Return how many latents fire on which share of the vectors: `edges` of bins of its log10, and `counts`; those
+    that fire on none are in no bin, rarer ones in the first."""
     alive = quality.fired[quality.fired > 0]
     shares = np.clip(np.log10(alive / quality.vectors), DENSITY_EDGES[0], 0) if len(alive) else np.empty(0)
     counts, _ = np.histogram(shares, DENSITY_EDGES)
@@ -107,7 +108,7 @@ def decoder_clusters(sae: TopKSae, cosine: float = ALIKE, compared: int = COMPAR
 
 
 class Spliced(NamedTuple):
-    """What reward and ranking become when the layer's output at some tokens is replaced by its reconstruction."""
+    """Changes of reward and ranking when the layer's output at some tokens is replaced by its reconstruction."""
 
     pairs: int
     reward_mse: float  # mean squared change of a reward

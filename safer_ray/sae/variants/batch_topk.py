@@ -35,7 +35,8 @@ class BatchTopKSae(ThresholdSae):
         return cls(d, config.latents, config.k, config.variant.threshold_rate)
 
     def active(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> Found:
-        """What fires of a batch while training, with gradients; in training mode the threshold learns from it."""
+        """Return what fires of a batch while training, with gradients; in training mode the threshold learns from
+        it."""
         with torch.no_grad():
             found = largest_of_batch(x - self.b_dec, self.W_enc.T, self.b_enc, self.k * len(x), budget)
             if self.training and len(found.values):

@@ -48,7 +48,8 @@ class JumpReluSae(ThresholdSae):
         return self.firing(x, budget)[0]
 
     def firing(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> tuple[Found, Float[Tensor, ""]]:
-        """What fires, and latents within the rectangle below their threshold with the value 0; then the penalty."""
+        """Return what fires, and latents within the rectangle below their threshold with the value 0; then the
+        penalty."""
         with torch.no_grad():
             reach = self.threshold - self.bandwidth / 2
             entries, pre = above(x - self.b_dec, self.W_enc.T, self.b_enc, reach, budget)
