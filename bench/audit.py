@@ -196,7 +196,7 @@ KINDS = {  # what is audited, and rows of a fragment
 
 def one_audit(folder: Path, bundle: Path, corpus: str, actors: int, kind: str) -> dict[str, Any]:
     """An audit on Ray in this process; what it took."""
-    from safer_ray.distributed.runner import RayRunner
+    from safer_ray.distributed.ray_runner import RayRunner
     from safer_ray.distributed.session import ray_session
 
     source = SourceConfig(path=corpus, format="canonical")
@@ -239,7 +239,7 @@ def apart(*words: object) -> dict[str, Any]:
 
 def bare(bundle: Path, pairs: Sequence[dict[str, Any]], cores: int) -> float:
     """Pairs a second of the engine alone, scores among them."""
-    from safer_ray.features.auditor import read_features
+    from safer_ray.features.bundle import read_features
     from safer_ray.features.encoder import codes_table
 
     torch.set_num_threads(cores)

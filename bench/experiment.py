@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safer_ray.report.experiment import Part, Table, as_markdown, detection_part, excludes_zero, interval, sweep_part
+from safer_ray.report.experiment_report import (
+    Part,
+    Table,
+    as_markdown,
+    detection_part,
+    excludes_zero,
+    interval,
+    sweep_part,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 
 from bench.common import local_path
 from safer_ray.service.http import create_api
-from safer_ray.service.limits import Limits
+from safer_ray.service.request_limits import Limits
 from safer_ray.service.service import LocalService
 
 HANG_S = 20.0

@@ -26,7 +26,7 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.train import pair_texts
-from safer_ray.reward.training import bucketed_batches, reward_step
+from safer_ray.reward.training_steps import bucketed_batches, reward_step
 from safer_ray.storage.artifacts import Place, read_parts
 
 MODEL = TinyLlamaConfig(hidden=96, layers=3, heads=4, intermediate=256, vocabulary=2000, positions=256)
@@ -52,7 +52,7 @@ def seconds(reward: RewardModel, batch: list[PairTokens]) -> float:
 
 def seconds_apart(reward: RewardModel, batch: list[PairTokens]) -> float:
     """Seconds that one step takes where the two sides of a pair run as two sequences."""
-    with patch("safer_ray.reward.training.pack_to_train", return_value=None):
+    with patch("safer_ray.reward.training_steps.pack_to_train", return_value=None):
         return seconds(reward, batch)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bench.common import local_path, write
 from safer_ray.config.sections import CorpusConfig, PairsConfig, RayConfig, RewardConfig, SourceConfig, TinyLlamaConfig
-from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.features.passes import EncodePairs
 from safer_ray.pipeline import model_stages
@@ -24,7 +24,7 @@ from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import pair_texts
-from safer_ray.reward.training import Workers
+from safer_ray.reward.training_steps import Workers
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import TopKSae
 from safer_ray.schema import CODES

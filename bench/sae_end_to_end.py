@@ -29,13 +29,13 @@ import torch
 from bench.common import local_path, write
 from safer_ray import schema
 from safer_ray.config.sections import RayConfig, SaeConfig
-from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.distributed.session import ray_session
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.reward.training import Workers
-from safer_ray.sae.fit import HELD_CURVE, is_mark
+from safer_ray.reward.training_steps import Workers
 from safer_ray.sae.model import standardise
 from safer_ray.sae.train import train_sae
+from safer_ray.sae.training_loop import HELD_CURVE, is_mark
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
 from safer_ray.storage.work import TrainJob

@@ -17,7 +17,7 @@ from bench.engine import read_pairs
 from safer_ray.config.sections import RewardConfig
 from safer_ray.features.encoder import Encoder
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
-from safer_ray.reward.training import OptimizerOptions, TorchOptimizer, permutation, warmup_decay
+from safer_ray.reward.training_steps import OptimizerOptions, TorchOptimizer, permutation, warmup_decay
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step
 from safer_ray.sae.model import TopKSae
 

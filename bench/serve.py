@@ -22,12 +22,12 @@ from typing import Any
 import psutil
 
 from bench.common import local_path, write
+from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
-from safer_ray.formats.rows import Refused
-from safer_ray.service.front import free_ports
-from safer_ray.service.limits import Limits, check_nesting
 from safer_ray.service.problems import Problem
-from safer_ray.service.reading import Row
+from safer_ray.service.request_limits import Limits, check_nesting
+from safer_ray.service.request_parsing import Row
+from safer_ray.service.serve_settings import free_ports
 
 GOALS = {
     "overhead_p50_ms": "<= 15",
@@ -106,7 +106,7 @@ class BareEngine:
 
     def __init__(self, auditor: Path) -> None:
         from safer_ray.reward.checkpoints import quiet_transformers
-        from safer_ray.service.about import open_auditor, scores_config
+        from safer_ray.service.bundle_info import open_auditor, scores_config
         from safer_ray.service.scoring import ScorePairs
 
         quiet_transformers()

@@ -39,7 +39,7 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import TopKSae
-from safer_ray.service.front import settings
+from safer_ray.service.serve_settings import settings
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.files import write_parquet
 
@@ -270,7 +270,7 @@ def safer(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests that need one; eight logical cores, however many the machine has."""
-    from safer_ray.distributed.own import own_ray
+    from safer_ray.distributed.own_ray import own_ray
     from safer_ray.distributed.session import quiet
 
     known = os.environ.get("PYTHONPATH")

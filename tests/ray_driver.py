@@ -15,7 +15,7 @@ from safer_ray.distributed.session import ray_session
 def main(folder: Path, pairs: Path | None = None) -> None:
     config, told = RayConfig(), dict[str, Any]()
     with ray_session(config):
-        from safer_ray.distributed.runner import RayRunner
+        from safer_ray.distributed.ray_runner import RayRunner
 
         told["children"] = [process.pid for process in psutil.Process().children(recursive=True)]
         told["counts"] = vars(RayRunner(config).map(mapping(folder), fragments(folder), folder / "out"))

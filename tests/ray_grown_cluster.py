@@ -43,7 +43,7 @@ def main(folder: Path, out: Path) -> None:
     threading.Timer(LATE, join, [cluster.address]).start()
     began = time.monotonic()
     with ray_session(config):
-        from safer_ray.distributed.runner import RayRunner
+        from safer_ray.distributed.ray_runner import RayRunner
 
         told["waited"] = time.monotonic() - began
         told["asked"] = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))

@@ -57,7 +57,7 @@ def main(folder: Path, pairs: Path) -> None:
     dawdle(folder, "map", True)
     dawdle(folder, "train", True)
     with ray_session(config):
-        from safer_ray.distributed.runner import RayRunner
+        from safer_ray.distributed.ray_runner import RayRunner
 
         runner = RayRunner(config)
         counts = disturbed(

@@ -144,10 +144,10 @@ class Watched:
 
 def train_watched(pairs: Path, out: Path, config: RewardConfig, workers: Any, folder: Path) -> dict[str, Any]:
     """`train_reward` with a checkpoint at every step."""
-    import safer_ray.reward.training  # here, since processes that map need none of it
+    import safer_ray.reward.training_steps  # here, since processes that map need none of it
     from safer_ray.reward.train import train_reward
 
-    safer_ray.reward.training.CHECKPOINT_SECONDS = -1.0
+    safer_ray.reward.training_steps.CHECKPOINT_SECONDS = -1.0
     return train_reward(pairs, out, config, Watched(workers, folder))
 
 

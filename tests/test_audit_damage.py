@@ -14,7 +14,7 @@ from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.audit.summary import close_audit
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.features.auditor import check_auditor
+from safer_ray.features.bundle import check_auditor
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

@@ -35,7 +35,7 @@ from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import AUDITOR_FORMAT
+from safer_ray.features.bundle import AUDITOR_FORMAT
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash

@@ -16,7 +16,7 @@ from safer_ray.data.benchmarks import (
 )
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.formats.benchmarks import rewardbench2, rm_bench
-from safer_ray.formats.rows import Refused
+from safer_ray.formats.declaration import Refused
 from safer_ray.pipeline.inspection import inspect
 
 

@@ -25,7 +25,7 @@ from safer_ray.config.sections import (
 )
 from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import best_detector
+from safer_ray.features.bundle import best_detector
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import KIND, margins
 from safer_ray.pipeline import crossfit, model_stages

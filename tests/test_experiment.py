@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from safer_ray.pipeline.sweep import Effect
-from safer_ray.report.experiment import as_markdown, as_page, detection_part, detection_words, sweep_part, sweep_words
+from safer_ray.report.experiment_report import (
+    as_markdown,
+    as_page,
+    detection_part,
+    detection_words,
+    sweep_part,
+    sweep_words,
+)
 
 NAMES = ("combined", "local_probe", "reward_margin", "confident_learning", "tfidf", "safer", "random", "length")
 

@@ -10,8 +10,8 @@ from test_text import CHAT_TEMPLATE, LONG
 from safer_ray.data.places import pieces_of, sent_span
 from safer_ray.features.explain import explain
 from safer_ray.features.scoring import Features, pair_scores
+from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
-from safer_ray.formats.rows import Refused
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import SENTENCE_END, PairTokenizer
 from safer_ray.reward.tiny_llama import train_tokenizer

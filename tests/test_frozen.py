@@ -16,7 +16,7 @@ from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward, trunk_states
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
-from safer_ray.reward.training import KnownStates, reward_step
+from safer_ray.reward.training_steps import KnownStates, reward_step
 from safer_ray.reward.trunk import cached_trunk
 from safer_ray.storage.work import TrainJob
 

@@ -12,7 +12,7 @@ from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.features.salience import SumFeatures, reduce_sums, salience_table
 from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.reward.checkpoints import load_reward_model
-from safer_ray.reward.training import OneProcess
+from safer_ray.reward.training_steps import OneProcess
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.loss import sae_step
 from safer_ray.sae.model import standardise

@@ -16,16 +16,17 @@ from safer_ray.audit import leftovers
 from safer_ray.config import where
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
+from safer_ray.formats.declaration import Refused, is_transcript
 from safer_ray.formats.registry import read_pair
-from safer_ray.formats.rows import Refused, is_transcript
 from safer_ray.reward import parts, text
 from safer_ray.reward.sentences import SideSentences
-from safer_ray.service import access, auth, keys, limits, uploads, web
+from safer_ray.service import access, auth, keys, uploads, web
+from safer_ray.service import request_limits
 from safer_ray.service.api import ScoreRequest
+from safer_ray.service.highlighting import parted, visible
 from safer_ray.service.http import create_api
-from safer_ray.service.limits import Limits, check_nesting, read_json
-from safer_ray.service.marking import parted, visible
 from safer_ray.service.problems import Problem
+from safer_ray.service.request_limits import Limits, check_nesting, read_json
 from safer_ray.service.service import LocalService
 from safer_ray.storage import rows
 from safer_ray.storage.rows import read_rows
@@ -162,9 +163,9 @@ OLD_STRINGS, OLD_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.com
 def test_what_is_counted_are_the_brackets_outside_strings(pieces):
     body = b"".join(pieces)
     bare = OLD_STRINGS.sub(b"", body).partition(b'"')[0]  # behind a string that nothing ends all is its text
-    found = [match[1] for match in limits.SIGN.finditer(body) if match[1] not in (b"", b",")]
+    found = [match[1] for match in request_limits.SIGN.finditer(body) if match[1] not in (b"", b",")]
     assert found == OLD_BRACKETS.findall(bare)
-    assert sum(match[1] == b"," for match in limits.SIGN.finditer(body)) == bare.count(b",")
+    assert sum(match[1] == b"," for match in request_limits.SIGN.finditer(body)) == bare.count(b",")
 
 
 @given(st.recursive(st.text('a"\\[]{},', max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=8))

@@ -350,7 +350,7 @@ def test_the_service_says_it_with_every_answer(made, tmp_path, red_team):
     from fastapi.testclient import TestClient
 
     from safer_ray.service.http import create_api
-    from safer_ray.service.limits import Limits
+    from safer_ray.service.request_limits import Limits
     from safer_ray.service.service import LocalService
 
     folder = tmp_path / "bundle"

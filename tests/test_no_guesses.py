@@ -16,7 +16,7 @@ from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
 from safer_ray.detection.evaluation import mcnemar, on_the_same
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import read_features, reference_values, vector_layers
+from safer_ray.features.bundle import read_features, reference_values, vector_layers
 from safer_ray.features.codes import flatten
 from safer_ray.features.scoring import Features, ScoreCodes, margins
 from safer_ray.pipeline import feature_stages

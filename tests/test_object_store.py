@@ -556,7 +556,7 @@ def test_uris_that_cannot_be_used_are_refused_and_secrets_not_repeated(uri, told
 
 @pytest.mark.slow
 def test_workers_on_ray_read_and_write_the_store(store, corpus, bundle, wanted, ray_session, monkeypatch):
-    from safer_ray.distributed.runner import RayRunner
+    from safer_ray.distributed.ray_runner import RayRunner
 
     job = Audit.job
 

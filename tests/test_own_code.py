@@ -22,7 +22,7 @@ from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import check_code
+from safer_ray.features.bundle import check_code
 from safer_ray.features.passes import RewardPairs
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner

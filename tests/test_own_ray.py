@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from safer_ray.distributed import own
-from safer_ray.distributed.own import own_folder
+from safer_ray.distributed import own_ray as own
+from safer_ray.distributed.own_ray import own_folder
 from safer_ray.errors import UserError
 
 
@@ -68,7 +68,7 @@ BEHIND_EACH_OTHER = """
 import os, sys
 import ray  # as a process that has read its variables already
 from ray._raylet import AuthenticationMode, get_authentication_mode
-from safer_ray.distributed.own import own_ray
+from safer_ray.distributed.own_ray import own_ray
 
 def state():
     from ray._private import ray_constants

@@ -13,7 +13,7 @@ from safer_ray.reward.forward import can_pack_pair, forward, forward_pairs, pack
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
-from safer_ray.reward.training import bradley_terry, reward_step
+from safer_ray.reward.training_steps import bradley_terry, reward_step
 from safer_ray.reward.trunk import cached_trunk
 
 PAD = 0

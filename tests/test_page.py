@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray.formats.rows import Refused
+from safer_ray.formats.declaration import Refused
 from safer_ray.report.plots import MINUS
 from safer_ray.service.api import (
     AuditorInfo,
@@ -23,8 +23,8 @@ from safer_ray.service.api import (
     SideHistograms,
     Span,
 )
-from safer_ray.service.figures import Spot, reference_figure, sides_figure
-from safer_ray.service.marking import STEPS, marked, step_of, visible
+from safer_ray.service.highlighting import STEPS, marked, step_of, visible
+from safer_ray.service.histograms import Spot, reference_figure, sides_figure
 from safer_ray.service.render import error_page, examples, respond, sign_in_page
 from safer_ray.service.results import (
     PAGE_BYTES,

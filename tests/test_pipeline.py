@@ -13,7 +13,7 @@ from tiny_run import POISONED, VARIANTS, audited, every, finished, tables, tiny_
 from safer_ray import schema
 from safer_ray.config.sections import PairsConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import read_features
+from safer_ray.features.bundle import read_features
 from safer_ray.features.scoring import pair_scores, suspicion
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.run import STAGES, run

@@ -14,7 +14,7 @@ import torch
 
 from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.reward.training import OneProcess, OptimizerOptions
+from safer_ray.reward.training_steps import OneProcess, OptimizerOptions
 from safer_ray.storage import files
 from safer_ray.storage.artifacts import Place, Recipe, Result, open_artifact, part_fragments, part_name, read_fragment
 from safer_ray.storage.files import make_folder, read_json, read_parquet, write_json, write_parquet, write_text

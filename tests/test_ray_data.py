@@ -15,9 +15,9 @@ from ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_no
 from test_kill import assert_same_tables
 
 from safer_ray.config.sections import ActivationsConfig, RayConfig
-from safer_ray.distributed import runner as runner_module
-from safer_ray.distributed.data import LONGEST, dataset, following
-from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed import ray_runner as runner_module
+from safer_ray.distributed.ray_data import LONGEST, dataset, following
+from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.runner import LocalRunner

@@ -26,7 +26,7 @@ from ray_work import (
 )
 from test_kill import assert_same_rows
 
-from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.train import train_reward
 from safer_ray.storage.artifacts import part_files, part_name, read_parts

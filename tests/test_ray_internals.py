@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from safer_ray.distributed import internals, train
+from safer_ray.distributed import ray_internals as internals
+from safer_ray.distributed import ray_train as train
 from safer_ray.distributed.node_messages import NodeMessages, in_our_words
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ LOST = """
 import logging, os, signal, sys, time
 from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.session import ray_session
-from safer_ray.distributed.internals import logs_folder
+from safer_ray.distributed.ray_internals import logs_folder
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 marker, work = sys.argv[1:]
 with ray_session(RayConfig()):

@@ -25,18 +25,18 @@ from test_train_sae import (
 )
 from tiny_run import write_config
 
-import safer_ray.reward.training
+import safer_ray.reward.training_steps
 from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
-from safer_ray.distributed.runner import RayRunner
-from safer_ray.distributed.zero import deepspeed_config
+from safer_ray.distributed.deepspeed_engine import deepspeed_config
+from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.forward import forward
 from safer_ray.reward.train import engine_options, train_reward
-from safer_ray.reward.training import OneProcess
+from safer_ray.reward.training_steps import OneProcess
 from safer_ray.sae import data as sae_data
-from safer_ray.sae import fit as sae_fit
+from safer_ray.sae import training_loop as sae_fit
 from safer_ray.sae.train import train_sae
 from safer_ray.storage.work import TrainJob
 
@@ -146,7 +146,7 @@ def test_an_error_that_a_loop_explains_comes_back_as_it_was(pairs, pairs_dir, tm
 
 def checkpoints_always(out, workers, die=None, **arguments):
     """The loop, with a checkpoint at every step; `die(workers, done)` after each."""
-    safer_ray.reward.training.CHECKPOINT_SECONDS = -1.0
+    safer_ray.reward.training_steps.CHECKPOINT_SECONDS = -1.0
     on_step = workers.on_step
 
     def step(done, total):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from safer_ray.report import plots
-from safer_ray.report import run as report
+from safer_ray.report import run_report as report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
 SECTIONS = (

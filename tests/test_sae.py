@@ -8,7 +8,7 @@ from conftest import random_sae
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.reward.training import OneProcess, OptimizerOptions
+from safer_ray.reward.training_steps import OneProcess, OptimizerOptions
 from safer_ray.sae.loss import remove_parallel_gradient, sae_step
 from safer_ray.sae.model import TopKSae, geometric_median, standardise
 from safer_ray.sae.optimizer import SaeOptimizer

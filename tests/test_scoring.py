@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 from safer_ray import schema
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import read_features
+from safer_ray.features.bundle import read_features
 from safer_ray.features.scoring import Features, ScoreCodes, pair_reasons, pair_scores, parse_features, suspicion
 
 ROWS = [

@@ -26,11 +26,11 @@ from safer_ray import schema
 from safer_ray.client import Client, Failed, Scored, ServiceError
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import best_detector
-from safer_ray.service.front import free_ports
-from safer_ray.service.gate import Gate
+from safer_ray.features.bundle import best_detector
+from safer_ray.service.batch_queue import Gate
 from safer_ray.service.keys import new_key
 from safer_ray.service.problems import PROBLEM_JSON, ProblemDetails
+from safer_ray.service.serve_settings import free_ports
 from safer_ray.storage.artifacts import open_artifact
 from safer_ray.storage.files import read_parquet
 

@@ -12,7 +12,7 @@ from safer_ray.service.access import host_of, own_path
 from safer_ray.service.auth import GRACE_S, SESSION_S, SETTLED_S, Keys, bearer_of, find_keys, is_own
 from safer_ray.service.keys import Key, digest_of, new_key, parse_keys
 from safer_ray.service.problems import Problem
-from safer_ray.service.rates import RateLimited, Rates, Window
+from safer_ray.service.rate_limits import RateLimited, Rates, Window
 
 
 def write(path, *names):

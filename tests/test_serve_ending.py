@@ -12,9 +12,9 @@ import pytest
 from ray_processes import at_work, environment, family, kill, ray_folder, running, wait_until
 from served import bundle_of
 
-from safer_ray.service import front
-from safer_ray.service.ending import Ended, Ending
-from safer_ray.service.front import free_ports, socket_folder
+from safer_ray.service import serve_settings
+from safer_ray.service.serve_settings import free_ports, socket_folder
+from safer_ray.service.shutdown import Ended, Ending
 
 HERE = Path(__file__).parent.parent
 
@@ -131,18 +131,18 @@ def short(tmp_path, monkeypatch):
 def test_folders_of_services_that_were_killed_go_and_those_of_others_stay(short):
     (short / "sr-a-test's").mkdir()
     (short / "elsewhere").mkdir()
-    (short / "elsewhere" / front.OWNER).touch()
+    (short / "elsewhere" / serve_settings.OWNER).touch()
     (short / "sr-link").symlink_to(short / "elsewhere")
     dead = short / "sr-dead"
     dead.mkdir()
-    (dead / front.OWNER).touch()
+    (dead / serve_settings.OWNER).touch()
     with socket_folder() as first:
         assert not dead.exists()
         with socket_folder() as second:
             assert first.exists()
         assert not second.exists()
     assert sorted(path.name for path in short.iterdir()) == ["elsewhere", "sr-a-test's", "sr-link"]
-    assert (short / "elsewhere" / front.OWNER).exists()
+    assert (short / "elsewhere" / serve_settings.OWNER).exists()
 
 
 def test_a_signal_is_held_back_while_something_may_not_be_left_half_done(monkeypatch):

@@ -14,8 +14,8 @@ from safer_ray.config.sections import ScoresConfig
 from safer_ray.service.auth import COOKIE, Keys
 from safer_ray.service.http import create_api, shared
 from safer_ray.service.keys import Key, digest_of, new_key
-from safer_ray.service.limits import LimitBodies, Limits
 from safer_ray.service.problems import PROBLEM_JSON, overloaded, unavailable
+from safer_ray.service.request_limits import LimitBodies, Limits
 from safer_ray.service.service import LocalService
 
 JSON = {"content-type": "application/json"}

@@ -15,8 +15,8 @@ from test_kill import assert_same_rows, assert_same_tables
 from test_packing import COMMON, FAMILIES
 
 from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
-from safer_ray.distributed.pieces import cut
-from safer_ray.distributed.runner import RayRunner
+from safer_ray.distributed.ray_runner import RayRunner
+from safer_ray.distributed.sharded import cut
 from safer_ray.errors import UserError
 from safer_ray.features.encoder import Encoder
 from safer_ray.features.passes import EncodeActivations, EncodePairs, HeadPairs, MeanVectors, RewardPairs

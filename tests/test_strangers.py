@@ -14,7 +14,7 @@ from served import PAIR, bundle_of
 from tiny_run import finished
 
 from safer_ray.client import Client
-from safer_ray.service.front import free_ports
+from safer_ray.service.serve_settings import free_ports
 from safer_ray.storage.files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -23,9 +23,9 @@ from ray.job_submission import JobDetails, JobStatus
 
 from safer_ray import __version__
 from safer_ray.cli import app as cli
-from safer_ray.distributed import command
+from safer_ray.distributed import job_command as command
 from safer_ray.distributed import submit as module
-from safer_ray.distributed.command import check_names, complete, parse_env, require
+from safer_ray.distributed.job_command import check_names, complete, parse_env, require
 from safer_ray.distributed.submit import (
     DETACHED,
     FAILED,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import train as module
-from safer_ray.reward import training
+from safer_ray.reward import training_steps as training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward
 from safer_ray.reward.train import (
@@ -28,7 +28,7 @@ from safer_ray.reward.train import (
     train_reward,
     validation_split,
 )
-from safer_ray.reward.training import (
+from safer_ray.reward.training_steps import (
     Checkpoints,
     OneProcess,
     OptimizerOptions,

@@ -17,11 +17,11 @@ from safer_ray import schema
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward import training
+from safer_ray.reward import training_steps as training
 from safer_ray.reward.train import validation_split
-from safer_ray.reward.training import OneProcess
+from safer_ray.reward.training_steps import OneProcess
 from safer_ray.sae import data as sae_data
-from safer_ray.sae import fit as sae_fit
+from safer_ray.sae import training_loop as sae_fit
 from safer_ray.sae.data import held_out_vectors, open_vectors
 from safer_ray.sae.formats import load_sae, sae_layer, save_sae
 from safer_ray.sae.model import standardise
@@ -164,7 +164,7 @@ from pathlib import Path
 import test_train_sae as tests
 from safer_ray.sae import data as sae_data, fit as sae_fit
 from safer_ray.sae.train import train_sae
-from safer_ray.reward.training import OneProcess
+from safer_ray.reward.training_steps import OneProcess
 
 sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 7
 source, out, deadly = Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]

@@ -16,7 +16,7 @@ from safer_ray.audit.score import AuditRows, PreparePairs
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import plan_file, read_raw
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import check_auditor
+from safer_ray.features.bundle import check_auditor
 from safer_ray.reward.tokens import token_count
 from safer_ray.schema import split_refused
 from safer_ray.storage.artifacts import Fragment

@@ -20,7 +20,7 @@ from safer_ray.data.audit_files import OWN_FILES, SCORES
 from safer_ray.data.source_files import place_of
 from safer_ray.data.sources import read_raw
 from safer_ray.errors import SaferError, UserError
-from safer_ray.features.auditor import check_auditor, check_code
+from safer_ray.features.bundle import check_auditor, check_code
 from safer_ray.features.scoring import BY_BUNDLE, KIND
 from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.accounts import Counts, entry_name, pending, read_entry

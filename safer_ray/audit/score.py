@@ -12,7 +12,7 @@ from safer_ray import schema
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import scorer, vector_layers
+from safer_ray.features.bundle import scorer, vector_layers
 from safer_ray.features.passes import EncodePairs, MeanVectors
 from safer_ray.reward.forward import Forward
 from safer_ray.reward.sentences import SideSentences

@@ -205,7 +205,7 @@ def sweep_command(
 
 def _sweep_table(found: dict[str, Any]) -> Table:
     """One row a cell and section: accuracy, and what it changed in points."""
-    from safer_ray.report.experiment import cell_name
+    from safer_ray.report.experiment_report import cell_name
 
     title = f"{len(found['seeds'])} seeds, retraining {found['retraining']}; points [95% interval]"
     table = Table("cell", "section", "accuracy", "against clean", "against random", title=title, title_justify="left")

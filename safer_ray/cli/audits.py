@@ -63,7 +63,7 @@ def audit(
     from safer_ray.config.sections import ScoresConfig, SourceConfig
     from safer_ray.data.audit_files import OWN_FILES
     from safer_ray.data.source_files import find_files
-    from safer_ray.features.auditor import best_detector
+    from safer_ray.features.bundle import best_detector
     from safer_ray.pipeline.inputs import durable_path
     from safer_ray.storage.artifacts import SETTINGS_FILE
     from safer_ray.storage.lock import locked

@@ -46,8 +46,8 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
             from safer_ray.distributed.session import ray_session
 
             with ray_session(config, shards, verbose=state["verbose"]):
-                from safer_ray.distributed.internals import logs_folder
-                from safer_ray.distributed.runner import RayRunner
+                from safer_ray.distributed.ray_internals import logs_folder
+                from safer_ray.distributed.ray_runner import RayRunner
 
                 report.note("ray", logs=str(logs_folder()))
                 yield RayRunner(config, report.progress), report

@@ -19,8 +19,8 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
+from safer_ray.formats.declaration import Options, Refused, as_text
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
-from safer_ray.formats.rows import Options, Refused, as_text
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.files import as_path, stamp

@@ -24,15 +24,15 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safer_ray.config.sections import RayConfig
-from safer_ray.distributed.internals import (
+from safer_ray.distributed.node_messages import NodeMessages
+from safer_ray.distributed.own_ray import hushed, own_ray
+from safer_ray.distributed.ray_internals import (
     asks_for_a_token,
     cluster_here,
     nodes_at,
     nodes_here,
     on_node_messages,
 )
-from safer_ray.distributed.node_messages import NodeMessages
-from safer_ray.distributed.own import hushed, own_ray
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.cores import usable_cpus
 from safer_ray.storage.remote import Remote

@@ -24,8 +24,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
-from safer_ray.distributed.command import check_names, complete, parse_env, require
-from safer_ray.distributed.internals import each_uploaded, upload_limit
+from safer_ray.distributed.job_command import check_names, complete, parse_env, require
+from safer_ray.distributed.ray_internals import each_uploaded, upload_limit
 from safer_ray.errors import SaferError, UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

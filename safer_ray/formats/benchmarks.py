@@ -7,7 +7,7 @@ cut into pairs whose ids end in the places of their two responses, `…/I-J`. Se
 
 from typing import Any
 
-from safer_ray.formats.rows import (
+from safer_ray.formats.declaration import (
     Options,
     PreferenceFormat,
     Refused,

@@ -3,7 +3,7 @@
 from itertools import combinations
 from typing import Any
 
-from safer_ray.formats.rows import (
+from safer_ray.formats.declaration import (
     Options,
     PreferenceFormat,
     Refused,

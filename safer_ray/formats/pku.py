@@ -1,6 +1,6 @@
 """PKU-SafeRLHF."""
 
-from safer_ray.formats.rows import (
+from safer_ray.formats.declaration import (
     Options,
     Pair,
     PreferenceFormat,

@@ -9,10 +9,20 @@ from types import MappingProxyType
 
 from safer_ray.errors import UserError
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
+from safer_ray.formats.chosen_rejected import CANONICAL, HH_RLHF, SKYWORK, TRL_EXPLICIT, TRL_IMPLICIT, ULTRAFEEDBACK
+from safer_ray.formats.declaration import (
+    Options,
+    Pair,
+    PreferenceFormat,
+    Refused,
+    Row,
+    as_mapping,
+    as_number,
+    as_text,
+    bare,
+)
 from safer_ray.formats.nectar import NECTAR
 from safer_ray.formats.pku import PKU_SAFERLHF
-from safer_ray.formats.rows import Options, Pair, PreferenceFormat, Refused, Row, as_mapping, as_number, as_text, bare
-from safer_ray.formats.two_sides import CANONICAL, HH_RLHF, SKYWORK, TRL_EXPLICIT, TRL_IMPLICIT, ULTRAFEEDBACK
 
 FORMATS: dict[str, PreferenceFormat] = {
     known.name: known

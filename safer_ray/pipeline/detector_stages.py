@@ -15,7 +15,7 @@ from numpy import ndarray
 from safer_ray.config.sections import RunConfig, ScoresConfig
 from safer_ray.detection.combined import Readings, fit_combined
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import VALUES, read_features
+from safer_ray.features.bundle import VALUES, read_features
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import margins, pair_scores, suspect
 from safer_ray.pipeline import model_stages

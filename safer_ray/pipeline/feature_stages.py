@@ -27,7 +27,7 @@ from safer_ray.config.sections import (
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
+from safer_ray.features.bundle import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
 from safer_ray.features.cards import FILE as CARDS_FILE
 from safer_ray.features.cards import FeatureEvidence, make_cards
 from safer_ray.features.codes import flatten

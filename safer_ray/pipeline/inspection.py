@@ -12,7 +12,7 @@ from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw
-from safer_ray.formats.rows import Refused
+from safer_ray.formats.declaration import Refused
 
 
 @dataclass(frozen=True)

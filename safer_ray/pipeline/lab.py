@@ -22,7 +22,7 @@ from safer_ray.pipeline.detector_stages import check_shared_trunk, read_folds, t
 from safer_ray.pipeline.inputs import place_of_run, resolve_exchanges
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, pairs_of, recipe
-from safer_ray.report.experiment import as_page, detection_part
+from safer_ray.report.experiment_report import as_page, detection_part
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.trunk import cached_trunk
 from safer_ray.schema import rows_of

@@ -110,7 +110,7 @@ def _check_weights(folder: Path, names: list[str]) -> None:
 
 
 def _check_features(path: Path) -> None:
-    from safer_ray.features.auditor import read_features
+    from safer_ray.features.bundle import read_features
 
     read_features(path, "response")
 

@@ -309,7 +309,7 @@ class LocalRunner:
         return [self._train(job) for job in jobs]
 
     def _train(self, job: TrainJob) -> dict[str, Any]:
-        from safer_ray.reward.training import (
+        from safer_ray.reward.training_steps import (
             OneProcess,  # here, since processes that read and commit start without torch
         )
 

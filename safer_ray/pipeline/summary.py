@@ -13,7 +13,7 @@ from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
 from safer_ray.pipeline.stage import pairs_of
-from safer_ray.report import run as report
+from safer_ray.report import run_report as report
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.storage.artifacts import Artifact, read_parts

@@ -15,7 +15,7 @@ from safer_ray.pipeline.inputs import place_of_run
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, recipe
-from safer_ray.report.experiment import as_page, sweep_part
+from safer_ray.report.experiment_report import as_page, sweep_part
 from safer_ray.reward.trunk import cached_trunk
 from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text

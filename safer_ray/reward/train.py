@@ -17,7 +17,7 @@ from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, s
 from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.text import PairTokens, both_sides
-from safer_ray.reward.training import (
+from safer_ray.reward.training_steps import (
     KnownStates,
     OptimizerAdapter,
     OptimizerOptions,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safer_ray.reward.training import TORCH, OptimizerOptions, Workers, check_shapes, save_tensors, share
+from safer_ray.reward.training_steps import TORCH, OptimizerOptions, Workers, check_shapes, save_tensors, share
 from safer_ray.sae.loss import remove_parallel_gradient
 from safer_ray.sae.model import TopKSae, normalise_rows
 

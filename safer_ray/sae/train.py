@@ -13,14 +13,14 @@ from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model, quiet_transformers
 from safer_ray.reward.tokens import TEXTS
 from safer_ray.reward.train import validation_split
-from safer_ray.reward.training import Workers, permutation
+from safer_ray.reward.training_steps import Workers, permutation
 from safer_ray.sae.data import Order, Vectors, held_out_vectors, open_vectors, sample
-from safer_ray.sae.fit import fit
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.log import write_lines
 from safer_ray.sae.model import TopKSae
 from safer_ray.sae.model_card import write_model_card
 from safer_ray.sae.quality import decoder_clusters, density_histogram, sae_quality, spliced
+from safer_ray.sae.training_loop import fit
 from safer_ray.sae.variants.registry import new_sae
 from safer_ray.storage.artifacts import part_files
 from safer_ray.storage.files import read_parquet

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from safer_ray.service.auth import COOKIE, SESSION_S, Keys, bearer_of, is_own
 from safer_ray.service.keys import Key
 from safer_ray.service.problems import Problem, respond_with
-from safer_ray.service.rates import Caller, Rates
+from safer_ray.service.rate_limits import Caller, Rates
 from safer_ray.service.render import sign_in_page
 from safer_ray.service.scope import path_of
 

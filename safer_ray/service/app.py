@@ -12,19 +12,19 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from safer_ray.distributed.internals import serve_client
+from safer_ray.distributed.ray_internals import serve_client
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import check_code
-from safer_ray.service.about import info_of, open_auditor, scores_config
+from safer_ray.features.bundle import check_code
 from safer_ray.service.access import LOOPBACK
 from safer_ray.service.arguments import ServiceConfig, Thresholds, read_args
 from safer_ray.service.auth import Keys, find_keys
+from safer_ray.service.bundle_info import info_of, open_auditor, scores_config
 from safer_ray.service.http import create_api
 from safer_ray.service.keys import Key
-from safer_ray.service.limits import Limits
-from safer_ray.service.measures import count_answer
+from safer_ray.service.metrics import count_answer
 from safer_ray.service.problems import log_at_once
 from safer_ray.service.remote_service import RemoteService
+from safer_ray.service.request_limits import Limits
 from safer_ray.service.scorer import Scorer
 
 SPARE = 16  # requests beyond its room that a replica takes, to refuse them itself, or to say that it is alive

@@ -11,7 +11,7 @@ from safer_ray.config.read import explain_validation
 from safer_ray.config.sections import DetectorOf, Frozen, Share
 from safer_ray.config.values import LocalPath
 from safer_ray.errors import UserError
-from safer_ray.service.limits import Limits
+from safer_ray.service.request_limits import Limits
 
 Count = Annotated[int, Field(gt=0)]
 

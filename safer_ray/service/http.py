@@ -13,7 +13,6 @@ from safer_ray.service.access import Access, sign_in_routes
 from safer_ray.service.api import AuditorInfo, FeatureDetail, Features, Health, ScoreRequest, ScoreResponse
 from safer_ray.service.auth import Keys
 from safer_ray.service.headers import Headers, OnAnswer
-from safer_ray.service.limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
 from safer_ray.service.problem_pages import ProblemPages
 from safer_ray.service.problems import (
     Problem,
@@ -24,8 +23,9 @@ from safer_ray.service.problems import (
     too_late,
     unavailable,
 )
-from safer_ray.service.rates import Rates, counted_pairs
+from safer_ray.service.rate_limits import Rates, counted_pairs
 from safer_ray.service.render import STATIC
+from safer_ray.service.request_limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
 from safer_ray.service.service import Service
 from safer_ray.service.web import pages
 

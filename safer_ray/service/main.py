@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from safer_ray.errors import SaferError, UserError
-from safer_ray.service.ending import Ending
-from safer_ray.service.front import free_ports, settings, socket_folder
+from safer_ray.service.serve_settings import free_ports, settings, socket_folder
+from safer_ray.service.shutdown import Ending
 
 NAME = "safer-ray"  # of the application, among those of a cluster
 HOST, PORT = "127.0.0.1", 8000
@@ -96,9 +96,9 @@ def deployed(args: dict[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def own(host: str, port: int, ending: Ending) -> Iterator[str]:
     """Start Ray and its Serve for this service alone; HOST:PORT of its front."""
-    from safer_ray.distributed.internals import leave_signals_alone, on_node_messages
     from safer_ray.distributed.node_messages import NodeMessages
-    from safer_ray.distributed.own import own_ray
+    from safer_ray.distributed.own_ray import own_ray
+    from safer_ray.distributed.ray_internals import leave_signals_alone, on_node_messages
     from safer_ray.service.ray_gone import RayGone
 
     with socket_folder() as folder, contextlib.ExitStack() as started:
@@ -128,7 +128,7 @@ def joined(address: str, host: str | None, port: str | None, ending: Ending) -> 
         UserError: no such cluster, or another application stands where this one would.
     """
     from safer_ray.config.sections import RayConfig
-    from safer_ray.distributed.internals import leave_signals_alone
+    from safer_ray.distributed.ray_internals import leave_signals_alone
     from safer_ray.distributed.session import ray_session
 
     leave_signals_alone()
@@ -137,7 +137,7 @@ def joined(address: str, host: str | None, port: str | None, ending: Ending) -> 
             joined.enter_context(ray_session(RayConfig(address=address)))
         from ray import serve
 
-        from safer_ray.distributed.internals import serve_client
+        from safer_ray.distributed.ray_internals import serve_client
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         there = serve_client()

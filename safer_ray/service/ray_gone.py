@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from safer_ray.distributed.internals import own_processes
-from safer_ray.service.ending import Ending
+from safer_ray.distributed.ray_internals import own_processes
+from safer_ray.service.shutdown import Ending
 
 LOOK_S = 0.2
 PATIENCE_S = 5.0  # for the ways out that do without Ray, and for Ray's own end

@@ -7,13 +7,13 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from safer_ray.service.about import open_auditor, scores_config
 from safer_ray.service.api import FailedPair, Pair, ScoredPair
 from safer_ray.service.arguments import ServiceConfig, Thresholds
-from safer_ray.service.limits import Limits
-from safer_ray.service.measures import count_pairs
+from safer_ray.service.bundle_info import open_auditor, scores_config
+from safer_ray.service.metrics import count_pairs
 from safer_ray.service.problems import overloaded, too_late, unavailable
-from safer_ray.service.reading import Row, Scored
+from safer_ray.service.request_limits import Limits
+from safer_ray.service.request_parsing import Row, Scored
 from safer_ray.service.scorer import Busy
 from safer_ray.service.service import BaseService, Results, answers, rows_of
 

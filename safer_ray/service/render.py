@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from safer_ray.report import plots
-from safer_ray.service import figures, verdict
-from safer_ray.service.marking import parted, storable, visible
+from safer_ray.service import histograms as figures
+from safer_ray.service import verdict
+from safer_ray.service.highlighting import parted, storable, visible
 
 WEB = Path(__file__).parent / "web"
 STATIC = WEB / "static"  # mounted at /static

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from safer_ray.formats.rows import is_transcript
+from safer_ray.formats.declaration import is_transcript
 from safer_ray.report.plots import number
 from safer_ray.service.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
-from safer_ray.service.figures import Spot, reference_figure, sides_figure
-from safer_ray.service.marking import Marked, Piece, marked, messages_of
+from safer_ray.service.highlighting import Marked, Piece, marked, messages_of
+from safer_ray.service.histograms import Spot, reference_figure, sides_figure
 from safer_ray.service.uploads import Line, row_json
 from safer_ray.service.verdict import DETECTORS, Verdict, detector_value, place, verdict_of
 

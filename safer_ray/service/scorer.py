@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from ray import serve
 
-from safer_ray.service.about import details_of, open_auditor, scores_config
 from safer_ray.service.arguments import ServiceConfig, Thresholds
-from safer_ray.service.gate import Gate
-from safer_ray.service.measures import measure_batch, measure_waiting, time_stage
+from safer_ray.service.batch_queue import Gate
+from safer_ray.service.bundle_info import details_of, open_auditor, scores_config
+from safer_ray.service.metrics import measure_batch, measure_waiting, time_stage
 from safer_ray.service.problems import log_at_once
-from safer_ray.service.reading import Outcome, Row, Scored
+from safer_ray.service.request_parsing import Outcome, Row, Scored
 
 CHARS_PER_TOKEN = 4  # about; only batches are cut by it
 MARKUP_TOKENS = 16  # of a pair

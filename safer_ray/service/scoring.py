@@ -18,7 +18,7 @@ from safer_ray.features.scoring import suspicion
 from safer_ray.reward.forward import Forward
 from safer_ray.reward.text import PairTokens
 from safer_ray.service.problems import log_without_texts
-from safer_ray.service.reading import Outcome, Row
+from safer_ray.service.request_parsing import Outcome, Row
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.files import read_parquet
 

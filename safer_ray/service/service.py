@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from safer_ray.config.sections import DetectorOf, ScoresConfig
-from safer_ray.features.auditor import check_code
-from safer_ray.service.about import details_of, info_of, open_auditor, scores_config, summary_of
+from safer_ray.features.bundle import check_code
 from safer_ray.service.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
-from safer_ray.service.limits import Limits
-from safer_ray.service.reading import Read, Row, Scored, answer, read_pairs
+from safer_ray.service.bundle_info import details_of, info_of, open_auditor, scores_config, summary_of
+from safer_ray.service.request_limits import Limits
+from safer_ray.service.request_parsing import Read, Row, Scored, answer, read_pairs
 
 Result = ScoredPair | FailedPair
 

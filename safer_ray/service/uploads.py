@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 
+from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import FORMATS, expanded, read_pair, row_format
-from safer_ray.formats.rows import Refused
 from safer_ray.service.api import MAX_ID_CHARS, Message, Pair
-from safer_ray.service.limits import Limits, check_nesting
 from safer_ray.service.problems import Problem
+from safer_ray.service.request_limits import Limits, check_nesting
 
 MAX_ROWS = 1000
 MAX_LINES = 100 * MAX_ROWS  # blank ones included

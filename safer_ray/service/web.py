@@ -10,13 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from safer_ray.formats.rows import Refused
+from safer_ray.formats.declaration import Refused
 from safer_ray.service.api import FailedPair, Pair, ScoredPair
 from safer_ray.service.auth import COOKIE
-from safer_ray.service.limits import Limits, LimitsOf, chars_of
 from safer_ray.service.problems import Problem, overloaded
-from safer_ray.service.rates import RateLimited, counted_pairs, pairs_at_once
+from safer_ray.service.rate_limits import RateLimited, counted_pairs, pairs_at_once
 from safer_ray.service.render import error_page, examples, respond
+from safer_ray.service.request_limits import Limits, LimitsOf, chars_of
 from safer_ray.service.results import (
     by_suspicion,
     carried,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safer_ray.config.sections import DeepSpeedConfig
 from safer_ray.errors import UserError
-from safer_ray.reward.training import OptimizerOptions, decay_groups
+from safer_ray.reward.training_steps import OptimizerOptions, decay_groups
 
 TAG = "deepspeed"
 SHARED_MEMORY = "deepspeed_shm_comm"

@@ -10,7 +10,7 @@ import numpy as np
 
 from safer_ray.config.sections import DetectorOf, ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.features.auditor import best_detector, check_auditor, read_features, reference_values
+from safer_ray.features.bundle import best_detector, check_auditor, read_features, reference_values
 from safer_ray.features.cards import read_cards
 from safer_ray.service.api import (
     AuditorInfo,

@@ -16,8 +16,8 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from safer_ray.config.sections import PoolConfig, RayConfig
-from safer_ray.distributed.pieces import CommitPiece, MapPiece, ReadPieces
-from safer_ray.distributed.steps import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
+from safer_ray.distributed.operators import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
+from safer_ray.distributed.sharded import CommitPiece, MapPiece, ReadPieces
 from safer_ray.pipeline.progress import RUN_ID
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.work import Part, Work

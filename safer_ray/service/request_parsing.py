@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from safer_ray.data.places import Pieces, pieces_of, sent_span
 from safer_ray.features.explain import Explanation
+from safer_ray.formats.declaration import Pair as ReadPair
+from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
-from safer_ray.formats.rows import Pair as ReadPair
-from safer_ray.formats.rows import Refused
 from safer_ray.service.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
-from safer_ray.service.limits import Limits
+from safer_ray.service.request_limits import Limits
 
 TEXTS = ("prompt", "chosen", "rejected")
 ROLE_CHARS = 64

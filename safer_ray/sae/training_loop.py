@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
-from safer_ray.reward.training import OptimizerOptions, Workers, warmup_decay
+from safer_ray.reward.training_steps import OptimizerOptions, Workers, warmup_decay
 from safer_ray.sae.data import Batch, Order, held_out_vectors
 from safer_ray.sae.log import Clock, SaeLog
 from safer_ray.sae.loss import sae_step

@@ -24,12 +24,12 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
 from safer_ray.config.sections import RayConfig
-from safer_ray.distributed.group import GroupConfig
-from safer_ray.distributed.internals import needed_callbacks
-from safer_ray.distributed.zero import DeepSpeedEngine
+from safer_ray.distributed.deepspeed_engine import DeepSpeedEngine
+from safer_ray.distributed.process_group import GroupConfig
+from safer_ray.distributed.ray_internals import needed_callbacks
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import OnProgress
-from safer_ray.reward.training import Checkpointable, Checkpoints, OptimizerAdapter, OptimizerOptions, share
+from safer_ray.reward.training_steps import Checkpointable, Checkpoints, OptimizerAdapter, OptimizerOptions, share
 from safer_ray.storage.accounts import close_training, trained_already
 from safer_ray.storage.background import heartbeat
 from safer_ray.storage.digests import record_digests
@@ -44,7 +44,7 @@ PROGRESS = "progress.json"
 
 
 class GroupWorker:
-    """One process of a Ray Train group; see `safer_ray.reward.training.Workers`."""
+    """One process of a Ray Train group; see `safer_ray.reward.training_steps.Workers`."""
 
     def __init__(self, state: Path, config: RayConfig) -> None:
         context = ray.train.get_context()

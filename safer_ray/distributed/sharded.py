@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from safer_ray.distributed.steps import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, next_row, to_bytes
+from safer_ray.distributed.operators import COUNTED, Commit, Map, Read, Row, fragment_of, from_bytes, next_row, to_bytes
 from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import Attempts, Mapped, Prepared
 from safer_ray.schema import QUARANTINE, SIDES

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safer_ray.distributed.internals import quiet_driver, read_environment_again
+from safer_ray.distributed.ray_internals import quiet_driver, read_environment_again
 from safer_ray.errors import SaferError, UserError
 
 TOKEN_BYTES = 32

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from safer_ray.formats.rows import (
+from safer_ray.formats.declaration import (
     Messages,
     Options,
     Pair,

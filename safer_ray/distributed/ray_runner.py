@@ -12,9 +12,9 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import UserCodeException
 
 from safer_ray.config.sections import RayConfig
-from safer_ray.distributed.data import map_fragments
+from safer_ray.distributed.ray_data import map_fragments
+from safer_ray.distributed.ray_train import train
 from safer_ray.distributed.session import check_shared
-from safer_ray.distributed.train import train
 from safer_ray.errors import SaferError
 from safer_ray.pipeline.runner import OnProgress, no_progress, plan
 from safer_ray.storage.accounts import Counts, close, pending, unfinished

@@ -1,7 +1,7 @@
 """Settings with which Ray Serve is at its quickest: HAProxy before the ingresses, one event loop a replica.
 
-`env $(python -m safer_ray.service.front) ray start …` starts a node of a cluster so; `safer-ray serve` does it on one
-machine.
+`env $(python -m safer_ray.service.serve_settings) ray start …` starts a node of a cluster so; `safer-ray serve` does it
+on one machine.
 """
 
 import contextlib
