@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import POISONED, every, finished, tiny_config, write_config
 
 from safer_ray.cli import app as cli
+from safer_ray.cli import runs
 from safer_ray.cli.shared import console, ray_config
 from safer_ray.pipeline import progress
 from safer_ray.pipeline.run import run
@@ -251,7 +252,7 @@ def test_run_on_a_terminal_says_it_in_lines(safer, tiny, monkeypatch):
 
 def test_a_stage_by_hand_tells_how_far_it_is(safer, at, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
-    monkeypatch.setattr(progress, "repeated", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(progress, "heartbeat", lambda *_: contextlib.nullcontext())
     words = ["codes", "--pairs", at["noise"], "--reward", at["reward"], "--sae", at["sae"], "--out", tmp_path / "out"]
     code, _, err = safer(*words)
     assert code == 0
@@ -745,7 +746,7 @@ def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
     names = ("none", "flip_safer_5", "flip_random_5", "drop_safer_5", "drop_random_5")
     tested = {f"{name} vs none": {"chat": {"p": 0.00012}} for name in names[1:]}
     sections = {"chat": 0.9, "safety": 0.8, "chat hard": 0.7, "reasoning": 0.6}
-    table = cli._accuracy_table({"sections": dict.fromkeys(names, sections), "tests": tested}, "none")
+    table = runs._accuracy_table({"sections": dict.fromkeys(names, sections), "tests": tested}, "none")
     screen = Console(width=80, file=io.StringIO())
     screen.print(table)
     assert "…" not in screen.file.getvalue()

@@ -20,8 +20,7 @@ from safer_ray.formats.declaration import Refused, is_transcript
 from safer_ray.formats.registry import read_pair
 from safer_ray.reward import parts, text
 from safer_ray.reward.sentences import SideSentences
-from safer_ray.service import access, auth, keys, uploads, web
-from safer_ray.service import request_limits
+from safer_ray.service import access, auth, keys, request_limits, uploads, web
 from safer_ray.service.api import ScoreRequest
 from safer_ray.service.highlighting import parted, visible
 from safer_ray.service.http import create_api

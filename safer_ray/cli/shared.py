@@ -28,6 +28,10 @@ Out = Annotated[Path, path_option(help="The directory to write; it becomes the a
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and start again.")]
 
 
+class ServiceEnded(SystemExit):
+    """The end of a service, which has said itself how it came."""
+
+
 @contextlib.contextmanager
 def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["Runner", "Report"]]:
     """The runner called `name`, its cluster joined or started, with room for models in `shards` parts, and what it

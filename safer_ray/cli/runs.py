@@ -1,0 +1,140 @@
+"""Whole runs on the command line: run, plan, ls, report."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from safer_ray.cli.options import (
+    config_argument,
+    path_argument,
+    text_option,
+)
+from safer_ray.cli.shared import Assignments, Fresh, RunnerName, at_work, console
+from safer_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from safer_ray.storage.artifacts import Artifact
+
+app = typer.Typer()
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, config_argument(help="A YAML config, or the name of a shipped one: demo.")],
+    assignments: Assignments = None,
+    until: Annotated[str | None, text_option(help="Stop after this stage.")] = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming", help="Allow every poison variant.")] = False,
+) -> None:
+    """Run all stages of a config; what is there already is not made again."""
+    from safer_ray.config.read import load_config
+    from safer_ray.pipeline.run import run
+
+    loaded = load_config(config, assignments, red_team=red_team)
+    with at_work(runner, loaded.ray, loaded.reward.shards) as (where, report):
+        result = run(loaded, where, until=until, fresh=fresh, on_stage=report.stage)
+    summary = result.directory / "summary.json"
+    if until in (None, "report"):
+        _closing_table(json.loads(summary.read_text(encoding="utf-8")), loaded.evaluate.base)
+        console.print(f"\nreport   {result.directory / 'report.html'}\nsummary  {summary}")
+
+
+def _closing_table(summary: dict[str, Any], base: str) -> None:
+    """Print what the run found, as a table."""
+    found = summary["detection"]
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    sae = summary["sae"]
+    selected = summary["selected_features"]
+    facts.add_row("pairs", f"{summary['pairs']:,} ({summary['quarantined']} rows quarantined)")
+    facts.add_row("reward model", f"validation accuracy {summary['reward']['accuracy']:.3f}")
+    facts.add_row(
+        "SAE",
+        f"nmse {sae['nmse']:.3f}, explained variance {sae['explained_variance']:.3f}, "
+        f"L0 {sae['l0']:.1f}, dead {sae['dead_share']:.1%}",
+    )
+    facts.add_row("features", f"{selected['safe']} safe, {selected['unsafe']} unsafe")
+    console.print()
+    console.print(facts)
+    if found["auroc"]:
+        table = Table(title=f"Finding {found['planted']} planted label swaps", title_justify="left")
+        table.add_column("strategy")
+        table.add_column("AUROC", justify="right")
+        table.add_column("precision at planted", justify="right")
+        for name, auroc in found["auroc"].items():
+            table.add_row(name, f"{auroc:.3f}", f"{found['precision_at_planted'][name]:.3f}")
+        console.print(table)
+    console.print(_accuracy_table(summary, base))
+
+
+def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
+    """One row a model, one column a section, the p-value of its change under each accuracy: there are more models than
+    sections, and a name is never broken."""
+    sections = sorted({section for values in summary["sections"].values() for section in values})
+    table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
+    table.add_column("model", overflow="fold")
+    for section in sections:
+        table.add_column(Text(section), justify="right", overflow="fold")
+    for name, values in summary["sections"].items():
+        tests = summary["tests"].get(f"{name} vs {base}", {})
+        told = {section: Text(f"\np {test['p']:.2g}", "dim") for section, test in tests.items()}
+        cells = [Text.assemble(f"{values[s]:.3f}", told.get(s, "")) if s in values else "" for s in sections]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, path_argument()],
+    assignments: Assignments = None,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
+) -> None:
+    """List the artifacts of a config in order, and which of them are there."""
+    from safer_ray.config.read import load_config
+    from safer_ray.pipeline.run import run
+    from safer_ray.pipeline.runner import LocalRunner
+
+    loaded = load_config(config, assignments, red_team=red_team)
+
+    def show(name: str, artifact: "Artifact | None") -> None:
+        console.print(f"{'there  ' if artifact else 'missing'} {name}")
+
+    run(loaded, LocalRunner(), dry=True, on_stage=show)
+
+
+@app.command("ls")
+def list_runs(root: Annotated[Path, path_argument(help="A folder of runs, or one run.")] = Path("runs")) -> None:
+    """List the artifacts of runs."""
+    if not root.is_dir():
+        raise UserError(f"no runs in {root}; `safer-ray run CONFIG` makes one")
+    from safer_ray.data.source_files import is_artifact
+    from safer_ray.storage.artifacts import open_artifact
+
+    table = Table("artifact", "rows", "seconds", "made by", box=None, pad_edge=False)
+    for path in sorted(filter(Path.is_file, root.glob("**/manifest.json")), key=lambda p: p.stat().st_mtime):
+        if path.parent.parent.name in ("auditor",) or "auditor-" in path.parent.parent.name:
+            continue
+        if not is_artifact(path.parent):
+            console.print(f"{path} is no manifest of an artifact")
+            continue
+        artifact = open_artifact(path.parent)
+        rows = " ".join(f"{k}={v}" for k, v in artifact.manifest.get("rows", {}).items())
+        name = Text.assemble(str(path.parent), *([(" red team", "red")] if artifact.red_team else []))
+        version = str(artifact.manifest["packages"].get("safer_ray", "?"))
+        seconds = artifact.manifest.get("wall_seconds")
+        table.add_row(name, rows, f"{seconds:.1f}" if isinstance(seconds, int | float) else "?", version)
+    console.print(table, width=1000)  # whole paths, also where they are longer than the terminal is wide
+
+
+@app.command()
+def report(
+    config: Annotated[Path, config_argument(help="The config of a finished run.")],
+    assignments: Assignments = None,
+    red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
+) -> None:
+    """Stage 14: write the report and the summary of a finished run again."""
+    run_command(config, assignments, until="report", red_team=red_team)
