@@ -61,6 +61,10 @@ NO_PATH_FIELDS = {
     "LabConfig.noises",  # names of kinds
     "RunConfig.curate",  # names of variants
     "RayConfig.address",  # of a cluster
+    "SourceConfig.format",  # these four: names in a registry
+    "SourceConfig.pairs",
+    "CurateConfig.strategy",
+    "SweepGrid.strategies",
 }
 
 
