@@ -1,1 +1,1 @@
-"""Run stages on a Ray cluster: the only part of the library that imports ray."""
+"""Run stages on a Ray cluster: maps by Ray Data, training by Ray Train and DeepSpeed; a Ray of our own, and jobs."""
