@@ -17,6 +17,7 @@ from safer_ray.data.benchmarks import (
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.formats.benchmarks import rewardbench2, rm_bench
 from safer_ray.formats.declaration import Refused
+from safer_ray.formats.registry import expanded
 from safer_ray.pipeline.inspection import inspect
 
 
@@ -212,6 +213,13 @@ def test_two_styles_are_refused():
 # HHH and LLMBar
 
 
+@pytest.mark.parametrize("choices", [[], ["a"], ["a", "b", "c"], None, "ab"])
+def test_an_hhh_row_without_two_choices_is_refused(choices):
+    row = {"input": "q", "targets": {"choices": choices, "labels": [1, 0]}}
+    with pytest.raises(Refused, match="targets is no two choices"):
+        expanded(row, "hhh", {})
+
+
 def test_hhh_and_llmbar_are_read_by_their_own_columns(tmp_path):
     rows = [
         {"input": "Hi", "targets": {"choices": ["good", "bad"], "labels": [1, 0]}},
@@ -222,7 +230,7 @@ def test_hhh_and_llmbar_are_read_by_their_own_columns(tmp_path):
     assert inspect(str(path)).format == "hhh"
     pairs, refused = read(path)
     assert [pair["chosen"][0]["content"] for pair in pairs] == ["good", "good"]
-    assert refused == ["wrong type: targets is no two choices with labels 1 and 0"]
+        assert refused == ["wrong type: targets has no labels 1 and 0"]
     rows = [{"input": "Hi", "output_1": "one", "output_2": "two", "label": n, "why": "x"} for n in (1, 2, 3)]
     path = write(tmp_path, rows)
     assert inspect(str(path)).format == "llmbar"

@@ -58,6 +58,25 @@ def test_all_pairs_of_unequal_ranks_have_ids_of_their_own(tmp_path):
     assert len({pair["pair_id"] for pair in without}) == 3
 
 
+@pytest.mark.parametrize(
+    "key", [{"pair_id": "k"}, {"uid": "k"}, {"id": 1.5}, {"id": ""}, {"id": True}, {"id": 7, "uid": "k"}]
+)
+def test_all_pairs_of_several_rows_have_ids_of_their_own_by_whatever_key(tmp_path, key):
+    rows = [
+        ROW | {name: f"{value}{i}" if value and value is not True else value for name, value in key.items()}
+        for i in range(3)
+    ]
+    rows = [row | {"prompt": f"{row['prompt']}{i} "} for i, row in enumerate(rows)]
+    pairs = pairs_of(tmp_path, *rows, pairs="all")
+    assert len(pairs) == len({pair["pair_id"] for pair in pairs}) == 9
+
+
+def test_labels_of_the_row_stay_beside_those_of_its_sides(tmp_path):
+    (pair,) = pairs_of(tmp_path, ROW | {"labels": {"harm": "x"}})
+    assert dict(pair["labels"])["harm"] == "x"
+    assert dict(pair["labels"])["chosen_model"] == "a"
+
+
 def test_a_row_that_would_be_cut_into_too_many_pairs_is_refused(tmp_path):
     answers = [{"answer": f"a {i}", "rank": i} for i in range(150)]
     (pair,) = pairs_of(tmp_path, ROW | {"answers": answers}, pairs="all")

@@ -526,8 +526,11 @@ def test_thresholds_change_without_a_restart(deployed, url, bundle):
     ("words", "message"),
     [
         (["here"], "serve: 'here' is no KEY=VALUE; write auditor=DIR"),
+        (["auditor=here", "port="], "serve: port is empty"),
+        (["auditor=here", "auditor=there"], "serve: auditor is given twice, as 'here' and 'there'; leave one out"),
         (["auditor=x", "port=http"], "serve: port 'http' is none; wanted 1 to 65535"),
         (["auditor=x", "port=70000"], "serve: port '70000' is none"),
+        (["auditor=x", "port=²"], "serve: port '²' is none"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_line(words, message):

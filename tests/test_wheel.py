@@ -59,6 +59,13 @@ def test_a_shipped_config_runs_by_its_name_and_a_path_wins(installed, tmp_path):
     (tmp_path / "smoke").write_text("name: [")
     refused = run(["-m", "safer_ray", "run", "smoke"], tmp_path, installed)
     assert "smoke is not readable YAML" in refused.stderr
+    (tmp_path / "smoke").unlink()
+    (tmp_path / "smoke").symlink_to("nowhere")
+    refused = run(["-m", "safer_ray", "plan", "smoke"], tmp_path, installed)
+    assert "no config at smoke; give a file" in refused.stderr
+    (tmp_path / "smoke").unlink()
+    (tmp_path / "smoke").mkdir()
+    assert run(["-m", "safer_ray", "plan", "smoke"], tmp_path, installed).returncode == 0
     refused = run(["-m", "safer_ray", "run", "smoky"], tmp_path, installed)
     assert "no config at smoky; give a file, or one of demo, " in refused.stderr
 

@@ -44,6 +44,7 @@ def _text(parameter: typer.CallbackParam, value: Any) -> Any:
 # Of this machine, also in an object store, or what a source may be: a hub's name, too.
 path_option = partial(typer.Option, parser=on_disk, metavar="PATH")
 path_argument = partial(typer.Argument, parser=on_disk)
+config_option = partial(typer.Option, parser=a_config, metavar="PATH|NAME")
 config_argument = partial(typer.Argument, parser=a_config)
 place_option = partial(typer.Option, parser=anywhere, metavar="PATH|URI")
 place_argument = partial(typer.Argument, parser=anywhere)

@@ -89,7 +89,7 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
 
 @app.command()
 def plan(
-    config: Annotated[Path, path_argument()],
+    config: Annotated[Path, config_argument(help="A YAML config, or the name of a shipped one.")],
     assignments: Assignments = None,
     red_team: Annotated[bool, typer.Option("--i-am-red-teaming")] = False,
 ) -> None:

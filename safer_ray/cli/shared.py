@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from safer_ray.cli.options import path_option, text_option
+from safer_ray.cli.options import config_option, path_option, text_option
 from safer_ray.errors import UserError
 from safer_ray.storage.locations import check_utf8
 
@@ -189,5 +189,5 @@ RunnerName = Annotated[str, text_option("--runner", help="local: in this process
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")
 ]
-ConfigPath = Annotated[Path | None, path_option("--config", help="A run config; this stage's section of it is used.")]
+ConfigPath = Annotated[Path | None, config_option("--config", help="A run config; this stage's section of it is used.")]
 Assignments = Annotated[list[str] | None, text_option("--set", help="key=value, may be repeated.")]

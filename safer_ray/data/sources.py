@@ -19,7 +19,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.formats.declaration import Options, Refused, as_text
+from safer_ray.formats.declaration import Options, Refused, identity
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -280,15 +280,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _identity(row: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The user's key and the column that it stands in."""
-    for name in ("pair_id", "id", "uid"):
-        value = row.get(name)
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "":
-            return as_text(value), name
-    return None, None
-
-
 def _extra(row: dict[str, Any], used: set[str | None]) -> str | None:
     """The columns that no field of a pair holds, as JSON; an `extra` column of ours is unpacked."""
     columns = {name: value for name, value in row.items() if name not in used}
@@ -309,7 +300,7 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
     length = sides[0] + max(sides[1:])
     if length > max_chars:
         raise Refused(f"too long: {length} characters, limit {max_chars}")
-    key, key_column = _identity(row)
+    key, key_column = identity(row)
     section = row.get("section")
     own_section = isinstance(section, str) and bool(section)
     used = {*pair.used, key_column} | ({"section"} if own_section else set())
@@ -370,4 +361,4 @@ class NormalisePairs:
             format = (row_format(row) or "canonical") if format == AUTO else format
             return normalise_row(row, format, source, self.max_chars)
         except Refused as refused:
-            return {"pair_id": _identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}
+            return {"pair_id": identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}

@@ -78,8 +78,10 @@ def hhh(row: Row, options: Options) -> list[Row]:
     """HHH alignment: an `input`, and `targets` of two choices with label 1 for the better one."""
     targets = as_mapping(row.get("targets")) or {}
     choices, labels = targets.get("choices"), targets.get("labels")
-    if not isinstance(choices, list) or not isinstance(labels, list) or sorted(map(as_text, labels)) != ["0", "1"]:
+    if not isinstance(choices, list) or len(choices) != 2:
         raise Refused("wrong type: targets is no two choices with labels 1 and 0")
+    if not isinstance(labels, list) or sorted(map(as_text, labels)) != ["0", "1"]:
+        raise Refused("wrong type: targets has no labels 1 and 0")
     better = [as_text(label) for label in labels].index("1")
     sides = {"prompt": row.get("input"), "chosen": choices[better], "rejected": choices[1 - better]}
     return [{name: value for name, value in row.items() if name not in ("input", "targets")} | sides]

@@ -219,3 +219,12 @@ def canonical(row: Row, options: Options) -> Pair:
         raise Refused("prompts differ")
     longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message or earlier turns
     return Pair(leads[0] if longer else prompt, chosen, rejected)
+
+
+def identity(row: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the user's key of a row, and the column that it stands in; None, None where it has none."""
+    for name in ("pair_id", "id", "uid"):
+        value = row.get(name)
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "":
+            return as_text(value), name
+    return None, None

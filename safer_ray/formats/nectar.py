@@ -8,10 +8,12 @@ from safer_ray.formats.declaration import (
     PreferenceFormat,
     Refused,
     Row,
+    as_mapping,
     as_number,
     as_text,
     canonical,
     check_count,
+    identity,
     type_name,
 )
 
@@ -56,9 +58,11 @@ def _rank(answer: Any, place: int) -> float:
 def _pair(row: Row, answers: list[Any], best: int, worst: int, *, several: bool) -> Row:
     sides = {"chosen": answers[best], "rejected": answers[worst]}
     kept = {name: value for name, value in row.items() if name != "answers"}
-    if several and isinstance(row.get("id"), str | int):
-        kept["id"] = f"{row['id']}/{best}-{worst}"
-    labels = {
+    key, name = identity(row)
+    if several and name is not None:
+        kept[name] = f"{key}/{best}-{worst}"
+    own = as_mapping(row.get("labels")) or {}
+    labels = own | {
         f"{side}_{name}": as_text(answer[name])
         for side, answer in sides.items()
         for name in ("model", "rank")

@@ -248,12 +248,19 @@ def read_words(arguments: Sequence[str]) -> dict[str, str]:
     """Return KEY=VALUE words as a mapping.
 
     Raises:
-        UserError: a word is none.
+        UserError: a word is none, or has no value, or a key comes twice.
     """
+    found: dict[str, str] = {}
     for word in arguments:
-        if "=" not in word:
+        name, equals, value = word.partition("=")
+        if not equals:
             raise UserError(f"serve: {word!r} is no KEY=VALUE; write auditor=DIR")
-    return dict(word.split("=", 1) for word in arguments)
+        if not value.strip():
+            raise UserError(f"serve: {name} is empty, say of a variable that is not set; give it, or leave it out")
+        if name in found:
+            raise UserError(f"serve: {name} is given twice, as {found[name]!r} and {value!r}; leave one out")
+        found[name] = value
+    return found
 
 
 def read_port(text: str) -> int:
@@ -262,7 +269,7 @@ def read_port(text: str) -> int:
     Raises:
         UserError: the text is none.
     """
-    if not text.isdigit() or not 0 < int(text) < 2**16:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**16:
         raise UserError(f"serve: port {text!r} is none; wanted 1 to 65535")
     return int(text)
 

@@ -54,13 +54,16 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def a_config(path: str | Path) -> Path:
-    """Return the file of a config: a path of this machine, or else what a shipped config's name stands for.
+    """Return the file of a config: a path of this machine, or else what a shipped config's name stands for; a folder is
+    no config, a link is one, wherever it leads.
 
     Raises:
         UserError: as for `on_disk`.
     """
     found = on_disk(path)
-    return found if found.exists() else shipped_configs().get(str(path), found)
+    if os.path.lexists(found) and not found.is_dir():
+        return found
+    return shipped_configs().get(str(path), found)
 
 
 def anywhere(path: str) -> str:
