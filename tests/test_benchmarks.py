@@ -230,7 +230,7 @@ def test_hhh_and_llmbar_are_read_by_their_own_columns(tmp_path):
     assert inspect(str(path)).format == "hhh"
     pairs, refused = read(path)
     assert [pair["chosen"][0]["content"] for pair in pairs] == ["good", "good"]
-        assert refused == ["wrong type: targets has no labels 1 and 0"]
+    assert refused == ["wrong type: targets has no labels 1 and 0"]
     rows = [{"input": "Hi", "output_1": "one", "output_2": "two", "label": n, "why": "x"} for n in (1, 2, 3)]
     path = write(tmp_path, rows)
     assert inspect(str(path)).format == "llmbar"

@@ -300,7 +300,7 @@ def test_a_body_in_another_thread_is_ended(tmp_path, quick):
 LOSER = """
 import signal, sys, time
 from pathlib import Path
-from safer_ray import lock
+from safer_ray.storage import lock
 from safer_ray.cli.app import main
 from safer_ray.errors import SaferError
 

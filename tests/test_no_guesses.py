@@ -23,6 +23,7 @@ from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
+from safer_ray.sae import quality
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, part_name, read_parts
@@ -244,15 +245,15 @@ def test_what_reconstructions_cost_is_measured_on_the_pairs_that_have_rewards(re
     rows = [*make_pairs(4).to_pylist(), make_pair("odd", "Hi.", "Yes. Yes.", "No.")]
     tokens, sae = reward.pairs(rows), random_sae(reward.hidden_size, 64, 4)
     wanted = spliced(reward, 2, sae, tokens[:4])
-    forward = type(reward).forward
+    forward = quality.forward
 
-    def odd(self, *given, **more):
-        found = forward(self, *given, **more)
+    def odd(*given, **more):
+        found = forward(*given, **more)
         if len(found.rewards) == 10:
             found.rewards[8] = torch.nan
         return found
 
-    monkeypatch.setattr(type(reward), "forward", odd)
+    monkeypatch.setattr(quality, "forward", odd)
     found = spliced(reward, 2, sae, tokens)
     assert found.pairs == 4
     assert found.reward_mse == pytest.approx(wanted.reward_mse, rel=1e-4)

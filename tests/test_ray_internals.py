@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_private_names_of_ray_are_in_one_module(folder):
     """But for names of its loggers."""
     for path in sorted((ROOT / folder).rglob("*.py")):
-        if path.name != "internals.py":
+        if path.name != "ray_internals.py":
             lines = [
                 line for line in path.read_text().splitlines() if PRIVATE.search(line) and "__version__" not in line
             ]

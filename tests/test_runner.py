@@ -284,9 +284,10 @@ KILLER = """
 import ctypes, os, signal, sys
 from pathlib import Path
 import pyarrow as pa
-from safer_ray import alone
+from safer_ray.pipeline import alone
 from safer_ray.storage.artifacts import part_fragments, read_fragment
-from safer_ray.pipeline.runner import LocalRunner, MapJob
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.storage.work import MapJob
 
 ends = {
     "exit": lambda: os._exit(9),
@@ -333,7 +334,8 @@ import sys, time
 from pathlib import Path
 import pyarrow as pa
 from safer_ray.storage.artifacts import part_fragments, read_fragment
-from safer_ray.pipeline.runner import LocalRunner, MapJob
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.storage.work import MapJob
 
 def slow(rows):
     if 3 in rows["value"].to_pylist():

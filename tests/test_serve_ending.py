@@ -124,7 +124,7 @@ def test_the_proxy_ends_with_the_process_that_started_it(tmp_path):
 
 @pytest.fixture
 def short(tmp_path, monkeypatch):
-    monkeypatch.setattr(front, "SHORT", tmp_path)
+    monkeypatch.setattr(serve_settings, "SHORT", tmp_path)
     return tmp_path
 
 

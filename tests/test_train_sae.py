@@ -162,7 +162,7 @@ MORTAL = """
 import os, signal, sys
 from pathlib import Path
 import test_train_sae as tests
-from safer_ray.sae import data as sae_data, fit as sae_fit
+from safer_ray.sae import data as sae_data, training_loop as sae_fit
 from safer_ray.sae.train import train_sae
 from safer_ray.reward.training_steps import OneProcess
 
