@@ -1,7 +1,7 @@
 """The one place where a sentence is cut: from the character where it ends to its stretch of a message of the pair.
 
 A sentence ends where a feature is read: behind a run of punctuation inside a message's content, or at the end of a
-response without one (DESIGN 2.5). It begins behind the run before it, or where the content begins. Markup of a
+response without one. It begins behind the run before it, or where the content begins. Markup of a
 template, role labels included, is never part of it.
 """
 

@@ -1,4 +1,4 @@
-"""From messages to tokens: chat rendering, tokenising a pair, truncation, sentence ends (DESIGN 2.5)."""
+"""From messages to tokens: chat rendering, tokenising a pair, truncation, sentence ends."""
 
 import re
 from collections.abc import Callable, Sequence

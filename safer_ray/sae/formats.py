@@ -17,7 +17,6 @@ from safer_ray.sae.variants.signed_topk import SignedTopKSae
 from safer_ray.storage.files import write_json
 
 WEIGHTS = "sae_weights.safetensors"
-Unreadable = torch.serialization.pickle.UnpicklingError  # what torch.load raises for anything but tensors
 PUBLISHED = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
 
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: TopK (DESIGN 2.5), and what its variants in `safer_ray.sae.variants` share with it.
+"""Sparse autoencoders: TopK, and what its variants in `safer_ray.sae.variants` share with it.
 
 z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec, on x standardised over the hidden dimension.
 """
