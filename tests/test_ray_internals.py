@@ -140,6 +140,13 @@ def test_processes_that_are_killed_for_memory_are_told():
     )
 
 
+def test_an_autoscaler_that_is_told_to_end_is_no_news():
+    """A signal to a whole process group, as a terminal sends it, reaches Ray's processes before they are stopped."""
+    failed = "The autoscaler failed with the following error:\n{}\n  File monitor.py, line 751, in <module>"
+    assert in_our_words(failed.format("Terminated with signal 15")) is None
+    assert "KeyError: 'head'" in in_our_words(failed.format("KeyError: 'head'"))
+
+
 def test_messages_are_told_in_our_words_once_a_minute_a_kind(caplog):
     tell = NodeMessages()
     for pid in (7, 8):

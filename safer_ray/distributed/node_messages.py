@@ -14,12 +14,14 @@ _NO_MEMORY = re.compile(
 _LOST = re.compile(r"A worker died or was killed\b")
 _WHICH = re.compile(r"Worker IP address: (\S+).*?Worker PID: (\d+)", re.S)
 _HOW = re.compile(r"Worker exit detail: (.+?)(?:\.? Some common causes|$)", re.S)
+_AUTOSCALER_ENDED = re.compile(r"The autoscaler failed .*\bTerminated with signal \d+", re.S)
 _TRIED_AGAIN = re.compile(r"There are (infinite|\d+) retries remaining")
 log = logging.getLogger(__name__)
 
 
 def in_our_words(message: str) -> str | None:
-    """Return what to tell of a message; None where it is one of a call that Ray makes again."""
+    """Return what to tell of a message; None where it is one of a call that Ray makes again, or of an autoscaler that
+    was told to end."""
     if found := _NO_MEMORY.search(message):
         count, node, used = found.groups()
         return (
@@ -31,7 +33,7 @@ def in_our_words(message: str) -> str | None:
         where = f" ({which[2]} on {which[1]})" if which else ""
         why = " ".join(how[1].split())[:MOST].rstrip(".") if how else "nobody knows how"
         return f"a process{where} was lost: {why}; what it did is done again"
-    if _TRIED_AGAIN.search(message):
+    if _TRIED_AGAIN.search(message) or _AUTOSCALER_ENDED.search(message):
         return None
     return " ".join(message.split())[:MOST]
 
