@@ -1,4 +1,4 @@
-"""What an audit carries: `python -m bench.audit [--pairs 2000] [--rows 50000 500000] [--files 10 1000]
+"""Measure what an audit carries: `python -m bench.audit [--pairs 2000] [--rows 50000 500000] [--files 10 1000]
 [--group-rows 100000] [--rounds 3] [--json OUT]`.
 
 The real engine, a random Llama of hidden 256 behind a bundle, audits pairs of hh-rlhf harmless on Ray with 1 and 2

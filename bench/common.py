@@ -1,4 +1,4 @@
-"""What every bench shares: the machine's description, its paths, and the JSON it writes."""
+"""Shared by all benches: the machine's description, its paths, and the JSON it writes."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What a pair costs: `python -m bench.engine [--pairs 400] [--sizes small large] [--device cuda] [--json OUT]`.
+"""Measure what a pair costs: `python -m bench.engine [--pairs 400] [--sizes small large] [--device cuda] [--json OUT]`.
 
 On the same pairs, in turns:
 (a) the published way: every text padded to a fixed length, the whole causal model with its vocabulary head and all

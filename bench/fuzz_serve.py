@@ -73,7 +73,7 @@ PATHS = (
 
 
 class Account:
-    """What was answered, and what should not have been."""
+    """Counts of the answers, and the answers that should not have been."""
 
     def __init__(self) -> None:
         self.statuses: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Whether memory grows with the corpus: `python -m bench.growth [--small 5000] [--large 50000]`.
+"""Measure whether memory grows with the corpus: `python -m bench.growth [--small 5000] [--large 50000]`.
 
 Each corpus goes through `pairs` and `codes` in a process of its own, by a model small enough that nothing but the pairs
 counts; what is compared is the most memory that each process ever held resident.

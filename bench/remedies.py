@@ -1,4 +1,5 @@
-"""What was tried to make the SAFER score find more errors: `python -m bench.remedies [--root RUNS] [--json OUT]`.
+"""Measure what was tried to make the SAFER score find more errors: `python -m bench.remedies [--root RUNS] [--json
+OUT]`.
 
 Reads the artifacts of `safer-ray lab configs/lab_pku.yaml`, whose folders it needs (`--root`, default runs), and writes
 `results/remedies.json`: AUROC out of fold on the same planted swaps, with 95% intervals over prompts.

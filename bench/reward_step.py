@@ -1,4 +1,5 @@
-"""What packing pairs saves of a reward model's training: `python -m bench.reward_step [--steps 40] [--json OUT]`.
+"""Measure what packing pairs saves of a reward model's training: `python -m bench.reward_step [--steps 40] [--json
+OUT]`.
 
 The demo's reward model, on pairs of its corpus: every batch is a step with its pairs packed, and then one with the two
 sides of each pair apart, which is what all other models get; the same gradients, as `tests/test_packing.py` shows.

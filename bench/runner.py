@@ -1,4 +1,4 @@
-"""What Ray costs and gains: `python -m bench.runner [--pairs 5000] [--rounds 3] [--json OUT]`.
+"""Measure what Ray costs and gains: `python -m bench.runner [--pairs 5000] [--rounds 3] [--json OUT]`.
 
 The same pairs go through the same model in this process, on one Ray actor and on two, in turns. Rates are taken between
 the first fragments and the last, so that loading a model and starting actors, which every stage pays once, stay out.

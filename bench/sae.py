@@ -1,4 +1,5 @@
-"""What a training step of an SAE costs: `python -m bench.sae [--batch 4096 --d 512 --latents 8192 --k 32] [--json F]`.
+"""Measure what a training step of an SAE costs: `python -m bench.sae [--batch 4096 --d 512 --latents 8192 --k 32]
+[--json F]`.
 
 Forward and backward pass, and the full step (with Adam, the gradient's parallel component removed and the decoder
 normalised, as each does it), without and with the auxiliary loss on 10% dead latents, in turns in one process:
@@ -171,7 +172,7 @@ def peak_mb(work: Callable[[], None], device: str) -> float:
 
 
 class Work:
-    """What is timed of one way."""
+    """The times of one way."""
 
     def __init__(self, way: Way, x: Tensor, dead: Tensor) -> None:
         self.way, self.x, self.dead = way, x, dead

@@ -1,4 +1,4 @@
-"""How fast the trainer is from Parquet on: `python -m bench.sae_end_to_end [--vectors 98304] [--json OUT]`.
+"""Measure how fast the trainer is from Parquet on: `python -m bench.sae_end_to_end [--vectors 98304] [--json OUT]`.
 
 One training of the same batches in one process and on the two workers of a Ray Train group, one thread each. Both are
 under way at once and take turns of a few steps, so that a machine that is slower for a minute is slower for both. One

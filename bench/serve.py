@@ -1,5 +1,5 @@
-"""What the service costs and carries: `python -m bench.serve --auditor DIR [--soak-seconds 300] [--json OUT]`; without
-`--auditor`, what the limits cost before anything is read.
+"""Measure what the service costs and carries: `python -m bench.serve --auditor DIR [--soak-seconds 300] [--json OUT]`;
+without `--auditor`, what the limits cost before anything is read.
 
 A service with this bundle on a Ray of its own, loops from a second process at concurrency 1, 8 and 64, of single pairs
 and of 16 a request; between them the bare engine (the batch function of an audit) on the same pairs in this process.
@@ -118,7 +118,7 @@ class BareEngine:
         return [Row(pair.prompt, pair.chosen, pair.rejected, False) for pair in read]
 
     def each_ms(self, pairs: Sequence[Pair]) -> list[float]:
-        """Of each pair alone."""
+        """Return the milliseconds that each pair takes when it is scored alone."""
         found = []
         for row in self.rows(pairs):
             began = time.perf_counter()

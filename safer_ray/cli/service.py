@@ -23,7 +23,6 @@ def key(
     pairs: Annotated[int | None, count_option(help="Pairs a minute that it may have scored.")] = None,
 ) -> None:
     """Make a key of the scoring service: its token, shown this once, and the line for the keys file."""
-
     from safer_ray.service.keys import expiry_in, new_key
 
     token, line = new_key(name, None if days is None else expiry_in(days, time.time()), requests, pairs)

@@ -63,8 +63,8 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
 def one_stage(
     out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
 ) -> Iterator["StageContext"]:
-    """Where one stage is run, with `out` as its place, locked; `config` says where a runner on Ray works, and
-    whether code of a checkpoint's own may run, where the command does not.
+    """Yield the context in which one stage is run, with `out` as its place, locked; `config` says where a runner on Ray
+    works, and whether code of a checkpoint's own may run, where the command does not.
 
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.

@@ -313,7 +313,7 @@ class PoolConfig(Frozen):
 
 
 class RayConfig(PoolConfig):
-    """Where `--runner ray` works, and how wide. Never part of a recipe."""
+    """The cluster that `--runner ray` works on, and how wide. Never part of a recipe."""
 
     address: str | None = None  # None: RAY_ADDRESS, or a Ray of its own on this machine
     shard_pools: tuple[PoolConfig, ...] = ()  # one for each of reward.shards; none: all alike, as said here

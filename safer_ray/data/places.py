@@ -1,4 +1,4 @@
-"""Where what a pair says lies in the texts as they were sent: readers cut transcripts into turns and strip them."""
+"""Find what a pair says in the texts as they were sent: readers cut transcripts into turns and strip them."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence

@@ -105,7 +105,7 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
 
 
 class _Below:
-    """What lies below the root of a source that is a folder or a glob; each folder is looked at once."""
+    """Everything below the root of a source that is a folder or a glob; each folder is looked at once."""
 
     def __init__(self, place: Path, apart: Sequence[Path]) -> None:
         self.root = place if place.is_dir() else _before_magic(place)

@@ -43,8 +43,8 @@ def own_ray(*, hush: bool = True, **options: Any) -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         log.warning("RAY_AUTH_MODE=disabled does not count here: a Ray of this command's own asks for a token")
     closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(TOKEN_BYTES), LOOPBACK: "0"}
-    alone = {WATCHER: os.environ.get(WATCHER, "0")}  # nobody takes this machine from under its own Ray
-    with _environment(closed | alone):
+    unwatched = {WATCHER: os.environ.get(WATCHER, "0")}  # nobody takes this machine from under its own Ray
+    with _environment(closed | unwatched):
         import ray
 
         try:

@@ -107,7 +107,7 @@ class Judge(Protocol):
 
 
 class MakeJudge(Protocol):
-    """What `JUDGES` holds: the class of a judge, given the models at work and what the config says."""
+    """An entry of `JUDGES`: the class of a judge, given the models at work and what the config says."""
 
     def __call__(self, encoder: Encoder, probe: Probe, config: JudgeConfig) -> Judge: ...
 

@@ -46,7 +46,7 @@ LOST_TRIES = 8  # processes that may be lost at a single row that does no harm t
 
 
 class Runner(Protocol):
-    """Where stages run: in this process, or on a cluster."""
+    """Runs stages: in this process, or on a cluster."""
 
     def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
         """Map every fragment that is not done yet; accounts over all of them.

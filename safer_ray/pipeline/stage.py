@@ -69,7 +69,7 @@ def pairs_of(artifact: Artifact) -> Path:
 
 
 def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fragment], pa.Table]:
-    """A reader of `left`'s fragments with columns of the equally numbered part of `right`, matched by `pair_id`."""
+    """Return a reader of `left`'s fragments with columns of the equally numbered part of `right`, matched by `pair_id`."""
 
     def read(fragment: Fragment) -> pa.Table:
         rows = read_fragment(fragment)
@@ -86,7 +86,7 @@ def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fra
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where stages run and where their artifacts go."""
+    """The runner of stages, the place of their artifacts, and settings that all share."""
 
     place: Place
     runner: Runner
@@ -127,7 +127,7 @@ class StageContext:
 
 
 def _within(share: float, work: Work, counts: Counts) -> dict[str, int]:
-    """The row counts of a map of which at most so large a share was refused.
+    """Return the row counts of a map of which at most so large a share was refused.
 
     Raises:
         UserError: more was.

@@ -178,7 +178,7 @@ def _run(
 
 
 def _looked_at(request: ForwardRequest, last: int, read: Index | None, ends: Index | None) -> Index | None:
-    """Tokens at which the output of the last block is looked at; None: at all of them, or nobody knows."""
+    """Return the tokens at which the output of the last block is looked at; None: at all of them, or nobody knows."""
     found = []
     if read is not None and last in request.layers:
         found.append(read)

@@ -218,7 +218,8 @@ def _sides_of(rows: Sequence[Packed]) -> list[range]:
 def _start(
     reward: RewardModel, rows: Sequence[Packed], request: ForwardRequest, given: States | None
 ) -> contextlib.AbstractContextManager[None]:
-    """Where a micro-batch begins: behind the frozen blocks where what they give is kept, else at the first."""
+    """Return the context in which a micro-batch begins: behind the frozen blocks where what they give is kept, else at
+    the first."""
     packed = len(rows[0].lengths) > 1
     if packed or given is not None or not can_start_after_trunk(reward, request.layers):
         return contextlib.nullcontext()

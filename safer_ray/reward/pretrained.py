@@ -1,4 +1,4 @@
-"""Where configs, tokenizers and models of checkpoints are opened, and whose Python may run.
+"""Open configs, tokenizers and models of checkpoints, and decide whose Python may run.
 
 A checkpoint can bring code of its own, which `auto_map` in its JSON names. It runs where its user said so, and nowhere
 else: no other module calls `from_pretrained` of transformers' Auto classes, which would ask whoever sits at a terminal.

@@ -60,7 +60,8 @@ class _Tokens(NamedTuple):
 
 
 def _content_spans(text: str, markup: Sequence[str], contents: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Where the contents lie in a text that alternates markup and contents; whitespace around a content is left out.
+    """Return where the contents lie in a text that alternates markup and contents; whitespace around a content is left
+    out.
 
     Raises:
         UserError: the template rewrites so many contents of a long conversation that looking for them would not end.
@@ -145,8 +146,8 @@ TEMPLATES = {
 
 
 def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs of sentence-ending punctuation end inside the content spans of texts, found in one sweep over all:
-    the number of the text, rising, and the character offset in it one past the run."""
+    """Return where runs of sentence-ending punctuation end inside the content spans of texts, found in one sweep over
+    all: the number of the text, rising, and the character offset in it one past the run."""
     spans = [(number, a, b) for number, rendered in enumerate(texts) for a, b in rendered.spans]
     number, start, stop = np.array(spans, dtype=np.int64).reshape(-1, 3).T
     joined = BETWEEN.join(texts[n].text[a:b] for n, a, b in spans)

@@ -34,7 +34,7 @@ from safer_ray.storage.artifacts import read_parts
 
 @dataclass
 class Progress:
-    """Where training stands; all of it is in the checkpoint."""
+    """The progress of a training; all of it is in the checkpoint."""
 
     step: int = 0
     loss_sum: float = 0.0  # since the last evaluation

@@ -56,8 +56,11 @@ def reward_step(
     known: KnownStates | None = None,
     run: Callable[..., Any] | None = None,
 ) -> RewardStep:
-    """Both sides of a batch through the model at once, by `run` where something wraps it; `bfloat16` computes in it and
-    keeps the weights as they are. With `known` states only the blocks behind them run."""
+    """Return loss and margins of a batch, whose pairs run packed where they can.
+
+    `run` is called in place of the model where something wraps it. With `bfloat16` the pass computes in it, and the
+    weights stay as they are. With `known` states only the blocks behind them run, and the two sides of a pair apart.
+    """
     packed = pack_to_train(reward, batch) if known is None else None
     start: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if known is not None:
@@ -118,7 +121,7 @@ class OptimizerOptions:
 
 
 class Checkpointable(Protocol):
-    """What can be saved and restored as a checkpoint. Every call is made by all workers."""
+    """Can be saved and restored as a checkpoint. Every call is made by all workers."""
 
     def save(self, directory: Path) -> None: ...
 

@@ -66,7 +66,7 @@ class TopKSae(nn.Module):
         return bool(saved.get("architecture") == "topk")
 
     def layout(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `cfg.json` says of it as SAELens reads it, and what of that stands under `metadata`."""
+        """Return what `cfg.json` says of it as SAELens reads it, and what of that stands under `metadata`."""
         return {"architecture": "topk", "k": self.k, "rescale_acts_by_decoder_norm": False}, {}
 
     def saved_weights(self) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class TopKSae(nn.Module):
 
     @classmethod
     def told(cls, saved: Mapping[str, Any]) -> str:
-        """What kind it is, for its model card."""
+        """Return its kind in words, for its model card."""
         return f"TopK, {saved['k']} active latents a vector"
 
     @property

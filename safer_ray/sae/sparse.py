@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 
 
 class Entries:
-    """Where a sparse [n, latents] matrix is not zero: row i has `features[start[i] : start[i + 1]]`."""
+    """The entries at which a sparse [n, latents] matrix is not zero: row i has `features[start[i] : start[i + 1]]`."""
 
     def __init__(self, start: Int[Tensor, " n+1"], features: Int[Tensor, " entries"], latents: int) -> None:
         self.start = start

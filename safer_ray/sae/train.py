@@ -31,7 +31,7 @@ TOLD = ("train_vectors", "outliers", "steps")  # on the model card, beside the q
 
 @dataclass(frozen=True)
 class SpliceEvaluation:
-    """Where the pairs lie that reconstructions are tried on, and the reward model that reads them."""
+    """The pairs that reconstructions are tried on, by folder, and the reward model that reads them."""
 
     pairs: Path
     reward: Path

@@ -41,7 +41,7 @@ def reference_rate(latents: int) -> float:
 
 
 class _Training:
-    """What a step needs, and what of it is in the checkpoint."""
+    """The state of a training: all that a step needs, and what of it is in the checkpoint."""
 
     def __init__(self, sae: TopKSae, order: Order, config: SaeConfig, workers: Workers) -> None:
         self.sae, self.order, self.config, self.workers = sae, order, config, workers

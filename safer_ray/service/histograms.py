@@ -17,7 +17,7 @@ GAP = 1.0  # between bars
 
 
 class Spot(NamedTuple):
-    """Where the pair lies, and what the marker says."""
+    """The place of the pair, and what the marker says."""
 
     value: float
     label: str

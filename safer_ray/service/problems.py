@@ -80,7 +80,7 @@ def explain_errors(errors: Sequence[Any]) -> str:
 
 
 def log_without_texts(error: BaseException) -> None:
-    """Where an error came from; its message may quote a text, so only its kind is told."""
+    """Return where an error came from; its message may quote a text, so only its kind is told."""
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames[-8:]))
     logger.error("%s at %s", type(error).__name__, places)

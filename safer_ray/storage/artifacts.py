@@ -252,7 +252,7 @@ def _drop_if_nothing_is_done(partial: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where artifacts go: `root/NAME` by recipe, or exactly `out`."""
+    """The place of artifacts: `root/NAME` by recipe, or exactly `out`."""
 
     root: Path
     out: Path | None = None

@@ -201,7 +201,8 @@ def _tail(stream: Any, size: int, length: int) -> bytes:
 
 @contextlib.contextmanager
 def beside(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Where the body writes what then becomes `path`; what need not outlive a power cut is not `durable`.
+    """Yield the path at which the body writes what then becomes `path`; what need not outlive a power cut is not
+    `durable`.
 
     Raises:
         UserError: a folder lies there.

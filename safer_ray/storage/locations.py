@@ -1,4 +1,4 @@
-"""Where things lie: paths of this machine, and URIs; the one place that decides which of them an option takes.
+"""Locations: paths of this machine, and URIs; the one place that decides which of them an option takes.
 
 Every option and config field that names a file or a folder is declared by one of four functions: `on_disk`, which
 understands `file://` and refuses every other URI, `anywhere`, which lets URIs of object stores through, `a_source`,

@@ -118,12 +118,12 @@ class Recipe:
 
     @property
     def folders(self) -> list[Path]:
-        """Where the artifacts lie that it reads."""
+        """Return where the artifacts lie that it reads."""
         return [artifact.path for artifacts in self._by_role().values() for artifact in artifacts]
 
     @property
     def paths(self) -> list[Path]:
-        """Where all lies that it reads."""
+        """Return where all lies that it reads."""
         return [*self.folders, *(path for i in self.inputs.values() if isinstance(i, Input) for path in i.paths)]
 
     @property

@@ -79,6 +79,5 @@ class JumpReluSae(ThresholdSae):
 
     @classmethod
     def told(cls, saved: Mapping[str, Any]) -> str:
-        k = saved.get("metadata", {}).get("training_architecture_details", {}).get("k")
-        towards = f", trained towards {k} active latents a vector" if k else ""
-        return f"JumpReLU, a threshold for each latent{towards}"
+        k = saved["metadata"]["training_architecture_details"]["k"]
+        return f"JumpReLU, a threshold for each latent, trained towards {k} active latents a vector"
