@@ -69,7 +69,8 @@ def pairs_of(artifact: Artifact) -> Path:
 
 
 def join_parts(left: Path, right: Path, columns: Sequence[str]) -> Callable[[Fragment], pa.Table]:
-    """Return a reader of `left`'s fragments with columns of the equally numbered part of `right`, matched by `pair_id`."""
+    """Return a reader of `left`'s fragments with columns of the equally numbered part of `right`, matched by
+    `pair_id`."""
 
     def read(fragment: Fragment) -> pa.Table:
         rows = read_fragment(fragment)

@@ -80,8 +80,8 @@ def can_start_after_trunk(reward: RewardModel, layers: Sequence[int]) -> bool:
 
 @contextmanager
 def start_after(reward: RewardModel, layer: int, states: Float[Tensor, "n width d"]) -> Iterator[None]:
-    """Inside, forward passes begin behind block `layer`: each block up to it returns `states`, the output of that block,
-    in place of computing."""
+    """Inside, forward passes begin behind block `layer`: each block up to it returns `states`, the output of that
+    block, in place of computing."""
     blocks = list(reward.blocks())[:layer]
     patched = [vars(block).get("forward") for block in blocks]  # by whoever wrapped the model
 
