@@ -6,7 +6,7 @@ RUNNER ?= ray
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=1
 
 .PHONY: demo serve fuzz test test-all check docs bench chaos sweep-smoke clean setup setup-dev
 
@@ -32,7 +32,7 @@ serve: setup  ## the scoring service with the demo's bundle, on 127.0.0.1:8000; 
 fuzz: setup-dev  ## 50,000 hostile requests to the service, in process; prints what they were answered
 	$(BIN)/python -m bench.fuzz_serve
 
-test: setup-dev  ## all tests, in two processes, each with whole files: what a file sets up is set up once
+test: setup-dev  ## all tests, in two processes, each with whole files: what a file sets up is set up once; the ten slowest are named
 	$(PYTEST)
 
 test-all: setup-dev  ## and those that take long
@@ -42,7 +42,7 @@ check: setup-dev  ## format, lint, types, import boundaries, the docs' links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --noconftest tests/test_boundaries.py
+	$(BIN)/python -m pytest --noconftest tests/project/test_boundaries.py
 	$(BIN)/mkdocs build --quiet
 
 docs: setup-dev  ## the documentation's pages, in build/site

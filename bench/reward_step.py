@@ -2,7 +2,8 @@
 OUT]`.
 
 The demo's reward model, on pairs of its corpus: every batch is a step with its pairs packed, and then one with the two
-sides of each pair apart, which is what all other models get; the same gradients, as `tests/test_packing.py` shows.
+sides of each pair apart, which is what all other models get; the same gradients, as
+`tests/reward/test_packing.py` shows.
 """
 
 import argparse

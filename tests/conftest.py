@@ -1,18 +1,8 @@
+from support.environment import SOCKETS  # before torch and Ray are loaded
+
+# isort: split
+
 import os
-import secrets
-import tempfile
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is loaded
-os.environ["RAY_AUTH_MODE"] = "token"  # no Ray of ours lets strangers in, those that tests start least of all
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else one would be written into the home directory
-os.environ.pop("RAY_ADDRESS", None)  # a cluster of somebody's
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # of checkpoints' own code; else in the home
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-
-import hashlib
 import shutil
 import signal
 import sys
@@ -23,11 +13,11 @@ import hypothesis
 import pyarrow as pa
 import pytest
 import torch
+from support.made import TINY, make_pairs, random_sae, write_parts
 
-from safer_ray import schema
 from safer_ray.cli import app as cli
 from safer_ray.cli.shared import console, state
-from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.reward.checkpoints import (
     load_reward_model,
     new_reward_model,
@@ -38,13 +28,6 @@ from safer_ray.reward.checkpoints import (
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
-from safer_ray.sae.model import TopKSae
-from safer_ray.service.serve_settings import settings
-from safer_ray.storage.artifacts import part_name
-from safer_ray.storage.files import write_parquet
-
-SOCKETS = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
-os.environ.update(settings(SOCKETS))  # before anything starts a Ray; workers that give way to tests come to nothing
 
 # A shared machine may stall for a second; a property is not a timing test.
 hypothesis.settings.register_profile(
@@ -52,9 +35,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("shared_machine")
 
-SHARED = Path(__file__).parents[2] / "shared"
-TINY = TinyLlamaConfig(hidden=32, layers=3, heads=2, intermediate=48, vocabulary=400, positions=128)
-SUBJECTS = ("bread", "a bicycle", "the old lock", "my garden", "this recipe", "the report", "a violin", "the engine")
 
 LONGEST = (
     "test_ray_faults",
@@ -91,89 +71,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of processes that share the files, each takes the longest that is left, so that all end at about one time."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-
-
-def shared(name: str) -> Path:
-    """A file or folder of the data beside the repository; the test skips where it is absent."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
-
-
-def messages(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
-def make_pair(pair_id: str, prompt: str, chosen: str, rejected: str, **more: object) -> dict[str, object]:
-    """One row of a pairs table."""
-    return {
-        "pair_id": pair_id,
-        "row_key": f"made.jsonl#{pair_id}",
-        "prompt": messages("user", prompt) if prompt else [],
-        "chosen": messages("assistant", chosen),
-        "rejected": messages("assistant", rejected),
-        "source": "made",
-        "section": "safety",
-        "group": hashlib.sha256(prompt.encode()).hexdigest()[:16],
-        "labels": [],
-    } | more
-
-
-def make_pairs(n: int) -> pa.Table:
-    """Pairs with an easy rule: the chosen response is polite, the rejected one is not."""
-    rows = []
-    for i in range(n):
-        subject = SUBJECTS[i % len(SUBJECTS)]
-        rows.append(
-            make_pair(
-                f"pair-{i:03}",
-                f"How do I take care of {subject}, number {i}? I have tried a few things already.",
-                f"Gladly, here is what helps with {subject}. Start slowly, then look again. Thank you for asking!",
-                f"Who cares about {subject} at all. Go away, you fool. Stop asking me about number {i}!",
-                section="safety" if i % 2 else "chat",
-                label_margin=float(i),
-            )
-        )
-    return schema.table(rows, schema.PAIRS)
-
-
-def write_parts(table: pa.Table, directory: Path, rows: int) -> Path:
-    """A table as parts of at most `rows` rows."""
-    for number, start in enumerate(range(0, len(table), rows)):
-        write_parquet(table.slice(start, rows), directory / part_name(number))
-    return directory
-
-
-def make_codes(rows: list[dict[str, object]]) -> pa.Table:
-    """A codes table; each side is a list of `(token, {feature: value})`, `end` is ten times the token."""
-    columns = []
-    for number, row in enumerate(rows):
-        made = {"pair_id": row.get("pair_id", f"p{number}"), "n_prompt_tokens": row.get("n_prompt_tokens", 0)}
-        made["truncated"] = False
-        for side in schema.SIDES:
-            entries = row.get(side, [])
-            made |= {
-                f"{side}_token": [token for token, _ in entries],
-                f"{side}_end": [10 * token for token, _ in entries],
-                f"{side}_features": [sorted(values) for _, values in entries],
-                f"{side}_values": [[values[f] for f in sorted(values)] for _, values in entries],
-                f"{side}_fallback": row.get(f"{side}_fallback", False),
-                f"{side}_reward": row.get(f"{side}_reward"),
-            }
-        columns.append(made)
-    return schema.table(columns, schema.CODES)
-
-
-def random_sae(d: int, latents: int, k: int, seed: int = 0) -> TopKSae:
-    """An SAE with random weights and biases, its decoder of unit norm."""
-    sae = TopKSae(d, latents, k)
-    generator = torch.Generator().manual_seed(seed)
-    sae.initialise(torch.randn(64, d, generator=generator), seed)
-    with torch.no_grad():
-        sae.W_enc += 0.1 * torch.randn(d, latents, generator=generator)
-        sae.b_enc += 0.1 * torch.randn(latents, generator=generator)
-    return sae
 
 
 @pytest.fixture(scope="session")
@@ -274,7 +171,9 @@ def ray_session() -> Iterator[None]:
     from safer_ray.distributed.session import quiet
 
     known = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), known]))  # for workers
+    tests = Path(__file__).parent
+    paths = (str(tests), str(tests / "distributed"), known)  # workers unpickle what test files define
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with own_ray(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
         os.environ["PYTHONPATH"] = known or ""
         quiet(verbose=False)

@@ -1,5 +1,5 @@
-"""Names of Ray that Ray does not promise: each name has its test in `tests/test_ray_internals.py`, and Ray is
-held to the minor version that was tested."""
+"""Names of Ray that Ray does not promise: each name has its test in
+`tests/distributed/test_ray_internals.py`, and Ray is held to the minor version that was tested."""
 
 import contextlib
 import os

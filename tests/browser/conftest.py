@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import finished
+from support.tiny_run import finished
 
 from browser.driving import ROOT, ROWS, WIDE, Browser, listening, started, texts_of
 from safer_ray.service.http import create_api

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import conftest  # noqa: F401  # sets what Ray and torch read from the environment
 import noting
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import support.environment  # noqa: F401  # sets what Ray and torch read from the environment
 from ray.cluster_utils import Cluster
-from tiny_run import finished
+from support.tiny_run import finished
 
 from safer_ray.storage.artifacts import part_files, read_parts, read_plan
 from safer_ray.storage.files import read_json

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import conftest  # noqa: F401  # sets what torch reads from the environment
-from tiny_run import finished
+import support.environment  # noqa: F401  # sets what torch reads from the environment
+from support.tiny_run import finished
 
 from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.sections import ScoresConfig, SourceConfig

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import copied, finished
+from support.tiny_run import copied, finished
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

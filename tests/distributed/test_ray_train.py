@@ -1,0 +1,338 @@
+"""Training on a Ray Train worker group: the same models as in one process, whoever dies on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.made import TINY, make_pairs, write_parts
+from support.sae_vectors import CONFIG as SAE
+from support.sae_vectors import activations as sae_activations
+from support.sae_vectors import dictionary_vectors, vectors_dir, write  # noqa: F401  (a fixture)
+from support.tiny_run import write_config
+
+import safer_ray.reward.training_steps
+from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
+from safer_ray.distributed.deepspeed_engine import deepspeed_config
+from safer_ray.distributed.ray_runner import RayRunner
+from safer_ray.errors import SaferError, UserError
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.forward import forward
+from safer_ray.reward.train import engine_options, train_reward
+from safer_ray.reward.training_steps import OneProcess
+from safer_ray.sae import data as sae_data
+from safer_ray.sae import training_loop as sae_fit
+from safer_ray.sae.train import train_sae
+from safer_ray.storage.work import TrainJob
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+CONFIG = RewardConfig(
+    base=TINY,
+    max_length=96,
+    epochs=3,
+    batch_size=8,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    validation_percent=20,
+    evaluations=3,
+)
+# Adam divides by the root of the squared gradient, so the last bits of a gradient that is nearly zero can decide the
+# sign of a weight's first steps, each up to the learning rate (1e-3) long. 1.2e-6 was measured on weights; 1e-4 leaves
+# room for processors that round another way, and is a tenth of one such step.
+WEIGHTS = REWARDS = 1e-4
+
+
+def job(out, pairs, config=CONFIG, loop=train_reward):
+    out.mkdir(parents=True, exist_ok=True)
+    return TrainJob("reward", loop, {"pairs": pairs, "config": config}, out)
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def rewards(out):
+    """Of 12 pairs that were not trained on, by plain transformers' weights."""
+    reward = load_reward_model(out)
+    tokens = reward.pairs(make_pairs(60).slice(48).to_pylist())
+    return forward(reward, [side.ids for t in tokens for side in (t.chosen, t.rejected)]).rewards
+
+
+@pytest.fixture(scope="module")
+def plain(pairs_dir, tmp_path_factory):
+    """The plain engine on one process."""
+    out = tmp_path_factory.mktemp("plain") / "reward"
+    (metrics,) = LocalRunner().train([job(out, pairs_dir)])
+    return out, metrics
+
+
+def ray(**options):
+    return RayRunner(RayConfig(deepspeed=DeepSpeedConfig(**options)))
+
+
+def assert_as_plain(plain, out, metrics):
+    theirs, ours = weights(plain[0]), weights(out)
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=WEIGHTS)
+    torch.testing.assert_close(rewards(out), rewards(plain[0]), rtol=0, atol=REWARDS)
+    assert metrics["workers"] == 2
+    for name in ("steps", "best_step", "train_pairs", "validation_accuracy", "parameters"):
+        assert metrics[name] == plain[1][name]
+    for one, other in zip(metrics["history"], plain[1]["history"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+OFFLOADED = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"stage": 0}, marks=pytest.mark.long), {"stage": 3}, pytest.param(OFFLOADED, marks=pytest.mark.long)],
+    ids=str,
+)
+def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_path, options):
+    (metrics,) = ray(**options).train([job(tmp_path / "reward", pairs_dir)])
+    assert_as_plain(plain, tmp_path / "reward", metrics)
+
+
+def test_variants_train_with_zero_2_one_after_another_in_one_group_and_differ(plain, pairs, pairs_dir, tmp_path):
+    fewer = write_parts(pairs.slice(0, 40), tmp_path / "fewer", 20)
+    bfloat = CONFIG.model_copy(update={"dtype": "bfloat16", "gradient_checkpointing": True})
+    jobs = [
+        job(tmp_path / "same", pairs_dir),
+        job(tmp_path / "fewer-out", fewer),
+        job(tmp_path / "bfloat16", pairs_dir, bfloat),
+    ]
+    seen = []
+    runner = RayRunner(RayConfig(), lambda stage, done, total, rows: seen.append((stage, total)))
+    found = runner.train(jobs)
+    assert found[0]["train_pairs"] > found[1]["train_pairs"]
+    assert_as_plain(plain, tmp_path / "same", found[0])
+    assert (rewards(tmp_path / "fewer-out") - rewards(plain[0])).abs().max() > 10 * REWARDS
+    assert next(iter(weights(tmp_path / "bfloat16").values())).dtype == torch.bfloat16
+    assert found[2]["validation_loss"] == pytest.approx(plain[1]["validation_loss"], abs=0.02)
+    assert set(seen) <= {("reward", m["steps"]) for m in found}
+    again = runner.train(jobs)  # all are there: no group is started
+    assert again == found
+
+
+def test_an_error_that_a_loop_explains_comes_back_as_it_was(pairs, pairs_dir, tmp_path):
+    one = write_parts(pairs.slice(0, 1), tmp_path / "one", 1)
+    first, second = (
+        job(tmp_path / "good", pairs_dir, CONFIG.model_copy(update={"epochs": 0.3})),
+        job(tmp_path / "bad", one),
+    )
+    with pytest.raises(UserError, match=r"^reward: no pairs left to train on \(1 in "):
+        RayRunner().train([first, second])
+    assert (tmp_path / "good" / "state" / "metrics.json").exists()
+
+
+def checkpoints_always(out, workers, die=None, **arguments):
+    """The loop, with a checkpoint at every step; `die(workers, done)` after each."""
+    safer_ray.reward.training_steps.CHECKPOINT_SECONDS = -1.0
+    on_step = workers.on_step
+
+    def step(done, total):
+        on_step(done, total)
+        if die is not None:
+            die(workers, done)
+
+    workers.on_step = step
+    return train_reward(out=out, workers=workers, **arguments)
+
+
+class DiesOnce:
+    def __init__(self, marker, rank, step):
+        self.marker, self.rank, self.step = marker, rank, step
+
+    def __call__(self, workers, done):
+        if workers.rank == self.rank and done == self.step and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_replaced_and_the_model_is_the_same_to_the_bit_and_the_plain_engines(
+    plain, pairs_dir, tmp_path
+):
+    """With ZeRO 0; the tests of lost nodes and killed drivers have ZeRO 2."""
+    quiet = job(tmp_path / "quiet", pairs_dir, loop=checkpoints_always)
+    die = DiesOnce(tmp_path / "died", rank=1, step=7)
+    loud = job(tmp_path / "loud", pairs_dir, loop=checkpoints_always)
+    loud.arguments["die"] = die
+    metrics = ray(stage=0).train([quiet, loud])
+    assert die.marker.exists()
+    assert_as_plain(plain, tmp_path / "quiet", metrics[0])
+    ours, theirs = weights(tmp_path / "loud"), weights(tmp_path / "quiet")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Touches:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def stops_at_eight(out, workers, **arguments):
+    def stop(workers, done):
+        if done == 8:
+            raise SaferError("stopped")
+
+    return checkpoints_always(out, workers, stop, **arguments)
+
+
+def test_a_deepspeed_checkpoint_that_was_changed_is_refused_by_name_and_not_unpickled(pairs_dir, tmp_path):
+    made = job(tmp_path / "reward", pairs_dir, loop=stops_at_eight)
+    with pytest.raises(SaferError, match="stopped"):
+        RayRunner().train([made])
+    changed = max(made.out.glob("state/step-*/deepspeed/*optim_states.pt"))
+    torch.save({"module": Touches(tmp_path / "unpickled")}, changed)
+    with pytest.raises(
+        UserError, match=rf"{changed} is not the file that was saved .*delete {made.out}/state to train"
+    ):
+        RayRunner().train([job(made.out, pairs_dir)])
+    assert not (tmp_path / "unpickled").exists()
+
+
+def always_dies(out, workers, **arguments):
+    time.sleep(2)  # a worker that dies before the group has been seen whole is told as one that could not start
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_group_that_fails_too_often_says_how_to_go_on(pairs_dir, tmp_path):
+    runner = RayRunner(RayConfig(max_failures=1))
+    with pytest.raises(SaferError, match=r"reward: the worker group failed 2 times: .*; run the same command again"):
+        runner.train([job(tmp_path / "reward", pairs_dir, loop=always_dies)])
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_other_workers_is_refused(pairs_dir, tmp_path):
+    made = job(tmp_path / "reward", pairs_dir)
+
+    def stop(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_reward(out=made.out, workers=OneProcess(made.out / "state", stop), **made.arguments)
+    with pytest.raises(UserError, match=r"was made with .*'engine': 'torch'.*, this run has .*zero 2"):
+        RayRunner().train([made])
+
+
+def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):  # noqa: F811
+    arguments = {"activations": vectors_dir, "config": SAE, "model": "tiny", "layer": 2}
+    found = {}
+    for name, runner in (("local", LocalRunner()), ("ray", RayRunner(RayConfig(train_workers=3)))):
+        (tmp_path / name).mkdir()
+        (metrics,) = runner.train([TrainJob("sae", train_sae, arguments, tmp_path / name)])
+        found[name] = metrics, load_file(tmp_path / name / "sae_weights.safetensors")
+    for name, tensor in found["local"][1].items():
+        torch.testing.assert_close(found["ray"][1][name], tensor, rtol=0, atol=1e-3)
+    for name in ("nmse", "explained_variance", "l0", "dead_share"):
+        assert found["ray"][0][name] == pytest.approx(found["local"][0][name], abs=1e-3)
+    assert found["ray"][0]["workers"] == 3
+
+
+def small_blocks(out, workers, die=None, **arguments):
+    """The loop on several windows an epoch, with a checkpoint every five steps; `die(workers, done)` after each."""
+    sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 5
+    on_step = workers.on_step
+
+    def step(done, total):
+        on_step(done, total)
+        if die is not None:
+            die(workers, done)
+
+    workers.on_step = step
+    return train_sae(out=out, workers=workers, **arguments)
+
+
+def sae_job(out, activations, loop=small_blocks, **more):
+    out.mkdir(parents=True)
+    return TrainJob("sae", loop, {"activations": activations, "config": SAE, "model": "tiny", "layer": 2, **more}, out)
+
+
+def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_dir, tmp_path):  # noqa: F811
+    first = DiesOnce(tmp_path / "first", rank=1, step=8)
+    later = DiesOnce(tmp_path / "later", rank=0, step=64)
+    jobs = [sae_job(tmp_path / "quiet", vectors_dir)]
+    jobs += [sae_job(tmp_path / f"loud-{die.step}", vectors_dir, die=die) for die in (first, later)]
+    metrics = RayRunner(RayConfig()).train(jobs)
+    assert first.marker.exists()
+    assert later.marker.exists()
+    wanted = load_file(tmp_path / "quiet/sae_weights.safetensors")
+    for made, found in zip(jobs[1:], metrics[1:], strict=True):
+        ours = load_file(made.out / "sae_weights.safetensors")
+        assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+        assert found["history"] == metrics[0]["history"]
+        assert found["workers"] == 2
+    checkpoint = max((tmp_path / "quiet/state").glob("step-*"))
+    for kept in ("torch.pt", "torch-1.pt"):  # each worker has the moments of half of the latents
+        moments = torch.load(checkpoint / kept, weights_only=True)["optimizer"]["state"][0]["exp_avg"]
+        assert moments.shape == (SAE.latents // 2, wanted["W_dec"].shape[1])
+
+
+@pytest.mark.long
+def test_a_bad_vector_that_one_worker_reads_ends_all_with_its_name(tmp_path):
+    table = sae_activations(dictionary_vectors(1500))
+    x = np.stack(table["x"].to_pylist()).astype(np.float16)
+    x[777, 1] = np.inf
+    column = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
+    directory = write(table.set_column(table.schema.get_field_index("x"), "x", column), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"^activations: row 777 \(pair 'p194'\) is NaN or infinite"):
+        RayRunner(RayConfig()).train([sae_job(tmp_path / "sae", directory)])
+
+
+def test_the_deepspeed_configuration_says_it_all():
+    options = engine_options(CONFIG.model_copy(update={"batch_size": 20, "micro_batch_size": 4}), workers=2)
+    made = deepspeed_config(DeepSpeedConfig(stage=3, offload_optimizer=True, offload_parameters=True), options)
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (4, 3)
+    assert made["gradient_clipping"] == CONFIG.max_grad_norm
+    assert made["bf16"] == {"enabled": False}
+    on_host = {"device": "cpu"}
+    assert made["zero_optimization"] == {"stage": 3, "offload_optimizer": on_host, "offload_param": on_host}
+
+
+def without_compilers(folder):
+    """A PATH of all programs that are there, but for C and C++ compilers."""
+    folder.mkdir()
+    compilers = re.compile(r"(.*-)?(c\+\+|g\+\+|gcc|cc|c89|c99|cpp|clang(\+\+)?)(-[\d.]+)?")
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(place).glob("*"):
+            if not compilers.fullmatch(program.name):
+                (folder / program.name).unlink(missing_ok=True)
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_a_machine_without_a_compiler_trains_and_nothing_is_compiled(pairs_dir, tmp_path):
+    path, built = without_compilers(tmp_path / "bin"), tmp_path / "extensions"
+    assert not any(shutil.which(name, path=path) for name in ("c++", "g++", "gcc", "cc"))
+    words = ["reward", "--pairs", pairs_dir, "--out", tmp_path / "out", "--config", write_config(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "safer_ray", *map(str, words), "--runner", "ray"],
+        env=os.environ | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(built)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["metrics"]["train_pairs"] > 0
+    assert not list(built.rglob("*"))
