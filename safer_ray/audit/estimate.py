@@ -63,12 +63,12 @@ def estimate(audit: Audit, actors: int) -> Estimate:
     fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
-    prepared = PreparePairs(audit.auditor, (audit.source,), audit.max_chars, audit.trust_remote_code)(raw)
+    prepared = PreparePairs(audit.auditor, (audit.source,), audit.max_chars, audit.reading)(raw)
     ready, _ = split_refused(prepared)
     if not len(ready):
         reason = next((text for text in prepared["refused"].to_pylist() if text), "there are none")
         raise UserError(f"{audit.source.path}: no row of a sample of {len(raw)} can be used: {reason}")
-    score = AuditRows(audit.auditor, audit.scores, trust_remote_code=audit.trust_remote_code)
+    score = AuditRows(audit.auditor, audit.scores, reading=audit.reading)
     score(ready.slice(0, 8))  # the first pass is slower
     began = time.perf_counter()
     scored, _ = split_refused(score(ready))

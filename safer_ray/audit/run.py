@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from safer_ray.audit.parts import AUDITED, write_part
 from safer_ray.audit.plan import FileNotes, in_words, plan_audit
 from safer_ray.audit.read import TornError, read_asked
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.audit_files import OWN_FILES, SCORES
 from safer_ray.data.source_files import place_of
@@ -47,6 +48,10 @@ class Audit(NamedTuple):
     trust_remote_code: bool = False  # whether Python code that the bundle's reward model brings may run
     max_refused_share: float = MAX_REFUSED_SHARE  # of the rows, before an audit counts as failed
 
+    @property
+    def reading(self) -> Reading:
+        return Reading(trust_remote_code=self.trust_remote_code)
+
     def asked(self) -> dict[str, Any]:
         """Return what an audit must have in common with its earlier half; never paths or worker counts."""
         source = self.source.recorded()
@@ -65,9 +70,9 @@ class Audit(NamedTuple):
         return MapJob(
             "audit",
             partial(read_raw, source=self.source),
-            partial(AuditRows, self.auditor, self.scores, trust_remote_code=self.trust_remote_code),
+            partial(AuditRows, self.auditor, self.scores, reading=self.reading),
             AUDITED,
-            prepare=partial(PreparePairs, self.auditor, (self.source,), self.max_chars, self.trust_remote_code),
+            prepare=partial(PreparePairs, self.auditor, (self.source,), self.max_chars, self.reading),
             loads_model=True,
             shards=self.shards,
             metadata={KIND: BY_BUNDLE},

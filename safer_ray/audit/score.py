@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
@@ -29,10 +30,10 @@ class PreparePairs:
     """Batch function: raw rows -> pairs, tokenised, their texts beside them as JSON; or reasons to refuse."""
 
     def __init__(
-        self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int, trust_remote_code: bool = False
+        self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int, reading: Reading = AS_IT_COMES
     ) -> None:
         self.normalise = NormalisePairs(sources, max_chars)
-        self.tokenise = TokenisePairs(auditor.path / "reward", trust_remote_code)
+        self.tokenise = TokenisePairs(auditor.path / "reward", reading)
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         rows = self.normalise(raw)
@@ -47,11 +48,11 @@ class AuditPairs(EncodePairs):
     """Batch function: pairs -> SCORES: one forward pass, and one more where the detector reads mean vectors."""
 
     def __init__(
-        self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE, trust_remote_code: bool = False
+        self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE, reading: Reading = AS_IT_COMES
     ) -> None:
-        super().__init__(auditor.path / "reward", auditor.path / "sae", part, trust_remote_code)
+        super().__init__(auditor.path / "reward", auditor.path / "sae", part, reading)
         self.auditor = auditor
-        self.trust_remote_code = trust_remote_code
+        self.reading = reading
         self.vectors: MeanVectors | None = None
         self.configure(config)
 
@@ -68,7 +69,7 @@ class AuditPairs(EncodePairs):
                 "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"
             )
         if layers and self.vectors is None:
-            self.vectors = MeanVectors(self.auditor.path / "reward", layers, trust_remote_code=self.trust_remote_code)
+            self.vectors = MeanVectors(self.auditor.path / "reward", layers, reading=self.reading)
         elif not layers:
             self.vectors = None
         self.score = score

@@ -14,6 +14,7 @@ from safer_ray.errors import UserError
 from safer_ray.storage.locations import check_utf8
 
 if TYPE_CHECKING:
+    from safer_ray.config.reading import Reading
     from safer_ray.config.sections import RayConfig
     from safer_ray.pipeline.progress import Report
     from safer_ray.pipeline.runner import Runner
@@ -61,10 +62,10 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
 
 @contextlib.contextmanager
 def one_stage(
-    out: Path, fresh: bool, runner: str = "local", config: Path | None = None, trust_remote_code: bool = False
+    out: Path, fresh: bool, runner: str = "local", config: Path | None = None, reading: "Reading | None" = None
 ) -> Iterator["StageContext"]:
     """Yield the context in which one stage is run, with `out` as its place, locked; `config` says where a runner on Ray
-    works, and whether code of a checkpoint's own may run, where the command does not.
+    works; `reading` how a model that was not made here is read.
 
     Raises:
         UserError: `out` is a file, or in use, or there is no such runner.
@@ -76,7 +77,7 @@ def one_stage(
 
     out = check_out(durable_path(out))
     ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
-    options = {"shards": reward.shards, "trust_remote_code": trust_remote_code or reward.trust_remote_code}
+    options = {"shards": reward.shards, "reading": reading or reward.trusting()}
     if config is not None:
         options["max_refused_share"] = config_section(config, "pairs", None).max_refused_share
     lock = out.parent / f".lock-{out.name}"
@@ -185,9 +186,36 @@ def config_section(config: Path | None, name: str, assignments: list[str] | None
         raise explain_validation(error, f"--set ({name})") from None
 
 
+def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path | None = None) -> "Reading":
+    """Return how a model is read: as the section `reward` of a config says, with `--read` laid over it.
+
+    Raises:
+        UserError: an option that there is not, or a value that it does not take.
+    """
+    from pydantic import ValidationError
+
+    from safer_ray.config.read import assigned, explain_validation
+    from safer_ray.config.reading import TRUSTED, Reading
+
+    asked = config_section(config, "reward", None)
+    given = {name: getattr(asked, name) for name in asked.model_fields_set if name in Reading.model_fields}
+    try:
+        reading = Reading.model_validate(given | assigned({}, options))
+    except ValidationError as error:
+        raise explain_validation(error, "--read") from None
+    return reading.model_copy(update={TRUSTED: True}) if trust_remote_code else reading
+
+
 RunnerName = Annotated[str, text_option("--runner", help="local: in this process; ray: on a cluster.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")
+]
+ReadOptions = Annotated[
+    list[str] | None,
+    text_option(
+        "--read",
+        help="How a model that was not trained here reads text: template=pair, system=fold, …; may be repeated.",
+    ),
 ]
 ConfigPath = Annotated[Path | None, config_option("--config", help="A run config; this stage's section of it is used.")]
 Assignments = Annotated[list[str] | None, text_option("--set", help="key=value, may be repeated.")]

@@ -24,6 +24,7 @@ from safer_ray.cli.shared import (
     ExistingPath,
     Fresh,
     Out,
+    ReadOptions,
     RunnerName,
     TrustRemoteCode,
     build_config,
@@ -31,6 +32,7 @@ from safer_ray.cli.shared import (
     console,
     one_stage,
     open_input,
+    reading_of,
     show_artifact,
 )
 from safer_ray.errors import UserError
@@ -104,6 +106,7 @@ def activations(
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
@@ -116,7 +119,7 @@ def activations(
     source = open_input("pairs", pairs) if pairs else None
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
         if source:
             show_artifact(model_stages.activations(ctx, settings, source, model))
         else:
@@ -134,6 +137,7 @@ def sae(
     config: ConfigPath = None,
     assignments: Assignments = None,
     runner: RunnerName = "local",
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
@@ -151,7 +155,7 @@ def sae(
     settings = config_section(config, "sae", assignments)
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
         show_artifact(model_stages.sae(ctx, settings, source, known, start=first, pairs=judged, reward=model))
 
 
@@ -163,13 +167,14 @@ def codes(
     out: Out,
     config: ConfigPath = None,
     runner: RunnerName = "local",
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
         show_artifact(
             model_stages.codes(ctx, open_input("pairs", pairs), open_input("reward", reward), open_input("sae", sae))
         )
@@ -202,6 +207,7 @@ def contexts(
     out: Out,
     mode: SalienceMode = None,
     assignments: Assignments = None,
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
@@ -210,7 +216,7 @@ def contexts(
 
     ranked = open_input("salience", salience)
     counted = feature_stages.mode_of(ranked, checked_mode(mode), otherwise="response")
-    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as ctx:
+    with one_stage(out, fresh, reading=reading_of(read, trust_remote_code)) as ctx:
         config = config_section(None, "contexts", assignments)
         show_artifact(
             feature_stages.contexts(
@@ -233,13 +239,14 @@ def verdicts(
     out: Out,
     candidates: Annotated[int, count_option()] = 256,
     assignments: Assignments = None,
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 8: rate candidate features by the concept probe."""
     from safer_ray.pipeline import feature_stages
 
-    with one_stage(out, fresh, trust_remote_code=trust_remote_code) as ctx:
+    with one_stage(out, fresh, reading=reading_of(read, trust_remote_code)) as ctx:
         config = config_section(None, "judge", assignments)
         show_artifact(
             feature_stages.verdicts(
@@ -383,13 +390,14 @@ def evaluate(
     out: Out,
     config: ConfigPath = None,
     runner: RunnerName = "local",
+    read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 13: accuracy of a reward model by section."""
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, trust_remote_code) as ctx:
+    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
         artifact = model_stages.evaluate(ctx, open_input("reward", reward), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():

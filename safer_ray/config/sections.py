@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from safer_ray.config.reading import Reading
 from safer_ray.config.sae import SaeConfig
 from safer_ray.config.values import (
     AnyPlace,
@@ -137,14 +138,13 @@ class TinyLlamaConfig(Frozen):
         return self
 
 
-class RewardConfig(Frozen):
+class RewardConfig(Reading):
     """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
     (a checkpoint inside an installed package) or a tiny Llama."""
 
     unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
 
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
-    template: Literal["auto", "plain"] = "auto"
     max_length: Annotated[int, Field(ge=8)] = 512
     epochs: Annotated[float, Field(gt=0)] = 1
     batch_size: Annotated[int, Field(gt=0)] = 32  # pairs a step
@@ -159,7 +159,6 @@ class RewardConfig(Frozen):
     frozen_layers: Annotated[int, Field(ge=0)] = 0  # embeddings and blocks 1..n stay as they are, and run only once
     disable_dropout: bool = True  # both sides of a pair through the same network; a model made on the spot has none
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
-    trust_remote_code: bool = False
     shards: Annotated[int, Field(gt=0)] = 1  # ranges of blocks, each in processes of its own, to read activations
     seed: int = 0
 

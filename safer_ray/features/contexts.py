@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import Mode
 from safer_ray.features.codes import flatten
 from safer_ray.reward.checkpoints import load_pair_tokenizer
@@ -67,9 +68,9 @@ class FindContexts:
 
     @classmethod
     def load(
-        cls, reward: Path, features: Sequence[int], mode: Mode, limit: int, trust_remote_code: bool = False
+        cls, reward: Path, features: Sequence[int], mode: Mode, limit: int, reading: Reading = AS_IT_COMES
     ) -> "FindContexts":
-        return cls(load_pair_tokenizer(reward, trust_remote_code), features, mode, limit)
+        return cls(load_pair_tokenizer(reward, reading), features, mode, limit)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = []

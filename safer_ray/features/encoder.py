@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from safer_ray import schema
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.forward import Forward, forward_pairs
@@ -51,14 +52,14 @@ class Encoder:
         sae: Path | None = None,
         *,
         rewards: bool = True,
-        trust_remote_code: bool = False,
+        reading: Reading = AS_IT_COMES,
     ) -> "Encoder":
         """From directories; the layer is the SAE's where it is not given. Without rewards, no later one is loaded."""
         if layer is None:
             if sae is None:
                 raise UserError("an Engine without an SAE needs the layer to read")
             layer = sae_layer(sae)
-        model = load_reward_model(reward, layers=None if rewards else layer, trust_remote_code=trust_remote_code)
+        model = load_reward_model(reward, layers=None if rewards else layer, reading=reading)
         return cls(model, layer, load_sae(sae) if sae else None, rewards=rewards)
 
     def encode(self, pairs: Sequence[dict[str, Any]], *, all_tokens: bool = False) -> Encoded:

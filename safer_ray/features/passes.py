@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safer_ray import schema
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.errors import TooLargeError
 from safer_ray.features.encoder import Encoder, codes_table, positions_of
 from safer_ray.reward.checkpoints import load_reward_model
@@ -41,9 +42,9 @@ class ReadsPairs(ABC):
     rewards = False
     heads = False
 
-    def __init__(self, reward: Path, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
+    def __init__(self, reward: Path, part: Part = WHOLE, reading: Reading = AS_IT_COMES) -> None:
         needed = None if self.rewards or self.heads else max(self.layers)
-        self.reward = load_reward_model(reward, layers=needed, part=part, trust_remote_code=trust_remote_code)
+        self.reward = load_reward_model(reward, layers=needed, part=part, reading=reading)
         self.part = part
         if part.last:
             for layer in self.layers:
@@ -178,11 +179,11 @@ class EncodeActivations(ReadsPairs):
     sides: tuple[str, str] = SIDES  # what the column `side` says
 
     def __init__(
-        self, reward: Path, layer: int, tokens: str, part: Part = WHOLE, trust_remote_code: bool = False
+        self, reward: Path, layer: int, tokens: str, part: Part = WHOLE, reading: Reading = AS_IT_COMES
     ) -> None:
         self.layers = (layer,)
         self.all_tokens = tokens == "all"
-        super().__init__(reward, part, trust_remote_code)
+        super().__init__(reward, part, reading)
         self.encoder = Encoder(self.reward, layer, rewards=False) if part.last else None
 
     def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
@@ -206,8 +207,8 @@ class EncodeTexts(EncodeActivations):
 
     sides = ("text", "text")
 
-    def __init__(self, reward: Path, layer: int, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
-        super().__init__(reward, layer, "all", part, trust_remote_code)
+    def __init__(self, reward: Path, layer: int, part: Part = WHOLE, reading: Reading = AS_IT_COMES) -> None:
+        super().__init__(reward, layer, "all", part, reading)
 
 
 def vector_rows(
@@ -241,10 +242,10 @@ class EncodePairs(ReadsPairs):
 
     rewards = True
 
-    def __init__(self, reward: Path, sae: Path, part: Part = WHOLE, trust_remote_code: bool = False) -> None:
+    def __init__(self, reward: Path, sae: Path, part: Part = WHOLE, reading: Reading = AS_IT_COMES) -> None:
         layer = sae_layer(sae)
         self.layers = (layer,)
-        super().__init__(reward, part, trust_remote_code)
+        super().__init__(reward, part, reading)
         self.encoder = Encoder(self.reward, layer, load_sae(sae)) if part.last else None
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
@@ -278,11 +279,9 @@ class MeanVectors(ReadsPairs):
     """Batch function: pairs -> mean vectors of layers, side by side: what the chosen response's tokens have more than
     the rejected one's, and what the prompt's tokens have, over both sequences."""
 
-    def __init__(
-        self, reward: Path, layers: Sequence[int], part: Part = WHOLE, trust_remote_code: bool = False
-    ) -> None:
+    def __init__(self, reward: Path, layers: Sequence[int], part: Part = WHOLE, reading: Reading = AS_IT_COMES) -> None:
         self.layers = tuple(layers)
-        super().__init__(reward, part, trust_remote_code)
+        super().__init__(reward, part, reading)
 
     def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
         return positions_of(tokens, all_tokens=True)

@@ -154,7 +154,7 @@ def _write_contexts(
     job = MapJob(
         "contexts",
         join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
-        partial(FindContexts.load, reward.path, features, mode, config.per_feature, ctx.trust_remote_code),
+        partial(FindContexts.load, reward.path, features, mode, config.per_feature, ctx.reading),
         schema.CONTEXTS,
         folder="state/found",
         batch_rows=10**9,
@@ -195,7 +195,7 @@ def _write_verdicts(
     rows = read_parts(salience.path)
     features = candidates(rows, count)
     known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
-    encoder = Encoder.load(reward.path, sae=sae.path, trust_remote_code=ctx.trust_remote_code)
+    encoder = Encoder.load(reward.path, sae=sae.path, reading=ctx.reading)
     judge = JUDGES[config.kind](encoder, load_probe(exchanges), config)
     verdicts = judge({feature: known[feature] for feature in features})
     write_parquet(verdicts, out / part_name(0))

@@ -183,13 +183,12 @@ def _job_on_pairs(
 ) -> MapJob:
     """Return the job of putting pairs, tokenised for `reward`, through a function that holds it (its first
     `blocks`)."""
-    trusted = {"trust_remote_code": ctx.trust_remote_code}
     return MapJob(
         stage,
         read_fragment,
-        partial(load, **trusted),
+        partial(load, reading=ctx.reading),
         written,
-        prepare=partial(TokenisePairs, reward.path, **trusted),
+        prepare=partial(TokenisePairs, reward.path, ctx.reading),
         loads_model=True,
         shards=min(ctx.shards, blocks or ctx.shards),
         group_rows=group_rows,
@@ -201,7 +200,7 @@ def _fragments_of(pairs: Artifact) -> list[Fragment]:
 
 
 def _width(ctx: StageContext, reward: Artifact) -> int:
-    return hidden_size(reward.path, ctx.trust_remote_code)
+    return hidden_size(reward.path, ctx.reading.trust_remote_code)
 
 
 def activations(ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:
@@ -233,9 +232,9 @@ def _write_text_activations(
     job = MapJob(
         "activations",
         read_texts,
-        partial(EncodeTexts, reward.path, layer, trust_remote_code=ctx.trust_remote_code),
+        partial(EncodeTexts, reward.path, layer, reading=ctx.reading),
         schema.activations(_width(ctx, reward)),
-        prepare=partial(TokeniseTexts, reward.path, ctx.trust_remote_code),
+        prepare=partial(TokeniseTexts, reward.path, ctx.reading),
         loads_model=True,
         shards=min(ctx.shards, layer),
         group_rows=schema.GROUP_ROWS,
@@ -270,7 +269,7 @@ def _write_sae(
 ) -> Result:
     judged = None
     if "reward" in given:
-        judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.trust_remote_code)
+        judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.reading)
     arguments = {
         "activations": activations.path,
         "config": config,
@@ -366,5 +365,5 @@ def _measured(ctx: StageContext, reward: Artifact, out: Path) -> dict[str, Any]:
         "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
         "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
         "dtype": "float32",
-        "max_length": load_pair_tokenizer(reward.path, ctx.trust_remote_code).limit,
+        "max_length": load_pair_tokenizer(reward.path, ctx.reading).limit,
     }

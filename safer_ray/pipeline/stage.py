@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RunConfig
 from safer_ray.config.values import Frozen
 from safer_ray.errors import UserError
@@ -93,14 +94,14 @@ class StageContext:
     runner: Runner
     fragment_rows: int = 1000
     shards: int = 1  # parts that reward models are cut into where they only read
-    trust_remote_code: bool = False  # whether Python code that checkpoints bring may run
+    reading: Reading = AS_IT_COMES  # of reward models that are not made here
     max_refused_share: float = 0.2  # of the rows of a stage, before it is given up
 
     @classmethod
     def of(cls, place: Place, runner: Runner, config: RunConfig) -> Self:
         """As the config of a run says."""
         reward, share = config.reward, config.pairs.max_refused_share
-        return cls(place, runner, config.fragment_rows, reward.shards, reward.trust_remote_code, share)
+        return cls(place, runner, config.fragment_rows, reward.shards, reward.trusting(), share)
 
     def map(
         self, job: MapJob, fragments: Sequence[Fragment], directory: Path, *, refused_share: float | None = None
@@ -160,4 +161,7 @@ def make(
     licences and the red-team mark of all inputs, of those that `write` reads `beside` them, and those that it returns.
     A dry context writes nothing; a folder that was begun is gone on with.
     """
-    return ctx.place.make(recipe(stage, config, *beside, **inputs), write)
+    made = recipe(stage, config, *beside, **inputs)
+    if "reward" in inputs and (asked := ctx.reading.asked()):
+        made = replace(made, config=made.config | {"reading": asked})
+    return ctx.place.make(made, write)

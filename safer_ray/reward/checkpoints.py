@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.model import RewardModel
@@ -143,7 +144,7 @@ def load_reward_model(
     part: Part = WHOLE,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
+    reading: Reading = AS_IT_COMES,
 ) -> RewardModel:
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
@@ -155,13 +156,13 @@ def load_reward_model(
             model that cannot be cut into so many parts.
     """
     before, window = 0, None
-    checkpoint = checkpoint_of(str(directory), trust_remote_code)
+    checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     quiet_transformers()
     config = open_config(checkpoint)
     if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
-        model, tokenizer = _load_pretrained(str(directory), dtype, trust_remote_code, whole=True)
+        model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
     settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
     unread = config.get_text_config().pad_token_id
@@ -224,14 +225,14 @@ def layer_count(base: str, trust_remote_code: bool = False) -> int:
     return int(open_config(checkpoint_of(base, trust_remote_code)).get_text_config().num_hidden_layers)
 
 
-def load_pair_tokenizer(directory: Path, trust_remote_code: bool = False) -> PairTokenizer:
+def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> PairTokenizer:
     """Return how the model in `directory` reads pairs, without its weights.
 
     Raises:
         UserError: no model there, or one that cannot be read.
     """
     quiet_transformers()
-    checkpoint = checkpoint_of(str(directory), trust_remote_code)
+    checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     tokenizer, settings = open_tokenizer(checkpoint), _settings(directory)
     limit = _limit(open_config(checkpoint), settings["max_length"])
     return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)

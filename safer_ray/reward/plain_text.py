@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.text import PairTokens, Side
@@ -63,8 +64,8 @@ class TokeniseTexts:
     """Batch function: texts -> rows as of tokenised pairs, of which the sides are two texts, or two pieces of one, read
     apart from each other. Two texts share a `pair_id`, so that both are held out or neither."""
 
-    def __init__(self, reward: Path, trust_remote_code: bool = False) -> None:
-        self.pairs = load_pair_tokenizer(reward, trust_remote_code)
+    def __init__(self, reward: Path, reading: Reading = AS_IT_COMES) -> None:
+        self.pairs = load_pair_tokenizer(reward, reading)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         keys = rows["row_key"].to_pylist()

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.schema import SIDES
 
@@ -66,12 +67,12 @@ def token_count(rows: pa.Table) -> int:
 class TokenisePairs:
     """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
 
-    def __init__(self, reward: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, reward: Path, reading: Reading = AS_IT_COMES) -> None:
         from safer_ray.reward.checkpoints import (
             load_pair_tokenizer,  # here, since other readers of this module need no torch
         )
 
-        self.tokenise = load_pair_tokenizer(reward, trust_remote_code)
+        self.tokenise = load_pair_tokenizer(reward, reading)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return with_tokens(rows, self.tokenise(rows.select(["pair_id", *TEXTS]).to_pylist()) if len(rows) else [])

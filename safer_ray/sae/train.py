@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model, quiet_transformers
@@ -35,7 +36,7 @@ class SpliceEvaluation:
 
     pairs: Path
     reward: Path
-    trust_remote_code: bool = False
+    reading: Reading = AS_IT_COMES
 
 
 def train_sae(
@@ -99,7 +100,7 @@ def held_out_quality(
     if judged is None or not pairs:
         return measured
     quiet_transformers()
-    reward = load_reward_model(judged.reward, trust_remote_code=judged.trust_remote_code)
+    reward = load_reward_model(judged.reward, reading=judged.reading)
     tokens = reward.pairs(pairs)
     measured["spliced"] = {
         name: spliced(reward, layer, sae, tokens, all_tokens=everywhere)._asdict()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ray import serve
 
+from safer_ray.config.reading import Reading
 from safer_ray.service.arguments import ServiceConfig, Thresholds
 from safer_ray.service.batch_queue import Gate
 from safer_ray.service.bundle_info import details_of, open_auditor, scores_config
@@ -71,7 +72,9 @@ class Scorer:
         self.room = config.waiting
         self.bundle = open_auditor(config.auditor)
         self.names = {feature: detail.name for feature, detail in details_of(self.bundle).items()}
-        self.pairs = ScorePairs(self.bundle, self._scores(Thresholds()), config.trust_remote_code)
+        self.pairs = ScorePairs(
+            self.bundle, self._scores(Thresholds()), Reading(trust_remote_code=config.trust_remote_code)
+        )
         self.score_requests = score_requests
         self.thread = ThreadPoolExecutor(
             max_workers=1, initializer=torch.set_num_threads, initargs=(config.torch_threads,)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.audit.score import AuditPairs
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import ScoresConfig
 from safer_ray.errors import SaferError
 from safer_ray.features.explain import explain
@@ -34,8 +35,8 @@ class ScorePairs(AuditPairs):
     A config that is set while it works counts from the next call on.
     """
 
-    def __init__(self, auditor: Artifact, config: ScoresConfig, trust_remote_code: bool = False) -> None:
-        super().__init__(auditor, config, trust_remote_code=trust_remote_code)
+    def __init__(self, auditor: Artifact, config: ScoresConfig, reading: Reading = AS_IT_COMES) -> None:
+        super().__init__(auditor, config, reading=reading)
         self.scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].to_numpy()
 
     def configure(self, config: ScoresConfig) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import DetectorOf, ScoresConfig
 from safer_ray.features.bundle import check_code
 from safer_ray.service.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
@@ -119,7 +120,7 @@ class LocalService(BaseService):
         bundle = open_auditor(auditor)
         config = scores_config(bundle, detector, flag_quantile, reasons)
         check_code(bundle, trust_remote_code)
-        self.scorer = ScorePairs(bundle, config, trust_remote_code)
+        self.scorer = ScorePairs(bundle, config, Reading(trust_remote_code=trust_remote_code))
         self.score_rows = score_rows
         self.thread = ThreadPoolExecutor(max_workers=1)
         super().__init__(auditor, config, limits or Limits())

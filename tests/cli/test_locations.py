@@ -42,10 +42,12 @@ NO_PATHS = {
     "where",
     "words",  # KEY=VALUE, which the service checks
     "assignments",  # the fields that they set are checked
+    "read",  # so are these
 }
 # The same of config fields.
 NO_PATH_FIELDS = {
     "RunConfig.name",
+    "RewardConfig.template_arguments",
     "SourceConfig.name",
     "SourceConfig.section",
     "SourceConfig.split",
@@ -157,7 +159,7 @@ def test_every_config_field_that_names_a_path_says_whether_it_takes_a_uri():
             if any(kind in (str, Path) for kind in kinds):
                 undeclared.append(f"{model.__name__}.{name}")
     assert set(undeclared) <= NO_PATH_FIELDS
-    assert sorted(set(declared)) == ["auditor", "base", "exchanges", "keys", "path", "root", "text"]
+    assert sorted(set(declared)) == ["auditor", "base", "exchanges", "keys", "path", "root", "template", "text"]
 
 
 @pytest.mark.parametrize("field", ["root", "reward.base", "judge.exchanges", "sae.warm_start.text"])

@@ -20,6 +20,7 @@ from support.tiny_run import CONFIG
 from safer_ray.audit.estimate import estimate
 from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.config.read import load_config
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig, ScoresConfig, SourceConfig
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import check_code
@@ -40,6 +41,7 @@ from safer_ray.storage.artifacts import open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
 from safer_ray.storage.work import Part
 
+TRUSTED = Reading(trust_remote_code=True)
 MARK = "open({marker!r}, 'a').close()\n"
 CODE = {
     "configuration_own": """from transformers import LlamaConfig
@@ -188,7 +190,7 @@ def test_a_class_that_transformers_has_itself_needs_no_code(reward_dir, tmp_path
     loaded = load_reward_model(tmp_path / "known")
     assert "names Python code of its own for a llama; transformers' own class is used" in caplog.text
     assert type(loaded.model).__module__.startswith("transformers.models.llama")
-    assert load_reward_model(tmp_path / "known", trust_remote_code=True).model.config.to_dict() == (
+    assert load_reward_model(tmp_path / "known", reading=TRUSTED).model.config.to_dict() == (
         loaded.model.config.to_dict()
     )
 
@@ -197,7 +199,7 @@ def test_a_class_that_transformers_has_itself_needs_no_code(reward_dir, tmp_path
 def test_trusted_code_runs_and_gives_the_rewards_that_it_should(own, reward_dir):
     directory, marker = own
     pairs = make_pairs(6)
-    found = RewardPairs(directory, trust_remote_code=True)
+    found = RewardPairs(directory, reading=TRUSTED)
     assert marker.exists()
     theirs, ours = found(pairs), RewardPairs(reward_dir)(pairs)
     for side in ("reward_chosen", "reward_rejected"):
@@ -218,7 +220,7 @@ def test_what_is_trained_on_it_takes_its_code_along(own, tmp_path):
     with pytest.raises(UserError, match="trained brings Python code of its own"):
         load_reward_model(tmp_path / "trained")
     assert not marker.exists()
-    assert type(load_reward_model(tmp_path / "trained", trust_remote_code=True).model).__name__ == "Own"
+    assert type(load_reward_model(tmp_path / "trained", reading=TRUSTED).model).__name__ == "Own"
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""How a reward model reads text, as its user asks for it."""
+
+from datetime import date
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safer_ray.config.values import Frozen, LocalName
+
+TEMPLATES = ("auto", "chat", "plain", "pair", "raw")
+DATE = "date"  # of the arguments of a template: the day that it takes for today
+TRUSTED = "trust_remote_code"
+
+
+class Reading(Frozen):
+    """How text is put to a model, and what of it is read, where the model's own files leave that open.
+
+    `template` is `auto`, `chat` (the tokenizer's own), `pair` (prompt and response as two texts, as encoders' cards
+    do), `plain` (Human: and Assistant: turns), `raw` (texts as they are, one behind the other), or a file with a
+    template in Jinja. `template_arguments` are given to a chat template; `date` (YYYY-MM-DD) is its today. `system: fold`
+    puts a system message before the first user message. A pair longer than the model reads is cut or refused, as
+    `truncation` says.
+    """
+
+    template: LocalName = "auto"
+    template_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    system: Literal["template", "fold"] = "template"
+    truncation: Literal["cut", "quarantine"] = "cut"
+    trust_remote_code: bool = False  # whether Python code that the checkpoint brings may run
+
+    def asked(self) -> dict[str, Any]:
+        """Return what changes values and is not left to the model's own files."""
+        fields = set(Reading.model_fields) - {TRUSTED}
+        return self.model_dump(mode="json", include=fields, exclude_defaults=True)
+
+    def trusting(self) -> "Reading":
+        """Return the reading of a model that says by itself how it reads text; only whose code may run is said here."""
+        return Reading(trust_remote_code=self.trust_remote_code)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.template not in TEMPLATES and not is_file_name(self.template):
+            raise ValueError(
+                f"no template is called {self.template!r}; choose {', '.join(TEMPLATES)}, or a .jinja file"
+            )
+        day = self.template_arguments.get(DATE)
+        if day is not None:
+            try:
+                date.fromisoformat(str(day))
+            except ValueError:
+                raise ValueError(f"template_arguments.date is {day!r}; write it as YYYY-MM-DD") from None
+        return self
+
+
+def is_file_name(template: str) -> bool:
+    """Return whether a template is named by a file that holds it."""
+    return template.endswith((".jinja", ".jinja2", ".j2", ".txt")) or "/" in template
+
+
+AS_IT_COMES = Reading()
