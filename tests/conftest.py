@@ -29,6 +29,8 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
 
+pytest_plugins = ["support.head_node", "support.sae_vectors"]  # fixtures of several files
+
 # A shared machine may stall for a second; a property is not a timing test.
 hypothesis.settings.register_profile(
     "shared_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.made import TINY, make_pairs, write_parts
 from support.sae_vectors import CONFIG as SAE
 from support.sae_vectors import activations as sae_activations
-from support.sae_vectors import dictionary_vectors, vectors_dir, write  # noqa: F401  (a fixture)
+from support.sae_vectors import dictionary_vectors, write
 from support.tiny_run import write_config
 
 import safer_ray.reward.training_steps
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_other_workers_is_refused(pairs_dir, tmp_path):
         RayRunner().train([made])
 
 
-def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):  # noqa: F811
+def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):
     arguments = {"activations": vectors_dir, "config": SAE, "model": "tiny", "layer": 2}
     found = {}
     for name, runner in (("local", LocalRunner()), ("ray", RayRunner(RayConfig(train_workers=3)))):
@@ -268,7 +268,7 @@ def sae_job(out, activations, loop=small_blocks, **more):
     return TrainJob("sae", loop, {"activations": activations, "config": SAE, "model": "tiny", "layer": 2, **more}, out)
 
 
-def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_dir, tmp_path):  # noqa: F811
+def test_an_sae_that_loses_workers_in_mid_epoch_is_the_same_to_the_bit(vectors_dir, tmp_path):
     first = DiesOnce(tmp_path / "first", rank=1, step=8)
     later = DiesOnce(tmp_path / "later", rank=0, step=64)
     jobs = [sae_job(tmp_path / "quiet", vectors_dir)]
