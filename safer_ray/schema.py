@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -185,6 +186,12 @@ TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
 
 
 TRUNCATED = ("chosen_truncated", "rejected_truncated")  # what is longer than the model reads was cut
+
+
+def truncated(rows: pa.Table) -> np.ndarray:
+    """Return which pairs have a side that was cut, bool [n]; rows that do not say it have none."""
+    known = [rows[name].fill_null(False).to_numpy() for name in TRUNCATED if name in rows.column_names]
+    return np.logical_or.reduce([np.zeros(len(rows), dtype=bool), *known])
 
 
 REFUSED = "refused"  # the column of a batch function's output that tells why a row could not be used; else null

@@ -43,6 +43,10 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         f"p {_number(drift['p'])})"
         + ("." if size == "little" else "; look at the flag rates below before trusting it.")
     )
+    if cut := summary["truncated"]["pairs"]:
+        said.append(
+            f"{cut:,} pairs ({_percent(summary['truncated']['share'])}) are longer than the model reads, and were cut."
+        )
     if summary["duplicates"]:
         said.append(f"{summary['duplicates']:,} rows repeat the pair_id of another; all are scored.")
     said += files_in_words(summary["files"])

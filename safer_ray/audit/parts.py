@@ -53,6 +53,7 @@ class Figures(NamedTuple):
     score: np.ndarray  # float64 [3]: n, sum, sum of squares
     margin: np.ndarray  # the same of the reward margin
     wrong: int  # pairs whose margin is negative: the reward model disagrees with the label
+    truncated: int  # pairs of which a side is longer than the model reads, and was cut
     groups: dict[str, dict[str, Group]]  # facet -> kind -> pairs
     features: dict[int, tuple[int, float]]  # of flagged pairs: how many a feature made suspicious, and by how much
     worst: list[tuple[float, float, str]]  # suspicion, score and row key of the most suspicious pairs, worst first
@@ -111,6 +112,7 @@ def figures_of(rows: pa.Table) -> Figures:
         _moments(rows["score"].to_numpy()),
         _moments(margin.astype(np.float64)),
         int((margin < 0).sum()),
+        int(schema.truncated(rows).sum()),
         {facet: _capped(kinds) for facet, kinds in groups.items()},
         features,
         _worst(list(zip(*(rows[name].to_pylist() for name in ("suspicion", "score", "row_key")), strict=True))),
@@ -142,6 +144,7 @@ def from_tree(tree: dict[str, Any]) -> Figures:
         np.array(tree["score"]),
         np.array(tree["margin"]),
         tree["wrong"],
+        tree["truncated"],
         {facet: {kind: Group(*g) for kind, g in kinds.items()} for facet, kinds in tree["groups"].items()},
         {int(feature): (count, total) for feature, (count, total) in tree["features"].items()},
         [(suspicion, score, key) for suspicion, score, key in tree["worst"]],
@@ -150,7 +153,7 @@ def from_tree(tree: dict[str, Any]) -> Figures:
 
 def empty_figures() -> Figures:
     return from_tree(
-        dict.fromkeys(("pairs", "flagged", "wrong"), 0)
+        dict.fromkeys(("pairs", "flagged", "wrong", "truncated"), 0)
         | {"score": [0] * 3, "margin": [0] * 3}
         | {"suspicion": {}, "groups": {}, "features": {}, "worst": []}
     )
@@ -178,6 +181,7 @@ def sum_figures(figures: Iterable[Figures]) -> Figures:
             total.score + part.score,
             total.margin + part.margin,
             total.wrong + part.wrong,
+            total.truncated + part.truncated,
             groups,
             features,
             _worst(total.worst + part.worst),

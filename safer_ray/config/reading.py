@@ -1,11 +1,14 @@
 """How a reward model reads text, as its user asks for it."""
 
+import hashlib
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from safer_ray.config.values import Frozen, LocalName
+from safer_ray.errors import UserError
 
 TEMPLATES = ("auto", "chat", "plain", "pair", "raw")
 DATE = "date"  # of the arguments of a template: the day that it takes for today
@@ -31,7 +34,16 @@ class Reading(Frozen):
     def asked(self) -> dict[str, Any]:
         """Return what changes values and is not left to the model's own files."""
         fields = set(Reading.model_fields) - {TRUSTED}
-        return self.model_dump(mode="json", include=fields, exclude_defaults=True)
+        return self._by_content(self.model_dump(mode="json", include=fields, exclude_defaults=True))
+
+    def recorded(self, *inputs: str) -> dict[str, Any]:
+        return self._by_content(super().recorded(*inputs))
+
+    def _by_content(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values in which a template in a file is named by what it says."""
+        if is_file_name(self.template):
+            values["template"] = f"sha256:{hashlib.sha256(template_text(self.template).encode()).hexdigest()}"
+        return values
 
     def trusting(self) -> "Reading":
         """Return the reading of a model that says by itself how it reads text; only whose code may run is said here."""
@@ -55,6 +67,18 @@ class Reading(Frozen):
 def is_file_name(template: str) -> bool:
     """Return whether a template is named by a file that holds it."""
     return template.endswith((".jinja", ".jinja2", ".j2", ".txt")) or "/" in template
+
+
+def template_text(file: str) -> str:
+    """Return the template in a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the template {file}: {' '.join(str(error).split())}") from None
 
 
 AS_IT_COMES = Reading()

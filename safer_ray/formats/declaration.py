@@ -16,6 +16,10 @@ REASON_CHARS = 300
 MOST_PAIRS = 10_000  # of one row
 LARGEST = 3.4028234663852886e38  # number that float32 holds
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+SPOKEN = (  # fields beside a message's content that are part of what it says
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought", "refusal"),
+    *("images", "image", "audio", "video", "videos"),
+)
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
 
 
@@ -134,6 +138,12 @@ def as_messages(value: list[Any], name: str) -> Messages:
         for key in ("role", "content"):
             if not isinstance(item.get(key), (str, NoneType)):
                 raise Refused(f"wrong type: {name}[{i}].{key} is {type_name(item[key])}, wanted text")
+        for key in SPOKEN:
+            if item.get(key):
+                raise Refused(
+                    f"unread field: {name}[{i}].{key}, which is a part of what was said; pairs hold a role and a "
+                    "content alone: write it into the content as the model reads it"
+                )
         if not item.get("role"):
             raise Refused(f"wrong type: {name}[{i}].role is null, wanted text")
         if (item.get("content") or "").strip():

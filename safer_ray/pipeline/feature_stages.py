@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import (
     ContextsConfig,
     CurateConfig,
@@ -48,8 +49,9 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size
+from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.pretrained import Checkpoint, own_code
+from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.sae.formats import load_sae
 from safer_ray.storage.artifacts import (
     MANIFEST,
@@ -265,11 +267,12 @@ def auditor(
     inputs = {"reward": reward, "sae": sae, "features": selected, "codes": codes}
     inputs |= {"detector": detector} if detector else {}
     inputs |= known
-    write = partial(_write_auditor, reward, sae, selected, codes, detector, known)
+    write = partial(_write_auditor, ctx.reading, reward, sae, selected, codes, detector, known)
     return make(ctx, "auditor", {"format": AUDITOR_FORMAT}, write, **inputs)
 
 
 def _write_auditor(
+    reading: Reading,
     reward: Artifact,
     sae: Artifact,
     selected: Artifact,
@@ -289,6 +292,8 @@ def _write_auditor(
         raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
     for name, artifact in (("reward", reward), ("sae", sae)):
         shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
+    if not (out / "reward" / SETTINGS).is_file():  # a model from elsewhere is read in audits as it was for its codes
+        write_json(settings_of(load_pair_tokenizer(reward.path, reading)), out / "reward" / SETTINGS)
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))

@@ -45,6 +45,7 @@ from safer_ray.pipeline.inputs import (
 from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe
 from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
+from safer_ray.reward.reading import settings_of
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.reward.train import train_reward
 from safer_ray.sae.formats import load_sae
@@ -361,9 +362,12 @@ def _write_evaluations(
 def _measured(ctx: StageContext, reward: Artifact, out: Path) -> dict[str, Any]:
     """Return what the rewards in `out` say of their model."""
     rewards = read_parts(out)
+    pairs = load_pair_tokenizer(reward.path, ctx.reading)
     return {
         "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
         "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
         "dtype": "float32",
-        "max_length": load_pair_tokenizer(reward.path, ctx.reading).limit,
+        "reading": settings_of(pairs),
+        "truncated": float(schema.truncated(rewards).mean()) if len(rewards) else 0.0,
+        "max_length": pairs.limit,
     }

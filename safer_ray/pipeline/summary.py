@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from safer_ray import schema
 from safer_ray.config.sections import RunConfig, StrategyName
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, have_scores, join_scores
@@ -40,6 +41,11 @@ class RunView:
         scores = read_parts(self.artifacts["scores"].path, ["pair_id", *JOINED])
         scored = have_scores(pairs, scores, self.config.pairs.max_refused_share)
         return join_scores(pairs.filter(pa.array(scored)), scores)
+
+    def truncated(self) -> float:
+        """Return the share of the scored pairs of which a side is longer than the model reads, and was cut."""
+        cut = schema.truncated(read_parts(self.artifacts["scores"].path, list(schema.TRUNCATED)))
+        return float(cut.mean()) if len(cut) else 0.0
 
     def planted(self, rows: pa.Table) -> np.ndarray | None:
         """Per row whether its label was swapped on purpose; None where nothing was planted."""
@@ -109,6 +115,7 @@ def summarise(view: RunView) -> dict[str, Any]:
     return {
         "pairs": made["pairs"].manifest["rows"]["pairs"],
         "quarantined": made["pairs"].manifest["rows"]["quarantined"],
+        "truncated": view.truncated(),
         "reward": {"accuracy": made["reward"].metrics["validation_accuracy"]},
         "sae": {name: made["sae"].metrics[name] for name in SAE_METRICS},
         "selected_features": {"safe": len(selected["safe"]), "unsafe": len(selected["unsafe"])},
@@ -208,6 +215,7 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
         ("Autoencoder", f"{config.sae.variant.title}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
         ("Scores are", _kind(view)),
+        ("Pairs cut to what the model reads", f"{view.truncated():.1%}"),
     )
 
 

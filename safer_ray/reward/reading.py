@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safer_ray.config.reading import DATE, Reading, is_file_name
+from safer_ray.config.reading import DATE, Reading, is_file_name, template_text
 from safer_ray.errors import UserError
 from safer_ray.reward.templates import NO_DAY
 from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer
@@ -71,10 +71,7 @@ def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
     text = None
     template = reading.template
     if is_file_name(template):
-        try:
-            text, template = Path(template).read_text(encoding="utf-8"), CHAT
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the template {template}: {error}") from None
+        text, template = template_text(template), CHAT
     arguments = dict(reading.template_arguments)
     return HowItReads(template, 10**9, 0, arguments, reading.system, reading.truncation, text, made_here)
 

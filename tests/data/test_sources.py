@@ -199,6 +199,12 @@ REFUSALS = [
     ({"prompt": "a", "chosen": "b"}, "canonical", "missing column: rejected"),
     (TEXTS | {"chosen": "  "}, "canonical", "empty text: chosen"),
     (TEXTS | {"prompt": None}, "canonical", "empty text: prompt"),
+    (
+        TEXTS | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
+        "canonical",
+        r"unread field: chosen\[0\]\.tool_calls, which is a part of what was said; pairs hold a role and a content alone: "
+        "write it into the content as the model reads it",
+    ),
     (TEXTS | {"prompt": float("nan")}, "canonical", "empty text: prompt"),
     (TEXTS | {"prompt": "\n\nHuman: \n\nAssistant:"}, "canonical", "empty text: prompt"),
     (TEXTS | {"rejected": " Fine, thanks."}, "canonical", "equal responses"),

@@ -1,0 +1,232 @@
+"""How a model's text is made: chat templates, roles, dates and files, and what cannot be put to a model."""
+
+import json
+import shutil
+
+import pytest
+from support.made import make_pair, messages
+from support.templates import CHAT_TEMPLATE, LONG
+
+from safer_ray.config.reading import Reading
+from safer_ray.config.sections import RewardConfig
+from safer_ray.errors import UserError
+from safer_ray.reward.checkpoints import load_pair_tokenizer, new_reward_model, save_reward_model
+from safer_ray.reward.reading import SETTINGS
+from safer_ray.reward.templates import ALIASES
+from safer_ray.reward.text import PairTokenizer
+from safer_ray.reward.tiny_llama import train_tokenizer
+
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ('system', 'user', 'assistant') %}<{{ m['role'] }}>{{ m['content'] }}"
+    "<end>{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] | trim }}<end>{% endfor %}"
+)
+TODAY = "[{{ strftime_now('%d %b %Y') }}]" + CHAT_TEMPLATE
+THINKS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}{% if loop.last %}<think>"
+    "{% if parts | length > 1 %}{{ parts[0].split('<think>')[-1] | trim }}{% endif %}</think>{% endif %}"
+    "{{ parts[-1] | trim }}{% else %}{{ m['content'] }}{% endif %}<end>{% endfor %}"
+)
+
+
+def reads(template, **options):
+    tokenizer = train_tokenizer(lambda: [LONG, "<user> <assistant> <end> <think> </think>"], 400)
+    tokenizer.chat_template = template
+    return PairTokenizer(tokenizer, "chat", 400, **options)
+
+
+def talk(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def pair_of(*turns, chosen="Yes. Fine.", rejected="No."):
+    return make_pair("a", "", chosen, rejected) | {"prompt": talk(*turns)}
+
+
+def own_ids(pairs, conversation, **options):
+    return list(
+        pairs.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True, **options)["input_ids"]
+    )
+
+
+TALKS = {
+    "one turn": pair_of(("user", "Hello. Are you there?")),
+    "turns": pair_of(("user", "Hello."), ("assistant", "Hi! What is it?"), ("user", "Are you there?")),
+    "newline first": pair_of(("user", "Hello."), chosen="\n\nYes. Fine.", rejected="\nNo."),
+    "blanks around": pair_of(("user", "  Hello.  \n"), chosen="  Yes. ", rejected=" No.\n\n"),
+    "thoughts": pair_of(("user", "Hello."), chosen="<think>Hm. Well.</think>\n\nYes.", rejected="<think></think>No."),
+    "earlier thoughts": pair_of(("user", "Hello."), ("assistant", "<think>Hm.</think>Hi."), ("user", "And?")),
+    "other scripts": pair_of(("user", "你好。\u0939\u093f?"), chosen="Ça va. 👍🏽!", rejected="い."),
+    "markup inside": pair_of(("user", "Say <end> and <assistant>!"), chosen="<end>. <user>", rejected="No."),
+    "no prompt": pair_of(),
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, KNOWN_ROLES, ALTERNATING, THINKS], ids=["all", "known", "strict", "thinks"]
+)
+def test_tokens_are_those_of_the_whole_conversation(template, name):
+    pairs, pair = reads(template), TALKS[name]
+    (found,) = pairs.read([pair])
+    if template == ALTERNATING and not pair["prompt"]:
+        assert "roles must alternate" in found
+        return
+    for side in ("chosen", "rejected"):
+        own = getattr(found, side)
+        assert own.ids.tolist() == own_ids(pairs, [*pair["prompt"], *pair[side]])
+        before = pairs.tokenizer.decode(own.ids[: own.n_prompt])
+        said = pairs.tokenizer.decode(own.ids[own.n_prompt :])
+        assert pair[side][0]["content"].split("</think>")[-1].strip() in said
+        if name == "turns":
+            assert "Are you there?" in before
+
+
+def test_sentences_of_a_thought_are_read():
+    (found,) = reads(THINKS).read(
+        [pair_of(("user", "Hi there."), chosen="<think>First this, and that. Then so.</think>Yes.")]
+    )
+    pairs = reads(THINKS)
+    text = pairs.rendered_side(
+        pair_of(("user", "Hi there."), chosen="<think>First this, and that. Then so.</think>Yes."), "chosen"
+    )
+    assert any(text[:end].endswith("that.") for end in found.chosen.end.tolist())
+
+
+@pytest.mark.parametrize("role", ["human", "Human", "gpt", "model"])
+def test_other_names_of_roles_are_known(role):
+    same = ALIASES[role.lower()]
+    turns = [("user", "Hello."), ("assistant", "Hi."), ("user", "And?")]
+    renamed = [(role if name == same else name, content) for name, content in turns]
+    pairs = reads(KNOWN_ROLES)
+    (one,), (other,) = pairs.read([pair_of(*turns)]), pairs.read([pair_of(*renamed)])
+    assert one.chosen.ids.tolist() == other.chosen.ids.tolist()
+    theirs = reads(KNOWN_ROLES.replace("'system'", f"'{role}'"))
+    assert f"<{role}>" in theirs.rendered_side(pair_of((role, "Hello.")), "chosen")
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_an_unknown_role_is_refused_by_name(template):
+    pairs = PairTokenizer(reads(CHAT_TEMPLATE).tokenizer, template, 400)
+    bad, good = pairs.read([pair_of(("observer", "Hello.")), pair_of(("user", "Hello."))])
+    assert bad.startswith(
+        "message 1 has the role 'observer', which is not known; wanted one of system, user, assistant"
+    )
+    assert good.pair_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (KNOWN_ROLES, "the chat template leaves out message 2 of 3, of role 'tool'"),
+        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "writes 2 times message 1 of 3"),
+        ("{% for m in messages | reverse %}{{ m['content'] }};{% endfor %}", "puts the messages into another order"),
+        (ALTERNATING, "the chat template refuses it: roles must alternate"),
+        ("{{ messages[0]['no'].such }}", "the chat template refuses it: "),
+    ],
+)
+def test_a_conversation_that_a_template_does_not_write_is_refused(template, told):
+    bad, good = reads(template).read([pair_of(("user", "Hello."), ("tool", "Sunny.")), pair_of(("user", "Hello."))])
+    assert told in bad
+    assert template in (KNOWN_ROLES, ALTERNATING) or isinstance(good, str)
+    with pytest.raises(UserError, match="pair 'a': "):
+        reads(template)([pair_of(("user", "Hello."), ("tool", "Sunny."))])
+
+
+def test_a_system_message_that_a_template_refuses_goes_before_the_users():
+    turns = [("system", "Be brief."), ("user", "Hello.")]
+    (refused,) = reads(ALTERNATING).read([pair_of(*turns)])
+    assert "System role not supported" in refused
+    pairs = reads(ALTERNATING, fold=True)
+    (found,) = pairs.read([pair_of(*turns)])
+    assert found.chosen.ids.tolist() == own_ids(
+        pairs, talk(("user", "Be brief.\n\nHello."), ("assistant", "Yes. Fine."))
+    )
+    text = pairs.render(talk(*turns), messages("assistant", "Yes."))
+    assert [text.text[span.start : span.stop] for span in text.spans] == ["Be brief.", "Hello.", "Yes."]
+
+
+def test_the_day_is_the_one_that_is_said_whenever_it_runs(tmp_path, reward_dir, caplog):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    (tmp_path / "model" / SETTINGS).unlink()
+    (tmp_path / "model" / "chat_template.jinja").write_text(TODAY)
+    pairs = load_pair_tokenizer(tmp_path / "model")
+    assert "writes today's date; 2024-07-26 is taken" in caplog.text
+    assert pairs.rendered_side(TALKS["one turn"], "chosen").startswith("[26 Jul 2024]")
+    said = load_pair_tokenizer(tmp_path / "model", Reading(template_arguments={"date": "2025-01-02"}))
+    assert said.rendered_side(TALKS["one turn"], "chosen").startswith("[02 Jan 2025]")
+    trained = new_reward_model(RewardConfig(base=str(tmp_path / "model")), lambda: [])
+    save_reward_model(trained, tmp_path / "trained")
+    assert json.loads((tmp_path / "trained" / SETTINGS).read_text())["arguments"] == {"date": "2024-07-26"}
+    with pytest.raises(UserError, match=r"was made to be read with arguments .*2024-07-26.*leave it out"):
+        load_pair_tokenizer(tmp_path / "trained", Reading(template_arguments={"date": "2025-01-02"}))
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "told"),
+    [
+        (CHAT_TEMPLATE, {"enable_thinking": False}, "reads no argument 'enable_thinking'"),
+        (CHAT_TEMPLATE, {"messages": "x"}, "reads no argument 'messages'"),
+        (CHAT_TEMPLATE, {"date": "2024-01-01"}, "reads no date"),
+        ("{% set f = '%d' %}{{ strftime_now(f) }}" + CHAT_TEMPLATE, {}, "cannot be fixed to one day"),
+    ],
+)
+def test_arguments_that_a_template_does_not_read_are_refused(template, arguments, told):
+    with pytest.raises(UserError, match=told):
+        reads(template, arguments=arguments).read([TALKS["one turn"]])
+
+
+def test_arguments_reach_the_template():
+    template = "{% if loud %}!{% endif %}" + CHAT_TEMPLATE
+    pairs = reads(template, arguments={"loud": True})
+    assert pairs.rendered_side(TALKS["one turn"], "chosen").startswith("!")
+
+
+def test_a_template_in_a_file_is_read_and_goes_with_the_model(tmp_path, reward_dir):
+    file = tmp_path / "own.jinja"
+    file.write_text(KNOWN_ROLES)
+    reading = Reading(template=str(file))
+    shutil.copytree(reward_dir, tmp_path / "model")
+    (tmp_path / "model" / SETTINGS).unlink()
+    pairs = load_pair_tokenizer(tmp_path / "model", reading)
+    assert pairs.rendered_side(TALKS["one turn"], "rejected") == "<user>Hello. Are you there?<end><assistant>No.<end>"
+    trained = new_reward_model(RewardConfig(base=str(tmp_path / "model"), template=str(file)), lambda: [])
+    save_reward_model(trained, tmp_path / "trained")
+    assert load_pair_tokenizer(tmp_path / "trained").chat.text == KNOWN_ROLES
+    before = reading.asked()
+    file.write_text(CHAT_TEMPLATE)
+    assert reading.asked() != before  # recipes hold what it says, not its name
+    with pytest.raises(UserError, match="cannot read the template"):
+        load_pair_tokenizer(tmp_path / "model", Reading(template="no/such.jinja"))
+
+
+def test_texts_one_behind_the_other(reward_dir):
+    pairs = PairTokenizer(load_pair_tokenizer(reward_dir).tokenizer, "raw", 100)
+    assert pairs.rendered_side(pair_of(("user", "Q. "), chosen="A."), "chosen") == "Q. A."
+
+
+@pytest.mark.parametrize("prompt", ["Are you there?", "", "Say [SEP] twice."])
+def test_prompt_and_response_as_two_texts_are_what_the_tokenizer_makes_of_them(bert_dir, prompt):
+    pairs = load_pair_tokenizer(bert_dir)
+    assert pairs.template == "pair"
+    pair = make_pair("a", prompt, "Yes, I am. " * 3, "No.")
+    (found,) = pairs.read([pair])
+    for side in ("chosen", "rejected"):
+        own, wanted = getattr(found, side), pairs.tokenizer(prompt, pair[side][0]["content"])
+        assert own.ids.tolist() == wanted["input_ids"]
+        assert own.types.tolist() == wanted["token_type_ids"]
+        assert own.ids[own.n_prompt - 1] == pairs.tokenizer.sep_token_id
+
+
+def test_a_name_that_is_no_template_is_refused():
+    with pytest.raises(
+        ValueError, match=r"no template is called 'chatml'; choose auto, chat, plain, pair, raw, or a \.jinja"
+    ):
+        Reading(template="chatml")
+    with pytest.raises(ValueError, match="write it as YYYY-MM-DD"):
+        Reading(template_arguments={"date": "26 July"})
