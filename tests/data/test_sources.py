@@ -202,8 +202,8 @@ REFUSALS = [
     (
         TEXTS | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
         "canonical",
-        r"unread field: chosen\[0\]\.tool_calls, which is a part of what was said; pairs hold a role and a content alone: "
-        "write it into the content as the model reads it",
+        r"unread field: chosen\[0\]\.tool_calls, which is a part of what was said; pairs hold a role and a content "
+        "alone: write it into the content as the model reads it",
     ),
     (TEXTS | {"prompt": float("nan")}, "canonical", "empty text: prompt"),
     (TEXTS | {"prompt": "\n\nHuman: \n\nAssistant:"}, "canonical", "empty text: prompt"),
