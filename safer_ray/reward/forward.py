@@ -20,7 +20,14 @@ from safer_ray.reward.execution import ForwardRequest, MicroBatchResult, run_mic
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import Packed, can_pack, fork_of, has_dropout, pack, smallest_window, unpacked
 from safer_ray.reward.text import PairTokens
-from safer_ray.reward.trunk import States, can_start_after_trunk, start_after, trunk_cache, uses_trunk_cache
+from safer_ray.reward.trunk import (
+    States,
+    can_start_after_trunk,
+    outputs_noted,
+    start_after,
+    trunk_cache,
+    uses_trunk_cache,
+)
 
 MASK = 2**26  # entries of a micro-batch's mask where pairs are packed for training: 256 MB
 
@@ -121,7 +128,8 @@ def trunk_states(reward: RewardModel, sequences: Sequence[np.ndarray]) -> States
         unfrozen = replace(reward, frozen_layers=0)  # so that the pass is not looked for in the cache again
         everywhere = [np.arange(len(sequence)) for sequence in missing]
         layers = (reward.frozen_layers,)
-        found = forward(unfrozen, missing, layers=layers, positions=everywhere, rewards=False).hidden
+        with outputs_noted(reward, reward.frozen_layers):
+            found = forward(unfrozen, missing, layers=layers, positions=everywhere, rewards=False).hidden
         assert found is not None
         return [states.clone() for states in found]  # each free of its micro-batch
 

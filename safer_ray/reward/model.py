@@ -12,7 +12,7 @@ from safer_ray.errors import UserError
 from safer_ray.reward.text import PairTokenizer
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
-LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
+LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers", "blocks")
 
 
 @dataclass(frozen=True)
