@@ -18,7 +18,9 @@ from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
+from safer_ray.reward.padding import filler, with_named_pad
 from safer_ray.reward.parts import check_loaded, load_part, splits_up
+from safer_ray.reward.positions import longest_sequence
 from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
 from safer_ray.reward.text import TEMPLATES, PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
@@ -26,10 +28,6 @@ from safer_ray.storage.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # the tokenizer's own chat template where it has one, else plain
-FROM_PAD = (  # count positions from behind that of the pad token, and have so many fewer
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
-    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
@@ -79,10 +77,6 @@ def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, 
 
 
 def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> PairTokenizer:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
-        tokenizer.pad_token = tokenizer.eos_token
     if template == AUTO:
         template = "chat" if tokenizer.chat_template else "plain"
         if template == "plain":
@@ -92,16 +86,12 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
 
 def _limit(config: Any, max_length: int) -> int:
     """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or max_length
-    if text.model_type in FROM_PAD:
-        positions -= 1 + (text.pad_token_id if text.pad_token_id is not None else -1)
-    return min(max_length, positions)
+    positions = longest_sequence(config)
+    return max_length if positions is None else min(max_length, positions)
 
 
 def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str, before: int = 0) -> RewardModel:
     pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows and not before:  # a later part looks nothing up
@@ -109,7 +99,11 @@ def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str,
             f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
             "use the tokenizer that belongs to the model, or resize the embedding"
         )
-    return RewardModel(model, pairs, name, unread=tokenizer.pad_token_id)
+    text = model.config.get_text_config()
+    pad, unread = filler(model.config, tokenizer, rows), text.pad_token_id
+    if unread is None:
+        text.pad_token_id = pad  # without one, transformers runs no two sequences at once
+    return RewardModel(model, pairs, name, pad=pad, unread=unread)
 
 
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
@@ -125,7 +119,7 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
     model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
     if config.disable_dropout:
         _disable_dropout(model)
-    return _wrap(model, tokenizer, config.template, config.max_length, config.base)
+    return with_named_pad(_wrap(model, tokenizer, config.template, config.max_length, config.base))
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -248,6 +242,15 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
         "max_length": reward.pairs.limit,
         "frozen_layers": reward.frozen_layers,
     }
+    text = reward.model.config.get_text_config()
+    running, text.pad_token_id = text.pad_token_id, reward.unread  # behind which its rewards are read
+    try:
+        _save(reward, directory, weights, settings)
+    finally:
+        text.pad_token_id = running
+
+
+def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None, settings: dict[str, Any]) -> None:
     with explain_disk_errors(directory):
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)

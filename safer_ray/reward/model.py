@@ -25,6 +25,7 @@ class RewardModel:
     frozen_layers: int = 0  # blocks whose weights are the base's
     before: int = 0  # blocks that run before those here, in another part
     window: int | None = None  # smallest attention window of any layer of the whole model, where this is a part
+    pad: int = 0  # fills up batches, where nothing is read
     unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 
     @property
@@ -34,10 +35,6 @@ class RewardModel:
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def pad(self) -> int:
-        return int(self.pairs.tokenizer.pad_token_id)
 
     @property
     def budget(self) -> int:

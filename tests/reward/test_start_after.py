@@ -57,7 +57,7 @@ def made(kind, values):
         class tokenizer:  # noqa: N801
             pad_token_id = config.pad_token_id
 
-    return RewardModel(model, Pairs(), kind, unread=config.pad_token_id)
+    return RewardModel(model, Pairs(), kind, pad=config.pad_token_id, unread=config.pad_token_id)
 
 
 @pytest.mark.parametrize("kind", list(TYPES))

@@ -53,4 +53,4 @@ def build(name):
         for name_, parameter in model.named_parameters():
             if "norm" not in name_:
                 parameter.normal_(0, 0.3)
-    return RewardModel(model, _Pairs(), name, unread=PAD)
+    return RewardModel(model, _Pairs(), name, pad=PAD, unread=PAD)
