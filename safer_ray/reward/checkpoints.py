@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.dropout import disable_dropout
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
@@ -118,17 +119,8 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
     torch.manual_seed(config.seed)
     model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
     if config.disable_dropout:
-        _disable_dropout(model)
+        disable_dropout(model)
     return with_named_pad(_wrap(model, tokenizer, config.template, config.max_length, config.base))
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        name = "attention_dropout"  # a number where a fused kernel applies it
-        if isinstance(getattr(module, name, None), float):
-            setattr(module, name, 0.0)
 
 
 def load_reward_model(

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import TooLargeError
 from safer_ray.reward.batches import run_micro_batches
+from safer_ray.reward.dropout import has_dropout
 from safer_ray.reward.execution import ForwardRequest, MicroBatchResult, run_micro_batch
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import Packed, can_pack, fork_of, has_dropout, pack, smallest_window, unpacked
+from safer_ray.reward.packing import Packed, can_pack, fork_of, pack, smallest_window, unpacked
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.trunk import (
     States,

@@ -78,16 +78,16 @@ def capture_output(module: nn.Module, found: dict[int, Tensor], number: int, *, 
 @contextmanager
 def compute_only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator[None]:
     """Inside, a module that takes each token by itself runs on the tokens at `index` (row, column) alone; it gives
-    zeros for all others."""
+    zeros for all others. It is given them as one sequence, since mixtures of experts want a batch."""
     shape: list[int] = []
 
     def gather(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         shape[:] = inputs[0].shape[:-1]
-        return (inputs[0][index], *inputs[1:])
+        return (inputs[0][index][None], *inputs[1:])
 
     def scatter(output: Tensor) -> Tensor:
         whole = output.new_zeros((*shape, output.shape[-1]))
-        whole[index] = output
+        whole[index] = output[0]
         return whole
 
     with before(module, gather), after(module, scatter):
