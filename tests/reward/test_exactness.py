@@ -1,4 +1,6 @@
-"""Every reward is that of the model's own tokenizer, chat template and forward pass: one sequence at a time, unpadded."""
+"""Every reward is that of the model's own tokenizer, template and forward pass, one unpadded sequence at a time."""
+
+# ruff: noqa: RUF001  # texts in other scripts
 
 import json
 import shutil

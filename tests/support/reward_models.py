@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
 from support import tokenizers as t
 
 LARGE = 0.25
@@ -56,7 +57,7 @@ KINDS = {
     "OLMo 2": RewardModelKind("olmo2", KV, t.olmo2),
     "SmolLM 3": RewardModelKind("smollm3", KV, t.qwen3),
     "StarCoder 2, Cohere's template": RewardModelKind("starcoder2", KV, t.cohere),
-    "StableLM, Granite's template": RewardModelKind("stablelm", KV, t.granite),
+    "StableLM, Granite's template": RewardModelKind("stablelm", KV | {"partial_rotary_factor": 0.5}, t.granite),
     "DeepSeek 3": RewardModelKind("deepseek_v3", DEEPSEEK3, t.deepseek),
     "GPT-2": RewardModelKind("gpt2", GPT | {"n_positions": 512}, t.gpt2, names_pad=False),
     "GPT-NeoX": RewardModelKind("gpt_neox", COMMON, t.gpt2),

@@ -1,5 +1,7 @@
 """Tokenizers of every kind that reward models have, trained on the spot, and the chat templates that go with them."""
 
+# ruff: noqa: RUF001  # characters that look like others, in the words of the families
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -75,12 +77,10 @@ def unigram(specials, unknown, size=400):
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    return train(
-        tokenizer,
-        trainers.UnigramTrainer(
-            vocab_size=size, special_tokens=list(specials), unk_token=unknown, show_progress=False, n_sub_iterations=1
-        ),
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=list(specials), unk_token=unknown, show_progress=False, n_sub_iterations=1
     )
+    return train(tokenizer, trainer)
 
 
 def wordpiece(size=500):
@@ -121,8 +121,8 @@ LLAMA2_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA3_TEMPLATE = (
-    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
-    " + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{% for m in messages %}"
+    "{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
     "{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -147,7 +147,8 @@ QWEN3_TEMPLATE = (  # thoughts of former turns are left out
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
@@ -287,7 +288,7 @@ def deepseek():
 
 def gpt2(template=CHATML_TEMPLATE):
     """No pad token; markers of its template are no special tokens."""
-    end = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
+    end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return fast(byte_bpe(["<|endoftext|>"], GPT2), template, **end)
 
 
