@@ -17,6 +17,7 @@ from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.dropout import disable_dropout
+from safer_ray.reward.forward import check_padding
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
@@ -120,7 +121,7 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
     model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
     if config.disable_dropout:
         disable_dropout(model)
-    return with_named_pad(_wrap(model, tokenizer, config.template, config.max_length, config.base))
+    return check_padding(with_named_pad(_wrap(model, tokenizer, config.template, config.max_length, config.base)))
 
 
 def load_reward_model(
@@ -145,7 +146,8 @@ def load_reward_model(
     checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     quiet_transformers()
     config = open_config(checkpoint)
-    if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
+    model_is_whole = part.of == 1 and not (layers is not None and _splits_up(directory, config, layers))
+    if not model_is_whole:
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
@@ -154,6 +156,8 @@ def load_reward_model(
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if model_is_whole:
+        wrapped = check_padding(wrapped)
     if not before:
         log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))
     return wrapped

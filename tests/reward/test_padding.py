@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from safer_ray.config.sections import RewardConfig
+from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_pair_tokenizer, load_reward_model, new_reward_model, save_reward_model
 from safer_ray.reward.forward import forward, forward_pairs
 from safer_ray.reward.positions import counts_positions_from_pad, longest_sequence
@@ -36,7 +37,11 @@ def saved(directory, kind, *, pad, tokenizer_pad=None, more=(), spare=0, templat
     config_pad = {"eos": tokenizer.eos_token_id, "spare": len(tokenizer) + 2}.get(pad, pad)
     if isinstance(config_pad, str):
         config_pad = tokenizer.get_vocab()[config_pad]
-    values = SIZES[kind] | {"vocab_size": len(tokenizer) + spare, "pad_token_id": config_pad, "num_labels": 1} | values
+    values = (
+        SIZES.get(kind, {})
+        | {"vocab_size": len(tokenizer) + spare, "pad_token_id": config_pad, "num_labels": 1}
+        | values
+    )
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **values))
     with torch.no_grad():
@@ -195,3 +200,37 @@ def test_a_model_that_knows_distances_alone_reads_sequences_of_any_length(tmp_pa
     with torch.inference_mode():
         wanted = torch.stack([model(input_ids=torch.from_numpy(own)[None]).logits[0, 0] for own in ids])
     torch.testing.assert_close(forward(reward, ids).rewards, wanted, rtol=1e-5, atol=1e-5)
+
+
+UNPADDED = {
+    "fnet": ENCODER | {"tpu_short_seq_length": 64},  # masks nothing
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48},  # reads the last place
+}
+
+
+@pytest.mark.parametrize("kind", list(UNPADDED))
+def test_a_model_whose_rewards_padding_moves_runs_sequences_one_by_one(tmp_path, kind, caplog):
+    tokenizer = saved_as(tmp_path, kind, UNPADDED[kind])
+    reward = load_reward_model(tmp_path)
+    assert not reward.pads
+    (told,) = [record.getMessage() for record in caplog.records if "one by one" in record.getMessage()]
+    assert told.endswith("padding moves its rewards, so its sequences run one by one, which takes longer")
+    pairs = reward.pairs(make_pairs(4).to_pylist())
+    sequences = [side.ids for side in both_sides(pairs)]
+    wanted = plain_rewards(tmp_path, sequences, pads=False)
+    torch.testing.assert_close(forward_pairs(reward, pairs).rewards, wanted, rtol=1e-5, atol=1e-5)
+    margin = reward_step(reward, pairs).margin
+    torch.testing.assert_close(margin, wanted[0::2] - wanted[1::2], rtol=1e-4, atol=1e-5)
+    assert tokenizer.pad_token_id == reward.pad
+    with pytest.raises(UserError, match="padding moves its rewards, so no layers can be frozen"):
+        reward.freeze(1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_what_masks_its_padding_runs_side_by_side(tmp_path, kind):
+    saved_as(tmp_path, kind, SIZES[kind])
+    assert load_reward_model(tmp_path).pads
+
+
+def saved_as(directory, kind, sizes):
+    return saved(directory, kind, pad=0, tokenizer_pad="<pad>", first="<pad>", **sizes)
