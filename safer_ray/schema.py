@@ -77,13 +77,15 @@ def vectors(width: int) -> pa.Schema:
 
 
 def _codes() -> pa.Schema:
-    fields = [("pair_id", pa.string()), ("n_prompt_tokens", pa.int32()), ("truncated", pa.bool_())]
+    fields = [("pair_id", pa.string())]
     for side in SIDES:
         fields += [
             (f"{side}_token", pa.list_(pa.int32())),
             (f"{side}_end", pa.list_(pa.int32())),
             (f"{side}_features", pa.list_(pa.list_(pa.int32()))),
             (f"{side}_values", pa.list_(pa.list_(pa.float32()))),
+            (f"{side}_prompt_tokens", pa.int32()),  # before the first of the response
+            (f"{side}_truncated", pa.bool_()),  # what is longer than the model reads was cut
             (f"{side}_fallback", pa.bool_()),  # the last entry is the response's last token, no sentence end
             (f"{side}_reward", pa.float32()),
         ]
@@ -145,6 +147,8 @@ SCORES = pa.schema(
         ("reward_chosen", pa.float32()),
         ("reward_rejected", pa.float32()),
         ("reward_margin", pa.float32()),
+        ("chosen_truncated", pa.bool_()),
+        ("rejected_truncated", pa.bool_()),
         ("suspicion", pa.float64()),
         ("flag", pa.bool_()),
         ("decision", pa.string()),
@@ -172,10 +176,15 @@ REWARDS = pa.schema(
         ("reward_chosen", pa.float32()),
         ("reward_rejected", pa.float32()),
         ("reward_margin", pa.float32()),
+        ("chosen_truncated", pa.bool_()),
+        ("rejected_truncated", pa.bool_()),
     ]
 )
 
 TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
+
+
+TRUNCATED = ("chosen_truncated", "rejected_truncated")  # what is longer than the model reads was cut
 
 
 REFUSED = "refused"  # the column of a batch function's output that tells why a row could not be used; else null

@@ -105,7 +105,7 @@ class AuditRows(AuditPairs):
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         rows = super().finish(pairs, tokens, found)
-        longest = [max(len(t.chosen.ids), len(t.rejected.ids)) - t.n_prompt_tokens for t in tokens]
+        longest = [max(len(side.ids) - side.n_prompt for side in (t.chosen, t.rejected)) for t in tokens]
         flags, texts, reasons = (column.to_pylist() for column in (rows["flag"], pairs["texts"], rows["reasons"]))
         told = [self._told(*row[1:]) if row[0] else None for row in zip(flags, texts, reasons, strict=True)]
         for name in CARRIED:

@@ -60,7 +60,7 @@ def flatten(codes: pa.Table, side: str, mode: Mode) -> SideCodes:
         raise UserError(f"codes: {side} tokens, ends, features and values differ in length; rebuild stage `codes`")
     entry_row = np.repeat(np.arange(len(codes)), per_row)
     token = tokens.flatten().to_numpy()
-    keep = ~_is_fallback(codes, side, per_row) if mode == "paper" else token >= _prompt_lengths(codes)[entry_row]
+    keep = ~_is_fallback(codes, side, per_row) if mode == "paper" else token >= _prompt_lengths(codes, side)[entry_row]
     entry = np.repeat(np.arange(len(token)), per_entry)
     kept = keep[entry]
     renumbered = np.cumsum(keep) - 1
@@ -85,13 +85,14 @@ def _is_fallback(codes: pa.Table, side: str, per_row: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _prompt_lengths(codes: pa.Table) -> np.ndarray:
-    if "n_prompt_tokens" not in codes.column_names or codes["n_prompt_tokens"].null_count:
+def _prompt_lengths(codes: pa.Table, side: str) -> np.ndarray:
+    name = f"{side}_prompt_tokens"
+    if name not in codes.column_names or codes[name].null_count:
         raise UserError(
-            "codes: `n_prompt_tokens` is missing or null, without which nobody knows where a response begins; "
+            f"codes: `{name}` is missing or null, without which nobody knows where a response begins; "
             "rebuild stage `codes`, or use mode `paper`, which counts prompts too"
         )
-    return codes["n_prompt_tokens"].to_numpy()
+    return codes[name].to_numpy()
 
 
 def latent_count(codes: pa.Table) -> int:

@@ -121,11 +121,7 @@ def codes_table(encoded: Encoded) -> pa.Table:
     assert encoded.codes is not None
     rows = []
     for i, pair in enumerate(encoded.tokens):
-        row: dict[str, Any] = {
-            "pair_id": pair.pair_id,
-            "n_prompt_tokens": pair.n_prompt_tokens,
-            "truncated": pair.truncated,
-        }
+        row: dict[str, Any] = {"pair_id": pair.pair_id}
         for j, (name, side) in enumerate(zip(schema.SIDES, (pair.chosen, pair.rejected), strict=True)):
             features, values = _active(encoded.codes[2 * i + j])
             row |= {
@@ -134,6 +130,8 @@ def codes_table(encoded: Encoded) -> pa.Table:
                 f"{name}_features": features,
                 f"{name}_values": values,
                 f"{name}_fallback": side.fallback,
+                f"{name}_prompt_tokens": side.n_prompt,
+                f"{name}_truncated": side.truncated,
                 f"{name}_reward": None if encoded.rewards is None else float(encoded.rewards[2 * i + j]),
             }
         rows.append(row)

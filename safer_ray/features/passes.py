@@ -17,12 +17,12 @@ from safer_ray.features.encoder import Encoder, codes_table, positions_of
 from safer_ray.reward.checkpoints import load_reward_model
 from safer_ray.reward.forward import Forward, forward_pairs
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.text import PairTokens
+from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.tokens import TEXTS, read_tokens
 from safer_ray.sae.formats import load_sae, sae_layer
 from safer_ray.sae.model import Standardised
 from safer_ray.schema import SIDES
-from safer_ray.storage.quarantine import KNOWN
+from safer_ray.storage.quarantine import refuse
 from safer_ray.storage.work import WHOLE, Part
 
 # What a part of a model hands on of every pair, beside its tokens
@@ -115,15 +115,6 @@ class ReadsPairs(ABC):
                     reason = f"NaN or infinite values: {what} of {self.reward.name}; load it in float32, or retrain it"
                     reasons.setdefault(side // 2, reason)
         return reasons
-
-
-def refuse(pairs: pa.Table, reasons: dict[int, str]) -> pa.Table:
-    """The rows that have a reason, with what is known of them and their texts where these ride along."""
-    rows = pairs.take(pa.array(list(reasons), pa.int64()))
-    known = rows.select([name for name in KNOWN if name in rows.column_names])
-    if "texts" in rows.column_names:
-        known = known.drop_columns(["raw"] if "raw" in known.column_names else []).append_column("raw", rows["texts"])
-    return known.append_column(schema.REFUSED, pa.array(list(reasons.values()), pa.string()))
 
 
 def _take(found: Forward, pairs: np.ndarray) -> Forward:
@@ -287,7 +278,7 @@ class MeanVectors(ReadsPairs):
         return positions_of(tokens, all_tokens=True)
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        starts = [n for pair in tokens for n in (pair.n_prompt_tokens,) * 2]
+        starts = [side.n_prompt for side in both_sides(tokens)]
         hidden = found.hidden or []
         zero = torch.zeros(self.reward.hidden_size * len(self.layers))
         prompt, response = (
@@ -320,5 +311,6 @@ class RewardPairs(ReadsPairs):
             "reward_chosen": chosen,
             "reward_rejected": rejected,
             "reward_margin": chosen - rejected,
+            **{f"{side}_truncated": [getattr(pair, side).truncated for pair in tokens] for side in SIDES},
         }
         return pa.table(columns, schema=schema.REWARDS)

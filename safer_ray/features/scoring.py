@@ -9,7 +9,7 @@ import pyarrow as pa
 from safer_ray.config.sections import Mode
 from safer_ray.errors import UserError
 from safer_ray.features.codes import SideCodes, flatten
-from safer_ray.schema import REASON, SCORES
+from safer_ray.schema import REASON, SCORES, TRUNCATED
 
 KIND = "safer_ray.scores"  # in the metadata of scores: whether the models that made them had seen the pairs
 IN_SAMPLE = "in sample"
@@ -171,6 +171,7 @@ class ScoreCodes:
             "reward_chosen": pa.array(rewards[0], from_pandas=True),
             "reward_rejected": pa.array(rewards[1], from_pandas=True),
             "reward_margin": pa.array(rewards[0] - rewards[1], from_pandas=True),
+            **{name: _column(codes, name, pa.bool_()) for name in TRUNCATED},
             **suspect(values, self.reference, self.flag_quantile),
             "reasons": pa.array(pair_reasons(codes, self.features, self.reasons), type=pa.list_(REASON)),
             "extra": _column(codes, "extra", pa.string()),

@@ -24,13 +24,12 @@ from safer_ray.reward.padding import filler, with_named_pad
 from safer_ray.reward.parts import check_loaded, load_part, splits_up
 from safer_ray.reward.positions import longest_sequence
 from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
-from safer_ray.reward.text import TEMPLATES, PairTokenizer
+from safer_ray.reward.reading import SETTINGS, HowItReads, asked_for, how_it_reads, pair_tokenizer, settings_of
+from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
-AUTO = "auto"  # the tokenizer's own chat template where it has one, else plain
-SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
 def quiet_transformers() -> None:
@@ -78,22 +77,14 @@ def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, 
     return model, tokenizer
 
 
-def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> PairTokenizer:
-    if template == AUTO:
-        template = "chat" if tokenizer.chat_template else "plain"
-        if template == "plain":
-            log.warning("%s has no chat template: pairs are read as Human: and Assistant: turns", name)
-    return PairTokenizer(tokenizer, template, limit)
-
-
 def _limit(config: Any, max_length: int) -> int:
     """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
     positions = longest_sequence(config)
     return max_length if positions is None else min(max_length, positions)
 
 
-def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str, before: int = 0) -> RewardModel:
-    pairs = _pair_tokenizer(tokenizer, template, _limit(model.config, max_length), name)
+def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: str, before: int = 0) -> RewardModel:
+    pairs = pair_tokenizer(tokenizer, how, _limit(model.config, max_length), name)
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows and not before:  # a later part looks nothing up
@@ -116,12 +107,13 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
     """
     if isinstance(config.base, TinyLlamaConfig):
         model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
-        return _wrap(model, tokenizer, "plain", config.max_length, "tiny llama")
+        return _wrap(model, tokenizer, HowItReads("plain"), config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
     model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
     if config.disable_dropout:
         disable_dropout(model)
-    return check_padding(with_named_pad(_wrap(model, tokenizer, config.template, config.max_length, config.base)))
+    how = asked_for(config, made_here=True)
+    return check_padding(with_named_pad(_wrap(model, tokenizer, how, config.max_length, config.base)))
 
 
 def load_reward_model(
@@ -151,10 +143,10 @@ def load_reward_model(
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
-    settings = _settings(directory)
-    wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
+    how = how_it_reads(directory, reading)
+    wrapped = _wrap(model, tokenizer, how, how.max_length, directory.name, before)
     unread = config.get_text_config().pad_token_id
-    wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window, unread=unread)
+    wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if model_is_whole:
         wrapped = check_padding(wrapped)
@@ -186,25 +178,6 @@ def _load_range(
     return model, open_tokenizer(checkpoint), start, smallest_window(config) if part.of > 1 else None
 
 
-def _settings(directory: Path) -> dict[str, Any]:
-    settings = {"template": AUTO, "max_length": 10**9, "frozen_layers": 0}
-    file = directory / SETTINGS
-    if not file.is_file():
-        return settings
-    try:
-        settings |= json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        raise UserError(f"{file} is not a JSON object; export the model again, or delete the file") from None
-    known = (AUTO, *TEMPLATES)
-    if settings["template"] not in known:
-        raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(known)}")
-    for name, least in (("max_length", 1), ("frozen_layers", 0)):
-        value = settings[name]
-        if type(value) is not int or value < least:
-            raise UserError(f"{file}: {name} is {value!r}, wanted a whole number from {least} on")
-    return settings
-
-
 def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
     """Width of the hidden states of the model in `directory`, from its config alone."""
     return int(open_config(checkpoint_of(str(directory), trust_remote_code)).get_text_config().hidden_size)
@@ -223,9 +196,8 @@ def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> Pair
     """
     quiet_transformers()
     checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
-    tokenizer, settings = open_tokenizer(checkpoint), _settings(directory)
-    limit = _limit(open_config(checkpoint), settings["max_length"])
-    return _pair_tokenizer(tokenizer, settings["template"], limit, directory.name)
+    tokenizer, how = open_tokenizer(checkpoint), how_it_reads(directory, reading)
+    return pair_tokenizer(tokenizer, how, _limit(open_config(checkpoint), how.max_length), directory.name)
 
 
 def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -233,11 +205,7 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
 
     `weights` are whole tensors by name where the model's own are partitioned over a process group.
     """
-    settings = {
-        "template": reward.pairs.template,
-        "max_length": reward.pairs.limit,
-        "frozen_layers": reward.frozen_layers,
-    }
+    settings = settings_of(reward.pairs) | {"frozen_layers": reward.frozen_layers}
     text = reward.model.config.get_text_config()
     running, text.pad_token_id = text.pad_token_id, reward.unread  # behind which its rewards are read
     try:

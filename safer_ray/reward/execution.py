@@ -108,7 +108,7 @@ def rewards_of(
 def _inputs(reward: RewardModel, rows: Sequence[Packed], dtype: torch.dtype) -> dict[str, Tensor]:
     if len(rows[0].lengths) > 1:
         return pack_batch(rows, reward.pad, reward.device, dtype)
-    return pad_batch([row.ids for row in rows], reward.pad, reward.device)
+    return pad_batch([row.ids for row in rows], reward.pad, reward.device, [row.types for row in rows])
 
 
 def _run_backbone(

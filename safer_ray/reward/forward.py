@@ -96,7 +96,7 @@ def forward_pairs(
         else:
             one_row = can_pack_pair(reward, pair)
         ids = pair.chosen.ids, pair.rejected.ids
-        own = [pack(*ids)] if one_row else [unpacked(side) for side in ids]
+        own = [pack(*ids)] if one_row else [unpacked(side.ids, side.types) for side in (pair.chosen, pair.rejected)]
         rows += own
         owner += [number] * len(own)
     given: States | None = None
@@ -121,24 +121,26 @@ def forward_pairs(
     return found
 
 
-def trunk_states(reward: RewardModel, sequences: Sequence[np.ndarray]) -> States:
-    """Return the output of the last frozen block at every token; inside `cached_trunk` it is computed once a text.
+def trunk_states(reward: RewardModel, rows: Sequence[Packed]) -> States:
+    """Return the output of the last frozen block at every token of rows of one side each; inside `cached_trunk` it is
+    computed once a text.
 
     Raises:
         TooLargeError: sequences that do not fit the memory.
     """
 
-    def compute(missing: Sequence[np.ndarray]) -> States:
+    def compute(missing: Sequence[Packed]) -> States:
         unfrozen = replace(reward, frozen_layers=0)  # so that the pass is not looked for in the cache again
-        everywhere = [np.arange(len(sequence)) for sequence in missing]
-        layers = (reward.frozen_layers,)
+        everywhere = [np.arange(len(row.ids)) for row in missing]
+        names = [f"sequence {i}" for i in range(len(missing))]
+        request = ForwardRequest((reward.frozen_layers,), rewards=False)
         with outputs_noted(reward, reward.frozen_layers):
-            found = forward(unfrozen, missing, layers=layers, positions=everywhere, rewards=False).hidden
+            found = _run_rows(unfrozen, missing, names, request, everywhere, None)[0].hidden
         assert found is not None
         return [states.clone() for states in found]  # each free of its micro-batch
 
     cache = trunk_cache()
-    return compute(sequences) if cache is None else cache.get(reward.trunk_key, sequences, compute)
+    return compute(rows) if cache is None else cache.get(reward.trunk_key, rows, compute)
 
 
 def check_padding(reward: RewardModel) -> RewardModel:
@@ -264,5 +266,5 @@ def _start(
     packed = len(rows[0].lengths) > 1
     if packed or given is not None or not can_start_after_trunk(reward, request.layers):
         return contextlib.nullcontext()
-    states = trunk_states(reward, [row.ids for row in rows])
+    states = trunk_states(reward, rows)
     return start_after(reward, reward.frozen_layers, pad_sequence(states, batch_first=True))

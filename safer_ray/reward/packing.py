@@ -28,6 +28,7 @@ class Packed(NamedTuple):
     fork: int  # tokens that both sides begin with
     chosen: int  # length of the chosen side
     lengths: tuple[int, ...]  # of the sides
+    types: np.ndarray | None = None  # int64 [n], token types, of a row that is one side
 
     def columns(self, side: int, positions: np.ndarray) -> np.ndarray:
         """Return where tokens of a side (0 chosen, 1 rejected), given by their positions in it, lie in this row."""
@@ -55,9 +56,9 @@ def pack(chosen: np.ndarray, rejected: np.ndarray) -> Packed:
     return Packed(ids, position_ids, fork, len(chosen), (len(chosen), len(rejected)))
 
 
-def unpacked(ids: np.ndarray) -> Packed:
+def unpacked(ids: np.ndarray, types: np.ndarray | None = None) -> Packed:
     """Return one side as a sequence of its own."""
-    return Packed(ids, np.arange(len(ids)), len(ids), len(ids), (len(ids),))
+    return Packed(ids, np.arange(len(ids)), len(ids), len(ids), (len(ids),), types)
 
 
 def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,15 +119,26 @@ def last_token(ids: np.ndarray, pad: int | None) -> int:
     return int(real[-1]) if len(real) else 0
 
 
-def pad_batch(sequences: Sequence[np.ndarray], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Return right-padded `input_ids` and `attention_mask`."""
+def pad_batch(
+    sequences: Sequence[np.ndarray],
+    pad: int,
+    device: torch.device,
+    types: Sequence[np.ndarray | None] = (),
+) -> dict[str, Tensor]:
+    """Return right-padded `input_ids` and `attention_mask`, and `token_type_ids` where sequences have types."""
     width = max(1, *(len(s) for s in sequences))
     ids = np.full((len(sequences), width), pad, dtype=np.int64)
     mask = np.zeros((len(sequences), width), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
-    return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if any(own is not None for own in types):
+        batch["token_type_ids"] = np.zeros_like(ids)
+        for row, own in enumerate(types):
+            if own is not None:
+                batch["token_type_ids"][row, : len(own)] = own
+    return {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
 
 
 def token_index(rows: Sequence[Packed], positions: Sequence[Sequence[np.ndarray]], device: torch.device) -> Index:

@@ -84,4 +84,4 @@ def _two_by_two(pieces: Sequence[tuple[str, np.ndarray]]) -> list[PairTokens]:
         half = len(ids) // 2
         ordered += [(key, ids[:half]), (key, ids[half:])] if half else []
     sides = [Side(ids, np.empty(0, np.int32), np.empty(0, np.int32), False) for _, ids in ordered]
-    return [PairTokens(ordered[i][0], 0, False, sides[i], sides[i + 1]) for i in range(0, len(sides), 2)]
+    return [PairTokens(ordered[i][0], sides[i], sides[i + 1]) for i in range(0, len(sides), 2)]

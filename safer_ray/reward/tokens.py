@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.schema import SIDES
+from safer_ray.storage.quarantine import refuse
 
 TEXTS = ("prompt", "chosen", "rejected")
 
@@ -23,12 +24,10 @@ def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
 def with_tokens(rows: pa.Table, tokens: Sequence[PairTokens]) -> pa.Table:
     """`rows` with the token columns in the place of the texts.
 
-    Added are `n_prompt_tokens`, `truncated`, and for each side `s`: `s_ids`, `s_token`, `s_end` (lists of int32) and
-    `s_fallback`.
+    Added are for each side `s`: `s_ids`, `s_token`, `s_end` (lists of int32), `s_types` (the same, or null),
+    `s_fallback`, `s_prompt_tokens` and `s_truncated`.
     """
     rows = rows.drop_columns([name for name in TEXTS if name in rows.column_names])
-    rows = rows.append_column("n_prompt_tokens", pa.array([t.n_prompt_tokens for t in tokens], pa.int32()))
-    rows = rows.append_column("truncated", pa.array([t.truncated for t in tokens], pa.bool_()))
     for side in SIDES:
         sides: list[Side] = [getattr(t, side) for t in tokens]
         for name, arrays in (
@@ -37,7 +36,11 @@ def with_tokens(rows: pa.Table, tokens: Sequence[PairTokens]) -> pa.Table:
             ("end", [s.end for s in sides]),
         ):
             rows = rows.append_column(f"{side}_{name}", _lists(arrays, pa.int32()))
+        types = pa.array([None if s.types is None else s.types.astype(np.int32) for s in sides], pa.list_(pa.int32()))
+        rows = rows.append_column(f"{side}_types", types)
         rows = rows.append_column(f"{side}_fallback", pa.array([s.fallback for s in sides], pa.bool_()))
+        rows = rows.append_column(f"{side}_prompt_tokens", pa.array([s.n_prompt for s in sides], pa.int32()))
+        rows = rows.append_column(f"{side}_truncated", pa.array([s.truncated for s in sides], pa.bool_()))
     return rows
 
 
@@ -52,10 +55,11 @@ def read_tokens(rows: pa.Table) -> list[PairTokens]:
     sides = []
     for side in SIDES:
         ids, token, end = (_arrays(rows[f"{side}_{name}"]) for name in ("ids", "token", "end"))
-        fallback = rows[f"{side}_fallback"].to_pylist()
-        sides.append([Side(i.astype(np.int64), t, e, f) for i, t, e, f in zip(ids, token, end, fallback, strict=True)])
-    facts = (rows[name].to_pylist() for name in ("pair_id", "n_prompt_tokens", "truncated"))
-    return [PairTokens(*row) for row in zip(*facts, *sides, strict=True)]
+        facts = (rows[f"{side}_{name}"].to_pylist() for name in ("fallback", "prompt_tokens", "truncated"))
+        types = [None if t is None else np.array(t, dtype=np.int64) for t in rows[f"{side}_types"].to_pylist()]
+        own = zip((i.astype(np.int64) for i in ids), token, end, *facts, types, strict=True)
+        sides.append([Side(*values) for values in own])
+    return [PairTokens(*row) for row in zip(rows["pair_id"].to_pylist(), *sides, strict=True)]
 
 
 def token_count(rows: pa.Table) -> int:
@@ -65,7 +69,8 @@ def token_count(rows: pa.Table) -> int:
 
 
 class TokenisePairs:
-    """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read."""
+    """Batch function: pairs -> the same rows, tokenised for the model in `reward`, whose weights are not read; one that
+    cannot be put to it has the reason in the column `refused`."""
 
     def __init__(self, reward: Path, reading: Reading = AS_IT_COMES) -> None:
         from safer_ray.reward.checkpoints import (
@@ -75,4 +80,8 @@ class TokenisePairs:
         self.tokenise = load_pair_tokenizer(reward, reading)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return with_tokens(rows, self.tokenise(rows.select(["pair_id", *TEXTS]).to_pylist()) if len(rows) else [])
+        found = self.tokenise.read(rows.select(["pair_id", *TEXTS]).to_pylist()) if len(rows) else []
+        bad = {i: tokens for i, tokens in enumerate(found) if isinstance(tokens, str)}
+        good = [i for i in range(len(rows)) if i not in bad]
+        made = with_tokens(rows.take(pa.array(good, pa.int64())), [t for t in found if not isinstance(t, str)])
+        return pa.concat_tables([made, refuse(rows, bad)], promote_options="default") if bad else made

@@ -16,6 +16,7 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.training_steps import (
     KnownStates,
@@ -71,7 +72,7 @@ class _Batches:
             tokens = reward.pairs(rows.slice(start, 1024).to_pylist())
             self.tokens += tokens
             if self.layer:
-                self.states += trunk_states(reward, [side.ids for side in both_sides(tokens)])
+                self.states += trunk_states(reward, [unpacked(side.ids, side.types) for side in both_sides(tokens)])
         self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:

@@ -70,7 +70,9 @@ def reward_step(
             chosen, rejected = rewards_of(reward, packed, run).float().view(-1, 2).T
         else:
             sides = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-            chosen, rejected = rewards_of(reward, [unpacked(side.ids) for side in sides], run).float().view(2, -1)
+            chosen, rejected = (
+                rewards_of(reward, [unpacked(side.ids, side.types) for side in sides], run).float().view(2, -1)
+            )
     return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
 
 

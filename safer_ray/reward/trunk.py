@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safer_ray.reward.hooks import after, with_states
 from safer_ray.reward.model import RewardModel
+from safer_ray.reward.packing import Packed
 
 GIGABYTES = 4.0
 
@@ -26,15 +27,13 @@ class TrunkCache:
         self.used = 0
         self.states: dict[tuple[bytes, bytes], Tensor] = {}
 
-    def get(
-        self, trunk: bytes, sequences: Sequence[np.ndarray], compute: Callable[[Sequence[np.ndarray]], States]
-    ) -> States:
-        """Return the states of every sequence; those not known are computed, all in one call."""
-        keys = [(trunk, np.asarray(sequence, dtype=np.int64).tobytes()) for sequence in sequences]
-        missing: dict[tuple[bytes, bytes], np.ndarray] = {}
-        for key, sequence in zip(keys, sequences, strict=True):
+    def get(self, trunk: bytes, rows: Sequence[Packed], compute: Callable[[Sequence[Packed]], States]) -> States:
+        """Return the states of every row of one side; those not known are computed, all in one call."""
+        keys = [(trunk, _content(row)) for row in rows]
+        missing: dict[tuple[bytes, bytes], Packed] = {}
+        for key, row in zip(keys, rows, strict=True):
             if key not in self.states:
-                missing[key] = sequence
+                missing[key] = row
         fresh: dict[tuple[bytes, bytes], Tensor] = {}
         if missing:
             fresh = dict(zip(missing, compute(list(missing.values())), strict=True))
@@ -44,6 +43,11 @@ class TrunkCache:
                 self.states[key] = states
                 self.used += size
         return [fresh[key] if key in fresh else self.states[key] for key in keys]
+
+
+def _content(row: Packed) -> bytes:
+    ids = np.asarray(row.ids, dtype=np.int64).tobytes()
+    return ids if row.types is None else ids + np.asarray(row.types, dtype=np.int64).tobytes()
 
 
 _cache: ContextVar[TrunkCache | None] = ContextVar("trunk_cache", default=None)

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from safer_ray.errors import UserError
 from safer_ray.reward.batches import micro_batches
 from safer_ray.reward.execution import rewards_of
-from safer_ray.reward.forward import forward
+from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import unpacked
+from safer_ray.reward.packing import Packed, unpacked
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.trunk import start_after
 from safer_ray.sae.model import TopKSae, standardise
@@ -146,14 +146,13 @@ def _before_and_after(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Rewards of all sides, as the model gives them and behind reconstructions."""
     sides = both_sides(pairs)
-    ids = [side.ids for side in sides]
-    everywhere = [np.arange(len(own)) for own in ids]
-    found = forward(reward, ids, layers=(layer,), positions=everywhere)
+    everywhere = [np.arange(len(side.ids)) for side in sides]
+    found = forward_pairs(reward, pairs, layers=(layer,), positions=everywhere)
     assert found.hidden is not None
     assert found.rewards is not None
     at = everywhere if all_tokens else [side.token for side in sides]
     states = [_reconstructed(sae, *given) for given in zip(found.hidden, at, strict=True)]
-    return found.rewards, _rewards_behind(reward, layer, ids, states)
+    return found.rewards, _rewards_behind(reward, layer, [unpacked(side.ids, side.types) for side in sides], states)
 
 
 def _reconstructed(sae: TopKSae, raw: Float[Tensor, "m d"], at: np.ndarray) -> Float[Tensor, "m d"]:
@@ -166,11 +165,11 @@ def _reconstructed(sae: TopKSae, raw: Float[Tensor, "m d"], at: np.ndarray) -> F
 
 
 def _rewards_behind(
-    reward: RewardModel, layer: int, ids: Sequence[np.ndarray], states: Sequence[Tensor]
+    reward: RewardModel, layer: int, rows: Sequence[Packed], states: Sequence[Tensor]
 ) -> Float[Tensor, " n"]:
     """Rewards of sequences of which the output of block `layer` is given."""
-    rewards = torch.zeros(len(ids))
-    for chunk in micro_batches([len(own) for own in ids], reward.budget):
+    rewards = torch.zeros(len(rows))
+    for chunk in micro_batches([len(row.ids) for row in rows], reward.budget):
         with start_after(reward, layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
-            rewards[chunk] = rewards_of(reward, [unpacked(ids[i]) for i in chunk]).float().cpu()
+            rewards[chunk] = rewards_of(reward, [rows[i] for i in chunk]).float().cpu()
     return rewards

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.audit.score import AuditPairs
@@ -62,7 +63,8 @@ class ScorePairs(AuditPairs):
             return []
         percentiles = 100 * (1 - suspicion(scored["score"].to_numpy(), self.scores))
         columns = {name: scored[name].to_pylist() for name in FIGURES}
-        columns |= {"percentile": percentiles.tolist(), "truncated": self.codes["truncated"].to_pylist()}
+        cut = pc.or_(*(self.codes[name] for name in schema.TRUNCATED))
+        columns |= {"percentile": percentiles.tolist(), "truncated": cut.to_pylist()}
         figures = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         asked = [i for i, (row, _) in enumerate(read) if row.explain]
         codes, pairs = self.codes.take(pa.array(asked, pa.int64())), [read[i][1] for i in asked]

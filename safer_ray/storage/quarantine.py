@@ -4,10 +4,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from safer_ray.schema import QUARANTINE, RAW_LIMIT, to_json
+from safer_ray.schema import QUARANTINE, RAW_LIMIT, REFUSED, to_json
 from safer_ray.storage.files import read_parquet
 
 KNOWN = ("row_key", "pair_id", "source", "raw", "position")  # what is kept of a row, where it is known
+
+
+def refuse(pairs: pa.Table, reasons: dict[int, str]) -> pa.Table:
+    """The rows that have a reason, with what is known of them and their texts where these ride along."""
+    rows = pairs.take(pa.array(list(reasons), pa.int64()))
+    known = rows.select([name for name in KNOWN if name in rows.column_names])
+    if "texts" in rows.column_names:
+        known = known.drop_columns(["raw"] if "raw" in known.column_names else []).append_column("raw", rows["texts"])
+    return known.append_column(REFUSED, pa.array(list(reasons.values()), pa.string()))
 
 
 def refused_rows(rows: pa.Table, stage: str) -> pa.Table:

@@ -181,13 +181,18 @@ def test_influence_is_the_gradient_at_the_head():
 def test_contrasts_are_means_over_ends():
     from safer_ray import schema
 
-    row = {"pair_id": "a", "n_prompt_tokens": 2, "truncated": False}
+    row = {"pair_id": "a"}
     for side, features, values in (
         ("chosen", [[9], [1, 3], [3]], [[5.0], [2.0, 1.0], [3.0]]),
         ("rejected", [[9], [1]], [[5.0], [4.0]]),
     ):
         token = [1, 7, 14][: len(features)]
         row |= {f"{side}_token": token, f"{side}_end": token, f"{side}_features": features, f"{side}_values": values}
-        row |= {f"{side}_fallback": False, f"{side}_reward": 0.0}
+        row |= {
+            f"{side}_prompt_tokens": 2,
+            f"{side}_truncated": False,
+            f"{side}_fallback": False,
+            f"{side}_reward": 0.0,
+        }
     found = contrasts(schema.table([row], schema.CODES), 10).toarray()
     assert found[0].tolist() == [0, 2.0 / 2 - 4.0, 0, 4.0 / 2, 0, 0, 0, 0, 0, 0]

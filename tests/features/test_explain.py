@@ -144,10 +144,10 @@ class Words:
     """Renders a pair as its words, of ten characters each, so that an end at 10 n closes sentence n."""
 
     def render(self, prompt, response):
-        from safer_ray.reward.text import Rendered
+        from safer_ray.reward.templates import Rendered, Span
 
         text = "".join(m["content"] for m in response)
-        return Rendered("", ()), Rendered(text, ((0, len(text)),))
+        return Rendered(text, (Span(0, len(text), 0, 0),))
 
 
 def test_parts_of_features_and_of_sentences_sum_to_the_score(codes):

@@ -21,7 +21,8 @@ from safer_ray.features.scoring import Features, ScoreCodes, margins
 from safer_ray.pipeline import feature_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
-from safer_ray.reward.checkpoints import SETTINGS, load_pair_tokenizer
+from safer_ray.reward.checkpoints import load_pair_tokenizer
+from safer_ray.reward.reading import SETTINGS
 from safer_ray.sae import quality
 from safer_ray.sae.formats import load_sae, save_sae
 from safer_ray.sae.quality import spliced
@@ -109,11 +110,11 @@ def test_a_selection_of_another_sae_is_refused(ctx, codes, tmp_path):
 
 def test_codes_that_do_not_say_where_a_response_begins_serve_paper_mode_alone():
     rows = make_codes(HAND)
-    index = rows.schema.get_field_index("n_prompt_tokens")
-    unknown = rows.set_column(index, "n_prompt_tokens", pa.nulls(len(rows), pa.int32()))
-    for given in (unknown, rows.drop_columns(["n_prompt_tokens"])):
-        with pytest.raises(UserError, match=r"`n_prompt_tokens` is missing or null.*mode `paper`"):
-            flatten(given, "chosen", "response")
+    index = rows.schema.get_field_index("rejected_prompt_tokens")
+    unknown = rows.set_column(index, "rejected_prompt_tokens", pa.nulls(len(rows), pa.int32()))
+    for given in (unknown, rows.drop_columns(["rejected_prompt_tokens"])):
+        with pytest.raises(UserError, match=r"`rejected_prompt_tokens` is missing or null.*mode `paper`"):
+            flatten(given, "rejected", "response")
         assert len(flatten(given, "chosen", "paper").value)
 
 
@@ -168,7 +169,7 @@ def test_an_sae_of_weights_that_are_not_finite_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ('{"template": "chatml"}', "template 'chatml' is unknown; choose auto, plain, chat"),
+        ('{"template": "chatml"}', "template 'chatml' is unknown; choose auto, chat, plain"),
         ('{"max_length": "long"}', "max_length is 'long', wanted a whole number from 1 on"),
         ('{"frozen_layers": -1}', "frozen_layers is -1, wanted a whole number from 0 on"),
         ("{", "is not a JSON object"),
@@ -232,6 +233,7 @@ def test_models_are_compared_on_the_pairs_that_both_could_read():
         columns = {"pair_id": ids, "section": ["a"] * len(ids)} | dict.fromkeys(
             ("reward_chosen", "reward_rejected", "reward_margin"), [1.0] * len(ids)
         )
+        columns |= dict.fromkeys(schema.TRUNCATED, [False] * len(ids))
         return pa.table(columns, schema=schema.REWARDS)
 
     one, other = on_the_same(rewards(["a", "b", "c"]), rewards(["c", "b", "d"]))
@@ -244,7 +246,7 @@ def test_what_reconstructions_cost_is_measured_on_the_pairs_that_have_rewards(re
     rows = [*make_pairs(4).to_pylist(), make_pair("odd", "Hi.", "Yes. Yes.", "No.")]
     tokens, sae = reward.pairs(rows), random_sae(reward.hidden_size, 64, 4)
     wanted = spliced(reward, 2, sae, tokens[:4])
-    forward = quality.forward
+    forward = quality.forward_pairs
 
     def odd(*given, **more):
         found = forward(*given, **more)
@@ -252,7 +254,7 @@ def test_what_reconstructions_cost_is_measured_on_the_pairs_that_have_rewards(re
             found.rewards[8] = torch.nan
         return found
 
-    monkeypatch.setattr(quality, "forward", odd)
+    monkeypatch.setattr(quality, "forward_pairs", odd)
     found = spliced(reward, 2, sae, tokens)
     assert found.pairs == 4
     assert found.reward_mse == pytest.approx(wanted.reward_mse, rel=1e-4)

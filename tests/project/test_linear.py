@@ -18,7 +18,7 @@ from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Refused, is_transcript
 from safer_ray.formats.registry import read_pair
-from safer_ray.reward import parts, text
+from safer_ray.reward import parts, templates, text
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, request_limits, uploads, web
 from safer_ray.service.api import ScoreRequest
@@ -303,7 +303,7 @@ SENTENCES = [".", ". ", " ", "\n", " \n", ".\n", "a. ", "a", ".  \n\n", "\u2003"
 @pytest.mark.parametrize(("head", "tail"), [(".", "x"), ("x", ".")])
 def test_sentence_ends_are_found(head, unit, tail):
     def ends(given):
-        text.sentence_ends([text.Rendered(given, ((0, len(given)),))])
+        text.sentence_ends([templates.Rendered(given, (templates.Span(0, len(given), 0, 0),))])
 
     assert_linear(ends, unit, head, tail)
 
@@ -315,7 +315,7 @@ def test_all_sentences_of_a_side_are_cut(unit):
     def sentences(given):
         pair = {"prompt": [], "chosen": [{"role": "assistant", "content": given}]}
         cut = SideSentences(plain, pair, "chosen")
-        for end in text.sentence_ends([plain.render([], pair["chosen"])[1]])[1].tolist():
+        for end in text.sentence_ends([plain.render([], pair["chosen"])])[1].tolist():
             if sentence := cut.ending_at(end):
                 cut.around(sentence, 100)
 
@@ -324,7 +324,7 @@ def test_all_sentences_of_a_side_are_cut(unit):
 
 @pytest.mark.parametrize("unit", ["\ue000", "\ue0001", "1", "\ue000\ue001", "\ue0001\ue001"])
 def test_marks_of_contents_are_told_from_markup(unit):
-    assert_linear(text.BLANK.split, unit, "\ue000")
+    assert_linear(templates.MARK.split, unit, "\ue000")
 
 
 @pytest.mark.parametrize("unit", ["a", " a", "a ", "\n"])
@@ -332,20 +332,21 @@ def test_contents_are_found_in_a_rendered_conversation(unit):
     def spans(given):
         contents = [given[i : i + 8] for i in range(0, len(given), 8)]
         messages = [{"role": "user", "content": content} for content in contents]
-        text.render_plain(messages, messages[:1])
+        templates.render_plain([templates.Conversation(messages, messages[:1])])
 
     assert_linear(spans, unit)
 
 
-def test_contents_that_a_template_rewrites_are_not_looked_for_without_end():
+@pytest.mark.parametrize("behind", ["<end>", "a<end>", "\n", "\nb"])
+@pytest.mark.parametrize("unit", ["a", "\n", "<end", "<end>"])
+def test_contents_that_a_template_rewrites_are_found_by_what_is_around_them(unit, behind):
     def spans(given):
-        contents = [f"{number:08}" for number in range(len(given) // 16)]
-        text._content_spans(given, [""] * (len(contents) + 1), contents)
+        count = len(given) // 16
+        messages = [{"role": "user", "content": f"{number:08}"} for number in range(count)]
+        markup = templates._Markup([behind] * (count + 1))
+        templates._aligned(given, markup, templates.Conversation(messages[:-1], messages[-1:]))
 
-    assert_linear(refusing(spans, UserError), "a")
-    many = [f"{number:08}" for number in range(2**12)]
-    with pytest.raises(UserError, match="leaves out or rewrites too many of the 4,096 messages of a text of 1,048,576"):
-        text._content_spans("a" * 2**20, [""] * len(many), many)
+    assert_linear(spans, unit, "x" * 64)
 
 
 @given(st.text(".,\n a\u2003?", max_size=14))

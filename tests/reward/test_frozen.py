@@ -14,6 +14,7 @@ from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward, trunk_states
+from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
 from safer_ray.reward.training_steps import KnownStates, reward_step
@@ -34,12 +35,16 @@ def sides(batch):
     return [side.ids for side in both_sides(batch)]
 
 
+def rows_of(batch):
+    return [unpacked(side.ids, side.types) for side in both_sides(batch)]
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_a_step_behind_known_states_has_the_loss_and_the_gradients_of_a_whole_one(model, layer):
     model = model.freeze(layer)
     batch = tokens(model)
     found = []
-    states = trunk_states(model, sides(batch))
+    states = trunk_states(model, rows_of(batch))
     known = KnownStates(layer, [states[2 * i + side] for side in (0, 1) for i in range(len(batch))])
     for given in (None, known):
         model.model.zero_grad()
@@ -67,7 +72,7 @@ def test_behind_known_states_no_frozen_block_runs_and_afterwards_all_do(model):
     before = reward_step(model, batch).margin
     ran = []
     handles = [block.register_forward_hook(lambda m, i, o: ran.append(len(i))) for block in model.blocks()]
-    states = trunk_states(model, sides(batch))
+    states = trunk_states(model, rows_of(batch))
     wrong = KnownStates(2, [torch.zeros_like(states[2 * i + side]) for side in (0, 1) for i in range(len(batch))])
     assert not torch.allclose(reward_step(model, batch, known=wrong).margin, before)
     for handle in handles:
@@ -137,25 +142,25 @@ def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):
 
 def test_another_trunk_is_not_taken_for_this_one(model, model_dir):
     one, other = model.freeze(2), load_reward_model(model_dir).freeze(2)
-    sequences = sides(tokens(one))
+    rows = rows_of(tokens(one))
     assert one.trunk_key == other.trunk_key
     with torch.no_grad():
         other.trunk_parameters()[0].add_(0.1)
     changed = replace(other)
     assert changed.trunk_key != one.trunk_key
     with cached_trunk():
-        trunk_states(one, sequences)
-        assert not torch.allclose(trunk_states(changed, sequences)[0], trunk_states(one, sequences)[0])
+        trunk_states(one, rows)
+        assert not torch.allclose(trunk_states(changed, rows)[0], trunk_states(one, rows)[0])
 
 
 def test_a_full_memory_takes_no_more_and_answers_all_the_same(model):
     model = model.freeze(2)
-    sequences = sides(tokens(model))
+    rows = rows_of(tokens(model))
     with cached_trunk(gigabytes=2e-5) as memory:
-        found = trunk_states(model, sequences)
+        found = trunk_states(model, rows)
     assert 0 < memory.used <= 2e4
-    assert [len(states) for states in found] == [len(s) for s in sequences]
-    for ours, theirs in zip(found, trunk_states(model, sequences), strict=True):
+    assert [len(states) for states in found] == [len(row.ids) for row in rows]
+    for ours, theirs in zip(found, trunk_states(model, rows), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from support.model_types import COMMON, FAMILIES, MORE_PACKED, PAD, build
 from safer_ray.reward import forward as forward_module
 from safer_ray.reward import packing
 from safer_ray.reward.dropout import disable_dropout, has_dropout
-from safer_ray.reward.forward import can_pack_pair, forward, forward_pairs, pack_to_train
+from safer_ray.reward.forward import can_pack_pair, forward_pairs, pack_to_train
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
 from safer_ray.reward.training_steps import bradley_terry, reward_step
@@ -32,9 +32,9 @@ def llama():
 def pair(prompt, chosen, rejected, key="p"):
     def side(response):
         ids = np.array([*prompt, *response], dtype=np.int64)
-        return Side(ids, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), False)
+        return Side(ids, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), False, len(prompt))
 
-    return PairTokens(key, len(prompt), False, side(chosen), side(rejected))
+    return PairTokens(key, side(chosen), side(rejected))
 
 
 def tokens(rng, n):
@@ -261,8 +261,9 @@ def test_an_encoder_reads_its_sides_apart(bert_dir):
     reward = load_reward_model(bert_dir)
     pairs = reward.pairs(make_pairs(3).to_pylist())
     assert not any(can_pack_pair(reward, p) for p in pairs)
-    sides = [side.ids for p in pairs for side in (p.chosen, p.rejected)]
-    torch.testing.assert_close(forward_pairs(reward, pairs).rewards, forward(reward, sides).rewards)
+    sides = [p._replace(rejected=p.chosen) for p in pairs] + [p._replace(chosen=p.rejected) for p in pairs]
+    alone = forward_pairs(reward, sides).rewards
+    torch.testing.assert_close(forward_pairs(reward, pairs).rewards.view(-1, 2), alone.view(2, -1, 2)[:, :, 0].T)
 
 
 def test_where_the_trunk_is_remembered_pairs_run_apart(llama):

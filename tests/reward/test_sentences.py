@@ -43,7 +43,7 @@ def tokenizer(request):
 def codes_of(tokenizer, pair):
     """Codes in which a feature fires on every sentence end, on later ones more."""
     (tokens,) = tokenizer([pair])
-    row = {"pair_id": pair["pair_id"], "n_prompt_tokens": tokens.n_prompt_tokens, "truncated": False}
+    row = {"pair_id": pair["pair_id"]}
     for side in schema.SIDES:
         own = getattr(tokens, side)
         row |= {
@@ -52,6 +52,8 @@ def codes_of(tokenizer, pair):
             f"{side}_features": [[1]] * len(own.end),
             f"{side}_values": [[1.0 + i] for i in range(len(own.end))],
             f"{side}_fallback": own.fallback,
+            f"{side}_prompt_tokens": own.n_prompt,
+            f"{side}_truncated": own.truncated,
             f"{side}_reward": 0.0,
         }
     return schema.table([row], schema.CODES)
@@ -120,12 +122,16 @@ def test_behind_a_content_the_sentence_is_its_last_one():
     assert cut.ending_at(len(text)).text == "I am happy to help"
 
 
-def test_of_contents_that_a_template_rewrites_the_last_sentence_is_told_as_it_was_sent():
+def test_sentences_of_contents_that_a_template_rewrites_are_shown_as_they_were_sent():
     tokenizer = tokenizer_of(REWRITES)
-    (tokens,) = tokenizer([PAIR])
-    (end,) = tokens.chosen.end.tolist()
-    sentence = SideSentences(tokenizer, PAIR, "chosen").ending_at(end)
+    text = tokenizer.rendered_side(PAIR, "chosen")
+    cut = SideSentences(tokenizer, PAIR, "chosen")
+    sentence = cut.ending_at(text.index("HELP") + 4)
     assert (sentence.start, sentence.text) == (11, "I am happy to help")
+    assert cut.ending_at(text.index("COURSE.") + 7).text == "Of course."
+    longer = tokenizer_of(IM.replace("m['content']", "m['content'] | replace('e', 'ee') | upper"))
+    text = longer.rendered_side(PAIR, "chosen")
+    assert SideSentences(longer, PAIR, "chosen").ending_at(text.index("COURSEE.") + 8).text == "I am happy to help"
 
 
 def test_an_unknown_end_has_no_sentence(tokenizer):

@@ -86,7 +86,7 @@ def test_behind_a_trunk_no_block_of_it_runs_from_the_first_pass_on(kind, monkeyp
     monkeypatch.setattr(trunk, "_seen", {})
     model = made(kind, TYPES[kind]).freeze(2)
     sequences = [np.arange(3, 12), np.arange(20, 26)]
-    states = trunk_states(model, sequences)
+    states = trunk_states(model, [unpacked(ids) for ids in sequences])
     ran = []
     for block in model.blocks():
         for name, module in block.named_modules():

@@ -1,7 +1,5 @@
 """Where sentences end, what a pair's token sequences look like, and where offsets point."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
@@ -10,19 +8,11 @@ from hypothesis import strategies as st
 from support.made import make_pair, messages
 from support.templates import CHAT_TEMPLATE, LONG
 
-from safer_ray.config.sections import RewardConfig
-from safer_ray.errors import UserError
+from safer_ray.config import reading
+from safer_ray.reward import text as text_module
 from safer_ray.reward.checkpoints import resolve_base
-from safer_ray.reward.text import (
-    END_GAP,
-    TEMPLATES,
-    PairTokenizer,
-    Rendered,
-    Template,
-    render_plain,
-    sentence_ends,
-    thin,
-)
+from safer_ray.reward.templates import Rendered, Span
+from safer_ray.reward.text import END_GAP, TEMPLATES, PairTokenizer, sentence_ends, thin
 from safer_ray.reward.tiny_llama import train_tokenizer
 
 
@@ -77,12 +67,12 @@ def ends_in(rendered):
     ],
 )
 def test_sentences_end_behind_each_run_of_punctuation(text, ends):
-    assert ends_in(Rendered(text, ((0, len(text)),))).tolist() == ends
+    assert ends_in(Rendered(text, (Span(0, len(text), 0, 0),))).tolist() == ends
 
 
 @given(st.lists(st.text(".!\n ab\ue000", max_size=12), max_size=6))
 def test_one_sweep_finds_the_ends_of_every_text_alone(texts):
-    rendered = [Rendered(f"..{text};", ((2, 2 + len(text)),) if text else ()) for text in texts]
+    rendered = [Rendered(f"..{text};", (Span(2, 2 + len(text), 0, 0),) if text else ()) for text in texts]
     number, end = sentence_ends(rendered)
     alone = [(i, end) for i, text in enumerate(rendered) for end in ends_in(text).tolist()]
     assert list(zip(number.tolist(), end.tolist(), strict=True)) == alone
@@ -91,15 +81,16 @@ def test_one_sweep_finds_the_ends_of_every_text_alone(texts):
 
 
 def test_template_markup_ends_no_sentence(chat):
-    head, tail = chat.render(messages("user", "Hi. You?"), messages("assistant", "Yes! Good"))
-    assert head.text.count(".\n") == 2  # in the markup
-    assert [head.text[:end] for end in ends_in(head)] == ["<|user|>.\nHi.", "<|user|>.\nHi. You?"]
-    assert [tail.text[:end] for end in ends_in(tail)] == ["Yes!"]
+    found = chat.render(messages("user", "Hi. You?"), messages("assistant", "Yes! Good"))
+    assert found.text.count(".\n") == 2  # in the markup
+    prompt = "<|user|>.\nHi. You?<|end|>;\n<|assistant|>.\n"
+    assert [found.text[:end] for end in ends_in(found)] == ["<|user|>.\nHi.", "<|user|>.\nHi. You?", f"{prompt}Yes!"]
+    assert found.text[: found.border] == prompt
 
 
 def test_a_run_never_reaches_from_content_into_markup(chat):
-    head, _ = chat.render(messages("user", "Stop.\n"), messages("assistant", "Ok"))
-    assert [head.text[:end] for end in ends_in(head)] == ["<|user|>.\nStop."]
+    found = chat.render(messages("user", "Stop.\n"), messages("assistant", "Ok"))
+    assert [found.text[:end] for end in ends_in(found)] == ["<|user|>.\nStop."]
 
 
 @pytest.mark.parametrize(
@@ -135,8 +126,7 @@ def test_the_gap_holds_across_the_prompts_boundary(plain):
     assert (np.diff(taken) >= END_GAP).all()
     text = plain.rendered_side(make_pair("a", prompt, "Oh. " + LONG, "x"), "chosen")
     oh = text.index("Oh.") + 3
-    first_token_of_response = near.n_prompt_tokens
-    before = taken[taken < first_token_of_response]
+    before = taken[taken < near.chosen.n_prompt]
     assert len(before) == 1
     assert (oh in near.chosen.end.tolist()) == (_token_at(plain, text, oh) - before[-1] >= END_GAP)
 
@@ -165,42 +155,77 @@ def test_offsets_point_one_past_the_sentence_in_the_rendered_text(plain, chat):
 def test_prompt_ends_come_before_the_prompts_length_and_response_ends_after(plain):
     pair = make_pair("a", LONG, LONG, LONG)
     (tokens,) = plain([pair])
-    head = len(plain.render(pair["prompt"], pair["chosen"])[0].text)
-    inside = tokens.chosen.token < tokens.n_prompt_tokens
+    head = plain.render(pair["prompt"], pair["chosen"]).border
+    inside = tokens.chosen.token < tokens.chosen.n_prompt
     assert inside.any()
     assert not inside.all()
     assert (tokens.chosen.end[inside] <= head).all()
     assert (tokens.chosen.end[~inside] > head).all()
 
 
-def test_truncation_keeps_the_same_last_prompt_tokens_on_both_sides(tokenizer):
+def ids_of(tokenize, text):
+    return tokenize.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_each_side_is_cut_by_its_own_length(tokenizer):
     prompt = " ".join(f"word{i}" for i in range(60)) + "."
     pair = make_pair("a", prompt, "Short answer here.", LONG)
     (whole,) = PairTokenizer(tokenizer, "plain", 10**6)([pair])
-    limit = len(whole.rejected.ids) - 40
+    limit = len(whole.rejected.ids) - 4
+    assert len(whole.chosen.ids) <= limit
     (cut,) = PairTokenizer(tokenizer, "plain", limit)([pair])
-    assert cut.truncated
-    assert not whole.truncated
-    assert cut.n_prompt_tokens == whole.n_prompt_tokens - 40
-    for side in ("chosen", "rejected"):
-        assert getattr(cut, side).ids.tolist() == getattr(whole, side).ids[40:].tolist()
+    assert (cut.chosen.truncated, cut.rejected.truncated) == (False, True)
+    assert not whole.rejected.truncated
+    assert cut.chosen.ids.tolist() == whole.chosen.ids.tolist()
     assert len(cut.rejected.ids) == limit
-    assert set(cut.rejected.end) <= {0, *sentence_ends_of(pair, "rejected")}
+    assert cut.rejected.n_prompt == whole.rejected.n_prompt - 4
+    ids = whole.rejected.ids.tolist()
+    places = [i for i in range(len(ids)) if cut.rejected.ids.tolist() == ids[:i] + ids[i + 4 :]]
+    assert places  # a run of four is left out
+    assert abs(places[0] - whole.rejected.n_prompt // 2) < 20  # in the middle of the prompt
+    assert set(cut.rejected.end) <= set(whole.rejected.end) | set(sentence_ends_of(tokenizer, pair, "rejected"))
 
 
-def sentence_ends_of(pair, side):
-    head, tail = render_plain(pair["prompt"], pair[side])
-    return [*ends_in(head).tolist(), *(ends_in(tail) + len(head.text)).tolist()]
+def sentence_ends_of(tokenizer, pair, side):
+    return ends_in(PairTokenizer(tokenizer, "plain", 10**6).render(pair["prompt"], pair[side])).tolist()
 
 
-def test_a_response_past_the_limit_keeps_its_last_tokens_and_no_prompt(tokenizer):
-    pair = make_pair("a", "Tell me all about it, please.", " ".join([LONG] * 3), "Short.")
+def test_the_oldest_messages_go_first_and_headers_stay(chat):
+    turns = [("system", "Be kind."), ("user", "Old one. " * 8), ("assistant", "Old two. " * 8), ("user", "New one?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    pair = make_pair("a", "", "Fine.", "No.") | {"prompt": prompt}
+    (whole,) = chat([pair])
+    lost_first = len(ids_of(chat, turns[1][1].strip()))
+    (cut,) = PairTokenizer(chat.tokenizer, "chat", len(whole.chosen.ids) - lost_first - 4)([pair])
+    said = chat.tokenizer.decode(cut.chosen.ids)
+    assert "Old one" not in said
+    assert said.count("<|user|>.\n") == 2
+    assert all(kept in said for kept in ("Be kind.", "New one?", "Fine.", "<|system|>.\n", "Old two."))
+    assert cut.chosen.truncated
+
+
+def test_a_question_and_an_answer_that_do_not_fit_keep_half_of_the_room_each(tokenizer):
+    pair = make_pair("a", " ".join([LONG] * 3), " ".join([LONG] * 4), "Short.")
     (whole,) = PairTokenizer(tokenizer, "plain", 10**6)([pair])
-    (cut,) = PairTokenizer(tokenizer, "plain", 30)([pair])
-    assert cut.truncated
-    assert cut.n_prompt_tokens == 0
-    assert cut.chosen.ids.tolist() == whole.chosen.ids[-30:].tolist()
-    assert cut.rejected.ids.tolist() == whole.rejected.ids[whole.n_prompt_tokens :].tolist()
+    (cut,) = PairTokenizer(tokenizer, "plain", 61)([pair])
+    assert len(cut.chosen.ids) == 61
+    assert abs((61 - cut.chosen.n_prompt) - cut.chosen.n_prompt) < 16  # the turns' names are the prompt's
+    said = tokenizer.decode(cut.chosen.ids)
+    assert said.startswith("\n\nHuman: one two three")
+    assert said.endswith("Fourteen fifteen sixteen!")
+    assert whole.rejected.ids[-1] == cut.rejected.ids[-1]
+
+
+def test_a_pair_that_is_too_long_can_be_refused(tokenizer):
+    pairs = [make_pair("a", LONG, LONG, "Short."), make_pair("b", "Hi.", "Yes.", "No.")]
+    found = PairTokenizer(tokenizer, "plain", 30, cuts=False).read(pairs)
+    assert "and the model reads 30; set `truncation: cut`" in found[0]
+    assert found[1].pair_id == "b"
+
+
+def test_markup_alone_may_be_longer_than_the_model_reads(chat):
+    found = PairTokenizer(chat.tokenizer, "chat", 9).read([make_pair("a", "Hi.", "Yes.", "No.")])
+    assert "tokens around the texts, and the model reads 9 in all" in found[0]
 
 
 def test_a_response_without_an_end_falls_back_on_its_last_token(plain):
@@ -223,20 +248,20 @@ def test_the_fallback_is_the_last_token_of_the_content_not_of_the_markup(chat):
 
 
 def test_a_template_is_one_entry_of_the_registry(tokenizer, monkeypatch):
-    def bare(_tokenizer, prompt, response):
-        texts = [messages[0]["content"] for messages in (prompt, response)]
-        return tuple(Rendered(f"[{text}]", ((1, 1 + len(text)),)) for text in texts)
+    def bare(conversations):
+        texts = [conversation.messages[-1]["content"] for conversation in conversations]
+        return [Rendered(f"[{text}]", (Span(1, 1 + len(text), 1, 0),), 1, 1) for text in texts]
 
-    monkeypatch.setitem(TEMPLATES, "bare", Template(bare, writes_special_tokens=True))
+    monkeypatch.setitem(text_module.TEXTS, "bare", bare)
     pair = make_pair("a", "Hi there.", "Oh no, not you again.", "Yes.")
     own = PairTokenizer(tokenizer, "bare", 400)
     text = own.rendered_side(pair, "chosen")
-    assert text == "[Hi there.][Oh no, not you again.]"
+    assert text == "[Oh no, not you again.]"
     assert own([pair])[0].chosen.end[-1] == len(text) - 1
 
 
-def test_a_config_names_templates_that_there_are():
-    assert set(get_args(RewardConfig.model_fields["template"].annotation)) <= {"auto", *TEMPLATES}
+def test_a_config_names_the_templates_that_there_are():
+    assert set(reading.TEMPLATES) == {"auto", *TEMPLATES}
 
 
 def test_chat_text_equals_the_tokenizers_own_template(chat):
@@ -246,21 +271,15 @@ def test_chat_text_equals_the_tokenizers_own_template(chat):
         assert chat.rendered_side(pair, side) == wanted
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused():
-    tokenizer = train_tokenizer(lambda: [LONG], 300)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match=r"rewrites the prompt.*template: plain"):
-        PairTokenizer(tokenizer, "chat", 100)([make_pair("a", "Hi", "Yes", "No")])
-
-
-def test_plain_text_opens_the_assistants_turn():
-    head, tail = render_plain(messages("user", "Hi?"), messages("assistant", "Yes."))
-    assert head.text + tail.text == "\n\nHuman: Hi?\n\nAssistant: Yes."
+def test_plain_text_opens_the_assistants_turn(plain):
+    found = plain.render(messages("user", "Hi?"), messages("assistant", "Yes."))
+    assert found.text == "\n\nHuman: Hi?\n\nAssistant: Yes."
+    assert found.text[found.border :] == "Yes."
 
 
 def test_a_pair_without_prompt_has_none(plain):
     (tokens,) = plain([make_pair("a", "", LONG, LONG + " More.")])
-    assert tokens.n_prompt_tokens == 0
+    assert tokens.chosen.n_prompt == 0
     assert plain.rendered_side(make_pair("a", "", LONG, LONG), "chosen") == LONG
 
 
@@ -269,7 +288,7 @@ def test_bert_reads_prompt_and_response_between_its_special_tokens(bert):
     ids = tokens.chosen.ids.tolist()
     assert ids[0] == bert.cls_token_id
     assert ids[-1] == bert.sep_token_id
-    assert ids[tokens.n_prompt_tokens - 1] == bert.sep_token_id
+    assert ids[tokens.chosen.n_prompt - 1] == bert.sep_token_id
 
 
 def test_a_newline_that_bert_drops_ends_at_the_token_before_it(bert):
@@ -291,7 +310,10 @@ def test_a_newline_that_bert_drops_ends_at_the_token_before_it(bert):
 def test_taken_tokens_lie_inside_rise_and_keep_their_distance(tokenizer, chat, texts, template, limit):
     prompt, chosen, rejected = texts
     used = chat.tokenizer if template == "chat" else tokenizer
-    (tokens,) = PairTokenizer(used, template, limit)([make_pair("a", prompt, chosen, rejected)])
+    (tokens,) = PairTokenizer(used, template, limit).read([make_pair("a", prompt, chosen, rejected)])
+    if isinstance(tokens, str):
+        assert "tokens around the texts" in tokens
+        return
     for side in (tokens.chosen, tokens.rejected):
         assert len(side.ids) <= limit
         assert len(side.token) == len(side.end)
@@ -300,10 +322,10 @@ def test_taken_tokens_lie_inside_rise_and_keep_their_distance(tokenizer, chat, t
         assert (np.diff(side.token) > 0).all()
         assert ((side.token >= 0) & (side.token < len(side.ids))).all()
         if side.fallback:
-            assert side.token[-1] >= tokens.n_prompt_tokens
-        if len(side.ids) > tokens.n_prompt_tokens and not side.fallback and template == "plain":
-            responds = (side.token >= tokens.n_prompt_tokens).any()
-            assert responds or not (chosen if side is tokens.chosen else rejected).strip() or tokens.truncated
+            assert side.token[-1] >= side.n_prompt
+        if len(side.ids) > side.n_prompt and not side.fallback and template == "plain":
+            responds = (side.token >= side.n_prompt).any()
+            assert responds or not (chosen if side is tokens.chosen else rejected).strip() or side.truncated
 
 
 def test_tokens_do_not_depend_on_the_batch(plain):

@@ -19,19 +19,20 @@ from safer_ray.sae.formats import load_sae
 from safer_ray.storage.files import read_parquet, write_parquet
 
 COLUMNS = {
-    "n_prompt_tokens": pa.int32(),
-    "truncated": pa.bool_(),
-    **{f"{side}_{name}": pa.list_(pa.int32()) for side in schema.SIDES for name in ("ids", "token", "end")},
-    **{f"{side}_fallback": pa.bool_() for side in schema.SIDES},
+    **{f"{side}_{name}": pa.list_(pa.int32()) for side in schema.SIDES for name in ("ids", "token", "end", "types")},
+    **{f"{side}_prompt_tokens": pa.int32() for side in schema.SIDES},
+    **{f"{side}_{name}": pa.bool_() for side in schema.SIDES for name in ("fallback", "truncated")},
 }
 
 
 def assert_equal_tokens(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
-        assert (a.pair_id, a.n_prompt_tokens, a.truncated) == (b.pair_id, b.n_prompt_tokens, b.truncated)
+        assert a.pair_id == b.pair_id
         for left, right in ((a.chosen, b.chosen), (a.rejected, b.rejected)):
-            assert left.fallback == right.fallback
+            assert (left.fallback, left.n_prompt, left.truncated) == (right.fallback, right.n_prompt, right.truncated)
+            assert (left.types is None) == (right.types is None)
+            assert left.types is None or np.array_equal(left.types, right.types)
             for name in ("ids", "token", "end"):
                 found, wanted = getattr(left, name), getattr(right, name)
                 assert found.dtype == wanted.dtype, name
@@ -54,10 +55,11 @@ def sides(draw):
     ends = draw(st.lists(st.integers(0, 300), max_size=4))
     token = [min(end, max(0, len(ids) - 1)) for end in ends]
     arrays = np.array(ids, np.int64), np.array(token, np.int32), np.array(ends, np.int32)
-    return Side(*arrays, draw(st.booleans()))
+    types = draw(st.none() | st.just(np.arange(len(ids), dtype=np.int64) % 2))
+    return Side(*arrays, draw(st.booleans()), draw(st.integers(0, 99)), draw(st.booleans()), types)
 
 
-@given(st.lists(st.builds(PairTokens, st.text(max_size=5), st.integers(0, 99), st.booleans(), sides(), sides())))
+@given(st.lists(st.builds(PairTokens, st.text(max_size=5), sides(), sides())))
 def test_tokens_come_back_as_they_were(tokens):
     rows = pa.table({"pair_id": pa.array([t.pair_id for t in tokens], pa.string())})
     written = with_tokens(rows, tokens)

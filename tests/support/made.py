@@ -75,11 +75,11 @@ def write_parts(table: pa.Table, directory: Path, rows: int) -> Path:
 
 
 def make_codes(rows: list[dict[str, object]]) -> pa.Table:
-    """A codes table; each side is a list of `(token, {feature: value})`, `end` is ten times the token."""
+    """A codes table; each side is a list of `(token, {feature: value})`, behind `n_prompt_tokens` the response's; `end`
+    is ten times the token."""
     columns = []
     for number, row in enumerate(rows):
-        made = {"pair_id": row.get("pair_id", f"p{number}"), "n_prompt_tokens": row.get("n_prompt_tokens", 0)}
-        made["truncated"] = False
+        made = {"pair_id": row.get("pair_id", f"p{number}")}
         for side in schema.SIDES:
             entries = row.get(side, [])
             made |= {
@@ -88,6 +88,8 @@ def make_codes(rows: list[dict[str, object]]) -> pa.Table:
                 f"{side}_features": [sorted(values) for _, values in entries],
                 f"{side}_values": [[values[f] for f in sorted(values)] for _, values in entries],
                 f"{side}_fallback": row.get(f"{side}_fallback", False),
+                f"{side}_prompt_tokens": row.get("n_prompt_tokens", 0),
+                f"{side}_truncated": False,
                 f"{side}_reward": row.get(f"{side}_reward"),
             }
         columns.append(made)

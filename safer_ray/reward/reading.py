@@ -1,0 +1,143 @@
+"""How a reward model reads text: as its folder says, or as its user asks where that says nothing."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safer_ray.config.reading import DATE, Reading, is_file_name
+from safer_ray.errors import UserError
+from safer_ray.reward.templates import NO_DAY
+from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer
+
+log = logging.getLogger(__name__)
+AUTO = "auto"  # the tokenizer's own chat template where it has one
+SETTINGS = "safer_ray.json"  # beside the weights
+SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text")  # in that file
+
+
+@dataclass(frozen=True)
+class HowItReads:
+    """How a model reads text, as its folder says, or its user where that says nothing."""
+
+    template: str = AUTO
+    max_length: int = 10**9
+    frozen_layers: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    system: str = "template"
+    truncation: str = "cut"
+    text: str | None = None  # a chat template in place of the tokenizer's
+    made_here: bool = False  # trained here, or about to be: any format will do
+
+
+def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
+    """Return how the model in a folder reads text.
+
+    Raises:
+        UserError: its settings are damaged, or say otherwise than its user does.
+    """
+    file = directory / SETTINGS
+    if not file.is_file():
+        return asked_for(reading)
+    settings: dict[str, Any] = {}
+    try:
+        settings |= json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is not a JSON object; export the model again, or delete the file") from None
+    known = (AUTO, *TEMPLATES)
+    if settings.get("template", AUTO) not in known:
+        raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(known)}")
+    for name, least in (("max_length", 1), ("frozen_layers", 0)):
+        value = settings.get(name, least)
+        if type(value) is not int or value < least:
+            raise UserError(f"{file}: {name} is {value!r}, wanted a whole number from {least} on")
+    checks = {"arguments": dict, "system": str, "truncation": str, "text": str}
+    for name, kind in checks.items():
+        if not isinstance(settings.get(name, kind()), kind):
+            raise UserError(f"{file}: {name} is {settings[name]!r}; export the model again")
+    found = HowItReads(**{name: settings[name] for name in SAID if name in settings}, made_here=True)
+    asked = asked_for(reading)
+    for name in ("template", "arguments", "system", "truncation", "text"):
+        value = getattr(asked, name)
+        if value not in (getattr(HowItReads(), name), getattr(found, name)):
+            made = getattr(found, name)
+            raise UserError(f"{directory.name} was made to be read with {name} {made!r}, not {value!r}; leave it out")
+    return found
+
+
+def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
+    """Return how a model's user wants it to be read; a template in a file is read."""
+    text = None
+    template = reading.template
+    if is_file_name(template):
+        try:
+            text, template = Path(template).read_text(encoding="utf-8"), CHAT
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the template {template}: {error}") from None
+    arguments = dict(reading.template_arguments)
+    return HowItReads(template, 10**9, 0, arguments, reading.system, reading.truncation, text, made_here)
+
+
+def settings_of(pairs: PairTokenizer) -> dict[str, Any]:
+    """Return how a model reads text, as the file beside its weights says it; what is left to its own files is left
+    out."""
+    said: dict[str, Any] = {"template": pairs.template, "max_length": pairs.limit}
+    arguments = dict(pairs.arguments)
+    if pairs.template == CHAT and pairs.chat.reads_the_day:
+        arguments[DATE] = pairs.chat.day.isoformat()
+    if arguments:
+        said["arguments"] = arguments
+    if pairs.fold:
+        said["system"] = "fold"
+    if not pairs.cuts:
+        said["truncation"] = "quarantine"
+    if pairs.text is not None:
+        said["text"] = pairs.text
+    return said
+
+
+def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> PairTokenizer:
+    """Return how a model reads pairs; said in a line where that is made up for it.
+
+    Raises:
+        UserError: a tokenizer that does not say where its tokens lie, or a template that cannot be used.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) does not say which characters a token is of; save it "
+            "as tokenizer.json (transformers' AutoTokenizer converts most kinds), and pass that folder"
+        )
+    template = how.template
+    if template == AUTO:
+        template = _template_of(tokenizer, name, how.made_here)
+    if template == CHAT and not (how.text or isinstance(tokenizer.chat_template, str)):
+        raise UserError(f"{name} has no chat template; set `template` to pair, plain, raw or a .jinja file")
+    pairs = PairTokenizer(
+        tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text
+    )
+    if template != CHAT and (how.arguments or (pairs.fold and template != "plain")):
+        raise UserError(f"{name}: template {template!r} takes no template_arguments and folds no system message")
+    if template == CHAT and pairs.chat.reads_the_day and DATE not in how.arguments:
+        log.warning(
+            "%s: its chat template writes today's date; %s is taken, whenever this runs; set template_arguments.date "
+            "for another",
+            name,
+            NO_DAY,
+        )
+    return pairs
+
+
+def _template_of(tokenizer: Any, name: str, made_here: bool) -> str:
+    """Return the template of a model that names none; one line says it where it is made up."""
+    if tokenizer.chat_template:
+        return CHAT
+    if not made_here and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+        log.warning(
+            "%s has no chat template: prompt and response are read as tokenizer(prompt, response), a prompt of several "
+            "messages as Human: and Assistant: turns; set `template` for another format",
+            name,
+        )
+        return "pair"
+    log.warning("%s has no chat template: pairs are read as Human: and Assistant: turns", name)
+    return "plain"

@@ -1,0 +1,336 @@
+"""From messages to the text that a model reads, and where in it each message lies.
+
+A conversation is rendered whole, as a model's card does. Where its messages lie is found by the same conversation with
+a mark in the place of each content: what a template writes between the marks is markup. That depends on the roles
+alone for nearly all templates, and is rendered once for each order of roles.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from safer_ray.config.reading import DATE
+from safer_ray.errors import UserError
+
+Message = dict[str, str]
+MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a message's content
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+NO_DAY = date(2024, 7, 26)  # what templates of Llama 3 take for today where nobody says the date
+ROLES = ("system", "user", "assistant", "developer", "tool")
+ALIASES = {  # what other formats call them
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
+TURNS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: ", "developer": "\n\nSystem: "}
+BETWEEN_FOLDED = "\n\n"  # a system message and the user message that it is put before
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversation", "tokenize"}
+
+
+class Span(NamedTuple):
+    """A message's content in a rendered text, without the whitespace around it."""
+
+    start: int
+    stop: int
+    message: int  # its number, counted over prompt and response
+    shift: int | None  # where in the content the span begins; None: the template rewrote it
+
+
+class Rendered(NamedTuple):
+    """One side of a pair as text."""
+
+    text: str
+    spans: tuple[Span, ...]
+    border: int = 0  # character at which the response's first content begins, behind its markup
+    n_prompt: int = 0  # messages of the prompt
+    systems: frozenset[int] = frozenset()  # messages of the prompt that are a system's
+
+
+class Conversation(NamedTuple):
+    """The messages of one side."""
+
+    prompt: Sequence[Message]
+    response: Sequence[Message]
+
+    @property
+    def messages(self) -> list[Message]:
+        return [*self.prompt, *self.response]
+
+    @property
+    def systems(self) -> frozenset[int]:
+        """Numbers of the prompt's messages that are a system's."""
+        return frozenset(i for i, message in enumerate(self.prompt) if message["role"] in ("system", "developer"))
+
+
+class _Markup(NamedTuple):
+    """What a template writes before, between and behind the contents of messages in one order of roles."""
+
+    pieces: list[str]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template of a tokenizer, its arguments and its day fixed."""
+
+    tokenizer: Any
+    text: str  # in Jinja
+    arguments: dict[str, Any] = field(default_factory=dict)
+    fold: bool = False  # a system message goes before the first user message after it
+
+    def __post_init__(self) -> None:
+        for name in set(self.arguments) - {DATE}:
+            if name in GIVEN or not re.search(rf"\b{re.escape(name)}\b", self.text):
+                raise UserError(f"the chat template reads no argument {name!r}; leave it out of template_arguments")
+        if DATE in self.arguments and not self.reads_the_day and not re.search(rf"\b{DATE}\b", self.text):
+            raise UserError("the chat template reads no date; leave `date` out of template_arguments")
+        if TODAY.sub("", self.text).count("strftime_now("):
+            raise UserError(
+                "the chat template writes today's date by a call of strftime_now that cannot be fixed to one day; "
+                "set `template` to a file with a template that writes none"
+            )
+
+    @property
+    def reads_the_day(self) -> bool:
+        """Return whether the template writes the day on which it runs."""
+        return TODAY.search(self.text) is not None
+
+    @property
+    def day(self) -> date:
+        """The day that the template takes for today."""
+        return date.fromisoformat(str(self.arguments.get(DATE, NO_DAY)))
+
+    @cached_property
+    def _source(self) -> str:
+        return TODAY.sub(lambda found: repr(self.day.strftime(found[2])), self.text)
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, ...], "_Markup | str"]:
+        return {}
+
+    def texts(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Return conversations as `apply_chat_template` writes them; raises what the template raises."""
+        arguments = {name: value for name, value in self.arguments.items() if name != DATE or not self.reads_the_day}
+        return self.tokenizer.apply_chat_template(
+            [list(messages) for messages in conversations], tokenize=False, chat_template=self._source, **arguments
+        )
+
+    def render(self, conversations: Sequence[Conversation]) -> list[Rendered | str]:
+        """Return conversations with their spans, or why one cannot be read: the template's own words, a message that it
+        leaves out, or a role that is not known."""
+        found: list[Rendered | str] = [""] * len(conversations)
+        marked: dict[int, _Markup] = {}
+        written: dict[int, list[Message]] = {}
+        for number, conversation in enumerate(conversations):
+            messages = [{**m, "role": self._role(m["role"])} for m in conversation.messages]
+            if reason := unknown_role(messages):
+                found[number] = reason
+                continue
+            markup = self._markup(messages)
+            if isinstance(markup, str):
+                found[number] = markup
+            else:
+                marked[number], written[number] = markup, messages
+        for number, text in zip(written, self._texts_or_reasons(list(written.values())), strict=True):
+            if text.failed:
+                found[number] = text.text
+            else:
+                found[number] = _aligned(text.text, marked[number], conversations[number])
+        return found
+
+    def _role(self, role: str) -> str:
+        """A role by the name that templates know, unless this one knows the other name."""
+        same = ALIASES.get(role.strip().lower())
+        return role if same is None or f"'{role}'" in self.text or f'"{role}"' in self.text else same
+
+    def _markup(self, messages: Sequence[Message]) -> "_Markup | str":
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._known:
+            self._known[roles] = self._find_markup(roles)
+        return self._known[roles]
+
+    def _find_markup(self, roles: tuple[str, ...]) -> "_Markup | str":
+        marks = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
+        (found,) = self._texts_or_reasons([marks])
+        if found.failed:
+            return found.text
+        seen = [int(number) for number in MARK.findall(found.text)]
+        for number, role in enumerate(roles):
+            if seen.count(number) != 1:
+                what = "leaves out" if number not in seen else f"writes {seen.count(number)} times"
+                return f"the chat template {what} message {number + 1} of {len(roles)}, of role {role!r}"
+        if seen != sorted(seen):
+            return "the chat template puts the messages into another order"
+        return _Markup(MARK.split(found.text)[0::2])
+
+    def _texts_or_reasons(self, conversations: Sequence[Sequence[Message]]) -> list["_Text"]:
+        """All in one call, or one by one where the template raises."""
+        folded = [_folded(messages) if self.fold else messages for messages in conversations]
+        try:
+            return [_Text(text) for text in self.texts(folded)] if folded else []
+        except Exception as error:  # noqa: BLE001  # a template may raise whatever it likes
+            if len(conversations) == 1:
+                words = " ".join(str(error).split())[:300] or type(error).__name__
+                return [_Text(f"the chat template refuses it: {words}", failed=True)]
+        half = len(conversations) // 2
+        return self._texts_or_reasons(conversations[:half]) + self._texts_or_reasons(conversations[half:])
+
+
+class _Text(NamedTuple):
+    text: str
+    failed: bool = False  # then it is the reason
+
+
+def unknown_role(messages: Sequence[Message]) -> str | None:
+    """Return why a message cannot be put to a model by its role, in a line; None where all can."""
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if role not in ROLES and role.strip().lower() not in ALIASES:
+            wanted = ", ".join(ROLES)
+            return f"message {number + 1} has the role {role!r}, which is not known; wanted one of {wanted}"
+    return None
+
+
+def _folded(messages: Sequence[Message]) -> list[Message]:
+    """System messages put before the next user message; one that none follows stays."""
+    made: list[Message] = []
+    waiting: list[Message] = []
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            waiting.append(message)
+        elif waiting and message["role"] == "user":
+            contents = [each["content"] for each in (*waiting, message)]
+            made.append({**message, "content": BETWEEN_FOLDED.join(contents)})
+            waiting = []
+        else:
+            made += [*waiting, message]
+            waiting = []
+    return made + waiting
+
+
+def _aligned(text: str, markup: _Markup, conversation: Conversation) -> Rendered | str:
+    """Find each content in a text by the markup around it, from the left; in time proportional to the text."""
+    contents = [message["content"] for message in conversation.messages]
+    pieces, spans, position, border = markup.pieces, [], 0, len(text)
+    absent: set[str] = set()  # what does not come any more, and is not looked for again
+    for number, content in enumerate(contents):
+        position += _shared(text, position, pieces[number])
+        if number == len(conversation.prompt):
+            border = position
+        last = number == len(contents) - 1
+        stop = _end_of_content(text, position, content, pieces[number + 1], absent, last=last)
+        if stop is None:
+            return (
+                f"the chat template rewrites what surrounds message {number + 2}, so that nobody can tell where it "
+                "begins; set `template: plain`"
+            )
+        said = text[position:stop]
+        start = position + len(said) - len(said.lstrip())
+        end = position + len(said.rstrip())
+        if start < end:
+            spans.append(Span(start, end, number, _shift(text[start:end], content)))
+        position = stop
+    return Rendered(text, tuple(spans), border, len(conversation.prompt), conversation.systems)
+
+
+def _shift(written: str, content: str) -> int | None:
+    """Return where in a content what the template writes of it begins: as it is, or letter by letter."""
+    shift = content.find(written)
+    if shift < 0 and len(written) == len(content.strip()):
+        shift = len(content) - len(content.lstrip())
+    return shift if shift >= 0 else None
+
+
+def _shared(text: str, position: int, piece: str) -> int:
+    """Return how much of a piece of markup a text has at a position: all of it, unless it depends on a content."""
+    if text.startswith(piece, position):
+        return len(piece)
+    length = 0
+    while length < len(piece) and text[position + length : position + length + 1] == piece[length]:
+        length += 1
+    return length
+
+
+def _end_of_content(text: str, position: int, content: str, behind: str, absent: set[str], *, last: bool) -> int | None:
+    """Return where a content ends: as it is or trimmed, with the markup behind it, or most of it where that depends on
+    a later content; else where this markup, or its first line, comes next."""
+    best, most = None, 0
+    for said in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
+        end = position + len(said)
+        if not text.startswith(said, position):
+            continue
+        shared = _shared(text, end, behind)
+        if shared == len(behind) and (not last or end + shared == len(text)):
+            return end
+        if shared > most:
+            best, most = end, shared
+    if last:
+        return len(text) - len(behind) if text.endswith(behind) else len(text)
+    if best is not None:
+        return best
+    for piece in (behind, *behind.splitlines(keepends=True)[:1]):
+        found = text.find(piece, position) if piece and piece not in absent else -1
+        if found >= 0:
+            return found
+        absent.add(piece)
+    return None
+
+
+def render_plain(conversations: Sequence[Conversation]) -> list[Rendered | str]:
+    """Return conversations as `Human:` and `Assistant:` turns; behind a prompt the response follows `Assistant:`."""
+    return [unknown_role(each.messages) or _plainly(each) for each in conversations]
+
+
+def _plainly(conversation: Conversation) -> Rendered:
+    turns = [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in conversation.prompt]
+    first = [TURNS["assistant"] if conversation.prompt else ""] * bool(conversation.response)
+    return _joined([*turns, *first, *[TURNS["assistant"]] * (len(conversation.response) - 1)], conversation)
+
+
+def render_raw(conversations: Sequence[Conversation]) -> list[Rendered | str]:
+    """Return contents one behind the other, with nothing between."""
+    return [_joined([""] * len(each.messages), each) for each in conversations]
+
+
+def render_pair(conversations: Sequence[Conversation]) -> list[Rendered | str]:
+    """Return prompt and response for `tokenizer(prompt, response)`: a message alone as it is, several as turns."""
+    found: list[Rendered | str] = []
+    for each in conversations:
+        if len(each.prompt) > 1:
+            reason = unknown_role(each.messages)
+            found.append(reason or _two_texts(each))
+        else:
+            found.append(_joined([""] * len(each.messages), each))
+    return found
+
+
+def _two_texts(conversation: Conversation) -> Rendered:
+    turns = [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in conversation.prompt]
+    return _joined([turns[0].lstrip(), *turns[1:], *[""] * len(conversation.response)], conversation)
+
+
+def _joined(before: Sequence[str], conversation: Conversation) -> Rendered:
+    """Contents, each behind its markup."""
+    made: list[str] = []
+    spans, border, length = [], 0, 0
+    for number, (markup, message) in enumerate(zip(before, conversation.messages, strict=True)):
+        content = message["content"]
+        start = length + len(markup)
+        if number == len(conversation.prompt):
+            border = start
+        said = content.strip()
+        if said:
+            shift = len(content) - len(content.lstrip())
+            spans.append(Span(start + shift, start + shift + len(said), number, shift))
+        made += [markup, content]
+        length = start + len(content)
+    text = "".join(made)
+    border = border if conversation.response else len(text)
+    return Rendered(text, tuple(spans), border, len(conversation.prompt), conversation.systems)
