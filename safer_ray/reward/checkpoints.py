@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.dropout import disable_dropout
+from safer_ray.reward.forward import check_padding
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
+from safer_ray.reward.padding import filler, with_named_pad
 from safer_ray.reward.parts import check_loaded, load_part, splits_up
+from safer_ray.reward.positions import longest_sequence
 from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
 from safer_ray.reward.reading import SETTINGS, HowItReads, asked_for, how_it_reads, pair_tokenizer, settings_of
 from safer_ray.reward.text import PairTokenizer
@@ -26,10 +30,6 @@ from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
-FROM_PAD = (  # count positions from behind that of the pad token, and have so many fewer
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
-    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
 
 
 def quiet_transformers() -> None:
@@ -79,16 +79,12 @@ def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, 
 
 def _limit(config: Any, max_length: int) -> int:
     """The longest sequence: what was asked for, or what the positions of the model in `config` allow."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or max_length
-    if text.model_type in FROM_PAD:
-        positions -= 1 + (text.pad_token_id if text.pad_token_id is not None else -1)
-    return min(max_length, positions)
+    positions = longest_sequence(config)
+    return max_length if positions is None else min(max_length, positions)
 
 
 def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: str, before: int = 0) -> RewardModel:
     pairs = pair_tokenizer(tokenizer, how, _limit(model.config, max_length), name)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows and not before:  # a later part looks nothing up
@@ -96,7 +92,11 @@ def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: st
             f"{name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; "
             "use the tokenizer that belongs to the model, or resize the embedding"
         )
-    return RewardModel(model, pairs, name, unread=tokenizer.pad_token_id)
+    text = model.config.get_text_config()
+    pad, unread = filler(model.config, tokenizer, rows), text.pad_token_id
+    if unread is None:
+        text.pad_token_id = pad  # without one, transformers runs no two sequences at once
+    return RewardModel(model, pairs, name, pad=pad, unread=unread)
 
 
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
@@ -111,17 +111,9 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
     torch.manual_seed(config.seed)
     model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
     if config.disable_dropout:
-        _disable_dropout(model)
-    return _wrap(model, tokenizer, asked_for(config, made_here=True), config.max_length, config.base)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        name = "attention_dropout"  # a number where a fused kernel applies it
-        if isinstance(getattr(module, name, None), float):
-            setattr(module, name, 0.0)
+        disable_dropout(model)
+    how = asked_for(config, made_here=True)
+    return check_padding(with_named_pad(_wrap(model, tokenizer, how, config.max_length, config.base)))
 
 
 def load_reward_model(
@@ -146,7 +138,8 @@ def load_reward_model(
     checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     quiet_transformers()
     config = open_config(checkpoint)
-    if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
+    model_is_whole = part.of == 1 and not (layers is not None and _splits_up(directory, config, layers))
+    if not model_is_whole:
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
@@ -155,6 +148,8 @@ def load_reward_model(
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if model_is_whole:
+        wrapped = check_padding(wrapped)
     if not before:
         log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))
     return wrapped
@@ -211,6 +206,15 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
     `weights` are whole tensors by name where the model's own are partitioned over a process group.
     """
     settings = settings_of(reward.pairs) | {"frozen_layers": reward.frozen_layers}
+    text = reward.model.config.get_text_config()
+    running, text.pad_token_id = text.pad_token_id, reward.unread  # behind which its rewards are read
+    try:
+        _save(reward, directory, weights, settings)
+    finally:
+        text.pad_token_id = running
+
+
+def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None, settings: dict[str, Any]) -> None:
     with explain_disk_errors(directory):
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,12 +17,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import TooLargeError
 from safer_ray.reward.batches import run_micro_batches
+from safer_ray.reward.dropout import has_dropout
 from safer_ray.reward.execution import ForwardRequest, MicroBatchResult, run_micro_batch
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import Packed, can_pack, fork_of, has_dropout, pack, smallest_window, unpacked
+from safer_ray.reward.packing import Packed, can_pack, fork_of, pack, smallest_window, unpacked
 from safer_ray.reward.text import PairTokens
-from safer_ray.reward.trunk import States, can_start_after_trunk, start_after, trunk_cache, uses_trunk_cache
+from safer_ray.reward.trunk import (
+    States,
+    can_start_after_trunk,
+    outputs_noted,
+    start_after,
+    trunk_cache,
+    uses_trunk_cache,
+)
 
+log = logging.getLogger(__name__)
+TOLERANCE = {2: 0.03, 4: 1e-4, 8: 1e-4}  # of a reward, or of 1, by the bytes of a weight
 MASK = 2**26  # entries of a micro-batch's mask where pairs are packed for training: 256 MB
 
 
@@ -123,12 +134,41 @@ def trunk_states(reward: RewardModel, rows: Sequence[Packed]) -> States:
         everywhere = [np.arange(len(row.ids)) for row in missing]
         names = [f"sequence {i}" for i in range(len(missing))]
         request = ForwardRequest((reward.frozen_layers,), rewards=False)
-        found = _run_rows(unfrozen, missing, names, request, everywhere, None)[0].hidden
+        with outputs_noted(reward, reward.frozen_layers):
+            found = _run_rows(unfrozen, missing, names, request, everywhere, None)[0].hidden
         assert found is not None
         return [states.clone() for states in found]  # each free of its micro-batch
 
     cache = trunk_cache()
     return compute(rows) if cache is None else cache.get(reward.trunk_key, rows, compute)
+
+
+def check_padding(reward: RewardModel) -> RewardModel:
+    """Return a model that runs sequences one by one where a longer one beside it moves a reward, or fails: some models
+    do not mask what fills a batch up (FNet), read the last place of it (XLNet), or bring such code of their own."""
+    if can_pack(reward.model.config):  # checked to do neither
+        return reward
+    short, long = (np.array(reward.pairs.tokenizer(text)["input_ids"], dtype=np.int64) for text in ("a.", "a b. " * 8))
+    whole, was_training = replace(reward, frozen_layers=0), reward.model.training
+    reward.model.eval()
+    try:
+        alone = _rewards(whole, [short])[0]
+        beside = _rewards(whole, [short, long])[0]
+        pads = bool((beside - alone).abs() <= TOLERANCE[reward.model.dtype.itemsize] * alone.abs().clamp(min=1))
+    except Exception:  # noqa: BLE001  # some refuse to run two; what fails alone will be told with the first pair
+        pads = False
+    finally:
+        reward.model.train(was_training)
+    if not pads:
+        log.warning("%s: padding moves its rewards, so its sequences run one by one, which takes longer", reward.name)
+    return replace(reward, pads=pads)
+
+
+def _rewards(reward: RewardModel, sequences: Sequence[np.ndarray]) -> Float[Tensor, " n"]:
+    """Return the rewards of sequences that run side by side."""
+    rewards = forward(reward, sequences, budget=len(sequences) * max(len(ids) for ids in sequences)).rewards
+    assert rewards is not None
+    return rewards
 
 
 def can_pack_pair(reward: RewardModel, pair: PairTokens) -> bool:
@@ -186,8 +226,9 @@ def _run_rows(
     states_of_rows = [torch.empty(0)] * len(rows)
     # A trunk cache is its thread's own, and a GPU has one queue.
     threads = torch.get_num_threads() if reward.device.type == "cpu" and trunk_cache() is None else 1
+    most = budget or reward.budget if reward.pads else 0  # none: rows run one by one
     beside = f"beside {reward.name}; lower max_length, leave the pair out, or raise reward.shards"
-    for chunk, found in run_micro_batches(run, rows, names, budget or reward.budget, threads, beside):
+    for chunk, found in run_micro_batches(run, rows, names, most, threads, beside):
         numbers = [side for i in chunk for side in sides[i]]
         if found.rewards is not None:
             rewards[numbers] = found.rewards

@@ -8,11 +8,32 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class LayerReachedError(Exception):
     """Ends a forward pass at the last layer wanted."""
+
+
+def states_of(output: Any) -> Tensor:
+    """Return the hidden states in what a block gives, which many put first in a tuple or a list of several things."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_states(output: Any, states: Tensor) -> Any:
+    """Return what a block gives with other hidden states in it, in the type that they had.
+
+    States of fewer tokens than the block's are those of the first ones: some models lengthen a batch on their way, and
+    mask what they add.
+    """
+    own = states_of(output)
+    states = states.to(own)
+    if states.shape[1] < own.shape[1]:
+        states = torch.cat([states, own[:, states.shape[1] :]], dim=1)
+    if isinstance(output, tuple | list):
+        return type(output)([states, *output[1:]])
+    return states
 
 
 @contextmanager
@@ -46,7 +67,7 @@ def capture_output(module: nn.Module, found: dict[int, Tensor], number: int, *, 
     """Inside, what block `number` gives is put into `found`, and ends the pass if it is the `end`."""
 
     def catch(output: Any) -> None:
-        found[number] = output[0] if isinstance(output, tuple) else output
+        found[number] = states_of(output)
         if end:
             raise LayerReachedError
 
@@ -57,16 +78,16 @@ def capture_output(module: nn.Module, found: dict[int, Tensor], number: int, *, 
 @contextmanager
 def compute_only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator[None]:
     """Inside, a module that takes each token by itself runs on the tokens at `index` (row, column) alone; it gives
-    zeros for all others."""
+    zeros for all others. It is given them as one sequence, since mixtures of experts want a batch."""
     shape: list[int] = []
 
     def gather(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         shape[:] = inputs[0].shape[:-1]
-        return (inputs[0][index], *inputs[1:])
+        return (inputs[0][index][None], *inputs[1:])
 
     def scatter(output: Tensor) -> Tensor:
         whole = output.new_zeros((*shape, output.shape[-1]))
-        whole[index] = output
+        whole[index] = output[0]
         return whole
 
     with before(module, gather), after(module, scatter):

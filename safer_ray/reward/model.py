@@ -12,7 +12,7 @@ from safer_ray.errors import UserError
 from safer_ray.reward.text import PairTokenizer
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
-LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers")
+LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers", "blocks")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class RewardModel:
     frozen_layers: int = 0  # blocks whose weights are the base's
     before: int = 0  # blocks that run before those here, in another part
     window: int | None = None  # smallest attention window of any layer of the whole model, where this is a part
+    pad: int = 0  # fills up batches, where nothing is read
+    pads: bool = True  # whether sequences of unlike length run side by side, which moves no reward of most models
     unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 
     @property
@@ -34,10 +36,6 @@ class RewardModel:
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def pad(self) -> int:
-        return int(self.pairs.tokenizer.pad_token_id)
 
     @property
     def budget(self) -> int:
@@ -85,8 +83,10 @@ class RewardModel:
         """Return this model with blocks 1..`layers` and all that runs before them left out of training.
 
         Raises:
-            UserError: the model has fewer blocks.
+            UserError: the model has fewer blocks, or its sequences run one by one.
         """
+        if not self.pads:
+            raise UserError(f"{self.name}: padding moves its rewards, so no layers can be frozen; set frozen_layers: 0")
         self.check_layer(layers)
         frozen = replace(self, frozen_layers=layers)
         for parameter in frozen.trunk_parameters():

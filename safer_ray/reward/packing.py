@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from safer_ray.reward.pretrained import runs_own_code
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # causal, and checked to take such a mask
+FAMILIES = (  # causal, and checked to take such a mask
+    *("arcee", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense", "llama"),
+    *("ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+    *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+)
 
 Index = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]  # row and column of tokens in a micro-batch
 
@@ -96,15 +100,6 @@ def can_pack(config: Any) -> bool:
     """Return whether pairs of a model can be packed: it is causal, and known to take masks and positions."""
     known = config.model_type in FAMILIES and not runs_own_code(config)
     return known and not getattr(config, "use_bidirectional_attention", None)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Return whether a model in training would drop what it computes at random."""
-    for module in model.modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", None)
-        if isinstance(rate, float | int) and rate > 0:  # models keep modules under that name, too
-            return True
-    return False
 
 
 def how_pairs_run(config: Any) -> str:

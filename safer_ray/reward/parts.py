@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from safer_ray.errors import UserError
-from safer_ray.reward.packing import FAMILIES
 from safer_ray.reward.pretrained import Checkpoint, open_config, runs_own_code
 
+DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ENCODERS = ("bert",)  # of which only the first blocks can be a part: the others want more than states
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 def splits_up(config: Any, start: int = 0) -> bool:
     """Return whether a part from block `start` + 1 on can be loaded alone."""
-    known = config.model_type in FAMILIES or (config.model_type in ENCODERS and start == 0)
+    known = config.model_type in DECODERS or (config.model_type in ENCODERS and start == 0)
     return known and not runs_own_code(config)
 
 

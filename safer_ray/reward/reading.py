@@ -105,10 +105,6 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
             f"{name}: its tokenizer ({type(tokenizer).__name__}) does not say which characters a token is of; save it "
             "as tokenizer.json (transformers' AutoTokenizer converts most kinds), and pass that folder"
         )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
-        tokenizer.pad_token = tokenizer.eos_token
     template = how.template
     if template == AUTO:
         template = _template_of(tokenizer, name, how.made_here)

@@ -2,14 +2,15 @@
 it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from safer_ray.reward.hooks import after, with_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import Packed
 
@@ -84,20 +85,65 @@ def can_start_after_trunk(reward: RewardModel, layers: Sequence[int]) -> bool:
 
 @contextmanager
 def start_after(reward: RewardModel, layer: int, states: Float[Tensor, "n width d"]) -> Iterator[None]:
-    """Inside, forward passes begin behind block `layer`: each block up to it returns `states`, the output of that
-    block, in place of computing."""
+    """Inside, forward passes go on from `states` as the output of block `layer`.
+
+    The blocks up to it do not compute where blocks of their classes have been seen to give nothing but states. Else
+    they do, since later blocks may want what comes with the states (T5's position bias).
+    """
     blocks = list(reward.blocks())[:layer]
-    patched = [vars(block).get("forward") for block in blocks]  # by whoever wrapped the model
+    with ExitStack() as stack:
+        if all(_gives_states_alone(block) for block in blocks):
+            for block in blocks:
+                stack.enter_context(_without_computing(block, states))
+        else:
+            stack.enter_context(outputs_noted(reward, layer))
+            stack.enter_context(after(blocks[-1], lambda output: with_states(output, states)))
+        yield
 
-    def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return states.to(hidden)
 
-    for block in blocks:
-        block.forward = hand_on
+@contextmanager
+def outputs_noted(reward: RewardModel, layer: int) -> Iterator[None]:
+    """Inside, forward passes of any thread note what the blocks up to `layer` give, so that `start_after` need not run
+    them."""
+    handles = [block.register_forward_hook(_note) for block in list(reward.blocks())[:layer]]
     try:
         yield
     finally:
-        for block, before in zip(blocks, patched, strict=True):
-            del block.forward
-            if before is not None:
-                block.forward = before
+        for handle in handles:
+            handle.remove()
+
+
+_seen: dict[type[nn.Module], Any] = {}  # by class of block, what one gave: None in the place of a tensor
+
+
+def _note(block: nn.Module, _inputs: Any, output: Any) -> None:
+    kind = type(block)
+    if not isinstance(output, tuple | list):
+        _seen[kind] = None
+    elif all(value is None for value in output[1:]):
+        _seen[kind] = type(output)([None] * len(output))
+    else:
+        _seen.pop(kind, None)
+
+
+def _gives_states_alone(block: nn.Module) -> bool:
+    return type(block) in _seen
+
+
+@contextmanager
+def _without_computing(block: nn.Module, states: Tensor) -> Iterator[None]:
+    """Inside, a block gives `states`, in the form in which it gives its own."""
+    form = _seen[type(block)]
+
+    def hand_on(*inputs: Any, **named: Any) -> Any:
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        return with_states(hidden if form is None else type(form)([hidden, *form[1:]]), states)
+
+    patched = vars(block).get("forward")  # by whoever wrapped the model
+    block.forward = hand_on
+    try:
+        yield
+    finally:
+        del block.forward
+        if patched is not None:
+            block.forward = patched

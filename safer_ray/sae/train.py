@@ -1,5 +1,6 @@
 """From harvested activations to an SAE: where it starts, its training, and its quality on held-out prompts."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safer_ray.sae.variants.registry import new_sae
 from safer_ray.storage.artifacts import part_files
 from safer_ray.storage.files import read_parquet
 
+log = logging.getLogger(__name__)
 SAMPLE = 8192  # vectors that an SAE starts from
 TOLD = ("train_vectors", "outliers", "steps")  # on the model card, beside the quality
 
@@ -96,17 +98,36 @@ def held_out_quality(
         "density": density_histogram(found),
         "clusters": decoder_clusters(sae)._asdict(),
     }
-    pairs = held_out_pairs(judged.pairs, config) if judged is not None else []
-    if judged is None or not pairs:
+    if judged is None:
         return measured
+    try:
+        quality = splice_quality(sae, config, layer, judged)
+    except Exception as error:  # noqa: BLE001  # a figure less is no reason to lose the SAE
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        log.warning("sae: it is kept without what its reconstructions cost the reward model, which failed: %s", reason)
+        return measured
+    return measured | ({"spliced": quality} if quality else {})
+
+
+def splice_quality(
+    sae: TopKSae, config: SaeConfig, layer: int, judged: SpliceEvaluation
+) -> dict[str, dict[str, float]]:
+    """What reconstructions cost the reward model on held-out pairs, by where they are put in (`quality.Spliced`); empty
+    where no pair was held out.
+
+    Raises:
+        UserError: pairs or a reward model that cannot be read, or that gives no finite reward.
+    """
+    pairs = held_out_pairs(judged.pairs, config)
+    if not pairs:
+        return {}
     quiet_transformers()
     reward = load_reward_model(judged.reward, reading=judged.reading)
     tokens = reward.pairs(pairs)
-    measured["spliced"] = {
+    return {
         name: spliced(reward, layer, sae, tokens, all_tokens=everywhere)._asdict()
         for name, everywhere in (("sentence ends", False), ("all tokens", True))
     }
-    return measured
 
 
 def held_out_pairs(directory: Path, config: SaeConfig) -> list[dict[str, Any]]:

@@ -11,9 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+import torch
+from support.made import make_pair, write_parts
+from support.own_rewards import PAIRS, assert_exact, own_rewards, own_sides
 from support.ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_noted, write_input
+from support.reward_models import save_reward_model_of
 from support.same_rows import assert_same_tables
 
+from safer_ray import schema
 from safer_ray.config.sections import ActivationsConfig, RayConfig
 from safer_ray.distributed import ray_runner as runner_module
 from safer_ray.distributed.ray_data import LONGEST, dataset, following
@@ -368,3 +373,18 @@ def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_pa
         time.sleep(1)
     assert {line.split("{")[0].removesuffix("_total") for line in lines} == set(wanted)
     assert all('run="' in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["Llama 3 without a pad token", "Gemma 2", "RoBERTa"])
+def test_three_workers_give_the_rewards_that_models_give_by_themselves(kind, tmp_path):
+    reward = save_reward_model_of(kind, tmp_path / "model")
+    own = own_sides(reward)
+    made = [make_pair(name, "", "", "") | PAIRS[name] for name in own] * 3
+    for number, row in enumerate(made):
+        row["pair_id"] = row["row_key"] = f"{number}"
+    pairs = write_parts(schema.table(made, schema.PAIRS), tmp_path / "pairs", len(own) // 2)
+    ctx = StageContext(Place(tmp_path), RayRunner(RayConfig(min_actors=3, max_actors=3)))
+    found = read_parts(model_stages.evaluate(ctx, open_artifact(reward), open_artifact(pairs)).path)
+    assert found["pair_id"].to_pylist() == [row["pair_id"] for row in made]
+    sides = torch.tensor([found["reward_chosen"].to_pylist(), found["reward_rejected"].to_pylist()]).T.flatten()
+    assert_exact(sides, own_rewards(reward, [inputs for both in own.values() for inputs in both]).repeat(3))

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.model_types import COMMON, FAMILIES, PAD, build
+from support.model_types import COMMON, FAMILIES, MORE_PACKED, PAD, build
 
 from safer_ray.reward import forward as forward_module
+from safer_ray.reward import packing
+from safer_ray.reward.dropout import disable_dropout, has_dropout
 from safer_ray.reward.forward import can_pack_pair, forward_pairs, pack_to_train
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
@@ -126,6 +128,30 @@ def test_a_training_step_on_packed_pairs_has_the_gradients_of_plain_transformers
     assert set(found) == set(wanted)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("name", list(MORE_PACKED))
+def test_other_causal_models_take_packed_pairs(name):
+    """Whole models; `test_a_packed_pair_is_its_two_sequences` goes into detail for those that are known best."""
+    model, window = build(name), name.endswith("window")
+    assert can_pack_pair(model, cases()["plain"]) == (not window)
+    check(model, list(cases().values()))
+    test_a_training_step_on_packed_pairs_has_the_gradients_of_plain_transformers(model, "short", checkpointing=False)
+
+
+def test_every_family_that_is_packed_is_tried():
+    tried = {build(name).model.config.model_type for name in FAMILIES | MORE_PACKED}
+    assert tried == set(packing.FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["residual_dropout", "layerdrop", "attention_dropout", "dropout"])
+def test_dropout_is_seen_and_disabled_whatever_a_class_calls_its_rate(name):
+    model = build("Starcoder2Config").model
+    assert not has_dropout(model)
+    setattr(model.base_model.layers[1].mlp, name, 0.1)
+    assert has_dropout(model)
+    disable_dropout(model)
+    assert not has_dropout(model)
 
 
 def test_with_dropout_the_sides_of_a_pair_are_trained_on_apart():

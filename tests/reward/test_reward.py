@@ -242,16 +242,6 @@ def test_a_layer_past_the_model_is_refused_with_the_range(reward, layer):
         Encoder(reward, layer)
 
 
-def test_a_missing_pad_token_reuses_eos(reward_dir, tmp_path):
-    shutil.copytree(reward_dir, tmp_path / "model")
-    tokenizer = train_tokenizer(lambda: ["some text"], 300)
-    tokenizer.pad_token = None
-    tokenizer.eos_token = "a"
-    tokenizer.save_pretrained(tmp_path / "model")
-    loaded = load_reward_model(tmp_path / "model")
-    assert loaded.pad == tokenizer.eos_token_id == loaded.model.config.pad_token_id
-
-
 def small(kind, vocabulary, pad):
     """A random decoder, of a family whose pairs are packed or of another."""
     from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -283,31 +273,6 @@ def test_a_reward_is_read_where_the_checkpoint_reads_it_whatever_pads(tmp_path, 
         torch.testing.assert_close(
             rewards_of(reward, [unpacked(ids) for ids in sequences]), wanted, rtol=1e-5, atol=1e-5
         )
-
-
-def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(reward_dir, tmp_path):
-    shutil.copytree(reward_dir, tmp_path / "model")
-    tokenizer = train_tokenizer(lambda: ["some text"], 300)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="neither a pad nor an EOS token; add a pad token"):
-        load_reward_model(tmp_path / "model")
-
-
-def test_positions_that_begin_behind_that_of_the_pad_token_limit_the_length(tmp_path):
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokenizer = train_tokenizer(lambda: ["some text"], 300)
-    config = RobertaConfig(
-        vocab_size=300, pad_token_id=tokenizer.pad_token_id + 1, max_position_embeddings=40, num_labels=1, **sizes
-    )
-    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    reward = load_reward_model(tmp_path)
-    assert reward.pairs.limit == load_pair_tokenizer(tmp_path).limit == 40 - 2 - tokenizer.pad_token_id
-    pair = make_pair("long", "words " * 99, "more " * 99, "other " * 99)
-    assert torch.isfinite(forward_pairs(reward, reward.pairs([pair])).rewards).all()
 
 
 def test_the_models_positions_limit_the_length(pairs):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.made import random_sae
-from support.sae_vectors import CONFIG, WIDTH
+from support.sae_vectors import CONFIG, WIDTH, activations, dictionary_vectors, write
 
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
 from safer_ray.errors import SaferError, UserError
@@ -24,7 +24,7 @@ from safer_ray.sae import training_loop as sae_fit
 from safer_ray.sae.data import held_out_vectors, open_vectors
 from safer_ray.sae.formats import load_sae, sae_layer, save_sae
 from safer_ray.sae.quality import sae_quality
-from safer_ray.sae.train import held_out_pairs, train_sae
+from safer_ray.sae.train import SpliceEvaluation, held_out_pairs, train_sae
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +300,19 @@ def test_the_pairs_that_reconstructions_are_tried_on_are_held_out_ones(pairs, pa
     assert len(some) == 5
     assert {pair["pair_id"] for pair in some} < set(wanted)
     assert set(some[0]) == {"pair_id", "prompt", "chosen", "rejected"}
+
+
+def test_an_sae_is_kept_where_what_it_costs_the_reward_model_cannot_be_measured(pairs_dir, tmp_path, caplog):
+    vectors, out = write(activations(dictionary_vectors(300)), tmp_path / "vectors"), tmp_path / "run"
+    judged = SpliceEvaluation(pairs_dir, tmp_path / "gone")
+    config = CONFIG.model_copy(update={"steps": 1, "validation_percent": 50})
+    metrics = train_sae(vectors, out, config, OneProcess(out / "state"), model="tiny", layer=2, judged=judged)
+    assert "spliced" not in metrics
+    assert "nmse" in metrics
+    assert sae_layer(out) == 2
+    assert (out / "README.md").is_file()
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith("sae: it is kept without what its reconstructions cost the reward model, which failed: no m")
 
 
 @pytest.mark.parametrize(
