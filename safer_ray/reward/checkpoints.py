@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.folder import check_config, check_weights, read_tensor
+from safer_ray.reward.heads import chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
+from safer_ray.reward.loaded import check_loaded
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
-from safer_ray.reward.parts import check_loaded, load_part, splits_up
-from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
+from safer_ray.reward.parts import load_part, splits_up
+from safer_ray.reward.pretrained import (
+    Checkpoint,
+    open_classifier,
+    open_config,
+    open_tokenizer,
+    runs_own_code,
+)
+from safer_ray.reward.readable import check_template, check_tokenizer
 from safer_ray.reward.text import TEMPLATES, PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
@@ -30,6 +42,12 @@ FROM_PAD = (  # count positions from behind that of the pad token, and have so m
     *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+TRIED: dict[str, Any] = {
+    "pair_id": "tried",
+    "prompt": [{"role": "user", "content": "Hello, what can I do for you today?"}],
+    "chosen": [{"role": "assistant", "content": "Tell me a story."}],
+    "rejected": [{"role": "assistant", "content": "Nothing."}],
+}
 SETTINGS = "safer_ray.json"  # beside the weights: how this model reads text
 
 
@@ -47,7 +65,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     """A checkpoint's folder or hub name, and its revision.
 
     Raises:
-        UserError: no such folder or package.
+        UserError: no such package, or no model in that folder.
     """
     if base.startswith("hub:"):
         name, _, revision = base.removeprefix("hub:").partition("@")
@@ -58,8 +76,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if spec is None or spec.origin is None:
             raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
         return str(Path(spec.origin).parent / folder), None
-    if not (Path(base) / "config.json").is_file():
-        raise UserError(f"no model in {base} (config.json is missing); write hub:OWNER/NAME for one on the hub")
+    check_config(Path(base), "write hub:OWNER/NAME for one on the hub")
     return base, None
 
 
@@ -68,17 +85,69 @@ def checkpoint_of(base: str, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(base, *resolve_base(base), trust_remote_code)
 
 
-def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raises UserError where a checkpoint on this machine lacks weights, or holds such as are not read."""
+    if Path(checkpoint.path).is_dir():
+        check_weights(Path(checkpoint.path))
+
+
+def _load_pretrained(base: str, dtype: torch.dtype, reading: Reading, *, whole: bool) -> tuple[Any, Any]:
     """A model and its tokenizer; `whole` refuses a checkpoint that lacks the reward head's weights, too."""
     quiet_transformers()
-    checkpoint = checkpoint_of(base, trust_remote_code)
+    checkpoint, head = checkpoint_of(base, reading.trust_remote_code), reading.head
+    check_files(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
-    model, found = open_classifier(checkpoint, dtype=dtype)
-    check_loaded(base, model.base_model_prefix, found, whole=whole)
+    config = open_config(checkpoint)
+    if runs_own_code(config):  # it may read its config's number of outputs as it likes
+        model, found = open_classifier(checkpoint, None if whole or head is not None else 1, dtype=dtype)
+        tell_other_outputs(base, model, found, whole=whole)
+        check_loaded(base, model, found, whole=whole)
+        return model, tokenizer
+    model = open_with_head(
+        base,
+        partial(open_classifier, checkpoint, dtype=dtype),
+        lambda name: read_tensor(folder_of(checkpoint), name),
+        head,
+        outputs=int(config.num_labels),
+        whole=whole,
+    )
     return model, tokenizer
 
 
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """Return where the files of a checkpoint lie on this machine."""
+    from transformers.utils import cached_file
+
+    if Path(checkpoint.path).is_dir():
+        return Path(checkpoint.path)
+    return Path(str(cached_file(checkpoint.path, "config.json", revision=checkpoint.revision))).parent
+
+
+def _with_outputs(reward: RewardModel, head: HeadConfig | None) -> RewardModel:
+    """Return a model whose code is its checkpoint's own with the weights of its outputs, once it has read a short pair.
+
+    Raises:
+        UserError: it fails there, gives no reward, or several that `head` does not choose from.
+    """
+    if not runs_own_code(reward.model.config):
+        return reward
+    ids = torch.from_numpy(reward.pairs([TRIED])[0].chosen.ids)[None].to(reward.device)
+    try:
+        with torch.inference_mode():
+            given = reward.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # code of a checkpoint's own may raise anything
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{reward.name}: its own code fails on a short pair: {words}") from error
+    values = own_outputs(reward.name, given)
+    outputs = 1 if values.ndim == 1 else int(values.shape[-1])
+    if head is None and outputs > 1:
+        raise UserError(f"{reward.name}: {of_outputs(outputs)}")
+    weights = chosen(reward.name, head, outputs) if head is not None else None
+    return replace(reward, weights=weights if values.ndim > 1 else None)
+
+
 def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> PairTokenizer:
+    check_tokenizer(name, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer has neither a pad nor an EOS token; add a pad token to it")
@@ -87,6 +156,8 @@ def _pair_tokenizer(tokenizer: Any, template: str, limit: int, name: str) -> Pai
         template = "chat" if tokenizer.chat_template else "plain"
         if template == "plain":
             log.warning("%s has no chat template: pairs are read as Human: and Assistant: turns", name)
+    if TEMPLATES[template].writes_special_tokens:
+        check_template(name, tokenizer)
     return PairTokenizer(tokenizer, template, limit)
 
 
@@ -115,6 +186,8 @@ def _wrap(model: Any, tokenizer: Any, template: str, max_length: int, name: str,
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
     """The model that training starts from; `texts` yields the training texts, for a tokenizer made on the spot.
 
+    Of a base with several outputs, training begins with what `config.head` makes of them, or else with a new head.
+
     Raises:
         UserError: no such model, or a tokenizer that does not fit it.
     """
@@ -122,10 +195,10 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
         return _wrap(model, tokenizer, "plain", config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
-    model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
+    model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False)
     if config.disable_dropout:
         _disable_dropout(model)
-    return _wrap(model, tokenizer, config.template, config.max_length, config.base)
+    return _with_outputs(_wrap(model, tokenizer, config.template, config.max_length, config.base), config.head)
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -149,7 +222,7 @@ def load_reward_model(
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
     With `layers`, only the first ones are loaded where the family is known to allow it: activations, but no rewards.
-    With `part`, only that range of them.
+    With `part`, only that range of them. Of a model with several outputs, `reading.head` chooses the reward.
 
     Raises:
         UserError: missing or corrupt files, no reward head, more than one output, a tokenizer that does not fit, or a
@@ -160,14 +233,15 @@ def load_reward_model(
     quiet_transformers()
     config = open_config(checkpoint)
     if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
-        model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
+        model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype, reading.head)
     else:
-        model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
+        model, tokenizer = _load_pretrained(str(directory), dtype, reading, whole=True)
     settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wrapped = _with_outputs(wrapped, reading.head)
     if not before:
         log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))
     return wrapped
@@ -178,7 +252,12 @@ def _splits_up(directory: Path, config: Any, layers: int) -> bool:
 
 
 def _load_range(
-    directory: Path, checkpoint: Checkpoint, layers: int | None, part: Part, dtype: torch.dtype
+    directory: Path,
+    checkpoint: Checkpoint,
+    layers: int | None,
+    part: Part,
+    dtype: torch.dtype,
+    head: HeadConfig | None,
 ) -> tuple[Any, Any, int, int | None]:
     """A part of the first layers, or of all: the model, its tokenizer, how many blocks are before it, and how far back
     the shortest-sighted one of the whole model looks, where others decide with this part what is packed."""
@@ -186,10 +265,12 @@ def _load_range(
     config = open_config(checkpoint)
     count = layers or int(config.num_hidden_layers)
     start, stop = part.blocks(count)
+    check_files(checkpoint)
     if part.of > count:
         raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
     try:
-        model = load_part(directory, start, stop, dtype, trust_remote_code=checkpoint.trust_remote_code)
+        trusted = checkpoint.trust_remote_code
+        model = load_part(directory, start, stop, dtype, trust_remote_code=trusted, head=head)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load layers of a reward model from {directory}: {first}") from None
@@ -221,8 +302,14 @@ def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
 
 
 def layer_count(base: str, trust_remote_code: bool = False) -> int:
-    """Number of blocks of a checkpoint, from its config alone."""
-    return int(open_config(checkpoint_of(base, trust_remote_code)).get_text_config().num_hidden_layers)
+    """Number of blocks of a checkpoint, from its config, beside which its weights are seen to lie.
+
+    Raises:
+        UserError: there is no model, or it cannot be read.
+    """
+    checkpoint = checkpoint_of(base, trust_remote_code)
+    check_files(checkpoint)
+    return int(open_config(checkpoint).get_text_config().num_hidden_layers)
 
 
 def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> PairTokenizer:
