@@ -228,28 +228,15 @@ def read_tensor(folder: Path, name: str) -> Any:
 
 
 def check_vocabulary(folder: Path) -> None:
-    """See that a folder holds a vocabulary of some kind.
+    """See that a folder holds a vocabulary of some kind, and both halves of one that comes in two files.
 
     Raises:
-        UserError: it holds none, for which transformers makes up a tokenizer that knows no text.
+        UserError: it does not; for none, transformers makes up a tokenizer that knows no text.
     """
+    remedy = "save there the one that the model was trained with"
     if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
-        raise UserError(
-            f"{folder} has no tokenizer (tokenizer.json is missing): save there the one that the model was trained with"
-        )
-
-
-def check_merges(folder: Path, names: dict[str, str]) -> None:
-    """See that a folder holds both halves of a vocabulary that comes in two; `names` are the files of its tokenizer's
-    class by what they are.
-
-    Raises:
-        UserError: one is missing, without which the other gives other tokens.
-    """
-    if "merges_file" not in names or any(folder.glob("tokenizer.json")) or any(folder.glob("tokenizer.*.json")):
-        return
-    for name in (names["vocab_file"], names["merges_file"]):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has half a tokenizer ({name} is missing): save there the one that the model was trained with"
-            )
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json is missing): {remedy}")
+    whole = any(folder.glob("tokenizer.json")) or any(folder.glob("tokenizer.*.json"))
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if len(missing) == 1 and not whole:
+        raise UserError(f"{folder} has half a tokenizer ({missing[0]} is missing): {remedy}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
-from safer_ray.reward.folder import check_merges, check_vocabulary
+from safer_ray.reward.folder import check_vocabulary
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
@@ -53,13 +53,9 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
 
     failed = "cannot read the tokenizer of"
     config, own = open_config(checkpoint, failed), check_trusted(checkpoint)
-    local = Path(checkpoint.path).is_dir() and not own.tokenizer
-    if local:
+    if Path(checkpoint.path).is_dir() and not own.tokenizer:
         check_vocabulary(Path(checkpoint.path))
-    tokenizer = _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
-    if local:
-        check_merges(Path(checkpoint.path), tokenizer.vocab_files_names)
-    return tokenizer
+    return _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
 
 
 def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -195,7 +195,8 @@ def test_a_model_of_several_outputs_is_refused(bert_dir, tmp_path):
         BertConfig(**BertConfig.from_pretrained(bert_dir).to_diff_dict() | {"num_labels": 3})
     ).save_pretrained(tmp_path / "model")
     with pytest.raises(
-        UserError, match=r"cannot load a reward model from .*: it has 3 outputs, and a reward is one; choose a reward with"
+        UserError,
+        match=r"cannot load a reward model from .*: it has 3 outputs, and a reward is one; choose a reward with",
     ):
         load_reward_model(tmp_path / "model")
 
