@@ -18,9 +18,9 @@ class Reading(Frozen):
 
     `template` is `auto`, `chat` (the tokenizer's own), `pair` (prompt and response as two texts, as encoders' cards
     do), `plain` (Human: and Assistant: turns), `raw` (texts as they are, one behind the other), or a file with a
-    template in Jinja. `template_arguments` are given to a chat template; `date` (YYYY-MM-DD) is its today. `system: fold`
-    puts a system message before the first user message. A pair longer than the model reads is cut or refused, as
-    `truncation` says. `head` makes one reward of several outputs.
+    template in Jinja. `template_arguments` are given to a chat template; `date` (YYYY-MM-DD) is its today.
+    `system: fold` puts a system message before the first user message. A pair longer than the model reads is cut or
+    refused, as `truncation` says. `head` makes one reward of several outputs.
     """
 
     template: LocalName = "auto"

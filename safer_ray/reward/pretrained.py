@@ -5,6 +5,7 @@ else: no other module calls `from_pretrained` of transformers' Auto classes, whi
 """
 
 import logging
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from safer_ray.reward.folder import check_vocabulary
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
 ANY_MODEL = "AutoModel"
+PAIRWISE = re.compile(r"PairRM|PairRanker|[Pp]airwise")  # classes of models that read two responses at once
 log = logging.getLogger(__name__)
 
 
@@ -98,8 +100,14 @@ def settle(name: str, config: Any) -> None:
     """Let a model choose an attention that runs here, in the place of a faster one that its config asks for.
 
     Raises:
-        UserError: its weights are quantised in a way that cannot be read here.
+        UserError: its weights are quantised in a way that cannot be read here, or it compares responses.
     """
+    kinds = [str(kind) for kind in getattr(config, "architectures", None) or ()]
+    if getattr(config, "ranker_type", None) or any(PAIRWISE.search(kind) for kind in kinds):
+        raise UserError(
+            f"{name} compares two responses with each other ({', '.join(kinds)}), and gives none a reward of its own; "
+            "pass a model that reads one response"
+        )
     asked = getattr(config, "_attn_implementation", None)
     if asked not in (None, "eager", "sdpa"):
         _say_attention(name, str(asked))
