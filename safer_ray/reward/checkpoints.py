@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from safer_ray.config.head import HeadConfig
+from safer_ray.config.read import explain_validation
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
@@ -231,12 +233,13 @@ def load_reward_model(
     before, window = 0, None
     checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     quiet_transformers()
+    settings = _settings(directory)
+    reading = reading.model_copy(update={"head": reading.head or settings["head"]})
     config = open_config(checkpoint)
     if part.of > 1 or (layers is not None and _splits_up(directory, config, layers)):
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype, reading.head)
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, reading, whole=True)
-    settings = _settings(directory)
     wrapped = _wrap(model, tokenizer, settings["template"], settings["max_length"], directory.name, before)
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=settings["frozen_layers"], before=before, window=window, unread=unread)
@@ -278,7 +281,7 @@ def _load_range(
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    settings = {"template": AUTO, "max_length": 10**9, "frozen_layers": 0}
+    settings: dict[str, Any] = {"template": AUTO, "max_length": 10**9, "frozen_layers": 0, "head": None}
     file = directory / SETTINGS
     if not file.is_file():
         return settings
@@ -293,6 +296,10 @@ def _settings(directory: Path) -> dict[str, Any]:
         value = settings[name]
         if type(value) is not int or value < least:
             raise UserError(f"{file}: {name} is {value!r}, wanted a whole number from {least} on")
+    try:
+        settings["head"] = HeadConfig.model_validate(settings["head"]) if settings["head"] is not None else None
+    except ValidationError as error:
+        raise explain_validation(error, f"{file} (head)") from None
     return settings
 
 
@@ -330,11 +337,13 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
 
     `weights` are whole tensors by name where the model's own are partitioned over a process group.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "template": reward.pairs.template,
         "max_length": reward.pairs.limit,
         "frozen_layers": reward.frozen_layers,
     }
+    if reward.weights is not None:
+        settings["head"] = {"weights": reward.weights}
     with explain_disk_errors(directory):
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)

@@ -378,7 +378,13 @@ def test_several_outputs_of_own_code_are_chosen_from(reward_dir, tmp_path):
     wanted = by_its_code(own, several=True)
     head = HeadConfig(weights=(0.1, 0.2, -0.3, 0, 1))
     reward = load_reward_model(own, reading=TRUSTED.model_copy(update={"head": head}))
-    agree(forward(reward, SEQUENCES).rewards, [values @ torch.tensor(head.weights) for values in wanted])
+    wanted = [values @ torch.tensor(head.weights) for values in wanted]
+    agree(forward(reward, SEQUENCES).rewards, wanted)
+    save_reward_model(reward, tmp_path / "several_again")  # which says by itself what was chosen
+    agree(forward(load_reward_model(tmp_path / "several_again", reading=TRUSTED), SEQUENCES).rewards, wanted)
+    (tmp_path / "several_again/safer_ray.json").write_text('{"head": {"output": "one"}}')
+    with pytest.raises(UserError, match=r"safer_ray\.json \(head\): .*output"):
+        load_reward_model(tmp_path / "several_again", reading=TRUSTED)
     with pytest.raises(UserError, match=r"head names output 5, and the model has 5"):
         load_reward_model(own, reading=TRUSTED.model_copy(update={"head": HeadConfig(output=5)}))
 
