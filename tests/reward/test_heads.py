@@ -22,10 +22,14 @@ from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.passes import EncodePairs, HeadPairs, RewardPairs
+from safer_ray.pipeline import model_stages
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model, save_reward_model
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import forward, forward_pairs
 from safer_ray.reward.packing import pack, unpacked
+from safer_ray.storage.artifacts import Artifact, Place, read_parts
 from safer_ray.storage.work import Part
 
 WEIGHTS = "model.safetensors"
@@ -177,6 +181,18 @@ def test_every_pass_over_pairs_reads_the_chosen_output(reward_dir, sae_dir, tmp_
     layer = load_reward_model(tmp_path, reading=reading).head()
     margins = np.asarray(rewards["reward_chosen"]) - np.asarray(rewards["reward_rejected"])
     np.testing.assert_allclose(heads @ layer.weight.detach().numpy()[0], margins, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_chosen_is_in_the_name_of_what_is_made(reward_dir, pairs_dir, tmp_path):
+    save(reward_dir, tmp_path / "model", "llama", outputs=2)
+    reward, pairs = Artifact(tmp_path / "model", "model"), Artifact(pairs_dir, "pairs")
+    made = []
+    for head in (HeadConfig(output=0), HeadConfig(output=1)):
+        ctx = StageContext(Place(tmp_path / "runs"), LocalRunner(), reading=Reading(head=head))
+        made.append(model_stages.evaluate(ctx, reward, pairs))
+    assert [each.manifest["config"]["reading"] for each in made] == [{"head": {"output": 0}}, {"head": {"output": 1}}]
+    one, other = (read_parts(each.path)["reward_chosen"] for each in made)
+    assert one != other
 
 
 def test_training_begins_with_the_chosen_output_or_with_a_new_head(reward_dir, tmp_path, caplog):
