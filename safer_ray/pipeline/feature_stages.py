@@ -48,7 +48,7 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size
+from safer_ray.reward.checkpoints import hidden_size, keep_head
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.sae.formats import load_sae
 from safer_ray.storage.artifacts import (
@@ -289,6 +289,8 @@ def _write_auditor(
         raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
     for name, artifact in (("reward", reward), ("sae", sae)):
         shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
+    if head := codes.manifest.get("config", {}).get("reading", {}).get("head"):
+        keep_head(out / "reward", head)  # the reference is of the rewards that it gives
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))

@@ -348,3 +348,10 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)
         (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def keep_head(directory: Path, head: dict[str, Any]) -> None:
+    """Say in a folder of a model itself which of its outputs are its reward, for whoever opens it without saying so."""
+    file = directory / SETTINGS
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(settings | {"head": head}) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.passes import EncodePairs, HeadPairs, RewardPairs
-from safer_ray.pipeline import model_stages
+from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model, save_reward_model
@@ -193,6 +193,20 @@ def test_what_was_chosen_is_in_the_name_of_what_is_made(reward_dir, pairs_dir, t
     assert [each.manifest["config"]["reading"] for each in made] == [{"head": {"output": 0}}, {"head": {"output": 1}}]
     one, other = (read_parts(each.path)["reward_chosen"] for each in made)
     assert one != other
+
+
+def test_a_bundle_says_by_itself_what_was_chosen(reward_dir, sae_dir, pairs_dir, tmp_path):
+    save(reward_dir, tmp_path / "model", "llama", outputs=3)
+    reading = Reading(head=HeadConfig(difference=(2, 0)))
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner(), reading=reading)
+    reward, sae = Artifact(tmp_path / "model", "model"), Artifact(sae_dir, "sae")
+    codes = model_stages.codes(ctx, Artifact(pairs_dir, "pairs"), reward, sae)
+    (tmp_path / "features.json").write_text('{"safe": [1], "unsafe": [2, 3], "mode": "response"}')
+    features = Artifact(tmp_path / "features.json", "features")
+    bundle = feature_stages.auditor(ctx, reward, sae, features, codes).path
+    pairs = make_pairs(4)
+    found = RewardPairs(bundle / "reward")(pairs)
+    assert found.equals(RewardPairs(tmp_path / "model", reading=reading)(pairs))
 
 
 def test_training_begins_with_the_chosen_output_or_with_a_new_head(reward_dir, tmp_path, caplog):
