@@ -72,10 +72,16 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
     if outputs is not None:
         config.num_labels = outputs
     settle(checkpoint.name, config)
+    auto = getattr(transformers, _auto_class(config))
+    if not own.classifier and type(config) not in auto._model_mapping:
+        raise UserError(
+            f"cannot load a reward model from {checkpoint.name}: transformers has no {_auto_class(config)} of a "
+            f"{config.model_type}; pass a model of another family, or one whose own code is one (trust_remote_code)"
+        )
     options |= {"config": config, "use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     return _open(
-        getattr(transformers, _auto_class(config)),
+        auto,
         checkpoint,
         "cannot load a reward model from",
         bool(own.classifier),

@@ -402,3 +402,10 @@ def test_weights_that_cannot_be_converted_are_named(reward):
     found = {"mismatched_keys": set(), "missing_keys": set(), "unexpected_keys": set()}
     with pytest.raises(UserError, match=r"model: a\.b cannot be converted: too few"):
         check_loaded("model", reward.model, {**found, "conversion_errors": {"a.b": "too few"}}, whole=True)
+
+
+def test_a_family_without_a_classifier_is_named(model):
+    from transformers import MambaConfig
+
+    MambaConfig().save_pretrained(model)
+    refused(model, r"transformers has no AutoModelForSequenceClassification of a mamba; pass", ("evaluate", "training"))
