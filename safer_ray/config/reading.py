@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from safer_ray.config.head import HeadConfig
 from safer_ray.config.values import Frozen, LocalName
 from safer_ray.errors import UserError
 
@@ -22,13 +23,14 @@ class Reading(Frozen):
     do), `plain` (Human: and Assistant: turns), `raw` (texts as they are, one behind the other), or a file with a
     template in Jinja. `template_arguments` are given to a chat template; `date` (YYYY-MM-DD) is its today.
     `system: fold` puts a system message before the first user message. A pair longer than the model reads is cut or
-    refused, as `truncation` says.
+    refused, as `truncation` says. `head` makes one reward of several outputs.
     """
 
     template: LocalName = "auto"
     template_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
     system: Literal["template", "fold"] = "template"
     truncation: Literal["cut", "quarantine"] = "cut"
+    head: HeadConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     trust_remote_code: bool = False  # whether Python code that the checkpoint brings may run
 
     def asked(self) -> dict[str, Any]:

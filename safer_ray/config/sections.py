@@ -168,6 +168,8 @@ class RewardConfig(Reading):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.head is not None and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("head needs a pretrained base; a model made on the spot has one output")
         if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
         return self

@@ -12,6 +12,7 @@ from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import Features, ScoreCodes, Value, margins, parse_features
+from safer_ray.reward.folder import check_fetched
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.contents import check_whole
 from safer_ray.storage.files import read_parquet
@@ -47,7 +48,9 @@ def read_features(path: Path, mode: Mode | None = None) -> Features:
 
 
 def check_auditor(auditor: Artifact) -> None:
-    """Raises UserError unless it is a bundle of a format that this version reads, whose files are those made."""
+    """Raises UserError unless it is a bundle of a format that this version reads, whose files are there, and those
+    made."""
+    check_fetched(auditor.path)
     found = auditor.metrics.get("format")
     if found != AUDITOR_FORMAT:
         raise UserError(f"{auditor.path}: bundle format {found}, this version reads {AUDITOR_FORMAT}; build it again")

@@ -49,7 +49,7 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
+from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.sae.formats import load_sae
@@ -294,6 +294,8 @@ def _write_auditor(
         shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
     if not (out / "reward" / SETTINGS).is_file():  # a model from elsewhere is read in audits as it was for its codes
         write_json(settings_of(load_pair_tokenizer(reward.path, reading)), out / "reward" / SETTINGS)
+    if head := codes.manifest.get("config", {}).get("reading", {}).get("head"):
+        keep_head(out / "reward", head)  # the reference is of the rewards that it gives
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))

@@ -16,6 +16,7 @@ from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
 from safer_ray.reward.checkpoints import resolve_base
+from safer_ray.reward.folder import check_weights
 from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.files import as_path, read_parquet, stamp, write_parquet
@@ -131,10 +132,15 @@ def file_input(path: Path) -> Artifact:
 
 def base_input(base: str) -> Artifact | Input:
     """A checkpoint to train on from, by its content, or by its name and commit on the hub; a local one may be a reward
-    model of ours."""
+    model of ours.
+
+    Raises:
+        UserError: a local one lacks weights, or holds such as are not read.
+    """
     path = Path(resolve_base(base)[0])
     if base.startswith(PREFIX) and not path.exists():
         return Input(base)
+    check_weights(path)
     return foreign(path, _hashed(path))
 
 

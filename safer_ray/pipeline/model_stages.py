@@ -42,7 +42,7 @@ from safer_ray.pipeline.inputs import (
     source_input,
     with_lasting_base,
 )
-from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe
+from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe, with_reading
 from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
 from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.reading import settings_of
@@ -337,7 +337,7 @@ def evaluate(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
 
 def evaluations(ctx: StageContext, rewards: Sequence[Artifact], pairs: Artifact) -> list[Artifact]:
     """As `evaluate`, of several models, by the same processes."""
-    recipes = [recipe("evaluate", {}, reward=reward, pairs=pairs) for reward in rewards]
+    recipes = [with_reading(ctx, recipe("evaluate", {}, reward=reward, pairs=pairs)) for reward in rewards]
     models = {made.name: reward for made, reward in zip(recipes, rewards, strict=True)}
     return ctx.place.make_all(recipes, partial(_write_evaluations, ctx, models, pairs))
 

@@ -1,7 +1,6 @@
 """Check that a file or folder holds what it must to be taken for what a command calls it, seen before anything is read
 or made."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,35 +77,19 @@ def _check_folder(path: Path, role: str) -> None:
 def _check_reward(path: Path) -> None:
     """Raises UserError unless a folder holds a checkpoint: its config, and every file of weights, none of them torn."""
     _check_folder(path, "a reward model")
-    if not (path / "config.json").is_file():
-        raise UserError(f"no model in {path} (config.json is missing); pass the directory that stage `reward` wrote")
-    index = path / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not readable; copy the model again") from None
-    _check_weights(path, sorted(names) or ["model.safetensors"])
+    from safer_ray.reward.folder import check_config, check_weights
+
+    check_config(path, "pass the directory that stage `reward` wrote")
+    check_weights(path)
 
 
 def _check_sae(path: Path) -> None:
+    from safer_ray.reward.folder import check_file_of_weights
+
     _check_folder(path, "an SAE")
     if not (path / "cfg.json").is_file():
         raise UserError(f"no SAE in {path}: cfg.json is missing; pass the directory that stage `sae` wrote")
-    _check_weights(path, ["sae_weights.safetensors"])
-
-
-def _check_weights(folder: Path, names: list[str]) -> None:
-    from safetensors import SafetensorError, safe_open  # slow to import
-
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; copy the model again, or export it with safetensors")
-        try:
-            with safe_open(folder / name, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            cause = " ".join(str(error).split())
-            raise UserError(f"corrupt weights: {folder / name}: {cause}; train or copy the model again") from None
+    check_file_of_weights(path / "sae_weights.safetensors")
 
 
 def _check_features(path: Path) -> None:

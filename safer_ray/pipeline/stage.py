@@ -170,6 +170,10 @@ def make(
     A dry context writes nothing; a folder that was begun is gone on with.
     """
     made = recipe(stage, config, *beside, **inputs)
-    if "reward" in inputs and (asked := ctx.reading.asked()):
-        made = replace(made, config=made.config | {"reading": asked})
-    return ctx.place.make(made, write)
+    return ctx.place.make(with_reading(ctx, made) if "reward" in inputs else made, write)
+
+
+def with_reading(ctx: StageContext, made: Recipe) -> Recipe:
+    """Return the recipe of what is made with a reward model, with what was asked of how that is read."""
+    asked = ctx.reading.asked()
+    return replace(made, config=made.config | {"reading": asked}) if asked else made

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,33 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.dropout import disable_dropout
+from safer_ray.reward.folder import check_config, check_weights, read_tensor
 from safer_ray.reward.forward import check_padding
+from safer_ray.reward.heads import chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
+from safer_ray.reward.loaded import check_loaded
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
-from safer_ray.reward.parts import check_loaded, load_part, splits_up
+from safer_ray.reward.parts import load_part, splits_up
 from safer_ray.reward.positions import longest_sequence
-from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer
+from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer, runs_own_code
 from safer_ray.reward.reading import SETTINGS, HowItReads, asked_for, how_it_reads, pair_tokenizer, settings_of
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
 from safer_ray.storage.work import WHOLE, Part
 
 log = logging.getLogger(__name__)
+TRIED: dict[str, Any] = {
+    "pair_id": "tried",
+    "prompt": [{"role": "user", "content": "Hello, what can I do for you today?"}],
+    "chosen": [{"role": "assistant", "content": "Tell me a story."}],
+    "rejected": [{"role": "assistant", "content": "Nothing."}],
+}
 
 
 def quiet_transformers() -> None:
@@ -46,7 +57,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     """A checkpoint's folder or hub name, and its revision.
 
     Raises:
-        UserError: no such folder or package.
+        UserError: no such package, or no model in that folder.
     """
     if base.startswith("hub:"):
         name, _, revision = base.removeprefix("hub:").partition("@")
@@ -57,8 +68,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if spec is None or spec.origin is None:
             raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
         return str(Path(spec.origin).parent / folder), None
-    if not (Path(base) / "config.json").is_file():
-        raise UserError(f"no model in {base} (config.json is missing); write hub:OWNER/NAME for one on the hub")
+    check_config(Path(base), "write hub:OWNER/NAME for one on the hub")
     return base, None
 
 
@@ -67,14 +77,65 @@ def checkpoint_of(base: str, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(base, *resolve_base(base), trust_remote_code)
 
 
-def _load_pretrained(base: str, dtype: torch.dtype, trust_remote_code: bool, *, whole: bool) -> tuple[Any, Any]:
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raises UserError where a checkpoint on this machine lacks weights, or holds such as are not read."""
+    if Path(checkpoint.path).is_dir():
+        check_weights(Path(checkpoint.path))
+
+
+def _load_pretrained(base: str, dtype: torch.dtype, reading: Reading, *, whole: bool) -> tuple[Any, Any]:
     """A model and its tokenizer; `whole` refuses a checkpoint that lacks the reward head's weights, too."""
     quiet_transformers()
-    checkpoint = checkpoint_of(base, trust_remote_code)
+    checkpoint, head = checkpoint_of(base, reading.trust_remote_code), reading.head
+    check_files(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
-    model, found = open_classifier(checkpoint, dtype=dtype)
-    check_loaded(base, model.base_model_prefix, found, whole=whole)
+    config = open_config(checkpoint)
+    if runs_own_code(config):  # it may read its config's number of outputs as it likes
+        model, found = open_classifier(checkpoint, None if whole or head is not None else 1, dtype=dtype)
+        tell_other_outputs(base, model, found, whole=whole)
+        check_loaded(base, model, found, whole=whole)
+        return model, tokenizer
+    model = open_with_head(
+        base,
+        partial(open_classifier, checkpoint, dtype=dtype),
+        lambda name: read_tensor(folder_of(checkpoint), name),
+        head,
+        outputs=int(config.num_labels),
+        whole=whole,
+    )
     return model, tokenizer
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """Return where the files of a checkpoint lie on this machine."""
+    from transformers.utils import cached_file
+
+    if Path(checkpoint.path).is_dir():
+        return Path(checkpoint.path)
+    return Path(str(cached_file(checkpoint.path, "config.json", revision=checkpoint.revision))).parent
+
+
+def _with_outputs(reward: RewardModel, head: HeadConfig | None) -> RewardModel:
+    """Return a model whose code is its checkpoint's own with the weights of its outputs, once it has read a short pair.
+
+    Raises:
+        UserError: it fails there, gives no reward, or several that `head` does not choose from.
+    """
+    if not runs_own_code(reward.model.config):
+        return reward
+    ids = torch.from_numpy(reward.pairs([TRIED])[0].chosen.ids)[None].to(reward.device)
+    try:
+        with torch.inference_mode():
+            given = reward.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # code of a checkpoint's own may raise anything
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{reward.name}: its own code fails on a short pair: {words}") from error
+    values = own_outputs(reward.name, given)
+    outputs = 1 if values.ndim == 1 else int(values.shape[-1])
+    if head is None and outputs > 1:
+        raise UserError(f"{reward.name}: {of_outputs(outputs)}")
+    weights = chosen(reward.name, head, outputs) if head is not None else None
+    return replace(reward, weights=weights if values.ndim > 1 else None)
 
 
 def _limit(config: Any, max_length: int) -> int:
@@ -102,6 +163,8 @@ def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: st
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
     """The model that training starts from; `texts` yields the training texts, for a tokenizer made on the spot.
 
+    Of a base with several outputs, training begins with what `config.head` makes of them, or else with a new head.
+
     Raises:
         UserError: no such model, or a tokenizer that does not fit it.
     """
@@ -109,11 +172,12 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
         return _wrap(model, tokenizer, HowItReads("plain"), config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
-    model, tokenizer = _load_pretrained(config.base, torch.float32, config.trust_remote_code, whole=False)
+    model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False)
     if config.disable_dropout:
         disable_dropout(model)
     how = asked_for(config, made_here=True)
-    return check_padding(with_named_pad(_wrap(model, tokenizer, how, config.max_length, config.base)))
+    wrapped = _wrap(model, tokenizer, how, config.max_length, config.base)
+    return check_padding(with_named_pad(_with_outputs(wrapped, config.head)))
 
 
 def load_reward_model(
@@ -128,7 +192,7 @@ def load_reward_model(
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
     With `layers`, only the first ones are loaded where the family is known to allow it: activations, but no rewards.
-    With `part`, only that range of them.
+    With `part`, only that range of them. Of a model with several outputs, `reading.head` chooses the reward.
 
     Raises:
         UserError: missing or corrupt files, no reward head, more than one output, a tokenizer that does not fit, or a
@@ -137,17 +201,19 @@ def load_reward_model(
     before, window = 0, None
     checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
     quiet_transformers()
+    how = how_it_reads(directory, reading)
+    reading = reading.model_copy(update={"head": how.head})
     config = open_config(checkpoint)
     model_is_whole = part.of == 1 and not (layers is not None and _splits_up(directory, config, layers))
     if not model_is_whole:
-        model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype)
+        model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype, how.head)
     else:
-        model, tokenizer = _load_pretrained(str(directory), dtype, reading.trust_remote_code, whole=True)
-    how = how_it_reads(directory, reading)
+        model, tokenizer = _load_pretrained(str(directory), dtype, reading, whole=True)
     wrapped = _wrap(model, tokenizer, how, how.max_length, directory.name, before)
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
     wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wrapped = _with_outputs(wrapped, how.head)
     if model_is_whole:
         wrapped = check_padding(wrapped)
     if not before:
@@ -160,7 +226,12 @@ def _splits_up(directory: Path, config: Any, layers: int) -> bool:
 
 
 def _load_range(
-    directory: Path, checkpoint: Checkpoint, layers: int | None, part: Part, dtype: torch.dtype
+    directory: Path,
+    checkpoint: Checkpoint,
+    layers: int | None,
+    part: Part,
+    dtype: torch.dtype,
+    head: HeadConfig | None,
 ) -> tuple[Any, Any, int, int | None]:
     """A part of the first layers, or of all: the model, its tokenizer, how many blocks are before it, and how far back
     the shortest-sighted one of the whole model looks, where others decide with this part what is packed."""
@@ -168,10 +239,12 @@ def _load_range(
     config = open_config(checkpoint)
     count = layers or int(config.num_hidden_layers)
     start, stop = part.blocks(count)
+    check_files(checkpoint)
     if part.of > count:
         raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
     try:
-        model = load_part(directory, start, stop, dtype, trust_remote_code=checkpoint.trust_remote_code)
+        trusted = checkpoint.trust_remote_code
+        model = load_part(directory, start, stop, dtype, trust_remote_code=trusted, head=head)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load layers of a reward model from {directory}: {first}") from None
@@ -184,8 +257,14 @@ def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
 
 
 def layer_count(base: str, trust_remote_code: bool = False) -> int:
-    """Number of blocks of a checkpoint, from its config alone."""
-    return int(open_config(checkpoint_of(base, trust_remote_code)).get_text_config().num_hidden_layers)
+    """Number of blocks of a checkpoint, from its config, beside which its weights are seen to lie.
+
+    Raises:
+        UserError: there is no model, or it cannot be read.
+    """
+    checkpoint = checkpoint_of(base, trust_remote_code)
+    check_files(checkpoint)
+    return int(open_config(checkpoint).get_text_config().num_hidden_layers)
 
 
 def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> PairTokenizer:
@@ -206,6 +285,8 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
     `weights` are whole tensors by name where the model's own are partitioned over a process group.
     """
     settings = settings_of(reward.pairs) | {"frozen_layers": reward.frozen_layers}
+    if reward.weights is not None:
+        settings["head"] = {"weights": reward.weights}
     text = reward.model.config.get_text_config()
     running, text.pad_token_id = text.pad_token_id, reward.unread  # behind which its rewards are read
     try:
@@ -219,3 +300,10 @@ def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | Non
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)
         (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def keep_head(directory: Path, head: dict[str, Any]) -> None:
+    """Say in a folder of a model itself which of its outputs are its reward, for whoever opens it without saying so."""
+    file = directory / SETTINGS
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(settings | {"head": head}) + "\n", encoding="utf-8")

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from safer_ray.errors import UserError
 from safer_ray.reward import hooks
+from safer_ray.reward.heads import one_reward, own_outputs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import Index, Packed, can_pack, end_index, pack_batch, pad_batch, token_index
 from safer_ray.reward.pretrained import runs_own_code
@@ -93,14 +95,16 @@ def rewards_of(
     batch = _inputs(reward, rows, dtype)
     ends = end_index(rows, reward.unread, reward.device)
     outputs: list[Tensor] = []
+    own_code = runs_own_code(config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(hooks.after(reward.head(), outputs.append))
+        if not own_code:
+            stack.enter_context(hooks.after(reward.head(), outputs.append))
         runs_again = any(getattr(module, "gradient_checkpointing", False) for module in reward.model.modules())
         if can_pack(config) and not runs_again:  # blocks that backward runs a second time have lost their hooks by then
             stack.enter_context(hooks.compute_only_at(reward.blocks()[-1].get_submodule("mlp"), ends))
-        logits = (run or reward.model)(**batch).logits
-    if runs_own_code(config):
-        return logits[:, 0]
+        given = (run or reward.model)(**batch)
+    if own_code:
+        return one_reward(own_outputs(reward.name, given), reward.weights, ends)
     output = outputs.pop()  # of a decoder's head, at every token
     return output[ends][:, 0] if output.ndim == 3 else output[:, 0]
 
@@ -119,30 +123,40 @@ def _run_backbone(
     if output is None:
         return outputs, None, None
     heads = output.last_hidden_state[ends]
-    return outputs, heads, reward.model.score(heads)[:, 0]
+    return outputs, heads, reward.head()(heads)[:, 0]
 
 
 def _run_whole_model(
     reward: RewardModel, batch: dict[str, Tensor], request: ForwardRequest, ends: Index
 ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
     """Run any other model: blocks' outputs, and what its own head reads and gives."""
-    inputs: list[Tensor] = []
-    with hooks.before(reward.head(), lambda given: inputs.append(given[0])):
+    own_code, inputs = runs_own_code(reward.model.config), []
+    reads = reward.reads_states() if own_code else reward.head()
+    with contextlib.ExitStack() as stack:
+        if isinstance(reads, nn.Linear):
+            stack.enter_context(hooks.before(reads, lambda given: inputs.append(given[0])))
+        elif request.heads:
+            stack.enter_context(hooks.after(reads, lambda given: inputs.append(given[0])))
         outputs, output = _run(reward, reward.model, batch, request)
     if output is None:
         return outputs, None, None
-    heads, rewards = _at_ends(reward, inputs.pop(), output.logits, ends)
-    return outputs, heads, rewards
-
-
-def _at_ends(reward: RewardModel, values: Tensor, logits: Tensor, ends: Index) -> tuple[Tensor, Tensor]:
-    """Return what the head reads of each side, and the rewards; a decoder's head reads every token, and looks for the
-    last that is not the pad token it is called with."""
-    if values.ndim != 3:
-        return values, logits[:, 0]
-    heads = values[ends]
-    finds_the_ends_itself = reward.unread == reward.pad or runs_own_code(reward.model.config)
-    return heads, logits[:, 0] if finds_the_ends_itself else reward.head()(heads)[:, 0]
+    values = inputs.pop() if inputs else None
+    heads = values[ends] if values is not None and values.ndim == 3 else values
+    if own_code:
+        if request.heads and (heads is None or reads is reward.model):
+            raise UserError(
+                f"{reward.name}: its own code does not tell what it reads rewards from; use another detector"
+            )
+        return outputs, heads, one_reward(own_outputs(reward.name, output), reward.weights, ends)
+    assert values is not None
+    assert heads is not None
+    if values.ndim != 3 or reward.unread == reward.pad:
+        return outputs, heads, one_reward(output.logits, None, ends)
+    return (
+        outputs,
+        heads,
+        reward.head()(heads)[:, 0],
+    )  # the model looks for the last token that is not another pad token
 
 
 def _run(

@@ -27,6 +27,7 @@ class RewardModel:
     window: int | None = None  # smallest attention window of any layer of the whole model, where this is a part
     pad: int = 0  # fills up batches, where nothing is read
     pads: bool = True  # whether sequences of unlike length run side by side, which moves no reward of most models
+    weights: tuple[float, ...] | None = None  # of the outputs of code of a checkpoint's own, where it gives several
     unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 
     @property
@@ -72,6 +73,15 @@ class RewardModel:
         if not heads:
             raise UserError(f"{self.name}: cannot find the reward head of a {type(self.model).__name__}")
         return heads[-1]
+
+    def reads_states(self) -> nn.Module:
+        """Return the module that tells what rewards are read from in code of a checkpoint's own: a last linear layer of
+        one output, of what it is given; else the blocks' own module, of what it gives.
+        """
+        try:
+            return self.head()
+        except UserError:
+            return self.model.base_model
 
     def check_layer(self, layer: int) -> None:
         """Raises UserError unless 1 <= layer <= number of blocks, up to the last one here."""

@@ -5,12 +5,18 @@ else: no other module calls `from_pretrained` of transformers' Auto classes, whi
 """
 
 import logging
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
+from safer_ray.reward.folder import check_vocabulary
 
 CLASSIFIER = "AutoModelForSequenceClassification"
+TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
+ANY_MODEL = "AutoModel"
+PAIRWISE = re.compile(r"PairRM|PairRanker|[Pp]airwise")  # classes of models that read two responses at once
 log = logging.getLogger(__name__)
 
 
@@ -44,27 +50,38 @@ def open_config(checkpoint: Checkpoint, failed: str = "cannot read the config of
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint; raises as `open_config`."""
+    """The tokenizer of a checkpoint; raises as `open_config`, and where there is none."""
     from transformers import AutoTokenizer
 
     failed = "cannot read the tokenizer of"
     config, own = open_config(checkpoint, failed), check_trusted(checkpoint)
+    if Path(checkpoint.path).is_dir() and not own.tokenizer:
+        check_vocabulary(Path(checkpoint.path))
     return _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
 
 
-def open_classifier(checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The sequence classifier of one output in a checkpoint, and what transformers says of loading it.
+def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The classifier of so many outputs in a checkpoint (None: as many as its config says), and what transformers says
+    of loading it.
 
     Weights are safetensors alone; raises as `open_config`.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     config, own = open_config(checkpoint), check_trusted(checkpoint)
-    config.num_labels = 1
+    if outputs is not None:
+        config.num_labels = outputs
+    settle(checkpoint.name, config)
+    auto = getattr(transformers, _auto_class(config))
+    if not own.classifier and type(config) not in auto._model_mapping:
+        raise UserError(
+            f"cannot load a reward model from {checkpoint.name}: transformers has no {_auto_class(config)} of a "
+            f"{config.model_type}; pass a model of another family, or one whose own code is one (trust_remote_code)"
+        )
     options |= {"config": config, "use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     return _open(
-        AutoModelForSequenceClassification,
+        auto,
         checkpoint,
         "cannot load a reward model from",
         bool(own.classifier),
@@ -72,9 +89,67 @@ def open_classifier(checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[s
     )
 
 
+def _auto_class(config: Any) -> str:
+    own = _own_classifier(getattr(config, "auto_map", None), type(config).__module__.startswith("transformers."))
+    if own:
+        return own[0]
+    return TOKEN_CLASSIFIER if reads_every_token(config) else CLASSIFIER
+
+
+def reads_every_token(config: Any) -> bool:
+    """Return whether a checkpoint holds a classifier of tokens, of which the last one's output is the reward."""
+    kinds = getattr(config, "architectures", None) or ()
+    return any(kind.endswith("ForTokenClassification") for kind in kinds) and not runs_own_code(config)
+
+
+def settle(name: str, config: Any) -> None:
+    """Let a model choose an attention that runs here, in the place of a faster one that its config asks for.
+
+    Raises:
+        UserError: its weights are quantised in a way that cannot be read here, or it compares responses.
+    """
+    kinds = [str(kind) for kind in getattr(config, "architectures", None) or ()]
+    if getattr(config, "ranker_type", None) or any(PAIRWISE.search(kind) for kind in kinds):
+        raise UserError(
+            f"{name} compares two responses with each other ({', '.join(kinds)}), and gives none a reward of its own; "
+            "pass a model that reads one response"
+        )
+    asked = getattr(config, "_attn_implementation", None)
+    if asked not in (None, "eager", "sdpa"):
+        _say_attention(name, str(asked))
+        config._attn_implementation = None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        from transformers.quantizers import AutoHfQuantizer
+
+        tree = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        kind = tree.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in tree or "load_in_8bit" in tree else "?")
+        try:
+            AutoHfQuantizer.from_config(dict(tree), pre_quantized=True).validate_environment(device_map=None)
+        except Exception as error:  # noqa: BLE001 - each method's package raises its own
+            words = " ".join(str(error).split())[:200].rstrip(".")
+            raise UserError(
+                f"{name}: its weights are quantised ({getattr(kind, 'value', kind)}): {words}; or pass the model as it "
+                "was before"
+            ) from None
+
+
 def runs_own_code(config: Any) -> bool:
     """Return whether a model of this config is of a class that came with its checkpoint, of which nothing is known."""
-    return CLASSIFIER in (getattr(config, "auto_map", None) or {})
+    known = type(config).__module__.startswith("transformers.")
+    return _own_classifier(getattr(config, "auto_map", None), known) is not None
+
+
+def _own_classifier(auto_map: Any, known: bool) -> tuple[str, str] | None:
+    """Return the Auto class under which a checkpoint names a reward model of its own, and what it names there; `known`
+    is whether transformers has the family itself, whose class is then read unless this one says that it gives rewards.
+    """
+    named = auto_map if isinstance(auto_map, dict) else {}
+    if CLASSIFIER in named:
+        return CLASSIFIER, named[CLASSIFIER]
+    if ANY_MODEL in named and (not known or "Reward" in str(named[ANY_MODEL])):
+        return ANY_MODEL, named[ANY_MODEL]
+    return None
 
 
 def own_code(checkpoint: Checkpoint) -> list[str]:
@@ -124,8 +199,10 @@ def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
     named = _mapping(config.get("auto_map"), "AutoConfig")
-    kind, classifier = str(config.get("model_type")), named.get(CLASSIFIER)
+    kind = str(config.get("model_type"))
     known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
+    own = _own_classifier(named, known)
+    classifier = own[1] if own else None
     reader = _mapping(tokenizer.get("auto_map"), "AutoTokenizer").get("AutoTokenizer")
     if isinstance(reader, list | tuple):  # slow and fast
         reader = next(filter(None, reversed(reader)), None)
@@ -137,6 +214,11 @@ def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
 def _mapping(value: Any, alone: str) -> dict[str, Any]:
     """`auto_map`, which in older files is what stands at the key `alone` of newer ones."""
     return value if isinstance(value, dict) else {alone: value} if value else {}
+
+
+@cache
+def _say_attention(name: str, asked: str) -> None:
+    log.warning("%s asks for the attention %s; one that runs everywhere is used, with the same rewards", name, asked)
 
 
 @cache

@@ -6,15 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from safer_ray.config.head import HeadConfig
+from safer_ray.config.read import explain_validation
 from safer_ray.config.reading import DATE, Reading, is_file_name, template_text
 from safer_ray.errors import UserError
+from safer_ray.reward.readable import check_template, check_tokenizer
 from safer_ray.reward.templates import NO_DAY
 from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # the tokenizer's own chat template where it has one
 SETTINGS = "safer_ray.json"  # beside the weights
-SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text")  # in that file
+SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")  # in that file
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class HowItReads:
     system: str = "template"
     truncation: str = "cut"
     text: str | None = None  # a chat template in place of the tokenizer's
+    head: HeadConfig | None = None  # which of several outputs is the reward
     made_here: bool = False  # trained here, or about to be: any format will do
 
 
@@ -56,9 +62,13 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     for name, kind in checks.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{file}: {name} is {settings[name]!r}; export the model again")
+    try:
+        settings["head"] = HeadConfig.model_validate(settings["head"]) if settings.get("head") is not None else None
+    except ValidationError as error:
+        raise explain_validation(error, f"{file} (head)") from None
     found = HowItReads(**{name: settings[name] for name in SAID if name in settings}, made_here=True)
     asked = asked_for(reading)
-    for name in ("template", "arguments", "system", "truncation", "text"):
+    for name in ("template", "arguments", "system", "truncation", "text", "head"):
         value = getattr(asked, name)
         if value not in (getattr(HowItReads(), name), getattr(found, name)):
             made = getattr(found, name)
@@ -73,7 +83,7 @@ def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
     if is_file_name(template):
         text, template = template_text(template), CHAT
     arguments = dict(reading.template_arguments)
-    return HowItReads(template, 10**9, 0, arguments, reading.system, reading.truncation, text, made_here)
+    return HowItReads(template, 10**9, 0, arguments, reading.system, reading.truncation, text, reading.head, made_here)
 
 
 def settings_of(pairs: PairTokenizer) -> dict[str, Any]:
@@ -100,16 +110,14 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
     Raises:
         UserError: a tokenizer that does not say where its tokens lie, or a template that cannot be used.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{name}: its tokenizer ({type(tokenizer).__name__}) does not say which characters a token is of; save it "
-            "as tokenizer.json (transformers' AutoTokenizer converts most kinds), and pass that folder"
-        )
+    check_tokenizer(name, tokenizer)
     template = how.template
     if template == AUTO:
         template = _template_of(tokenizer, name, how.made_here)
-    if template == CHAT and not (how.text or isinstance(tokenizer.chat_template, str)):
+    if template == CHAT and not (how.text or tokenizer.chat_template):
         raise UserError(f"{name} has no chat template; set `template` to pair, plain, raw or a .jinja file")
+    if template == CHAT:
+        check_template(name, tokenizer, how.text)
     pairs = PairTokenizer(
         tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text
     )

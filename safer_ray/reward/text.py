@@ -106,7 +106,10 @@ class PairTokenizer:
         Raises:
             UserError: there is none, or it does not read an argument.
         """
-        return ChatTemplate(self.tokenizer, self.text or self.tokenizer.chat_template, self.arguments, self.fold)
+        template = self.text or self.tokenizer.chat_template
+        if isinstance(template, dict):  # by name
+            template = template["default"]
+        return ChatTemplate(self.tokenizer, template, self.arguments, self.fold)
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | str]:
         """Return each conversation as the model reads it, or why it cannot be read."""

@@ -154,6 +154,8 @@ def recorded(monkeypatch):
         return find(place, recipe)
 
     monkeypatch.setattr(Place, "find", noting)
+    for module in ("pipeline.inputs", "reward.checkpoints"):  # the base here is a config alone
+        monkeypatch.setattr(f"safer_ray.{module}.check_weights", lambda folder: None)
     return seen
 
 

@@ -1,0 +1,242 @@
+"""Files of a checkpoint's folder: which hold the weights, and what stands in the way, seen before a model is opened."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safer_ray.errors import UserError
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.bpe", "*.spm"),
+)
+READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")  # beside the weights
+AS_SAFETENSORS = "AutoModelForSequenceClassification.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+log = logging.getLogger(__name__)
+
+
+class Format(NamedTuple):
+    """A kind of weights that is not read: its files, what it is, and how safetensors are made of it."""
+
+    pattern: str
+    called: str
+    remedy: str
+
+
+OTHER_FORMATS = (  # the first that is there is told
+    Format("zero_to_fp32.py", "a DeepSpeed checkpoint", "run python zero_to_fp32.py . NEW_FOLDER --safe_serialization"),
+    Format("*/*.distcp", "a sharded FSDP checkpoint", "run `accelerate merge-weights FOLDER NEW_FOLDER`"),
+    Format(
+        "pytorch_model*.bin*", "PyTorch weights", f"convert them to safetensors with transformers: {AS_SAFETENSORS}"
+    ),
+    Format(
+        "consolidated*", "weights in their maker's own layout", "convert them with transformers' script for the family"
+    ),
+    Format("*.gguf", "weights for llama.cpp", "pass the model that they were made from"),
+    Format(
+        "tf_model*.h5",
+        "TensorFlow weights",
+        f"convert them with transformers 4: {AS_SAFETENSORS[:-28]}, from_tf=True).save_pretrained(NEW_FOLDER)",
+    ),
+    Format("flax_model*.msgpack", "Flax weights", "convert them with transformers 4 and from_flax=True"),
+    Format("*.npz", "weights for MLX", "pass the model that they were made from"),
+    Format("*.onnx", "an ONNX graph", "pass the model that it was exported from"),
+    Format("*/*.onnx", "an ONNX graph", "pass the model that it was exported from"),
+    Format("openvino_model.*", "an OpenVINO graph", "pass the model that it was exported from"),
+    Format("*.bin", "PyTorch weights", f"convert them to safetensors with transformers: {AS_SAFETENSORS}"),
+    Format("*.p[tk]*", "PyTorch weights", "load them into the model's class with torch, and save_pretrained it"),
+    Format("*.ckpt", "PyTorch weights", "load them into the model's class with torch, and save_pretrained it"),
+)
+NO_MODEL_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "optimizer.bin")
+
+
+def check_config(folder: Path, otherwise: str) -> None:
+    """See that a folder holds a model's config, and text files in place of pointers to them.
+
+    Raises:
+        UserError: it does not; `otherwise` is the remedy where nothing else in the folder tells one.
+    """
+    _check_adapter(folder)
+    if not (folder / CONFIG).is_file():
+        begin = f"no model in {folder} ({CONFIG} is missing)"
+        if below := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+            raise UserError(f"{begin}, but there is one in its {', '.join(below[:3])}; pass that folder")
+        if found := _other_format(folder):
+            raise UserError(f"{begin}, but {found}")
+        raise UserError(f"{begin}; {otherwise}")
+    pointers = [path for pattern in READ for path in sorted(folder.glob(pattern)) if is_pointer(path)]
+    if pointers:
+        raise UserError(_of_pointer(pointers[0], len(pointers)))
+    try:
+        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object; copy the file again")
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raises UserError where a folder holds an adapter, alone or beside weights."""
+    if not (folder / ADAPTER).is_file():
+        return
+    if (folder / CONFIG).is_file() and _is_whole(folder) and not list(folder.glob("adapter_model.*")):
+        return  # left behind by a merge
+    try:
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        kind, base = settings.get("peft_type", ""), settings.get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        kind, base = "", None
+    of = f" of {base}" if base else ""
+    beside = (
+        "beside weights, and which of both is meant is not known" if _is_whole(folder) else "which holds no whole model"
+    )
+    raise UserError(
+        f"{folder} holds an adapter ({kind or ADAPTER}){of}, {beside}; merge it into its base with peft: "
+        "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1).merge_and_unload()"
+        ".save_pretrained(NEW_FOLDER), save the tokenizer there, and pass that"
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def is_pointer(path: Path) -> bool:
+    """Return whether a file is what Git LFS leaves in the place of one that was not fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def check_fetched(folder: Path) -> None:
+    """Raises UserError where a file in a folder, or below it, is a pointer of Git LFS."""
+    if pointers := [path for path in sorted(folder.rglob("*")) if path.is_file() and is_pointer(path)]:
+        raise UserError(_of_pointer(pointers[0], len(pointers)))
+
+
+def _of_pointer(path: Path, count: int) -> str:
+    more = f", one of {count}" if count > 1 else ""
+    return f"{path} is a Git LFS pointer, not the file itself{more}; run `git lfs pull` in {path.parent}"
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Return the files that hold a model's weights, and the names of the tensors in each where an index tells them; as
+    transformers looks for them.
+
+    Raises:
+        UserError: there are none, or the index is not readable.
+    """
+    if (folder / WEIGHTS).is_file():
+        if (folder / INDEX).is_file():
+            log.warning("%s has %s and %s: the first is read", folder, WEIGHTS, INDEX)
+        return {folder / WEIGHTS: []}
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(_no_weights(folder))
+    if is_pointer(index):
+        raise UserError(_of_pointer(index, 1))
+    try:
+        where: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, list[str]] = {}
+        for name, file in where.items():
+            files.setdefault(folder / file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{index} is not readable; copy the model again") from None
+    if not files:
+        raise UserError(f"{index} names no weights; copy the model again")
+    return files
+
+
+def _no_weights(folder: Path) -> str:
+    link = folder / WEIGHTS
+    if link.is_symlink():
+        return f"{link} is a link to {link.readlink()}, which is not there; copy the file itself"
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return f"{folder} has {shards[0].name}, but no {INDEX} that says what is where; copy the model again"
+    if named := sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")):
+        return f"{folder} has no {WEIGHTS}, but {named[0]}; rename it so if it holds the whole model"
+    found = _other_format(folder)
+    return f"{folder} has no {WEIGHTS}{f', but {found}' if found else '; copy the model again'}"
+
+
+def _other_format(folder: Path) -> str | None:
+    for pattern, called, remedy in OTHER_FORMATS:
+        found = [
+            path for path in sorted(folder.glob(pattern)) if not any(path.match(other) for other in NO_MODEL_FILES)
+        ]
+        if found:
+            return f"{found[0].relative_to(folder)} ({called}); {remedy}"
+    return None
+
+
+def check_weights(folder: Path) -> None:
+    """See that every file of weights is there, whole, and holds the tensors that its index names.
+
+    Raises:
+        UserError: one is missing, a pointer, torn, or of another format.
+    """
+    files = weight_files(folder)
+    if pointers := [path for path in files if is_pointer(path)]:
+        raise UserError(_of_pointer(pointers[0], len(pointers)))
+    if missing := sorted(path.name for path in files if not path.is_file()):
+        raise UserError(
+            f"{folder} has no {missing[0]}, which {INDEX} names ({len(missing)} such files of {len(files)}); copy the "
+            "model again"
+        )
+    for path, names in files.items():
+        if lacks := sorted(set(names) - check_file_of_weights(path)):
+            raise UserError(f"{path} has no {lacks[0]}, which {INDEX} says is in it; copy both files again")
+
+
+def check_file_of_weights(path: Path) -> set[str]:
+    """Return the names of the tensors in a file.
+
+    Raises:
+        UserError: it is missing, a pointer, or torn.
+    """
+    from safetensors import SafetensorError, safe_open  # slow to import
+
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; copy the model again, or export it with safetensors")
+    if is_pointer(path):
+        raise UserError(_of_pointer(path, 1))
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(f"corrupt weights: {path}: {cause}; train or copy the model again") from None
+
+
+def read_tensor(folder: Path, name: str) -> Any:
+    """Return a tensor of the weights in a folder, by its name."""
+    from safetensors import safe_open
+
+    for path, names in weight_files(folder).items():
+        with safe_open(path, framework="pt") as tensors:
+            if name in (names or tensors.keys()):
+                return tensors.get_tensor(name)
+    raise UserError(f"{folder} has no {name}; copy the model again")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """See that a folder holds a vocabulary of some kind, and both halves of one that comes in two files.
+
+    Raises:
+        UserError: it does not; for none, transformers makes up a tokenizer that knows no text.
+    """
+    remedy = "save there the one that the model was trained with"
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json is missing): {remedy}")
+    whole = any(folder.glob("tokenizer.json")) or any(folder.glob("tokenizer.*.json"))
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if len(missing) == 1 and not whole:
+        raise UserError(f"{folder} has half a tokenizer ({missing[0]} is missing): {remedy}")
