@@ -11,7 +11,7 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.folder import weight_files
 from safer_ray.reward.heads import open_with_head
-from safer_ray.reward.pretrained import Checkpoint, open_config, reads_every_token, runs_own_code, settle
+from safer_ray.reward.pretrained import Checkpoint, check_config_runs, open_config, reads_every_token, runs_own_code
 
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ENCODERS = ("bert",)  # of which only the first blocks can be a part: the others want more than states
@@ -58,7 +58,7 @@ def load_part(
         raise UserError(f"{directory} has blocks 1..{count}; there are none from {start + 1} to {stop}")
     if not splits_up(config, start):
         raise UserError(f"{directory}: a {config.model_type} is not known to split up by layers; use reward.shards: 1")
-    settle(str(directory), config)
+    check_config_runs(str(directory), config)
     found = {}
     for file, names in weight_files(directory).items():
         with safe_open(file, framework="pt") as tensors:

@@ -71,7 +71,7 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
     config, own = open_config(checkpoint), check_trusted(checkpoint)
     if outputs is not None:
         config.num_labels = outputs
-    settle(checkpoint.name, config)
+    check_config_runs(checkpoint.name, config)
     auto = getattr(transformers, _auto_class(config))
     if not own.classifier and type(config) not in auto._model_mapping:
         raise UserError(
@@ -102,11 +102,12 @@ def reads_every_token(config: Any) -> bool:
     return any(kind.endswith("ForTokenClassification") for kind in kinds) and not runs_own_code(config)
 
 
-def settle(name: str, config: Any) -> None:
-    """Let a model choose an attention that runs here, in the place of a faster one that its config asks for.
+def check_config_runs(name: str, config: Any) -> None:
+    """See that a model of this config can be run here, as one that reads a response.
 
     Raises:
-        UserError: its weights are quantised in a way that cannot be read here, or it compares responses.
+        UserError: it asks for an attention that takes no masks of packed pairs, or for a package that is not here to
+            read its quantised weights; or it compares responses.
     """
     kinds = [str(kind) for kind in getattr(config, "architectures", None) or ()]
     if getattr(config, "ranker_type", None) or any(PAIRWISE.search(kind) for kind in kinds):
@@ -116,8 +117,10 @@ def settle(name: str, config: Any) -> None:
         )
     asked = getattr(config, "_attn_implementation", None)
     if asked not in (None, "eager", "sdpa"):
-        _say_attention(name, str(asked))
-        config._attn_implementation = None
+        raise UserError(
+            f"{name}: its config.json asks for the attention {asked}, which is not read here; delete "
+            "attn_implementation from it: the attention that comes with torch gives the same rewards"
+        )
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         from transformers.quantizers import AutoHfQuantizer
@@ -214,11 +217,6 @@ def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
 def _mapping(value: Any, alone: str) -> dict[str, Any]:
     """`auto_map`, which in older files is what stands at the key `alone` of newer ones."""
     return value if isinstance(value, dict) else {alone: value} if value else {}
-
-
-@cache
-def _say_attention(name: str, asked: str) -> None:
-    log.warning("%s asks for the attention %s; one that runs everywhere is used, with the same rewards", name, asked)
 
 
 @cache

@@ -15,7 +15,6 @@ from safer_ray.pipeline.inputs import base_input
 from safer_ray.pipeline.roles import open_as
 from safer_ray.reward.checkpoints import layer_count, load_pair_tokenizer, load_reward_model, new_reward_model
 from safer_ray.reward.loaded import check_loaded
-from safer_ray.reward.pretrained import settle
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.work import Part
 
@@ -282,12 +281,12 @@ def test_quantised_weights_name_the_package_that_they_need(model, settings, told
     refused(model, told, ("evaluate", "training"))
 
 
-def test_an_attention_that_is_not_here_is_none_that_is_needed(model, reward, caplog):
-    edit(model / "config.json", attn_implementation="flash_attention_2")
-    for opened in (load_reward_model(model), load_reward_model(model, part=Part(0, 2))):
-        assert opened.model.config._attn_implementation in ("sdpa", "eager")
-    assert "asks for the attention flash_attention_2" in caplog.text
-    settle("model", opened.model.config)
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_is_not_read_here_is_refused_with_the_remedy(model, name):
+    edit(model / "config.json", **{name: "flash_attention_2"})
+    refused(model, r"asks for the attention flash_attention_2, .*; delete attn_implementation from it", LOADERS)
+    edit(model / "config.json", **{name: "eager"})
+    assert load_reward_model(model)
 
 
 # Weights
