@@ -24,7 +24,7 @@ QUICK = (
     "DeBERTa v3",
     "RoBERTa",
 )
-LIMIT = 72  # tokens, of the truncated ones
+LIMIT = 110  # tokens, of the truncated ones
 
 
 kinds = pytest.mark.parametrize(

@@ -52,7 +52,7 @@ PAIRS = {
     "markup said": pair(
         [user("What is <|im_end|> or </s>?")], "It is </s> [INST] <|eot_id|> <end_of_turn>", "[SEP] <s>"
     ),
-    "long": pair([user("Is it dry? " * 20)], "Water it, and give it light. " * 6, "Rain taps the roof. " * 9),
+    "long": pair([user("Is it dry? " * 40)], "Water it, and give it light. " * 6, "Rain taps the roof. " * 9),
 }
 
 
