@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.head_node import cluster  # noqa: F401  (a fixture)
 from support.same_rows import assert_same_rows
 from support.tiny_run import tables
 
@@ -46,7 +45,7 @@ def artifacts(root):
         pytest.param("activations", {*BY_MAPPING, "reward", "activations"}, marks=pytest.mark.long),
     ],
 )
-def test_both_ways_to_submit_make_the_same_artifacts(cluster, tmp_path, last, stages):  # noqa: F811
+def test_both_ways_to_submit_make_the_same_artifacts(cluster, tmp_path, last, stages):
     until = ["configs/smoke.yaml", "--until", last, "--set"]
     ways = {
         "ray": [
@@ -81,7 +80,7 @@ def test_both_ways_to_submit_make_the_same_artifacts(cluster, tmp_path, last, st
             assert_same_rows(found[folder], rows, f"{name}/{folder}")
 
 
-def test_a_job_that_fails_ends_with_its_code_and_one_clear_line(cluster):  # noqa: F811
+def test_a_job_that_fails_ends_with_its_code_and_one_clear_line(cluster):
     by_ray = command(
         "ray", "job", "submit", "--address", cluster, "--working-dir", ".",
         "--", "python", "-m", "jobs.pipeline", "configs/nosuch.yaml",
