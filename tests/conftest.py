@@ -29,6 +29,8 @@ from safer_ray.reward.model import RewardModel
 from safer_ray.reward.train import pair_texts
 from safer_ray.sae.formats import save_sae
 
+pytest_plugins = ["support.head_node", "support.sae_vectors"]  # fixtures of several files
+
 # A shared machine may stall for a second; a property is not a timing test.
 hypothesis.settings.register_profile(
     "shared_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -166,7 +168,8 @@ def safer(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One Ray for all tests that need one; eight logical cores, however many the machine has."""
+    """One Ray for all tests that need one; a few logical cores, however many the machine has: of read and commit tasks
+    there are half as many processes each."""
     from safer_ray.distributed.own_ray import own_ray
     from safer_ray.distributed.session import quiet
 
@@ -174,7 +177,7 @@ def ray_session() -> Iterator[None]:
     tests = Path(__file__).parent
     paths = (str(tests), str(tests / "distributed"), known)  # workers unpickle what test files define
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    with own_ray(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
+    with own_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
         os.environ["PYTHONPATH"] = known or ""
         quiet(verbose=False)
         yield

@@ -276,8 +276,8 @@ def test_what_a_config_asks_for_is_what_must_be_there_at_once():
             "ray.min_actors: 64 of 1 CPU and 0 GPU, with 0.5 CPU beside them for tasks",
         ),
         (
-            {"min_actors": 8, "max_actors": 8, "actor_cpus": 1},  # all that there is, and nothing for tasks
-            "ray.min_actors: 8 of 1 CPU and 0 GPU, with 0.5 CPU beside them for tasks",
+            {"min_actors": 4, "max_actors": 4, "actor_cpus": 1},  # all that there is, and nothing for tasks
+            "ray.min_actors: 4 of 1 CPU and 0 GPU, with 0.5 CPU beside them for tasks",
         ),
         ({"actor_gpus": 1}, "ray.min_actors: 1 of 0.5 CPU and 1 GPU, with 0.5 CPU beside them for tasks"),
         ({"worker_cpus": 8.5}, "ray.train_workers: 2 of 8.5 CPU and 0 GPU"),
@@ -293,7 +293,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_all_that_is_missing(asked, 
     began = time.monotonic()
     with pytest.raises(UserError) as caught, ray_session(RayConfig(**asked)):
         pass
-    assert str(caught.value).startswith(f"the cluster is too small for {said}; its nodes have 8 CPU and 0 GPU. Ask for")
+    assert str(caught.value).startswith(f"the cluster is too small for {said}; its nodes have 4 CPU and 0 GPU. Ask for")
     assert time.monotonic() - began < 5
 
 
