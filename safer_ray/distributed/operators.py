@@ -1,6 +1,7 @@
 """The work of one operator of a pipeline on a row: a fragment in, a fragment out, as Arrow IPC bytes."""
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,10 +131,10 @@ class Map(Step):
         self.threads = threads
 
     def build(self) -> Any:
-        import torch
-
-        torch.set_num_threads(self.threads)
-        return self.build_function()
+        built = self.build_function()
+        if torch := sys.modules.get("torch"):  # a function that works with it has loaded it; to others it is seconds
+            torch.set_num_threads(self.threads)
+        return built
 
     def build_function(self) -> Any:
         return MapFragment(self.job, self.directory)
