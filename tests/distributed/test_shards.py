@@ -224,8 +224,15 @@ def test_pools_are_as_many_as_parts():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["codes", "activations"])
+@pytest.mark.parametrize(
+    ("kind", "shards"),
+    [
+        ("codes", 2),
+        pytest.param("codes", 3, marks=pytest.mark.long),
+        pytest.param("activations", 2, marks=pytest.mark.long),
+        pytest.param("activations", 3, marks=pytest.mark.long),
+    ],
+)
 def test_pools_of_actors_give_the_rows_of_one_process(tmp_path, pairs_dir, reward_dir, sae_dir, kind, shards):
     pools = tuple(PoolConfig(min_actors=1 + i % 2, max_actors=2) for i in range(shards))
     make, written = {
