@@ -66,6 +66,7 @@ def run_micro_batch(
             outputs, heads, rewards = _run_backbone(reward, batch, request, read, ends)
         else:
             outputs, heads, rewards = _run_whole_model(reward, batch, request, ends)
+    # Each row without its padding: rows are batched anew in the next part, where others stand beside them.
     states_of_rows: States = []
     if request.states:
         for row, state in zip(rows, outputs[max(reward.numbered_blocks())], strict=True):
@@ -87,11 +88,13 @@ def rewards_of(
     where something wraps it.
     """
     device, config = reward.device.type, reward.model.config
+    # Under autocast attention runs in the lower dtype, and a mask of float32's minimum would be infinite there.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else reward.model.dtype
     batch = _inputs(reward, rows, dtype)
     ends = end_index(rows, reward.unread, reward.device)
     outputs: list[Tensor] = []
     with contextlib.ExitStack() as stack:
+        # The head's own output, since the model's logits are read at the last token of a row, which holds two sides.
         stack.enter_context(hooks.after(reward.head(), outputs.append))
         runs_again = any(getattr(module, "gradient_checkpointing", False) for module in reward.model.modules())
         if can_pack(config) and not runs_again:  # blocks that backward runs a second time have lost their hooks by then
@@ -136,6 +139,7 @@ def _run_whole_model(
 def _at_ends(reward: RewardModel, values: Tensor, logits: Tensor, ends: Index) -> tuple[Tensor, Tensor]:
     """Return what the head reads of each side, and the rewards; a decoder's head reads every token, and looks for the
     last that is not the pad token it is called with."""
+    # An encoder pools before its head: there is one vector a side already.
     if values.ndim != 3:
         return values, logits[:, 0]
     heads = values[ends]
@@ -184,6 +188,7 @@ def _looked_at(request: ForwardRequest, last: int, read: Index | None, ends: Ind
         found.append(read)
     if ends is not None:
         found.append(ends)
+    # The next part of the model attends to every token, so none may be left out.
     if request.states or not found:
         return None
     rows, columns = zip(*found, strict=True)

@@ -29,7 +29,10 @@ class TrunkCache:
         self, trunk: bytes, sequences: Sequence[np.ndarray], compute: Callable[[Sequence[np.ndarray]], States]
     ) -> States:
         """Return the states of every sequence; those not known are computed, all in one call."""
+        # Token ids and not the text: two templates may make one text into different ids. As int64, so that equal ids
+        # have equal bytes, whoever made them.
         keys = [(trunk, np.asarray(sequence, dtype=np.int64).tobytes()) for sequence in sequences]
+        # A dictionary, since a batch may hold one text several times.
         missing: dict[tuple[bytes, bytes], np.ndarray] = {}
         for key, sequence in zip(keys, sequences, strict=True):
             if key not in self.states:
@@ -39,6 +42,7 @@ class TrunkCache:
             fresh = dict(zip(missing, compute(list(missing.values())), strict=True))
         for key, states in fresh.items():
             size = states.numel() * states.element_size()
+            # Nothing is thrown out when it is full: every text comes back once an epoch, none sooner than another.
             if self.used + size <= self.limit:
                 self.states[key] = states
                 self.used += size
@@ -88,6 +92,7 @@ def start_after(reward: RewardModel, layer: int, states: Float[Tensor, "n width 
     def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return states.to(hidden)
 
+    # All of them, and not the last alone: those before it would compute what is not looked at.
     for block in blocks:
         block.forward = hand_on
     try:
