@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=1
 
-.PHONY: demo serve fuzz test test-all check docs bench chaos sweep-smoke clean setup setup-dev
+.PHONY: demo serve fuzz test test-all check docs screenshots bench chaos sweep-smoke clean setup setup-dev
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -47,6 +47,11 @@ check: setup-dev  ## format, lint, types, import boundaries, the docs' links
 
 docs: setup-dev  ## the documentation's pages, in build/site
 	$(BIN)/mkdocs build --quiet
+
+screenshots: setup-dev  ## docs/images: the report and the service's page, of the demo's run
+	@test -e runs/demo/report.html || { echo "no run in runs/demo; run make demo first" >&2; exit 2; }
+	PYTHON=$(BIN)/python bash scripts/chromium.sh build/browser
+	PYTHONPATH=.:tests $(BIN)/python -W ignore scripts/screenshots.py runs/demo docs/images
 
 chaos: setup-dev  ## audits on several nodes while twenty processes are killed; prints what became of the rows
 	$(BIN)/python tests/chaos/fire.py build/chaos

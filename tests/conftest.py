@@ -39,20 +39,33 @@ hypothesis.settings.load_profile("shared_machine")
 
 
 LONGEST = (
-    "test_ray_faults",
-    "test_ray_train",
-    "test_chaos",
-    "test_serve",
     "test_ray_data",
     "test_ray_session",
-    "test_submit",
-    "test_kill",
+    "test_ray_faults",
+    "test_strangers",
+    "test_ray_train",
+    "test_serve",
     "test_ray_jobs",
-    "test_shards",
-    "test_object_store",
-    "test_audit",
     "test_crossfit",
+    "test_chaos",
+    "test_shards",
+    "test_serve_ending",
+    "test_object_store",
+    "test_audit_tools",
+    "test_kill",
+    "test_audit",
+    "test_own_ray",
+    "test_refused_pairs",
+    "test_every_command",
+    "test_pipeline",
+    "test_runner",
+    "test_own_code",
+    "test_linear",
+    "test_setup",
+    "test_real_data",
+    "test_page_for_everyone",
     "test_cli",
+    "test_packing",
 )
 
 torch.set_num_threads(2)
@@ -168,7 +181,8 @@ def safer(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One Ray for all tests that need one; eight logical cores, however many the machine has."""
+    """One Ray for all tests that need one; a few logical cores, however many the machine has: of read and commit tasks
+    there are half as many processes each."""
     from safer_ray.distributed.own_ray import own_ray
     from safer_ray.distributed.session import quiet
 
@@ -176,7 +190,7 @@ def ray_session() -> Iterator[None]:
     tests = Path(__file__).parent
     paths = (str(tests), str(tests / "distributed"), known)  # workers unpickle what test files define
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    with own_ray(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
+    with own_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"):
         os.environ["PYTHONPATH"] = known or ""
         quiet(verbose=False)
         yield

@@ -54,6 +54,7 @@ class Local(NamedTuple):
     spread: Float[ndarray, " d"]
 
     def __call__(self, response: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+        # Prompts that have nothing in common are no evidence against each other: the cosine is cut off at 0.
         likeness = np.maximum(_unit((prompt - self.centre) / self.spread) @ self.prompt.T, 0)
         return ((response / self.scale) @ self.response.T * (1 + LOCAL * likeness)) @ self.dual
 
@@ -73,7 +74,10 @@ def fit_linear(
     if scale is None:
         square = values.power(2) if isinstance(values, sp.csr_matrix) else values**2
         scale = np.sqrt(np.asarray(square.mean(axis=0)).ravel())
+        # A column that is nearly always zero would be blown up to the size of the others, noise and all.
         scale = np.maximum(scale, scale.mean() * 0.1 + 1e-12)
+    # No intercept: a pair and the same pair swapped must have opposite log-odds. The penalty grows with the columns, so
+    # that thousands of features do not outvote one margin.
     model = LogisticRegression(C=strength / np.sqrt(values.shape[1]), fit_intercept=False, max_iter=500)
     model.fit(sp.diags(sign) @ (values @ sp.diags(1 / scale)), sign)
     return Linear(model.coef_[0] / scale)
@@ -94,8 +98,10 @@ def fit_local(response: np.ndarray, prompt: np.ndarray, sign: np.ndarray) -> Loc
     centre, spread = prompt.mean(axis=0), np.maximum(prompt.std(axis=0), 1e-9)
     scaled, near = response / scale, _unit((prompt - centre) / spread)
     kernel = scaled @ scaled.T * (1 + LOCAL * np.maximum(near @ near.T, 0))
+    # Scaled to a mean diagonal of 1, so that C means the same whatever the width of the vectors.
     size = kernel.diagonal().mean()
     model = SVC(C=0.3, kernel="precomputed", cache_size=500).fit(kernel / size * np.outer(sign, sign), sign)
+    # Only these carry weight; all others need not be kept in the bundle.
     held = model.support_
     return Local(scaled[held], near[held], model.dual_coef_[0] * sign[held] / size, scale, centre, spread)
 

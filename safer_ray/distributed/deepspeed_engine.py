@@ -78,6 +78,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.scale)
+        # DeepSpeed counts micro-batches in `step`, and applies at the last one of a batch: that is ours to call, with
+        # its rate set.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch
 
@@ -98,6 +100,7 @@ class DeepSpeedEngine:
                     found[name] = parameter.detach().cpu().clone()
         if not first:
             return None
+        # Buffers that a model does not save (rotary tables) would be strange keys to who loads it.
         kept = set(module.state_dict())
         buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
         return found | buffers

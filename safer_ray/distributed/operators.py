@@ -1,6 +1,7 @@
 """The work of one operator of a pipeline on a row: a fragment in, a fragment out, as Arrow IPC bytes."""
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ COUNTED = ("read", "tokens", "seconds", "restarts")  # of a fragment, on its way
 
 def to_bytes(tables: Sequence[pa.Table]) -> bytes:
     """Tables of one schema as an IPC stream, one record batch each."""
+    # As bytes in one cell: Ray Data would take the tables apart into rows, and their schemas into its own.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, tables[0].schema) as writer:
         for table in tables:
@@ -48,6 +50,7 @@ def fragment_of(row: Row) -> Fragment:
 
 def _failed(row: Row, error: SaferError) -> Row:
     """An error that is explained travels as a row: Ray would wrap it in its own and try again."""
+    # By kind and text: a pickled exception would need its class on the driver, and Ray wraps it past recognition.
     kind = "user" if isinstance(error, UserError) else "safer"
     return next_row(row, error=json.dumps([kind, str(error)]))
 
@@ -106,6 +109,7 @@ class Step(ABC):
     def __call__(self, row: Row) -> Row:
         if row.get("error"):
             return row
+        # Dropped before the next is built, so that two models are never held at once.
         if row["work"] != self.number:
             self.number, self.built = row["work"], None
         try:
@@ -130,10 +134,10 @@ class Map(Step):
         self.threads = threads
 
     def build(self) -> Any:
-        import torch
-
-        torch.set_num_threads(self.threads)
-        return self.build_function()
+        built = self.build_function()
+        if torch := sys.modules.get("torch"):  # a function that works with it has loaded it; to others it is seconds
+            torch.set_num_threads(self.threads)
+        return built
 
     def build_function(self) -> Any:
         return MapFragment(self.job, self.directory)

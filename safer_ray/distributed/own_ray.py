@@ -48,6 +48,7 @@ def own_ray(*, hush: bool = True, **options: Any) -> Iterator[None]:
         import ray
 
         try:
+            # address=local: RAY_ADDRESS in the environment, or a cluster on this machine, would be joined in its place.
             with hushed() if hush else contextlib.nullcontext():
                 ray.init(address="local", _temp_dir=str(folder), **options)
         except FAILURES as error:

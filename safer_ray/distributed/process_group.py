@@ -37,6 +37,7 @@ def _on_loopback(spread: type[Backend]) -> type[Backend]:
 
     class GroupBackend(spread):  # type: ignore[misc, valid-type]
         def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
+            # Hosts need addresses at which they reach each other; their network protects them (docs/security.md).
             if len(set(worker_group.execute(_host))) > 1:
                 super().on_start(worker_group, backend_config)
                 return
@@ -69,6 +70,7 @@ def _open_store() -> int:
         listener.bind((LOOPBACK, 0))
         listener.listen(128)
         port = int(listener.getsockname()[1])
+        # The socket is handed over open, so that nobody can take the port between finding it free and listening.
         descriptor = listener.detach()
     _stores.append(dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor))
     return port

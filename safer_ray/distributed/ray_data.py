@@ -81,6 +81,7 @@ def dataset(works: Sequence[Work], config: RayConfig) -> Dataset:
             for number, work in enumerate(works)
             for run in following(work.fragments, size)
         ]
+        # A block each, since Ray Data schedules by block: a task is given one run, and loses no more than that.
         source = ray.data.from_items(runs, override_num_blocks=len(runs))
         source.context.target_max_block_size = 1  # byte: a block for each fragment
     else:
@@ -103,6 +104,7 @@ def _in_pool(
     rows: Dataset, step: type[Step], arguments: tuple[Any, ...], pool: PoolConfig, most: int | None = None
 ) -> Dataset:
     """A step on a pool of actors, of which there need not be more than `most`."""
+    # An actor without a fragment would load the model for nothing.
     largest = min(pool.max_actors, most or pool.max_actors)
     return rows.map(
         step,  # type: ignore[arg-type]

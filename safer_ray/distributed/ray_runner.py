@@ -47,11 +47,13 @@ class RayRunner:
         """
         for work in works:
             check_shared(work.directory)
+        # Once, and before anything fails: what is tried again is what is left of this plan, never a new one.
         planned = [work._replace(fragments=plan(*work)[0]) for work in works]
         todo, total, failures = _pending(planned), _count(planned), 0
         while left := _count(todo):
             why = self._failed(todo, total)
             todo = _pending(planned)
+            # Progress forgives: where machines are taken away at any time, hours of work see more than three failures.
             failures = failures + 1 if _count(todo) == left else 1
             if todo and failures == TRIES:
                 missing = [fragment for work in todo for fragment in work.fragments]
@@ -76,6 +78,7 @@ class RayRunner:
                 "work that holds the others, then run the same command again: finished work is kept"
             ) from error
         except ray.exceptions.RayError as error:
+            # Our own code raised it: it would again, however often the cluster is asked.
             if isinstance(getattr(error, "cause", None), UserCodeException):
                 raise  # no fault of the cluster
             return _reason(error)

@@ -72,8 +72,10 @@ class GroupWorker:
         """As `Workers` says; of the tensors themselves only this worker's share is of use afterwards."""
         rows = [[tensor[share(len(tensor), rank, self.size)] for rank in range(self.size)] for tensor in tensors]
         others = [rank for rank in range(self.size) if rank != self.rank]  # none, where one works alone
+        # Kept over steps, since their sizes never change.
         if not self.received:
             self.received = [[torch.empty_like(own[self.rank]) for _ in others] for own in rows]
+        # Every worker adds what it receives in a fixed order, so that the sum is the same to the bit in every run.
         calls = []
         for tag, (own, received) in enumerate(zip(rows, self.received, strict=True)):
             for rank, there in zip(others, received, strict=True):
@@ -102,6 +104,8 @@ class GroupWorker:
         return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
 
     def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
+        # The barriers: nobody writes into a folder that is not there, digests are of files that are whole, and the
+        # checkpoint counts when all of it is there.
         self.checkpoints.begin()
         dist.barrier()
         written = self.checkpoints.write(engine, state)
@@ -115,6 +119,7 @@ class GroupWorker:
         return self.checkpoints.load(engine, self)
 
     def on_step(self, done: int, total: int) -> None:
+        # Through a file, since the driver may be another after this one was killed.
         if self.rank == 0 and (done == total or time.monotonic() - self.told >= PROGRESS_SECONDS):
             self.told = time.monotonic()
             write_json({"done": done, "total": total}, self.state / PROGRESS, durable=False)

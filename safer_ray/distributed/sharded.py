@@ -44,6 +44,7 @@ class ReadPieces(Read):
         pieces = list(cut(pa.concat_tables(prepared.pieces), self.job.piece_tokens)) if prepared.pieces else []
         rows, start = [], 0
         for number, piece in enumerate(pieces or [None]):
+            # What belongs to the whole fragment travels with its first piece alone, or it would be counted for each.
             refused = prepared.refused if number == 0 else QUARANTINE.empty_table()
             counted = {name: getattr(prepared, name) if number == 0 else 0 for name in COUNTED}
             place = {"number": number, "of": max(1, len(pieces)), "start": start}
@@ -64,6 +65,7 @@ class MapPiece(Map):
         return Attempts(self.job, self.directory, self.job.make(part=self.part), f"map-{self.part.number}")
 
     def work(self, row: Row) -> Row:
+        # A fragment of refused rows alone still has to reach the commit, which counts them.
         if not row["rows"]:
             return row
         began, self.built.restarts = time.monotonic(), 0
@@ -89,6 +91,7 @@ class CommitPiece(Commit):
         write_parquet(rows, folder / f"{row['number']:05}.rows.parquet")
         write_parquet(pa.concat_tables(from_bytes(row["refused"])), folder / f"{row['number']:05}.refused.parquet")
         write_json({name: row[name] for name in COUNTED}, folder / f"{row['number']:05}.json")
+        # Whoever sees all pieces commits; two may, at one moment, and both write the same.
         waits = next_row(row, committed=False, read=0)
         if sum(name.endswith(".json") for name in names_in(folder)) < row["of"]:
             return waits

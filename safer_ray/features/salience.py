@@ -36,6 +36,7 @@ class SumFeatures:
         latents = latent_count(codes)
         sums = [np.bincount(s.feature, weights=s.value, minlength=latents) for s in (chosen, rejected)]
         counts = [np.bincount(s.feature, minlength=latents) for s in (chosen, rejected)]
+        # Few features fire in a fragment, so its sums stay small however many latents there are.
         fired = np.flatnonzero(counts[0] + counts[1])
         return pa.table(
             {
@@ -59,6 +60,7 @@ def reduce_sums(parts: Iterable[pa.Table], latents: int) -> Sums:
         fired = feature != ENDS
         ends += [part["n_chosen"].to_numpy()[~fired].sum(), part["n_rejected"].to_numpy()[~fired].sum()]
         columns = ("chosen_sum", "rejected_sum", "n_chosen", "n_rejected")
+        # add.at, since a fragment may name a feature twice (parts joined); plain indexing would keep the last.
         for total, name in zip((chosen, rejected, n_chosen, n_rejected), columns, strict=True):
             np.add.at(total, feature[fired], part[name].to_numpy()[fired])
     return Sums(chosen, rejected, n_chosen, n_rejected, int(ends[0]), int(ends[1]))
@@ -71,7 +73,9 @@ def salience(sums: Sums, mode: Mode) -> np.ndarray:
     """
     chosen, rejected = sums.chosen, sums.rejected
     if mode == "response":
+        # The longer side has more sentence ends: as sums, every feature would lean towards whichever side is longer.
         chosen, rejected = chosen / max(1, sums.ends_chosen), rejected / max(1, sums.ends_rejected)
+    # The smoothing of SAFER's contrast: without it a feature that fired once, on one side, would have the largest |s|.
     mu = (chosen.sum() + rejected.sum()) / (2 * max(1, len(chosen)))
     denominator = chosen + rejected + 2 * mu
     return np.divide(chosen - rejected, denominator, out=np.zeros(len(chosen)), where=denominator > 0)
@@ -80,6 +84,7 @@ def salience(sums: Sums, mode: Mode) -> np.ndarray:
 def salience_table(sums: Sums, mode: Mode) -> pa.Table:
     """One row a feature, by falling |salience|, then by id."""
     values = salience(sums, mode)
+    # By id where values are equal, so that a run selects the same features on any machine.
     order = np.lexsort((np.arange(len(values)), -np.abs(values)))
     return pa.table(
         {
@@ -110,6 +115,7 @@ def select(
     """
     values = dict(zip(table["feature"].to_pylist(), table["salience"].to_pylist(), strict=True))
     judged = candidates(table, count)
+    # In the order of |salience|, so the limit leaves out the least telling of those rated alike.
     chosen = [feature for feature in judged if ratings.get(feature) == rating][:limit]
     return {
         "candidates": judged,

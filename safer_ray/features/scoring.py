@@ -28,6 +28,7 @@ class Features(NamedTuple):
         """+1 on F+, -1 on F-, else 0; [latents]."""
         signs = np.zeros(latents)
         for sign, ids in ((1.0, self.safe), (-1.0, self.unsafe)):
+            # A feature past the table's width fires nowhere in it; `check_width` finds those of another SAE.
             signs[[i for i in ids if i < latents]] = sign
         return signs
 
@@ -81,6 +82,7 @@ def _side_contributions(side: SideCodes, signs: np.ndarray, number: int) -> Cont
     selected = np.flatnonzero(signs[side.feature])
     entry = side.entry[selected]
     row, feature = side.entry_row[entry], side.feature[selected]
+    # Divided here, entry by entry, so that a pair's reasons sum to its score.
     value = signs[feature] * side.value[selected] / side.ends_per_row[row]
     return Contributions(
         row, feature, -value if number else value, np.full(len(row), number), side.end[entry].astype(np.int64)
@@ -101,6 +103,7 @@ def pair_reasons(codes: pa.Table, features: Features, limit: int) -> list[list[d
     parts = contributions(codes, features)
     if limit == 0 or len(parts.row) == 0:
         return reasons
+    # Rows together, in them features, in these the largest first: its sentence is the one that the reason names.
     order = np.lexsort((-np.abs(parts.value), parts.feature, parts.row))
     parts = Contributions(*(column[order] for column in parts))
     first = np.flatnonzero(np.r_[True, (np.diff(parts.row) != 0) | (np.diff(parts.feature) != 0)])
@@ -124,6 +127,7 @@ def pair_reasons(codes: pa.Table, features: Features, limit: int) -> list[list[d
 def suspicion(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """1 - mid-rank ECDF of each score among the reference scores, in [0, 1]; 1 is worst."""
     reference = np.sort(reference)
+    # Mid-ranks: a score that many reference pairs share (0, where nothing fires) is in the middle of them, not worst.
     below, upto = np.searchsorted(reference, scores, "left"), np.searchsorted(reference, scores, "right")
     return 1 - (below + upto) / (2 * max(1, len(reference)))
 
@@ -156,6 +160,7 @@ class ScoreCodes:
     def __call__(self, codes: pa.Table) -> pa.Table:
         scores = pair_scores(codes, self.features)
         values = self.value(codes, scores) if self.value else scores
+        # NaN sorts above everything, so that such pairs would quietly count as the least suspicious of all.
         unknown = ~np.isfinite(values)
         if unknown.any():
             first = codes["pair_id"][int(unknown.argmax())].as_py()

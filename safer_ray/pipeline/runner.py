@@ -128,6 +128,7 @@ class Attempts:
         failures = _attempted(journal)
         self.restarts += _lost(failures[-1:])
         while (reason := self._given_up(rows, failures, journal)) is None:
+            # Written before the work: who takes this process's place finds what it was at when it ended.
             here = f"{ENDED} (process {os.getpid()} on {socket.gethostname()})"
             write_json([*failures, here], journal, durable=False)
             try:

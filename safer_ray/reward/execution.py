@@ -68,6 +68,7 @@ def run_micro_batch(
             outputs, heads, rewards = _run_backbone(reward, batch, request, read, ends)
         else:
             outputs, heads, rewards = _run_whole_model(reward, batch, request, ends)
+    # Each row without its padding: rows are batched anew in the next part, where others stand beside them.
     states_of_rows: States = []
     if request.states:
         for row, state in zip(rows, outputs[max(reward.numbered_blocks())], strict=True):
@@ -91,6 +92,7 @@ def rewards_of(
     if not reward.pads and len(rows) > 1:
         return torch.cat([rewards_of(reward, [row], run) for row in rows])
     device, config = reward.device.type, reward.model.config
+    # Under autocast attention runs in the lower dtype, and a mask of float32's minimum would be infinite there.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else reward.model.dtype
     batch = _inputs(reward, rows, dtype)
     ends = end_index(rows, reward.unread, reward.device)
@@ -98,6 +100,7 @@ def rewards_of(
     own_code = runs_own_code(config)
     with contextlib.ExitStack() as stack:
         if not own_code:
+            # The head's own output: the model's logits are read at the last token of a row, which holds two sides.
             stack.enter_context(hooks.after(reward.head(), outputs.append))
         runs_again = any(getattr(module, "gradient_checkpointing", False) for module in reward.model.modules())
         if can_pack(config) and not runs_again:  # blocks that backward runs a second time have lost their hooks by then
@@ -202,6 +205,7 @@ def _looked_at(request: ForwardRequest, last: int, read: Index | None, ends: Ind
         found.append(read)
     if ends is not None:
         found.append(ends)
+    # The next part of the model attends to every token, so none may be left out.
     if request.states or not found:
         return None
     rows, columns = zip(*found, strict=True)

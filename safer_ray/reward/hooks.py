@@ -68,6 +68,7 @@ def capture_output(module: nn.Module, found: dict[int, Tensor], number: int, *, 
 
     def catch(output: Any) -> None:
         found[number] = states_of(output)
+        # An exception is the one way out of a forward pass that asks the model's code for nothing.
         if end:
             raise LayerReachedError
 
@@ -82,6 +83,7 @@ def compute_only_at(module: nn.Module, index: tuple[Tensor, Tensor]) -> Iterator
     shape: list[int] = []
 
     def gather(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Kept for `scatter`, which sees the gathered tokens alone; indices do not tell how many tokens there were.
         shape[:] = inputs[0].shape[:-1]
         return (inputs[0][index][None], *inputs[1:])
 

@@ -32,6 +32,7 @@ class Packed(NamedTuple):
 
     def columns(self, side: int, positions: np.ndarray) -> np.ndarray:
         """Return where tokens of a side (0 chosen, 1 rejected), given by their positions in it, lie in this row."""
+        # The chosen side lies as it is; of the rejected one only what follows the fork was laid behind it.
         if side == 0:
             return positions
         return np.where(positions < self.fork, positions, positions - self.fork + self.chosen)
@@ -52,6 +53,7 @@ def pack(chosen: np.ndarray, rejected: np.ndarray) -> Packed:
     """Return both sides as one sequence."""
     fork = fork_of(chosen, rejected)
     ids = np.concatenate([chosen, rejected[fork:]])
+    # The rejected tokens go on counting at the fork, as if the chosen ones were not there.
     position_ids = np.concatenate([np.arange(len(chosen)), np.arange(fork, len(rejected))])
     return Packed(ids, position_ids, fork, len(chosen), (len(chosen), len(rejected)))
 
@@ -76,6 +78,8 @@ def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: 
     column = torch.arange(width, device=device)
     fork = torch.tensor([p.fork for p in packed], device=device)[:, None]
     chosen = torch.tensor([p.chosen for p in packed], device=device)[:, None]
+    # Three kinds of columns: shared (before the fork), the chosen side's own, the rejected side's own. A causal mask
+    # already keeps chosen tokens from rejected ones, which lie behind; what is missing is the other direction.
     of_rejected = column >= chosen  # the rejected side's own tokens, and padding
     of_chosen = (column >= fork) & ~of_rejected  # the chosen side's own
     causal = column[:, None] >= column
@@ -90,6 +94,7 @@ def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: 
 
 def smallest_window(config: Any) -> int | None:
     """Return the smallest attention window of any layer of a model, in tokens; None: every layer sees all."""
+    # Qwen2 names a window that it does not use, Gemma mixes layers with and without: the settings differ by family.
     kinds = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", None) is False or (kinds and "sliding_attention" not in kinds):
         return None
@@ -98,6 +103,7 @@ def smallest_window(config: Any) -> int | None:
 
 def can_pack(config: Any) -> bool:
     """Return whether pairs of a model can be packed: it is causal, and known to take masks and positions."""
+    # A checkpoint may bring a class of its own under a known model_type, whose attention nobody has checked.
     known = config.model_type in FAMILIES and not runs_own_code(config)
     return known and not getattr(config, "use_bidirectional_attention", None)
 
@@ -115,6 +121,7 @@ def last_token(ids: np.ndarray, pad: int | None) -> int:
     finds it; where a model has none, the last."""
     if pad is None:
         return max(0, len(ids) - 1)
+    # Not the length: a response that itself ends with the pad token is read before it, which transformers does too.
     real = np.flatnonzero(ids != pad)
     return int(real[-1]) if len(real) else 0
 
@@ -126,6 +133,7 @@ def pad_batch(
     types: Sequence[np.ndarray | None] = (),
 ) -> dict[str, Tensor]:
     """Return right-padded `input_ids` and `attention_mask`, and `token_type_ids` where sequences have types."""
+    # One column at least, since models fail on inputs without any.
     width = max(1, *(len(s) for s in sequences))
     ids = np.full((len(sequences), width), pad, dtype=np.int64)
     mask = np.zeros((len(sequences), width), dtype=np.int64)

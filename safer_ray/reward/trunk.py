@@ -29,7 +29,9 @@ class TrunkCache:
 
     def get(self, trunk: bytes, rows: Sequence[Packed], compute: Callable[[Sequence[Packed]], States]) -> States:
         """Return the states of every row of one side; those not known are computed, all in one call."""
+        # Token ids and not the text: two templates may make one text into different ids.
         keys = [(trunk, _content(row)) for row in rows]
+        # A dictionary, since a batch may hold one text several times.
         missing: dict[tuple[bytes, bytes], Packed] = {}
         for key, row in zip(keys, rows, strict=True):
             if key not in self.states:
@@ -39,6 +41,7 @@ class TrunkCache:
             fresh = dict(zip(missing, compute(list(missing.values())), strict=True))
         for key, states in fresh.items():
             size = states.numel() * states.element_size()
+            # Nothing is thrown out when it is full: every text comes back once an epoch, none sooner than another.
             if self.used + size <= self.limit:
                 self.states[key] = states
                 self.used += size

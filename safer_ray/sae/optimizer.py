@@ -62,6 +62,7 @@ class SaeOptimizer:
         if self.options.max_grad_norm is None:
             return
         shared = [self.encoder, self.decoder]
+        # Each worker has its rows of encoder and decoder, and all have the whole of what is alike: that counts once.
         norm = (self.workers.sum(_square(shared)) + _square(self.alike)).sqrt()
         if norm > self.options.max_grad_norm:
             for parameter in shared + self.alike:
@@ -75,6 +76,7 @@ class SaeOptimizer:
 
     def load(self, directory: Path) -> None:
         """Raises UserError: the checkpoint is of an SAE of another shape."""
+        # The weights are in the first worker's file alone, since all hold the same; each has its own moments.
         for rank in {0, self.workers.rank}:
             state = torch.load(_file(directory, rank), weights_only=True, map_location="cpu")
             if "module" in state:

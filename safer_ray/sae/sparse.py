@@ -57,6 +57,8 @@ class Entries:
     @cached_property
     def groups(self) -> Groups:
         """The same entries by latent, sorted once for all gradients."""
+        # As int32 the sort moves half the bytes. Stable, so that a latent's rows are summed in one order, and a run
+        # repeats to the bit.
         order = self.features.int().sort(stable=True).indices
         counts = torch.bincount(self.features, minlength=self.latents)
         start = torch.zeros(self.latents + 1, dtype=torch.long, device=counts.device)
@@ -91,6 +93,7 @@ def summed_by_latent(
 
 def counted_by_latent(entries: Entries, values: Float[Tensor, " entries"]) -> Float[Tensor, " latents"]:
     """The sum of each column of z."""
+    # Differences of a running sum; in float64, since those of a long float32 sum would lose what small columns hold.
     order, _, start = entries.groups
     total = values.new_zeros(len(order) + 1, dtype=torch.float64)
     torch.cumsum(values[order], 0, dtype=torch.float64, out=total[1:])
@@ -111,6 +114,7 @@ def gathered_products(
     entries: Entries, table: Float[Tensor, "n d"], weight: Float[Tensor, "latents d"], budget: int
 ) -> Float[Tensor, " entries"]:
     """The same on any device, by gathering the rows of both."""
+    # In chunks: the gathered rows of both are entries x width, which would be the largest tensor of a step.
     found = table.new_empty(len(entries.features))
     for part in row_slices(len(found), 2 * table.shape[1] * table.element_size(), budget):
         found[part] = (table[entries.rows[part]] * weight[entries.features[part]]).sum(-1)
@@ -136,6 +140,7 @@ class Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
+        # Autograd may hand an expanded view, of a mean say; the products below go through its rows several times.
         gradient = gradients[0].contiguous()
         of_values = dot_products(ctx.entries, gradient, weight, ctx.budget) if ctx.needs_input_grad[0] else None
         of_weight = summed_by_latent(ctx.entries, values, gradient) if ctx.needs_input_grad[1] else None
@@ -160,6 +165,7 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, b_dec, weight, values = ctx.saved_tensors
+        # The ReLU: a place whose value was cut off passes nothing on.
         gradient, entries = gradients[0] * (values != 0), ctx.entries
         of_x = gathered_sum(entries, gradient, weight.T.contiguous()) if ctx.needs_input_grad[0] else None
         of_b_enc = counted_by_latent(entries, gradient)

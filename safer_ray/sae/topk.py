@@ -115,6 +115,7 @@ def largest(
             unsure = (~sure).nonzero()[:, 0]
             del pre
         if len(unsure):
+            # Rows that screening cannot vouch for are done in full; they are few, or screening would not pay.
             plain = torch.addmm(bias, part[unsure], weight.T).topk(k, dim=-1, sorted=False)
             features[unsure], values[unsure] = plain.indices, plain.values.to(x.dtype)
     return codes
@@ -179,6 +180,7 @@ def survivors(
     """
     if pre.dtype == torch.bfloat16:
         floor = floor * (1 - 4 * ROUNDING)
+    # Twice: the floor may be too high by the error, and a product too low by it. The rest is for rounding of the bound.
     floor = floor - 2.1 * error
     sure = floor > 0
     bits = pre.view(BITS[pre.dtype])
@@ -189,6 +191,7 @@ def survivors(
     else:
         mask = bits >= limit
         left = int(mask.sum())
+    # Nothing is certain of a crowd but that it costs more than doing all of them plainly.
     if left > most:
         sure, mask = torch.zeros_like(sure), mask.zero_()
     return _entries(mask), sure
@@ -226,6 +229,7 @@ def _keep(found: Found, count: int) -> Found:
     """Its `count` largest, in the order they had."""
     if len(found.values) <= count:
         return found
+    # Back in the order of rows, which `start` is searched in.
     kept = found.values.topk(count, sorted=False).indices.sort().values
     rows = found.entries.rows[kept]
     start = torch.searchsorted(rows, torch.arange(found.entries.n + 1, device=rows.device))

@@ -52,6 +52,7 @@ class _Training:
         self.idle = torch.zeros(sae.latents, dtype=torch.int64, device=workers.device)  # vectors since a latent fired
         checkpoint = workers.load(self.engine)
         if checkpoint is not None:
+            # The order of batches is a permutation of as many rows: with others, step n would be on other vectors.
             if checkpoint["vectors"] != order.rows:
                 raise UserError(
                     f"sae: the unfinished training was on {checkpoint['vectors']} vectors, {order.vectors.source} has "
@@ -69,13 +70,16 @@ class _Training:
         Raises:
             SaferError: the loss is no number.
         """
+        # One reduction carries gradients, losses and who fired: all workers see the same, and decide alike.
         sums = self.engine.reduce_gradients(self._gradients(batch))
         loss, nmse, aux = (float(value) for value in sums[:3])
         step, config = self.progress.step, self.config
+        # Before the step: the weights, and the checkpoint of them, are still those of the last good step.
         if not math.isfinite(loss):
             raise SaferError(f"sae: the loss is {loss} at step {step}; lower sae.learning_rate")
         factor = warmup_decay(step, config.steps, config.warmup, config.decay)
         self.engine.step(factor)
+        # In vectors and over all workers, so that neither the batch size nor their number changes who counts as dead.
         self.idle += batch.rows
         self.idle[sums[3:] > 0] = 0
         self.progress.step += 1
@@ -91,6 +95,7 @@ class _Training:
         for x in _pieces(batch.x, self.config.micro_batch_size or len(batch.x)):
             with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.engine.autocast):
                 found = sae_step(self.sae, x.to(self.workers.device).float(), dead, self.config.aux_coefficient)
+            # Of the whole batch, not of this worker's part: over pieces and workers it sums to the batch's mean.
             share = len(x) / batch.rows
             self.engine.backward(found.loss * share)
             losses += torch.stack([found.loss.detach(), found.nmse, found.aux]) * share
@@ -115,6 +120,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
     training = _Training(sae, order, config, workers)
     progress = training.progress
     log = SaeLog(out, config.tensorboard, progress.step) if workers.rank == 0 else None
+    # From the step of the checkpoint on: the order is a function of seed and step, nothing of it is stored.
     with order.batches(progress.step) as batches:
         held = _held_sample(order, config.seed) if log else None
         clock = Clock()
@@ -127,6 +133,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
                 progress.history.append(entry)
                 if log is not None:
                     log.add(entry)
+            # `due` first: it is a collective, which every worker has to enter at the same step.
             if workers.due() or progress.step % CHECKPOINT_STEPS == 0:
                 training.save()
                 if log is not None:

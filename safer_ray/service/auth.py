@@ -59,6 +59,7 @@ class Keys:
         """Take over what has changed in the file, when it may."""
         now, stamp = self._clock(), _stamp(file)
         if stamp != self._stamp:
+            # A new inode is a rename, which is whole at once; the same one may be half written.
             replaced = stamp is not None and self._stamp is not None and stamp.inode != self._stamp.inode
             self._stamp, self._read_at = stamp, now if replaced else now + SETTLED_S - _age(file, SETTLED_S)
         if self._read_at is not None and now >= self._read_at:
@@ -68,6 +69,7 @@ class Keys:
                 self._closed_at = None
             except UserError as error:
                 if self._closed_at is None:
+                    # From the file's own change on, so that all processes close at one moment, whenever they looked.
                     left = GRACE_S - _age(file, GRACE_S)
                     self._closed_at = now + left
                     logger.error("%s; the keys before it hold for %.0f s more", error, left)
@@ -107,6 +109,7 @@ class Keys:
             expires = int(expiry)
         except ValueError:
             return None
+        # compare_digest raises TypeError at other characters, which strangers may send.
         if not signature.isascii() or not hmac.compare_digest(self._sign(said, key), signature):
             return None
         return key if key is not None and key.is_open(_now(now)) and _now(now) < expires else None
@@ -124,6 +127,8 @@ class Keys:
     def _sign(self, said: str, key: Key | None) -> str:
         if key is None:
             return secrets.token_hex(32)  # equals nothing
+        # By the key's hash, so that a session dies with its key and no list is needed; with the secret, where there is,
+        # since whoever reads the hashes could sign otherwise.
         own = hmac.new(b"safer_ray session" + self.secret, key.digest.encode(), hashlib.sha256).digest()
         return hmac.new(own, said.encode(), hashlib.sha256).hexdigest()
 

@@ -31,6 +31,7 @@ class Gate:
             await waiter
             yield
         finally:
+            # Let in, whatever came of it: also a request whose client went away between being let in and waking up.
             if waiter.done() and not waiter.cancelled():
                 self.inside -= 1
                 self._open()
@@ -38,12 +39,14 @@ class Gate:
                 waiter.cancel()
 
     def _open(self) -> None:
+        # Only the front of the queue is looked at: a small request that slipped past a large one would starve it.
         room = self.tokens
         while self.waiting and (not self.inside or room < self.tokens):
             tokens, waiter = self.waiting[0]
             if not waiter.done():
                 if room < self.tokens and tokens > room:
                     return
+                # At least 1, or requests without tokens would fit without end.
                 room -= max(1, tokens)
                 self.inside += 1
                 waiter.set_result(None)

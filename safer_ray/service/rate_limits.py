@@ -36,6 +36,7 @@ class Window:
             gone = self.taken.popleft()
             self.total -= gone[1]
             gone[1] = 0.0
+        # The wait ends when enough of the oldest entries have left the window, which is when the last of them does.
         over, wait = self.total + count - limit, 0.0
         for at, took in self.taken:
             if over <= 0:
@@ -70,7 +71,9 @@ class Rates:
     ) -> tuple[Window, list[float]] | None:
         if limit is None:
             return None
+        # Ingresses do not speak with each other on the way of a request; the proxy spreads requests evenly enough.
         share, window = self.share_of(limit), self.windows.setdefault((key.digest, what), Window())
+        # Before waiting: no wait would ever make room for it.
         if count > share:
             raise Problem(
                 413, f"key {key.name} may send {limit:,} {what} a minute; send at most {share:,} in a request"

@@ -69,6 +69,7 @@ class Room:
 
         def take(size: int) -> None:
             nonlocal own
+            # One body may always come in, or a limit below a single large body would refuse it for ever.
             if self.held > own and self.held + size > most:
                 raise overloaded()
             self.held += size
@@ -117,6 +118,7 @@ def _check_declared(scope: Scope, limit: int) -> None:
         if name == b"content-length":
             if not value.isdigit():
                 raise Problem(400, "Content-Length is no number")
+            # By length first: Python refuses integers of thousands of digits with an error of its own.
             if len(value) > 15 or int(value) > limit:
                 raise TooLarge(limit)
 
@@ -138,6 +140,7 @@ async def _read(receive: Receive, limit: int, take: Callable[[int], None]) -> Re
             break
 
     async def again() -> Message:
+        # Asked again, an application wants to hear that the client went away.
         if not chunks:
             return await receive()
         body = b"".join(chunks)

@@ -67,12 +67,14 @@ class Ending:
 
     def wait(self) -> None:
         """Return when a signal comes to the service, which is ready."""
+        # Held from now on: the signal is the ordinary end, and nothing has to be thrown out of the middle of anything.
         self._held = self.ready = True
         self._told.wait()
 
     def _tell(self, number: int, _frame: object) -> None:
         if self.number is not None:
             return
+        # Before it is raised: libraries catch BaseException here and there, and `check` finds it afterwards.
         self.number = number
         self._told.set()
         if not self._held:

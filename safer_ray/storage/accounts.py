@@ -101,6 +101,7 @@ def count(directory: Path, planned: Sequence[Fragment] = ()) -> Counts:
     reasons: Counter[str] = Counter()
     paths = sorted((directory / DONE).glob("*.json"))
     for path, entry in zip(paths, map_ordered(read_entry, paths, threads_for(directory)), strict=True):
+        # Entries of old do not say what rows they are of; they are believed.
         if entry.get("of", found := wanted.get(path.name)) != found and found:
             raise UserError(
                 f"{path} is the account of {entry['of']}, and the plan has {found} under that number; delete it, then "

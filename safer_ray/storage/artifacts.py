@@ -132,15 +132,18 @@ def save_plan(fragments: list[Fragment], directory: Path) -> list[Fragment]:
     path = directory / PLAN
     if not path.exists():
         check_unplanned(directory)
+        # Once, when planned: on going on a changed time alone is forgiven where the bytes are the same.
         fragments = with_digests(fragments)
         write_plan(fragments, path)
         return fragments
     names = {fragment.path: fragment.file for fragment in fragments}  # which a plan of old does not tell
     planned = [replace(f, file=f.file or names.get(f.path, f.path)) for f in read_plan(path)]
+    # The common case, which costs no reading of files.
     if planned == fragments:
         return planned
     now = {_identity(fragment): fragment for fragment in fragments}
     known = {_identity(fragment): fragment for fragment in planned}
+    # A file that went or came changes which rows a fragment's number means, so parts that are done would be of others.
     for identity in sorted(known.keys() ^ now.keys()):
         _refuse(now.get(identity) or known[identity], directory)
     for identity, fragment in now.items():
@@ -216,6 +219,8 @@ def _close(recipe: Recipe, result: Result, seconds: float, partial: Path) -> Non
     if marks.red_team:
         told["red_team_from"] = recipe.red_team_from + ["itself"] * result.own.red_team
         mark_files(partial, {PLAN, "done", *SCRATCH})
+    # The manifest is what makes it an artifact: all else has to be on the disk before it, or a power cut may leave
+    # one that looks whole, with empty files.
     sync_tree(partial)
     values = asdict(result)
     wall_seconds = values.pop("wall_seconds")
@@ -332,10 +337,12 @@ class Place:
     def _build(
         self, recipes: dict[str, Recipe], build: Callable[[dict[str, Path]], dict[str, Result]]
     ) -> Iterator[Artifact]:
+        # Beside where they end, on the same file system: there the rename that publishes them is atomic.
         partials = {name: self.partial(recipe) for name, recipe in recipes.items()}
         with explain_disk_errors(self.root):
             for partial in partials.values():
                 self._begin(partial)
+            # One may be whole already: its command was killed between the manifest and the rename.
             todo = {name: partial for name, partial in partials.items() if not _is_closed(partial)}
             self.building.update({partial: recipes[name] for name, partial in todo.items()})
             began = time.time()

@@ -163,6 +163,7 @@ def _refuse(path: Path) -> None:
 
 def _take(path: Path, owner: Owner) -> None:
     """Write the owner into the lock unless a living one stands there; one process at a time looks and writes."""
+    # On the folder: a lock file of its own would have to be made and removed, which is the race that is to be kept out.
     guard = os.open(path.parent, os.O_RDONLY)
     try:
         try:
@@ -226,6 +227,7 @@ class _Body:
             if self.is_main:
                 signal.pthread_kill(self.thread, signal.SIGUSR2)
             else:
+                # Signals reach the main thread alone; in any other one an exception is raised at its next byte code.
                 raised = ctypes.py_object(_Ended)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), raised)
         elif time.monotonic() - self.lost_at > END_SECONDS:
@@ -255,6 +257,7 @@ def _renew(path: Path, owner: Owner) -> Owner | None:
     """Touch the lock that names the owner, and no other that comes in its place; the owner that it names."""
     try:
         with path.open("rb") as stream:
+            # Read and renewed through one open file: what comes in its place meanwhile is another, and is not touched.
             found = json.loads(stream.read())
             if found == owner:
                 os.utime(stream.fileno())

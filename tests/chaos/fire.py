@@ -1,4 +1,4 @@
-"""Audits under fire: python tests/chaos/fire.py FOLDER [--kills 20] [--seed 0].
+"""Audits under fire: python tests/chaos/fire.py FOLDER [--kills 20] [--seed 0] [--nodes 3] [--actors 3].
 
 A cluster of several nodes on this machine audits a corpus; at random moments an actor, a task's worker, a whole node
 or the driver is killed with SIGKILL (a driver is started again, by the same command; a node is replaced). When an audit
@@ -34,7 +34,6 @@ from safer_ray.storage.artifacts import part_files, read_parts, read_plan
 from safer_ray.storage.files import read_json
 from safer_ray.storage.quarantine import quarantine_rows
 
-NODES, ACTORS = 3, 3
 FRAGMENT = 60
 KINDS = ("actor", "task", "node", "driver")
 PAUSE = (1.0, 6.0)  # seconds between two kills
@@ -66,6 +65,7 @@ class Fire:
     bundle: Path
     corpus: Path
     random: random.Random
+    actors: int
     kinds: list[str] = field(default_factory=list)  # what is to be killed next, last first
     killed: Counter[str] = field(default_factory=Counter)
 
@@ -75,7 +75,7 @@ class Fire:
     def command(self, out: Path, runner: str) -> list[str]:
         words = ["audit", "--auditor", self.bundle, "--pairs", self.corpus, "--out", out, "--runner", runner]
         words += ["--fragment-rows", FRAGMENT, "--detector", "safer", "--flag-quantile", "0.2"]
-        words += ["--actors", f"1:{ACTORS}"] if runner == "ray" else []
+        words += ["--actors", f"1:{self.actors}"] if runner == "ray" else []
         program = [noting.__file__] if runner == "ray" else ["-c", "from safer_ray.cli.app import main; main()"]
         return [sys.executable, *map(str, [*program, *words])]
 
@@ -184,18 +184,18 @@ def _differ(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
     )
 
 
-def under_fire(folder: Path, kills: int, seed: int, rows: int) -> dict[str, Any]:
+def under_fire(folder: Path, kills: int, seed: int, rows: int, nodes: int, actors: int) -> dict[str, Any]:
     """Audits until `kills` processes are killed; what became of the rows."""
     began = time.monotonic()
     bundle, corpus = write_corpus(folder, rows)
-    fire = Fire(folder, bundle, corpus, random.Random(seed))
+    fire = Fire(folder, bundle, corpus, random.Random(seed), actors)
     subprocess.run(fire.command(folder / "undisturbed", "local"), check=True, capture_output=True)
     fragments = len(read_plan(folder / "undisturbed/plan.parquet"))
     totals: Counter[str] = Counter()
     audits = 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for _ in range(NODES):
+        for _ in range(nodes):
             cluster.add_node(num_cpus=2)
         while (left := kills - fire.killed.total()) > 0:
             out = folder / f"audit-{audits}"
@@ -215,9 +215,10 @@ def under_fire(folder: Path, kills: int, seed: int, rows: int) -> dict[str, Any]
         "audits": audits,
         "rows": rows,
         "fragments": fragments,
-        "actors": ACTORS,
+        "nodes": nodes,
+        "actors": actors,
         **totals,
-        "begun_again_at_most": kills * ACTORS,
+        "begun_again_at_most": kills * actors,
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -228,9 +229,11 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--actors", type=int, default=3, help="at most")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    found = under_fire(given.folder.resolve(), given.kills, given.seed, given.rows)
+    found = under_fire(given.folder.resolve(), given.kills, given.seed, given.rows, given.nodes, given.actors)
     print(json.dumps(found, indent=1))
     wrong = any(found[name] for name in ("lost", "duplicated", "different"))
     sys.exit(wrong or found["begun_again"] > found["begun_again_at_most"])

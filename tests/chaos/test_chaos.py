@@ -19,7 +19,8 @@ def folder(tmp_path, tmp_path_factory):
 
 
 def test_an_audit_that_loses_processes_ends_as_one_that_nobody_disturbed(folder):
-    command = [sys.executable, Path(__file__).with_name("fire.py"), folder, "--kills", "3", "--rows", "1500"]
+    few = ["--kills", "3", "--rows", "1500", "--nodes", "2", "--actors", "2"]
+    command = [sys.executable, Path(__file__).with_name("fire.py"), folder, *few]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout[done.stdout.index("{") :])

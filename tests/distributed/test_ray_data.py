@@ -8,13 +8,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import ray
 import torch
 from support.made import make_pair, write_parts
 from support.own_rewards import PAIRS, assert_exact, own_rewards, own_sides
-from support.ray_work import WRITTEN, mortal, notes, one_file, read_after_first, read_noted, write_input
+from support.ray_work import (
+    WRITTEN,
+    Explains,
+    Slow,
+    Times,
+    Undoes,
+    mortal,
+    notes,
+    one_file,
+    read_after_first,
+    read_noted,
+    write_input,
+)
 from support.reward_models import save_reward_model_of
 from support.same_rows import assert_same_tables
 
@@ -64,6 +75,8 @@ def test_every_fragment_is_committed_under_its_number(fragments, tmp_path, loads
     assert [p.name for p in part_files(tmp_path / "out")] == [part_name(i) for i in range(8)]
     assert (counts.read, counts.written, counts.quarantined) == (80, 80, 0)
     assert seen == [("codes", done, 8) for done in range(1, 9)]
+    if loads_model:  # a new process, which loads torch with a function that works with it alone
+        assert not (tmp_path / "torch").exists()
 
 
 def test_what_is_done_is_not_done_again(fragments, tmp_path):
@@ -118,35 +131,6 @@ def test_a_row_whose_actors_are_killed_from_outside_is_not_quarantined(fragments
     assert (counts.written, counts.quarantined) == (20, 0)
 
 
-class Slow:
-    """A batch function that in its first processes takes long over value 40, and tells that it is at it."""
-
-    def __init__(self, folder, most):
-        self.folder, self.most = folder, most
-
-    def __call__(self, rows):
-        values = rows["value"].to_pylist()
-        if 40 in values and len(list(self.folder.glob("at-*"))) < self.most:
-            (self.folder / f"at-{os.getpid()}").touch()
-            time.sleep(60)
-        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
-
-
-class Undoes:
-    """A batch function that, at the last fragment, once takes back the first fragment's commit."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, rows):
-        values, entry = rows["value"].to_pylist(), self.folder / "out/done/00000000.json"
-        if 70 in values and not (self.folder / "taken").exists():
-            while not entry.exists():
-                time.sleep(0.02)
-            entry.rename(self.folder / "taken")
-        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
-
-
 def test_a_fragment_that_is_not_committed_when_the_work_ends_is_done_again(fragments, tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "SEEN_SECONDS", 0.0)
     made = MapJob("codes", read_fragment, partial(Undoes, tmp_path), WRITTEN, loads_model=True, batch_rows=10)
@@ -196,14 +180,6 @@ def test_a_row_that_fails_is_quarantined_as_in_one_process(fragments, tmp_path):
         found.append((doubles(tmp_path / name), quarantine_rows(tmp_path / name).to_pylist(), count(tmp_path / name)))
     assert found[0] == found[1]
     assert found[0][2].reasons == {"failed twice": 1}
-
-
-class Explains:
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self, rows):
-        raise self.error
 
 
 @pytest.mark.parametrize("kind", [UserError, SaferError])
@@ -295,24 +271,6 @@ def test_mapped_artifacts_have_equal_rows_for_any_number_of_actors(
         assert found[stage].name == artifact.name
         assert found[stage].manifest["rows"] == artifact.manifest["rows"]
         assert_same_tables(found[stage].path, artifact.path)
-
-
-class Times:
-    """A batch function that holds a factor, and tells which process was built for it, and when it gave it back."""
-
-    def __init__(self, folder, factor):
-        self.folder, self.factor = folder, factor
-        self.tell("built")
-
-    def tell(self, what):
-        with (self.folder / f"told-{os.getpid()}").open("a") as file:
-            file.write(f"{what} {self.factor}\n")
-
-    def __call__(self, rows):
-        return pa.table({"pair_id": rows["pair_id"], "double": [self.factor * v for v in rows["value"].to_pylist()]})
-
-    def __del__(self):
-        self.tell("gone")
 
 
 @pytest.mark.parametrize("loads_model", [True, False])

@@ -91,13 +91,14 @@ def in_parts(make, shards):
     return whole_function(MapJob("any", None, make, None, shards=shards))
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["codes", "activations", "all tokens", "vectors", "rewards", "heads"])
-def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind, shards):
+def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind):
     rows = TokenisePairs(family_dir)(PAIRS)
     make = functions(family_dir, sae4_dir)[kind]
-    wanted = pa.concat_tables([make()(rows.slice(i, 1)) for i in range(len(rows))])  # each pair alone
-    assert_same_rows(in_parts(make, shards)(rows), wanted, kind)
+    whole = make()
+    wanted = pa.concat_tables([whole(rows.slice(i, 1)) for i in range(len(rows))])  # each pair alone
+    for shards in (1, 2, 4):
+        assert_same_rows(in_parts(make, shards)(rows), wanted, f"{kind} in {shards} parts")
 
 
 @torch.inference_mode()
@@ -223,8 +224,15 @@ def test_pools_are_as_many_as_parts():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["codes", "activations"])
+@pytest.mark.parametrize(
+    ("kind", "shards"),
+    [
+        ("codes", 2),
+        pytest.param("codes", 3, marks=pytest.mark.long),
+        pytest.param("activations", 2, marks=pytest.mark.long),
+        pytest.param("activations", 3, marks=pytest.mark.long),
+    ],
+)
 def test_pools_of_actors_give_the_rows_of_one_process(tmp_path, pairs_dir, reward_dir, sae_dir, kind, shards):
     pools = tuple(PoolConfig(min_actors=1 + i % 2, max_actors=2) for i in range(shards))
     make, written = {

@@ -1,17 +1,19 @@
 """What a stranger on the network, or another user of the machine, gets from the Rays that our commands start."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import httpx
 import pytest
 from support.knocking import Stranger
-from support.ray_processes import environment, ray_folder, running, script, wait_until
-from support.ray_work import write_input
+from support.ray_processes import environment, ray_folder, running, wait_until
 from support.served import PAIR, bundle_of
-from support.tiny_run import finished
+from support.tiny_run import finished, write_config
 
 from safer_ray.client import Client
 from safer_ray.service.serve_settings import free_ports
@@ -62,23 +64,47 @@ def home(tmp_path):
     return {"HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
 
 
-def test_maps_and_trainings_let_no_stranger_in(pairs_dir, tmp_path, home):
+def without_compilers(folder):
+    """A PATH of all programs that are there, but for C and C++ compilers."""
+    folder.mkdir()
+    compilers = re.compile(r"(.*-)?(c\+\+|g\+\+|gcc|cc|c89|c99|cpp|clang(\+\+)?)(-[\d.]+)?")
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(place).glob("*"):
+            if not compilers.fullmatch(program.name):
+                (folder / program.name).unlink(missing_ok=True)
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_a_training_lets_no_stranger_in_and_wants_no_compiler(pairs_dir, tmp_path, home):
+    path, built = without_compilers(tmp_path / "bin"), tmp_path / "extensions"
+    assert not any(shutil.which(name, path=path) for name in ("c++", "g++", "gcc", "cc"))
+    words = ["reward", "--pairs", pairs_dir, "--out", tmp_path / "out", "--config", write_config(tmp_path)]
+    command = [sys.executable, "-m", "safer_ray", *map(str, words), "--runner", "ray"]
+    tokens = set()
+
+    def ended():
+        tokens.update(secrets_in(process) if process.poll() is None else ())
+        return process.poll() is not None
+
     with ray_folder() as files:
-        driver = script("ray_driver.py", write_input(tmp_path, 4), pairs_dir)
-        with running(driver, environment(files, **home), tmp_path / "said") as process:
-            with Stranger(process.pid, tmp_path / "marker") as stranger:
-                wait_until(lambda: "metrics" in (tmp_path / "said.out").read_text() or process.poll() is not None, 300)
-                tokens = secrets_in(process)
-            process.wait(60)
+        environ = environment(files, **home, PATH=path, TORCH_EXTENSIONS_DIR=str(built))
+        with (
+            running(command, environ, tmp_path / "said") as process,
+            Stranger(process.pid, tmp_path / "marker") as stranger,
+        ):
+            wait_until(ended, 300)
         err = (tmp_path / "said.err").read_text()
         assert process.returncode == 0, err
         assert_nobody_was_let_in(stranger)
         assert any("RayTrainWorker" in port.process for port in stranger.heard)
-        assert err.count("\n") == 1
         assert "RAY_AUTH_MODE=disabled does not count here" in err
-        written = told(files) + told(tmp_path)
+        written = told(files) + "".join(told(tmp_path / name) for name in ("out", "home")) + err
+    assert tokens
     assert all(token not in written for token in tokens)
     assert not list((tmp_path / "home").rglob("*token*"))
+    assert read_json(tmp_path / "out/manifest.json")["metrics"]["train_pairs"] > 0
+    assert not list(built.rglob("*"))  # nothing was compiled
 
 
 def test_an_audit_lets_no_stranger_in(tmp_path, tmp_path_factory, home):

@@ -1,7 +1,6 @@
 """Killed anywhere and started again, a run ends as one that nobody disturbed."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-import torch
+from support.preloaded import command, started
 from support.same_rows import assert_same_tables
 from support.tiny_run import finished, write_config
 
@@ -26,37 +25,23 @@ def lock_of(config):
     return config.parent / "runs/tiny/run.lock"
 
 
-def start(config):
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, since weights are compared bitwise
-    return subprocess.Popen(
-        [*COMMAND, str(config)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_work(process, config):
-    """Until the process has loaded its modules and holds the run's lock."""
-    named = f'"pid": {process.pid},'
-    while process.poll() is None and not (lock_of(config).exists() and named in lock_of(config).read_text()):
+def wait_for_work(pid, config, ended):
+    """Until the process holds the run's lock."""
+    named = f'"pid": {pid},'
+    while not ended() and not (lock_of(config).exists() and named in lock_of(config).read_text()):
         time.sleep(0.02)
 
 
-def finish(config):
-    """Run to the end."""
-    process = start(config)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-
-
-def kill_after(config, seconds):
-    """Start a run and kill it at its work; whether it was still at it by then."""
-    process = start(config)
-    wait_for_work(process, config)
-    try:
-        process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    return process.returncode == -signal.SIGKILL
+def life(config, seconds=None):
+    """Run to the end, or for so many seconds of work; the exit code."""
+    said = config.with_suffix(".said")
+    process = started(command, "run", config, said=said)  # as many threads as here, since weights are compared bitwise
+    wait_for_work(process.pid, config, lambda: process.exitcode is not None)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), said.read_text()
+    return process.exitcode
 
 
 def artifacts_in(config):
@@ -82,10 +67,10 @@ def disturbed(undisturbed, tmp_path_factory):
     moments = random.Random(0)
     hits = 0
     for _ in range(KILLS):
-        if not kill_after(config, moments.uniform(0, 0.2) * undisturbed[1]):
+        if life(config, moments.uniform(0, 0.2) * undisturbed[1]) == 0:
             break
         hits += 1
-    finish(config)
+    assert life(config) == 0
     return config, hits
 
 
@@ -139,8 +124,8 @@ def test_the_numbers_are_the_same(undisturbed, disturbed):
 def test_a_killed_runs_lock_is_taken_at_once(tmp_path):
     config = write_config(tmp_path)
     lock = lock_of(config)
-    process = start(config)
-    wait_for_work(process, config)
+    process = subprocess.Popen([*COMMAND, str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_work(process.pid, config, lambda: process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err

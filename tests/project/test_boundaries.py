@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,14 @@ def test_every_package_has_its_place_in_the_order():
     there = {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert there == set(LEVEL) - {"errors", "schema", "strategies"}
     assert len(list(LIBRARY.glob("*.py"))) <= 8
+
+
+def test_the_figure_of_the_architecture_shows_the_order():
+    svg = (LIBRARY.parent / "docs/architecture.svg").read_text(encoding="utf-8")
+    rows = {}
+    for y, name in re.findall(r'<text class="package" [^>]*y="(\d+)">(\w+)<', svg):
+        rows.setdefault(int(y), []).append(name)
+    assert tuple(tuple(rows[y]) for y in sorted(rows, reverse=True)) == ORDER
 
 
 def test_no_module_imports_itself_by_way_of_others():

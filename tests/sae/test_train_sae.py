@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.made import random_sae
+from support.preloaded import started
 from support.sae_vectors import CONFIG, WIDTH, activations, dictionary_vectors, write
 
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
@@ -114,41 +113,32 @@ def test_a_run_killed_when_a_checkpoint_was_due_resumes_to_the_same_weights(trai
     assert without_times(again) == without_times(metrics)
 
 
-MORTAL = """
-import os, signal, sys
-from pathlib import Path
-from support.sae_vectors import CONFIG
-from safer_ray.sae import data as sae_data, training_loop as sae_fit
-from safer_ray.sae.train import train_sae
-from safer_ray.reward.training_steps import OneProcess
+def mortal(source, out, *deadly):
+    """Train, killed at a step; print the first step."""
+    sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 7
+    steps = []
 
-sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 7
-source, out, deadly = Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]
-steps = []
+    def on_step(done, total):
+        steps.append(done)
+        if deadly and done == deadly[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def on_step(done, total):
-    steps.append(done)
-    if deadly and done == deadly[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-train_sae(source, out, CONFIG, OneProcess(out / "state", on_step), model="tiny", layer=2)
-print(steps[0])
-"""
+    train_sae(source, out, CONFIG, OneProcess(out / "state", on_step), model="tiny", layer=2)
+    print(steps[0], flush=True)
 
 
 @pytest.mark.slow
 def test_a_process_killed_again_and_again_ends_with_the_weights_of_one_that_was_left_alone(vectors_dir, tmp_path):
     def life(out, *deadly):
-        command = [sys.executable, "-c", MORTAL, str(vectors_dir), str(out), *map(str, deadly)]
-        paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=200)
+        said = tmp_path / f"said-{out.name}-{deadly}"
+        process = started(mortal, vectors_dir, out, *deadly, said=said)
+        process.join(200)
+        return process.exitcode, said.read_text()
 
     for step in (5, 40, 99):
-        assert life(tmp_path / "killed", step).returncode == -signal.SIGKILL
-    last = life(tmp_path / "killed")
-    assert last.stdout.split() == ["99"], last.stderr
-    assert life(tmp_path / "quiet").stdout.split() == ["1"]
+        assert life(tmp_path / "killed", step) == (-signal.SIGKILL, "")
+    assert life(tmp_path / "killed") == (0, "99\n")
+    assert life(tmp_path / "quiet") == (0, "1\n")
     assert_equal_weights(tmp_path / "quiet", tmp_path / "killed")
 
 

@@ -1,5 +1,6 @@
 """How the service ends: told to at any moment, killed, and on a cluster that goes on."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -61,8 +62,14 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        pytest.param(number, moment, id=f"{number.name} {moment}", marks=() if number == quick else pytest.mark.long)
+        for quick, moment in zip(itertools.cycle((signal.SIGINT, signal.SIGTERM)), MOMENTS, strict=False)
+        for number in (signal.SIGINT, signal.SIGTERM)  # one handler takes both; each is sent at every other moment
+    ],
+)
 def test_told_to_end_before_it_is_ready_it_does_with_a_line_and_leaves_nothing(started, tmp_path, moment, number):
     time.sleep(0.5)  # Python itself
     wait_until(MOMENTS[moment](started), 120, started)

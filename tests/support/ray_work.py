@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -166,6 +167,8 @@ class Mortal:
         values = rows["value"].to_pylist()
         with (self.folder / f"seen-{os.getpid()}").open("a") as seen:
             seen.write(f"{values[0]}\n")
+        if "torch" in sys.modules:
+            (self.folder / "torch").touch()
         if self.dies_at in values:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.dies_once_at in values and not (self.folder / "died").exists():
@@ -194,3 +197,61 @@ def fragments_done(folder: Path) -> int:
 def steps_done(folder: Path) -> int:
     """Of the last checkpoint."""
     return max((int(path.name.removeprefix("step-")) for path in folder.glob("reward/state/step-*")), default=0)
+
+
+# Batch functions of single tests: here, since an actor that unpickles one loads its module, and a test's loads torch.
+
+
+class Slow:
+    """A batch function that in its first processes takes long over value 40, and tells that it is at it."""
+
+    def __init__(self, folder, most):
+        self.folder, self.most = folder, most
+
+    def __call__(self, rows):
+        values = rows["value"].to_pylist()
+        if 40 in values and len(list(self.folder.glob("at-*"))) < self.most:
+            (self.folder / f"at-{os.getpid()}").touch()
+            time.sleep(60)
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+class Undoes:
+    """A batch function that, at the last fragment, once takes back the first fragment's commit."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, rows):
+        values, entry = rows["value"].to_pylist(), self.folder / "out/done/00000000.json"
+        if 70 in values and not (self.folder / "taken").exists():
+            while not entry.exists():
+                time.sleep(0.02)
+            entry.rename(self.folder / "taken")
+        return pa.table({"pair_id": rows["pair_id"], "double": [2 * v for v in values]})
+
+
+class Explains:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, rows):
+        raise self.error
+
+
+class Times:
+    """A batch function that holds a factor, and tells which process was built for it, and when it gave it back."""
+
+    def __init__(self, folder, factor):
+        self.folder, self.factor = folder, factor
+        self.tell("built")
+
+    def tell(self, what):
+        with (self.folder / f"told-{os.getpid()}").open("a") as file:
+            file.write(f"{what} {self.factor}\n")
+
+    def __call__(self, rows):
+        return pa.table({"pair_id": rows["pair_id"], "double": [self.factor * v for v in rows["value"].to_pylist()]})
+
+    def __del__(self):
+        self.tell("gone")
