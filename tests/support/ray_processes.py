@@ -39,7 +39,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
     }
-    return kept | {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(TESTS)} | more
+    return kept | {"RAY_TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))} | more
 
 
 def free_port() -> int:
