@@ -296,6 +296,8 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
 
 
 def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None, settings: dict[str, Any]) -> None:
+    if reward.pairs.text is not None:  # so that other engines read what it was trained on
+        reward.pairs.tokenizer.chat_template = reward.pairs.text
     with explain_disk_errors(directory):
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)

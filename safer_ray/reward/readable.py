@@ -1,8 +1,10 @@
 """Whether a tokenizer knows text, and its chat template renders some: tried on a few words, before any row is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 from safer_ray.errors import UserError
+from safer_ray.reward.templates import ChatTemplate
 
 WORDS = "Hello, what can I do for you today? 1 2 3 a b c 你好 今天 天气 Привет"
 USER = {"role": "user", "content": "Hello, what can I do for you today?"}
@@ -32,24 +34,26 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
         )
 
 
-def check_template(name: str, tokenizer: Any, own: str | None = None) -> None:
-    """See that a tokenizer's chat template, or an `own` one, renders a conversation of one kind at least.
+def check_template(name: str, tokenizer: Any, chat: Callable[[], ChatTemplate], *, own: bool) -> None:
+    """See that a tokenizer's chat template renders a conversation of one kind at least; the template may be the
+    user's `own`.
 
     Raises:
         UserError: it renders none, or none is the default; its own words are quoted.
     """
     from jinja2 import TemplateSyntaxError
 
-    templates = own or tokenizer.chat_template
-    if isinstance(templates, dict) and "default" not in templates:
+    templates = tokenizer.chat_template
+    if not own and isinstance(templates, dict) and "default" not in templates:
         raise UserError(
             f"{name}: none of its chat templates ({', '.join(sorted(templates))}) is the default; keep the one that "
             "the model was trained with as chat_template.jinja"
         )
+    template = chat()
     first: Exception | None = None
     for talk in TALKS:
         try:
-            text = tokenizer.apply_chat_template(talk, tokenize=False, chat_template=own)
+            (text,) = template.texts([talk])
         except TemplateSyntaxError as error:
             raise UserError(
                 f"{name}: its chat template has a syntax error in line {error.lineno}: {error.message}; mend it, or "

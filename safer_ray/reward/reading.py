@@ -116,13 +116,13 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
         template = _template_of(tokenizer, name, how.made_here)
     if template == CHAT and not (how.text or tokenizer.chat_template):
         raise UserError(f"{name} has no chat template; set `template` to pair, plain, raw or a .jinja file")
-    if template == CHAT:
-        check_template(name, tokenizer, how.text)
     pairs = PairTokenizer(
         tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text
     )
-    if template != CHAT and (how.arguments or (pairs.fold and template != "plain")):
+    if template != CHAT and (how.arguments or pairs.fold):
         raise UserError(f"{name}: template {template!r} takes no template_arguments and folds no system message")
+    if template == CHAT:
+        check_template(name, tokenizer, lambda: pairs.chat, own=how.text is not None)
     if template == CHAT and pairs.chat.reads_the_day and DATE not in how.arguments:
         log.warning(
             "%s: its chat template writes today's date; %s is taken, whenever this runs; set template_arguments.date "

@@ -1,6 +1,7 @@
 """The loop that trains a reward model on pairs: split by prompt, resume exactly, keep the best, export."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,11 @@ from safer_ray.reward.training_steps import (
     reward_step,
     warmup_cosine,
 )
-from safer_ray.storage.artifacts import read_parts
+from safer_ray.storage.artifacts import part_name, read_parts
+from safer_ray.storage.files import write_parquet
+from safer_ray.storage.quarantine import refuse, refused_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,19 +65,16 @@ def pair_texts(pairs: pa.Table) -> Iterator[str]:
 
 
 class _Batches:
-    """Pairs by row, tokenised once, and what the frozen blocks make of them, computed once and without dropout."""
+    """Tokenised pairs, and what the frozen blocks make of them, computed once and without dropout."""
 
-    def __init__(self, reward: RewardModel, pairs: pa.Table) -> None:
+    def __init__(self, reward: RewardModel, tokens: list[PairTokens]) -> None:
         reward.model.eval()
-        rows = pairs.select(["pair_id", "prompt", "chosen", "rejected"])
-        self.tokens: list[PairTokens] = []
+        self.tokens = tokens
         self.layer = reward.frozen_layers
         self.states: list[Tensor] = []  # chosen, then rejected of each pair in turn; empty where nothing is frozen
-        for start in range(0, len(rows), 1024):
-            tokens = reward.pairs(rows.slice(start, 1024).to_pylist())
-            self.tokens += tokens
-            if self.layer:
-                self.states += trunk_states(reward, [unpacked(side.ids, side.types) for side in both_sides(tokens)])
+        for start in range(0, len(tokens) if self.layer else 0, 1024):
+            sides = both_sides(tokens[start : start + 1024])
+            self.states += trunk_states(reward, [unpacked(side.ids, side.types) for side in sides])
         self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:
@@ -82,6 +84,25 @@ class _Batches:
         if not self.layer:
             return None
         return KnownStates(self.layer, [self.states[2 * i + side] for side in (0, 1) for i in rows])
+
+
+def _tokenised(reward: RewardModel, table: pa.Table, out: Path, workers: Workers) -> tuple[pa.Table, list[PairTokens]]:
+    """Return the pairs that can be put to a model, with their tokens; the others go to the quarantine in `out`."""
+    rows = table.select(["pair_id", "prompt", "chosen", "rejected"])
+    found: list[PairTokens | str] = []
+    for start in range(0, len(rows), 1024):
+        found += reward.pairs.read(rows.slice(start, 1024).to_pylist())
+    bad = {i: tokens for i, tokens in enumerate(found) if isinstance(tokens, str)}
+    if bad:
+        first = next(iter(bad))
+        log.warning(
+            "reward: %d of %d pairs cannot be put to %s and are left out, the first is pair %r: %s",
+            *(len(bad), len(rows), reward.name, rows["pair_id"][first].as_py(), bad[first]),
+        )
+        if workers.rank == 0:
+            write_parquet(refused_rows(refuse(table, bad), "reward"), out / "quarantine" / part_name(0))
+    good = [tokens for tokens in found if not isinstance(tokens, str)]
+    return table.filter(pa.array([i not in bad for i in range(len(table))], pa.bool_())), good
 
 
 @dataclass(frozen=True)
@@ -175,15 +196,21 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         SaferError: the loss became NaN.
     """
     quiet_transformers()
-    table = read_parts(pairs, ["pair_id", "prompt", "chosen", "rejected", "group"])
+    table = read_parts(pairs, ["pair_id", "row_key", "prompt", "chosen", "rejected", "group"])
     reward = new_reward_model(config, lambda: pair_texts(table))
+    given = len(table)
+    table, tokens = _tokenised(reward, table, out, workers)
     held = validation_split(table["group"].to_pylist(), config.validation_percent, config.seed)
     if held.all() or len(table) < 2:
-        raise UserError(f"reward: no pairs left to train on ({len(table)} in {pairs}); check sources and filters")
+        raise UserError(
+            f"reward: no pairs left to train on ({given} in {pairs}, {given - len(table)} of them cannot be put to the "
+            "model); check sources and filters"
+        )
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
-    train = _Batches(reward, table.filter(pa.array(~held)))
-    validation = _Batches(reward, table.filter(pa.array(held))) if held.any() else train
+    train = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if not out_of])
+    validation = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if out_of])
+    validation = validation if held.any() else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -195,6 +222,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     return {
         "train_pairs": len(train.tokens),
         "validation_pairs": len(validation.tokens) if held.any() else 0,
+        "refused_pairs": given - len(table),
         "steps": progress.step,
         "best_step": progress.best_step,
         "validation_accuracy": progress.best_accuracy,

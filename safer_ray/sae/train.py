@@ -123,7 +123,9 @@ def splice_quality(
         return {}
     quiet_transformers()
     reward = load_reward_model(judged.reward, reading=judged.reading)
-    tokens = reward.pairs(pairs)
+    tokens = [found for found in reward.pairs.read(pairs) if not isinstance(found, str)]  # as in the activations
+    if not tokens:
+        return {}
     return {
         name: spliced(reward, layer, sae, tokens, all_tokens=everywhere)._asdict()
         for name, everywhere in (("sentence ends", False), ("all tokens", True))

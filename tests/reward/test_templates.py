@@ -6,6 +6,7 @@ import shutil
 import pytest
 from support.made import make_pair, messages
 from support.templates import CHAT_TEMPLATE, LONG
+from transformers import AutoTokenizer
 
 from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
@@ -198,6 +199,10 @@ def test_a_template_in_a_file_is_read_and_goes_with_the_model(tmp_path, reward_d
     trained = new_reward_model(RewardConfig(base=str(tmp_path / "model"), template=str(file)), lambda: [])
     save_reward_model(trained, tmp_path / "trained")
     assert load_pair_tokenizer(tmp_path / "trained").chat.text == KNOWN_ROLES
+    (own,) = load_pair_tokenizer(tmp_path / "trained").read([TALKS["one turn"]])
+    plain = AutoTokenizer.from_pretrained(tmp_path / "trained")  # as other engines open it
+    talk_of = [*TALKS["one turn"]["prompt"], *TALKS["one turn"]["chosen"]]
+    assert own.chosen.ids.tolist() == plain.apply_chat_template(talk_of, tokenize=True, return_dict=True)["input_ids"]
     before = reading.asked()
     file.write_text(CHAT_TEMPLATE)
     assert reading.asked() != before  # recipes hold what it says, not its name

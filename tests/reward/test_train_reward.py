@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.made import TINY, make_pairs, write_parts
 
+from safer_ray import schema
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import train as module
@@ -43,6 +44,7 @@ from safer_ray.reward.training_steps import (
 from safer_ray.storage.artifacts import part_name
 from safer_ray.storage.digests import check_digests, record_digests
 from safer_ray.storage.files import write_parquet
+from safer_ray.storage.quarantine import quarantine_rows
 
 CONFIG = RewardConfig(
     base=TINY,
@@ -548,3 +550,17 @@ def test_a_checkpoint_is_due_when_its_time_has_come(engine, tmp_path, monkeypatc
 def test_texts_for_a_tokenizer_are_all_messages():
     table = pa.table({name: [[{"role": "user", "content": name}]] for name in ("prompt", "chosen", "rejected")})
     assert list(pair_texts(table)) == ["prompt", "chosen", "rejected"]
+
+
+def test_pairs_that_cannot_be_put_to_the_model_are_left_out_and_kept_with_the_reason(tmp_path, caplog):
+    rows = make_pairs(24).to_pylist()
+    rows[3]["prompt"][0]["role"] = "observer"
+    write_parts(schema.table(rows, schema.PAIRS), tmp_path / "pairs", 24)
+    config = RewardConfig(base=TINY, max_length=96, batch_size=8, micro_batch_size=8)
+    metrics = train_reward(tmp_path / "pairs", tmp_path / "out", config, OneProcess(tmp_path / "state"))
+    assert metrics["refused_pairs"] == 1
+    assert metrics["train_pairs"] + metrics["validation_pairs"] == 23
+    assert "1 of 24 pairs cannot be put to tiny llama and are left out, the first is pair 'pair-003'" in caplog.text
+    (row,) = quarantine_rows(tmp_path / "out").to_pylist()
+    assert (row["pair_id"], row["row_key"], row["stage"]) == ("pair-003", "made.jsonl#pair-003", "reward")
+    assert "the role 'observer'" in row["reason"]
