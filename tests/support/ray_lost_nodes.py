@@ -31,6 +31,8 @@ def disturbed(work: Callable[[], Any], ready: Callable[[], bool], disturb: Calla
         result = pool.submit(work)
         while not ready() and not result.done():
             time.sleep(0.02)
+        if result.done():
+            result.result()  # why it ended before it could be disturbed
         disturb()
         return result.result()
 
