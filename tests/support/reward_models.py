@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from support import tokenizers as t
+from support import made_tokenizers as t
 
 LARGE = 0.25
 COMMON = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
