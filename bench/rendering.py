@@ -10,9 +10,9 @@ as many as with four renderings a side (prompt and whole, with their texts and w
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
+from bench.common import local_path
 from safer_ray.reward.templates import ChatTemplate, Conversation, Message
 from safer_ray.reward.tiny_llama import train_tokenizer
 
@@ -45,7 +45,7 @@ def four_times(tokenizer: Any, sides: list[Conversation]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     out = parser.parse_args().json
     tokenizer = train_tokenizer(lambda: [LLAMA3], 400)
     tokenizer.chat_template, tokenizer.bos_token = LLAMA3, "<|begin_of_text|>"

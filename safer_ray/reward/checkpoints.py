@@ -67,7 +67,9 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
-        return str(Path(spec.origin).parent / folder), None
+        path = Path(spec.origin).parent / folder
+        check_config(path, "name a folder of the package that holds one")
+        return str(path), None
     check_config(Path(base), "write hub:OWNER/NAME for one on the hub")
     return base, None
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
         raise explain_validation(error, f"{file} (head)") from None
     found = HowItReads(**{name: settings[name] for name in SAID if name in settings}, made_here=True)
     asked = asked_for(reading)
+    if found.head is None:
+        found = replace(found, head=asked.head)
     for name in ("template", "arguments", "system", "truncation", "text", "head"):
         value = getattr(asked, name)
         if value not in (getattr(HowItReads(), name), getattr(found, name)):

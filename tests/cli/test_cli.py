@@ -434,7 +434,7 @@ def test_activations_that_are_nan_are_refused_with_their_pair(refused, at, tmp_p
 def test_a_reward_model_that_gives_nan_is_refused_with_the_pair(refused, at, tmp_path):
     copy = shutil.copytree(at["reward"], tmp_path / "reward")
     weights = load_file(copy / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"][:] = float("nan")
+    weights["model.layers.0.mlp.down_proj.weight"][0] = float("nan")
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     for words in (["codes", "--sae", at["sae"]], ["activations", "--set", "layer=1"], ["evaluate"]):
         out = tmp_path / words[0]

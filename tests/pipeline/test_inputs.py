@@ -4,7 +4,9 @@ import json
 import logging
 import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from safer_ray.config.sections import PairsConfig, RewardConfig, SourceConfig
 from safer_ray.data import hub
@@ -51,16 +53,16 @@ def test_a_file_that_changes_within_one_process_is_another_one(tmp_path):
 
 def test_a_checkpoint_that_changes_within_one_process_is_another_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"one")
+    save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
     first = base_input(str(tmp_path)).name
-    (tmp_path / "model.safetensors").write_bytes(b"two")
+    save_file({"a": np.ones(1)}, tmp_path / "model.safetensors")
     assert base_input(str(tmp_path)).name != first
 
 
 def test_what_is_not_there_is_an_error_and_no_content(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         file_input(tmp_path / "none.txt")
-    with pytest.raises(UserError, match=r"no such file or folder: .*nothing_here"):
+    with pytest.raises(UserError, match=r"no model in .*nothing_here \(config.json is missing\)"):
         base_input("package:safer_ray/nothing_here")
 
 

@@ -99,6 +99,7 @@ def test_the_summary_has_the_agreed_keys(summary):
     assert set(summary) == {
         "pairs",
         "quarantined",
+        "truncated",
         "reward",
         "sae",
         "selected_features",
@@ -433,8 +434,7 @@ def test_the_exported_reward_model_opens_with_transformers_alone(tiny):
     render = load_pair_tokenizer(tiny.models["clean"].path).render
     for pair in pairs.slice(0, 5).to_pylist():
         for side in schema.SIDES:
-            texts = [part.text for part in render(pair["prompt"], pair[side])]
-            ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+            ids = tokenizer(render(pair["prompt"], pair[side]).text, add_special_tokens=False)["input_ids"]
             with torch.inference_mode():
                 reward = float(model(torch.tensor([ids])).logits[0, 0])
             assert reward == pytest.approx(codes[pair["pair_id"]][f"{side}_reward"], rel=1e-4, abs=1e-5)

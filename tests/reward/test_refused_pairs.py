@@ -171,7 +171,7 @@ def test_a_stage_ends_where_more_than_the_share_fails_and_a_larger_one_lets_it_g
 def test_a_model_that_gives_nothing_else_ends_the_stage_in_one_line(reward_dir, pairs_dir, tmp_path):
     shutil.copytree(reward_dir, tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
-    weights["score.weight"][:] = float("nan")
+    weights["score.weight"][:, :3] = float("nan")
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     ctx = StageContext(Place(tmp_path / "runs"), LocalRunner())
     with pytest.raises(
@@ -317,7 +317,7 @@ def test_a_pair_wider_than_a_micro_batch_has_no_mask_of_its_width_squared(reward
     pairs = make_pairs(6).to_pylist()
     tokens = reward.pairs(pairs)
     widths = [len(packing.pack(t.chosen.ids, t.rejected.ids).ids) for t in tokens]
-    wanted = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
+    wanted = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[1:]])
     seen = []
     pack_batch = packing.pack_batch
 
@@ -328,7 +328,7 @@ def test_a_pair_wider_than_a_micro_batch_has_no_mask_of_its_width_squared(reward
     monkeypatch.setattr("safer_ray.reward.execution.pack_batch", watched)
     budget = max(widths) + spare
     monkeypatch.setattr("safer_ray.reward.model.CPU_BUDGET", budget)
-    found = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[3:]])
+    found = forward_pairs(reward, tokens, layers=[2], positions=[s.token for t in tokens for s in t[1:]])
     assert sorted(seen) == sorted(width for width in widths if width <= budget)
     torch.testing.assert_close(found.rewards, wanted.rewards, rtol=1e-5, atol=1e-5)
     for one, other in zip(found.hidden, wanted.hidden, strict=True):
