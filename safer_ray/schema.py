@@ -1,5 +1,6 @@
 """The nouns of the system and their Arrow schemas. Every table that crosses a stage has one of these."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -174,6 +175,7 @@ REWARDS = pa.schema(
     [
         ("pair_id", pa.string()),
         ("section", pa.string()),
+        ("group", pa.string()),  # prompt hash; null where it is not known
         ("reward_chosen", pa.float32()),
         ("reward_rejected", pa.float32()),
         ("reward_margin", pa.float32()),
@@ -185,6 +187,7 @@ REWARDS = pa.schema(
 TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
 
 
+NO_PROMPT = hashlib.sha256(b"[]").hexdigest()[:16]  # the `group` of pairs without a prompt
 TRUNCATED = ("chosen_truncated", "rejected_truncated")  # what is longer than the model reads was cut
 
 

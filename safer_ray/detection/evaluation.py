@@ -12,11 +12,13 @@ from scipy.stats import binomtest, norm
 from safer_ray.config.sections import StrategyName
 from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
+from safer_ray.schema import NO_PROMPT
 from safer_ray.strategies import STRATEGIES, StrategyInput
 
 
 class Accuracy(NamedTuple):
-    """Share of pairs with r_chosen > r_rejected (a tie is wrong), in [0, 1], with its 95% Wilson interval."""
+    """Share of pairs with r_chosen > r_rejected (a tie is wrong), in [0, 1], with its 95% Wilson interval, which counts
+    pairs of one prompt as what they are worth (`effective_count`)."""
 
     n: int
     correct: int
@@ -34,7 +36,7 @@ class McNemar(NamedTuple):
     p: float
 
 
-def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -48,12 +50,31 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 def section_accuracy(rewards: pa.Table) -> dict[str, Accuracy]:
     """Accuracy by section of a REWARDS table, sections by name."""
     right = rewards["reward_margin"].to_numpy() > 0
-    return {name: _accuracy(right[mask]) for name, mask in _sections(rewards)}
+    groups = np.array(rewards["group"].to_pylist(), dtype=object)
+    return {name: _accuracy(right[mask], groups[mask]) for name, mask in _sections(rewards)}
 
 
-def _accuracy(right: np.ndarray) -> Accuracy:
+def _accuracy(right: np.ndarray, groups: np.ndarray) -> Accuracy:
     n, correct = len(right), int(right.sum())
-    return Accuracy(n, correct, correct / n if n else 0.0, *wilson(correct, n))
+    share, worth = correct / n if n else 0.0, effective_count(right, groups)
+    return Accuracy(n, correct, share, *wilson(share * worth, worth))
+
+
+def effective_count(right: np.ndarray, groups: np.ndarray) -> float:
+    """Return how many independent pairs tell as much of a share as these, in [1, n]: n where each has a prompt of its
+    own, or none is known; fewer where pairs of one prompt are right or wrong together (n over Kish's design effect,
+    with the linearised variance of a ratio; where all or none are right, the number of prompts)."""
+    alone = np.array([group is None or group == NO_PROMPT for group in groups], dtype=bool)
+    names = np.where(alone, [f"pair {i}" for i in range(len(groups))], groups.astype(str))
+    _, group = np.unique(names, return_inverse=True)
+    n, count, share = len(right), int(group.max(initial=-1)) + 1, float(right.mean()) if len(right) else 0.0
+    if count == n or share in (0.0, 1.0):
+        return float(count)
+    sums = np.bincount(group, weights=right - share)
+    if count == 1:
+        return 1.0
+    variance = float((sums**2).sum()) / n**2 * count / (count - 1)
+    return float(np.clip(share * (1 - share) / variance, 1, n)) if variance > 0 else float(n)
 
 
 def _sections(rewards: pa.Table) -> Iterator[tuple[str, np.ndarray]]:

@@ -308,6 +308,7 @@ class RewardPairs(ReadsPairs):
         columns = {
             "pair_id": pairs["pair_id"],
             "section": pairs["section"],
+            "group": pairs["group"] if "group" in pairs.column_names else pa.nulls(len(pairs), pa.string()),
             "reward_chosen": chosen,
             "reward_rejected": rejected,
             "reward_margin": chosen - rejected,

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from safer_ray import schema
-from safer_ray.detection.evaluation import detection, mcnemar, paired_test, section_accuracy, wilson
+from safer_ray.detection.evaluation import detection, effective_count, mcnemar, paired_test, section_accuracy, wilson
 from safer_ray.errors import UserError
+from safer_ray.schema import NO_PROMPT
 
 
 def rewards(margins, sections=None, ids=None):
@@ -104,3 +105,28 @@ def test_auroc_equals_sklearns(rows):
         assert found.auroc == 0.5
     else:
         assert found.auroc == pytest.approx(metrics.roc_auc_score(planted, -scores))
+
+
+def test_pairs_of_one_prompt_that_are_right_together_count_as_one():
+    right = np.repeat([True, False, True, True, False, True, True, True], 9)
+    prompts = np.repeat([f"p{i}" for i in range(8)], 9).astype(object)
+    assert effective_count(right, prompts) == pytest.approx(7)  # of 8, of which one degree of freedom is the share's
+    assert effective_count(right, np.array([f"p{i}" for i in range(72)], dtype=object)) == 72
+    assert effective_count(right, np.array([None] * 72)) == 72
+    assert effective_count(right, np.array([NO_PROMPT] * 72)) == 72
+    assert effective_count(np.ones(72, dtype=bool), prompts) == 8
+    rng = np.random.default_rng(0)
+    independent = effective_count(rng.random(9000) < 0.7, np.repeat(np.arange(1000), 9).astype(str).astype(object))
+    assert 8000 < independent <= 9000
+
+
+def test_the_interval_of_dependent_pairs_is_that_of_their_prompts():
+    rows = [
+        {"pair_id": f"{i}/{j}", "section": "a", "group": f"p{i}", "reward_margin": 1.0 if i % 3 else -1.0}
+        for i in range(12)
+        for j in range(9)
+    ]
+    found = section_accuracy(schema.table(rows, schema.REWARDS))["a"]
+    alone = section_accuracy(schema.table([{**row, "group": None} for row in rows], schema.REWARDS))["a"]
+    assert (found.n, found.accuracy) == (alone.n, alone.accuracy) == (108, 8 / 12)
+    assert found.high - found.low > 2.5 * (alone.high - alone.low)

@@ -230,7 +230,7 @@ def test_curation_keeps_the_few_pairs_that_have_no_score(tmp_path):
 
 def test_models_are_compared_on_the_pairs_that_both_could_read():
     def rewards(ids):
-        columns = {"pair_id": ids, "section": ["a"] * len(ids)} | dict.fromkeys(
+        columns = {"pair_id": ids, "section": ["a"] * len(ids), "group": ids} | dict.fromkeys(
             ("reward_chosen", "reward_rejected", "reward_margin"), [1.0] * len(ids)
         )
         columns |= dict.fromkeys(schema.TRUNCATED, [False] * len(ids))
