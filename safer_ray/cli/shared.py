@@ -200,7 +200,7 @@ def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path 
     asked = config_section(config, "reward", None)
     given = {name: getattr(asked, name) for name in asked.model_fields_set if name in Reading.model_fields}
     try:
-        reading = Reading.model_validate(given | assigned({}, options))
+        reading = Reading.model_validate(given | assigned({}, options, "--read"))
     except ValidationError as error:
         raise explain_validation(error, "--read") from None
     return reading.model_copy(update={TRUSTED: True}) if trust_remote_code else reading

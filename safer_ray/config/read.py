@@ -24,30 +24,30 @@ def explain_validation(error: ValidationError, where: str) -> UserError:
     return UserError(": ".join(filter(None, (where, place, f"{message}{more}"))))
 
 
-def _set(tree: dict[str, Any], assignment: str) -> None:
+def _set(tree: dict[str, Any], assignment: str, option: str) -> None:
     key, equals, value = assignment.partition("=")
     if not equals:
-        raise UserError(f"--set {assignment!r}: write it as key=value, say epochs=2")
+        raise UserError(f"{option} {assignment!r}: write it as key=value, say epochs=2")
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"--set {key}: {parent!r} is a value, not a section")
+            raise UserError(f"{option} {key}: {parent!r} is a value, not a section")
         tree = child
     try:
         tree[leaf] = yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--set {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # YAML raises ValueError over days that are none
+        raise UserError(f"{option} {assignment!r} is not readable YAML: {' '.join(str(error).split())}") from None
 
 
-def assigned(tree: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+def assigned(tree: dict[str, Any], assignments: list[str] | None, option: str = "--set") -> dict[str, Any]:
     """Return the tree with `key=value` assignments laid over it.
 
     Raises:
         UserError: an assignment that is none, or whose value is no YAML.
     """
     for assignment in assignments or []:
-        _set(tree, assignment)
+        _set(tree, assignment, option)
     return tree
 
 
@@ -70,7 +70,7 @@ def load_config(path: Path, assignments: list[str] | None = None, *, red_team: b
         raise UserError(f"no config at {path}; give a file, or one of {', '.join(shipped_configs())}") from None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}; pass a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also over days that are none
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")

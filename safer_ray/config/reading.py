@@ -3,9 +3,9 @@
 import hashlib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from safer_ray.config.head import HeadConfig
 from safer_ray.config.values import Frozen, LocalName
@@ -14,6 +14,10 @@ from safer_ray.errors import UserError
 TEMPLATES = ("auto", "chat", "plain", "pair", "raw")
 DATE = "date"  # of the arguments of a template: the day that it takes for today
 TRUSTED = "trust_remote_code"
+
+
+# YAML makes a day of 2026-01-31.
+_DAYS = BeforeValidator(lambda value: value.isoformat() if isinstance(value, date) else value)
 
 
 class Reading(Frozen):
@@ -27,7 +31,7 @@ class Reading(Frozen):
     """
 
     template: LocalName = "auto"
-    template_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    template_arguments: dict[str, Annotated[bool | int | float | str, _DAYS]] = Field(default_factory=dict)
     system: Literal["template", "fold"] = "template"
     truncation: Literal["cut", "quarantine"] = "cut"
     head: HeadConfig | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -75,12 +79,15 @@ def template_text(file: str) -> str:
     """Return the template in a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is empty.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the template {file}: {' '.join(str(error).split())}") from None
+    if not text.strip():
+        raise UserError(f"the template {file} is empty; write one into it, or leave it out")
+    return text
 
 
 AS_IT_COMES = Reading()

@@ -293,8 +293,9 @@ def _write_auditor(
     for name, artifact in (("reward", reward), ("sae", sae)):
         shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
     if not (out / "reward" / SETTINGS).is_file():  # a model from elsewhere is read in audits as it was for its codes
-        write_json(settings_of(load_pair_tokenizer(reward.path, reading)), out / "reward" / SETTINGS)
-    if head := codes.manifest.get("config", {}).get("reading", {}).get("head"):
+        known_reading = codes.metrics.get("reading") or settings_of(load_pair_tokenizer(reward.path, reading))
+        write_json(known_reading, out / "reward" / SETTINGS)
+    elif head := codes.metrics.get("reading", {}).get("head"):
         keep_head(out / "reward", head)  # the reference is of the rewards that it gives
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:

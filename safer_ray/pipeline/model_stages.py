@@ -305,7 +305,10 @@ def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Arti
     job = _job_on_pairs(ctx, "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, reward)
     counts = ctx.map(job, _fragments_of(pairs), out)
     loaded = load_sae(sae.path)
-    return Result(counts, {"latents": loaded.latents, "k": loaded.k})
+    reading = settings_of(load_pair_tokenizer(reward.path, ctx.reading))
+    if ctx.reading.head is not None:
+        reading["head"] = ctx.reading.head.model_dump(mode="json", exclude_none=True)
+    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading})
 
 
 def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:

@@ -143,14 +143,13 @@ def _within(share: float, work: Work, counts: Counts) -> dict[str, int]:
         (first,) = quarantine_rows(work.directory).slice(0, 1).to_pylist()
         told = " ".join(first["reason"].split())[:200]
         left_out = f"{work.job.stage}: {counts.quarantined} of {counts.read} rows"
-        place = work.directory / "quarantine"
-        why = f"most with {reason!r}, the first is pair {first['pair_id']!r} ({told}); see {place}"
+        why = f"most with {reason!r}, the first is pair {first['pair_id']!r} ({told})"
         if counts.quarantined > share * counts.read:
             raise UserError(
-                f"{left_out} failed, more than pairs.max_refused_share {share:g}, {why}, and run with --fresh once the "
-                "cause is mended"
+                f"{left_out} failed, more than pairs.max_refused_share {share:g}, {why}; see "
+                f"{work.directory / 'quarantine'}, and run with --fresh once the cause is mended"
             )
-        log.warning("%s are left out, %s", left_out, why)
+        log.warning("%s are left out, %s; `quarantine` in what is made has them", left_out, why)
     return {"read": counts.read, "written": counts.written, "quarantined": counts.quarantined}
 
 

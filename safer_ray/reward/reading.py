@@ -116,7 +116,7 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
     template = how.template
     if template == AUTO:
         template = _template_of(tokenizer, name, how.made_here)
-    if template == CHAT and not (how.text or tokenizer.chat_template):
+    if template == CHAT and how.text is None and not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template; set `template` to pair, plain, raw or a .jinja file")
     pairs = PairTokenizer(
         tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text

@@ -17,7 +17,8 @@ from safer_ray.errors import UserError
 
 Message = dict[str, str]
 MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a message's content
-TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+ASKED = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
 NO_DAY = date(2024, 7, 26)  # what templates of Llama 3 take for today where nobody says the date
 ROLES = ("system", "user", "assistant", "developer", "tool")
 ALIASES = {  # what other formats call them
@@ -91,7 +92,7 @@ class ChatTemplate:
                 raise UserError(f"the chat template reads no argument {name!r}; leave it out of template_arguments")
         if DATE in self.arguments and not self.reads_the_day and not re.search(rf"\b{DATE}\b", self.text):
             raise UserError("the chat template reads no date; leave `date` out of template_arguments")
-        if TODAY.sub("", self.text).count("strftime_now("):
+        if "strftime_now" in ASKED.sub("", TODAY.sub("", self.text)):
             raise UserError(
                 "the chat template writes today's date by a call of strftime_now that cannot be fixed to one day; "
                 "set `template` to a file with a template that writes none"
@@ -112,7 +113,7 @@ class ChatTemplate:
         return TODAY.sub(lambda found: repr(self.day.strftime(found[2])), self.text)
 
     @cached_property
-    def _known(self) -> dict[tuple[str, ...], "_Markup | str"]:
+    def _known(self) -> dict[tuple[str, ...], "_Markup | _Text"]:
         return {}
 
     def texts(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -126,48 +127,61 @@ class ChatTemplate:
         """Return conversations with their spans, or why one cannot be read: the template's own words, a message that it
         leaves out, or a role that is not known."""
         found: list[Rendered | str] = [""] * len(conversations)
-        marked: dict[int, _Markup] = {}
         written: dict[int, list[Message]] = {}
         for number, conversation in enumerate(conversations):
             messages = [{**m, "role": self._role(m["role"])} for m in conversation.messages]
             if reason := unknown_role(messages):
                 found[number] = reason
-                continue
-            markup = self._markup(messages)
-            if isinstance(markup, str):
-                found[number] = markup
             else:
-                marked[number], written[number] = markup, messages
-        for number, text in zip(written, self._texts_or_reasons(list(written.values())), strict=True):
-            if text.failed:
-                found[number] = text.text
-            else:
-                found[number] = _aligned(text.text, marked[number], conversations[number])
+                written[number] = messages
+        texts = self._texts_or_reasons(list(written.values()))
+        for (number, messages), text in zip(written.items(), texts, strict=True):
+            found[number] = text.text if text.failed else self._with_spans(text.text, messages, conversations[number])
         return found
+
+    def _with_spans(self, text: str, messages: Sequence[Message], conversation: Conversation) -> Rendered | str:
+        """A rendered text with its spans by the markup around them; where that cannot be told, by what is said."""
+        markup = self._markup(messages)
+        if isinstance(markup, _Markup):
+            aligned = _aligned(text, markup, conversation)
+            if aligned is not None:
+                return aligned
+        elif not markup.failed:
+            return markup.text
+        return _by_contents(text, conversation) or (
+            "nobody can tell where its messages lie in what the chat template makes of them, since that depends on "
+            "what they say; leave it out, or set `template` to a file with one that writes each as it is"
+        )
 
     def _role(self, role: str) -> str:
         """A role by the name that templates know, unless this one knows the other name."""
         same = ALIASES.get(role.strip().lower())
-        return role if same is None or f"'{role}'" in self.text or f'"{role}"' in self.text else same
+        if same is None:
+            return role
+        own = f"['\"]{re.escape(role)}['\"]"
+        compared = rf"[=!]=\s*{own}|{own}\s*[=!]=|\bin\s*[\[(][^\])]*{own}|{own}\s*:"
+        return role if re.search(compared, self.text) else same
 
-    def _markup(self, messages: Sequence[Message]) -> "_Markup | str":
+    def _markup(self, messages: Sequence[Message]) -> "_Markup | _Text":
         roles = tuple(message["role"] for message in messages)
         if roles not in self._known:
             self._known[roles] = self._find_markup(roles)
         return self._known[roles]
 
-    def _find_markup(self, roles: tuple[str, ...]) -> "_Markup | str":
+    def _find_markup(self, roles: tuple[str, ...]) -> "_Markup | _Text":
+        """What the template writes around messages of such roles; or what is wrong with that; or, failed, why it does
+        not take the marks, which says nothing of messages."""
         marks = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
         (found,) = self._texts_or_reasons([marks])
         if found.failed:
-            return found.text
+            return found
         seen = [int(number) for number in MARK.findall(found.text)]
         for number, role in enumerate(roles):
             if seen.count(number) != 1:
                 what = "leaves out" if number not in seen else f"writes {seen.count(number)} times"
-                return f"the chat template {what} message {number + 1} of {len(roles)}, of role {role!r}"
+                return _Text(f"the chat template {what} message {number + 1} of {len(roles)}, of role {role!r}")
         if seen != sorted(seen):
-            return "the chat template puts the messages into another order"
+            return _Text("the chat template puts the messages into another order")
         return _Markup(MARK.split(found.text)[0::2])
 
     def _texts_or_reasons(self, conversations: Sequence[Sequence[Message]]) -> list["_Text"]:
@@ -215,8 +229,9 @@ def _folded(messages: Sequence[Message]) -> list[Message]:
     return made + waiting
 
 
-def _aligned(text: str, markup: _Markup, conversation: Conversation) -> Rendered | str:
-    """Find each content in a text by the markup around it, from the left; in time proportional to the text."""
+def _aligned(text: str, markup: _Markup, conversation: Conversation) -> Rendered | None:
+    """Find each content in a text by the markup around it, from the left, in time proportional to the text; None where
+    that markup is not there."""
     contents = [message["content"] for message in conversation.messages]
     pieces, spans, position, border = markup.pieces, [], 0, len(text)
     absent: set[str] = set()  # what does not come any more, and is not looked for again
@@ -227,16 +242,29 @@ def _aligned(text: str, markup: _Markup, conversation: Conversation) -> Rendered
         last = number == len(contents) - 1
         stop = _end_of_content(text, position, content, pieces[number + 1], absent, last=last)
         if stop is None:
-            return (
-                f"the chat template rewrites what surrounds message {number + 2}, so that nobody can tell where it "
-                "begins; set `template: plain`"
-            )
+            return None
         said = text[position:stop]
         start = position + len(said) - len(said.lstrip())
         end = position + len(said.rstrip())
         if start < end:
             spans.append(Span(start, end, number, _shift(text[start:end], content)))
         position = stop
+    return Rendered(text, tuple(spans), border, len(conversation.prompt), conversation.systems)
+
+
+def _by_contents(text: str, conversation: Conversation) -> Rendered | None:
+    """Find each content in a text as it is, from the left; None where one is not there."""
+    spans, position, border = [], 0, len(text)
+    for number, message in enumerate(conversation.messages):
+        said = message["content"].strip()
+        start = text.find(said, position)
+        if start < 0:
+            return None
+        if number == len(conversation.prompt):
+            border = start
+        position = start + len(said)
+        if said:
+            spans.append(Span(start, position, number, message["content"].index(said)))
     return Rendered(text, tuple(spans), border, len(conversation.prompt), conversation.systems)
 
 
@@ -296,24 +324,18 @@ def _plainly(conversation: Conversation) -> Rendered:
 
 def render_raw(conversations: Sequence[Conversation]) -> list[Rendered | str]:
     """Return contents one behind the other, with nothing between."""
-    return [_joined([""] * len(each.messages), each) for each in conversations]
+    return [unknown_role(each.messages) or _joined([""] * len(each.messages), each) for each in conversations]
 
 
 def render_pair(conversations: Sequence[Conversation]) -> list[Rendered | str]:
     """Return prompt and response for `tokenizer(prompt, response)`: a message alone as it is, several as turns."""
-    found: list[Rendered | str] = []
-    for each in conversations:
-        if len(each.prompt) > 1:
-            reason = unknown_role(each.messages)
-            found.append(reason or _two_texts(each))
-        else:
-            found.append(_joined([""] * len(each.messages), each))
-    return found
+    return [unknown_role(each.messages) or _two_texts(each) for each in conversations]
 
 
 def _two_texts(conversation: Conversation) -> Rendered:
     turns = [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in conversation.prompt]
-    return _joined([turns[0].lstrip(), *turns[1:], *[""] * len(conversation.response)], conversation)
+    turns = [""] if len(turns) == 1 else [turn.lstrip() if number == 0 else turn for number, turn in enumerate(turns)]
+    return _joined([*turns, *[""] * len(conversation.response)], conversation)
 
 
 def _joined(before: Sequence[str], conversation: Conversation) -> Rendered:

@@ -106,7 +106,7 @@ class PairTokenizer:
         Raises:
             UserError: there is none, or it does not read an argument.
         """
-        template = self.text or self.tokenizer.chat_template
+        template = self.tokenizer.chat_template if self.text is None else self.text
         if isinstance(template, dict):  # by name
             template = template["default"]
         return ChatTemplate(self.tokenizer, template, self.arguments, self.fold)

@@ -43,7 +43,10 @@ if [ -n "$settings" ]; then
   wanted '^ *stats socket .* mode 600 '
   wanted '^ *timeout http-request 20s$'
   wanted '^ *http-error status 50[234] '
-  unwanted '^ *bind +(:|[^ ]*\*)'
+  # The service itself listens where its user said, which may be everywhere.
+  if sed -e '/^frontend http_frontend/,/^ *bind/ s/^ *bind/    said/' "$settings" | grep -Eq '^ *bind +(:|[^ ]*\*)'; then
+    refuse "still has a line that binds everywhere"
+  fi
   unwanted 'mode 666'
   unwanted '^ *errorfile'
 fi

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from safer_ray.errors import SaferError, UserError
+from safer_ray.service.arguments import ServiceConfig, read_args
 from safer_ray.service.serve_settings import free_ports, settings, socket_folder
 from safer_ray.service.shutdown import Ending
 
@@ -53,12 +54,12 @@ def serve_until_told(args: dict[str, str], ending: Ending) -> None:
         SaferError: Ray does not start, or nothing answers at the service's port.
         Ended: it was told to end before it was ready.
     """
-    from safer_ray.service.arguments import read_args
 
     host, port = args.pop("host", None), args.pop("port", None)
     address = args.pop("address", None) or os.environ.get("RAY_ADDRESS")
-    read_args(args)  # what is wrong is said before Ray starts
+    config = read_args(args)  # what is wrong is said before Ray starts
     if address in (None, "local"):
+        check_host(host or HOST, config)
         session = own(host or HOST, own_port(host or HOST, port), ending)
     else:
         session = joined(address, host, port, ending)
@@ -68,6 +69,22 @@ def serve_until_told(args: dict[str, str], ending: Ending) -> None:
         ending.check()
         print(f"ready: {url}; logs are in {logs()}", flush=True)
         ending.wait()
+
+
+def check_host(host: str, config: ServiceConfig) -> None:
+    """Raises UserError where a service on a Ray of its own would let strangers in, or could not listen."""
+    from safer_ray.service.app import check_binding, find_keys
+
+    check_binding(host, bool(find_keys(config.keys)), config.insecure)
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if not (address.is_loopback or address.is_unspecified):
+            every = "0.0.0.0" if address.version == 4 else "::"
+            raise UserError(
+                f"serve: a Ray of this command's own knows no address but loopback, and finds no proxy on {host}; "
+                f"listen on host={every} behind a firewall, on 127.0.0.1 behind a proxy of yours, or join a cluster "
+                "(address=HOST:PORT)"
+            )
 
 
 @contextlib.contextmanager

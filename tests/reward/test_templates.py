@@ -175,6 +175,7 @@ def test_the_day_is_the_one_that_is_said_whenever_it_runs(tmp_path, reward_dir, 
         (CHAT_TEMPLATE, {"messages": "x"}, "reads no argument 'messages'"),
         (CHAT_TEMPLATE, {"date": "2024-01-01"}, "reads no date"),
         ("{% set f = '%d' %}{{ strftime_now(f) }}" + CHAT_TEMPLATE, {}, "cannot be fixed to one day"),
+        ("{% set f = strftime_now %}{{ f('%d') }}" + CHAT_TEMPLATE, {}, "cannot be fixed to one day"),
     ],
 )
 def test_arguments_that_a_template_does_not_read_are_refused(template, arguments, told):
@@ -235,3 +236,50 @@ def test_a_name_that_is_no_template_is_refused():
         Reading(template="chatml")
     with pytest.raises(ValueError, match="write it as YYYY-MM-DD"):
         Reading(template_arguments={"date": "26 July"})
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d')", 'strftime_now ( "%d" )', "strftime_now( '%d' )"])
+def test_the_day_is_found_however_it_is_asked_for(call):
+    pairs = reads("{% if strftime_now is defined %}[{{ " + call + " }}]{% endif %}" + CHAT_TEMPLATE)
+    assert pairs.rendered_side(TALKS["one turn"], "chosen").startswith("[26]")
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_template_is_refused(tmp_path, reward_dir, content):
+    (tmp_path / "own.jinja").write_text(content)
+    with pytest.raises(UserError, match=r"the template .*own.jinja is empty"):
+        load_pair_tokenizer(reward_dir, Reading(template=str(tmp_path / "own.jinja")))
+
+
+def test_a_template_that_writes_other_names_of_roles_knows_the_common_ones():
+    template = "{% for m in messages %}{{ 'human' if m['role'] == 'user' else 'gpt' }}: {{ m['content'] }};{% endfor %}"
+    text = reads(template).rendered_side(pair_of(("human", "How?")), "chosen")
+    assert text == "human: How?;gpt: Yes. Fine.;"
+
+
+def test_a_template_that_refuses_our_marks_is_asked_about_the_messages_alone():
+    template = (
+        "{% for m in messages %}{% if m['content'] | length < 5 %}{{ raise_exception('too short') }}{% endif %}"
+        "<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    )
+    pairs = reads(template)
+    good, bad = pairs.read(
+        [pair_of(("user", "Hello."), chosen="Of course. Yes.", rejected="No, not."), pair_of(("user", "Hi"))]
+    )
+    assert good.chosen.ids.tolist() == own_ids(pairs, talk(("user", "Hello."), ("assistant", "Of course. Yes.")))
+    assert bad == "the chat template refuses it: too short"
+
+
+@pytest.mark.parametrize("template", ["raw", "pair"])
+def test_no_template_reads_a_role_that_is_not_known(template):
+    (found,) = PairTokenizer(reads(CHAT_TEMPLATE).tokenizer, template, 400).read([pair_of(("banana", "Hello."))])
+    assert "the role 'banana', which is not known" in found
+
+
+def test_a_day_as_yaml_reads_it_is_a_day():
+    from safer_ray.config.read import assigned
+
+    values = assigned({}, ["template_arguments={date: 2026-01-31}"], "--read")
+    assert Reading.model_validate(values).template_arguments == {"date": "2026-01-31"}
+    with pytest.raises(UserError, match=r"--read 'template_arguments.date=2026-13-01' is not readable YAML"):
+        assigned({}, ["template_arguments.date=2026-13-01"], "--read")
