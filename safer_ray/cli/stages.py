@@ -313,6 +313,13 @@ def auditor(
     needed = {"reward": reward, "sae": sae, "features": features, "codes": codes}
     model, coder, selected, reference = (open_input(role, path) for role, path in needed.items())
     fitted = open_input("detector", detector) if detector else None
+    made_with = reference.manifest.get("inputs", {})
+    for role, artifact in (("reward", model), ("sae", coder)):
+        if made_with.get(role, artifact.name) != artifact.name:
+            raise UserError(
+                f"auditor: {codes} were made with {role} {made_with[role]}, not {artifact.name}; pass the {role} that "
+                "they were made with, or make codes with this one"
+            )
     from safer_ray.pipeline import feature_stages
 
     with one_stage(out, fresh) as ctx:

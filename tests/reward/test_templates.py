@@ -4,18 +4,23 @@ import json
 import shutil
 
 import pytest
-from support.made import make_pair, messages
+from support.made import make_pair, make_pairs, messages
 from support.templates import CHAT_TEMPLATE, LONG
 from transformers import AutoTokenizer
 
 from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
+from safer_ray.features.passes import RewardPairs
+from safer_ray.pipeline import feature_stages, model_stages
+from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import load_pair_tokenizer, new_reward_model, save_reward_model
 from safer_ray.reward.reading import SETTINGS
 from safer_ray.reward.templates import ALIASES
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import train_tokenizer
+from safer_ray.storage.artifacts import Artifact, Place, read_parts
 
 KNOWN_ROLES = (
     "{% for m in messages %}{% if m['role'] in ('system', 'user', 'assistant') %}<{{ m['role'] }}>{{ m['content'] }}"
@@ -283,3 +288,40 @@ def test_a_day_as_yaml_reads_it_is_a_day():
     assert Reading.model_validate(values).template_arguments == {"date": "2026-01-31"}
     with pytest.raises(UserError, match=r"--read 'template_arguments.date=2026-13-01' is not readable YAML"):
         assigned({}, ["template_arguments.date=2026-13-01"], "--read")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"template": "plain"},
+        {"template": "own.jinja", "template_arguments": {"loud": True}},
+        {"template_arguments": {"date": "2025-01-02"}},
+        {"system": "fold", "truncation": "quarantine"},
+    ],
+    ids=["plain", "file", "date", "fold"],
+)
+def test_a_bundle_reads_as_its_codes_were_read(values, reward_dir, sae_dir, pairs_dir, tmp_path):
+    shutil.copytree(reward_dir, tmp_path / "model")
+    (tmp_path / "model" / SETTINGS).unlink()
+    (tmp_path / "model" / "chat_template.jinja").write_text(TODAY)
+    (tmp_path / "own.jinja").write_text("{% if loud %}!{% endif %}" + CHAT_TEMPLATE)
+    if values.get("template") == "own.jinja":
+        values = {**values, "template": str(tmp_path / "own.jinja")}
+    asked = Reading(**values)
+    (tmp_path / "features.json").write_text('{"safe": [1], "unsafe": [2, 3], "mode": "response"}')
+    reward, sae, chosen = (
+        Artifact(path, path.stem) for path in (tmp_path / "model", sae_dir, tmp_path / "features.json")
+    )
+    ctx = StageContext(Place(tmp_path / "runs"), LocalRunner(), reading=asked)
+    codes = model_stages.codes(ctx, Artifact(pairs_dir, "pairs"), reward, sae)
+    later = StageContext(Place(tmp_path / "runs"), LocalRunner())  # the command that bundles is told nothing
+    bundle = feature_stages.auditor(later, reward, sae, chosen, codes).path
+    (tmp_path / "own.jinja").unlink()
+    pairs = make_pairs(4)
+    found = RewardPairs(bundle / "reward")(pairs)
+    assert not found.equals(RewardPairs(tmp_path / "model")(pairs)) or values.get("system")
+    assert found["reward_chosen"].to_pylist()[:4] == pytest.approx(
+        read_parts(codes.path)["chosen_reward"].to_pylist()[:4], abs=1e-5
+    )
+    own = load_pair_tokenizer(bundle / "reward")
+    assert (own.fold, own.cuts) == (values.get("system") == "fold", values.get("truncation") != "quarantine")
