@@ -70,7 +70,7 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
 
     config, own = open_config(checkpoint), check_trusted(checkpoint)
     if outputs is not None:
-        config.num_labels = outputs
+        set_outputs(config, outputs)
     check_config_runs(checkpoint.name, config)
     auto = getattr(transformers, _auto_class(config))
     if not own.classifier and type(config) not in auto._model_mapping:
@@ -87,6 +87,13 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
         bool(own.classifier),
         **options,
     )
+
+
+def set_outputs(config: Any, outputs: int) -> None:
+    """Give a config so many outputs, and no kind of loss: training here has its own, and transformers opens no config
+    that calls one output classes of a single label."""
+    config.problem_type = None
+    config.num_labels = outputs
 
 
 def _auto_class(config: Any) -> str:
