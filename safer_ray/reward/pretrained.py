@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
-from safer_ray.reward.folder import check_vocabulary
+from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
@@ -208,6 +208,8 @@ def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
         tokenizer = get_tokenizer_config(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
+    check_values(f"{name}/{CONFIG}", config)
+    check_values(f"{name}/{TOKENIZER_CONFIG}", tokenizer)
     named = _mapping(config.get("auto_map"), "AutoConfig")
     kind = str(config.get("model_type"))
     known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")
