@@ -345,6 +345,9 @@ def test_a_value_head_that_does_not_fit_is_told(reward_dir, tmp_path, values, to
 def test_outputs_of_a_value_head_are_chosen_from(reward_dir, tmp_path):
     save(reward_dir, tmp_path, "llama")
     head = of_trl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"], config["label2id"]  # as of a language model: transformers then says 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
     wanted = at_the_last_token(tmp_path, head, 2.5)
     agree(forward(load_reward_model(tmp_path, reading=Reading(head=HeadConfig(output=0))), SEQUENCES).rewards, wanted)
     with pytest.raises(UserError, match=r"head names output 1, and the model has 1"):
