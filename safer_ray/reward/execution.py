@@ -57,7 +57,7 @@ def run_micro_batch(
     """
     batch = _inputs(reward, rows, reward.model.dtype)
     read = token_index(rows, positions, reward.device) if positions is not None else None
-    ends = end_index(rows, reward.unread, reward.device)
+    ends = end_index(rows, reward.unread_at_end, reward.device)
     with contextlib.ExitStack() as stack:
         if given is not None:  # the first block here is handed them; some models scale embeddings before it
             states = pad_sequence(list(given), batch_first=True).to(reward.device, reward.model.dtype)
@@ -95,7 +95,7 @@ def rewards_of(
     # Under autocast attention runs in the lower dtype, and a mask of float32's minimum would be infinite there.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else reward.model.dtype
     batch = _inputs(reward, rows, dtype)
-    ends = end_index(rows, reward.unread, reward.device)
+    ends = end_index(rows, reward.unread_at_end, reward.device)
     outputs: list[Tensor] = []
     own_code = runs_own_code(config)
     with contextlib.ExitStack() as stack:
@@ -108,8 +108,9 @@ def rewards_of(
         given = (run or reward.model)(**batch)
     if own_code:
         return one_reward(own_outputs(reward.name, given), reward.weights, ends)
-    output = outputs.pop()  # of a decoder's head, at every token
-    return output[ends][:, 0] if output.ndim == 3 else output[:, 0]
+    output = outputs.pop()
+    # A decoder's head gives its output at every token; behind any other, an activation may follow.
+    return output[ends][:, 0] if output.ndim == 3 else given.logits[:, 0]
 
 
 def _inputs(reward: RewardModel, rows: Sequence[Packed], dtype: torch.dtype) -> dict[str, Tensor]:

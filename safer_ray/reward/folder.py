@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -56,6 +58,51 @@ OTHER_FORMATS = (  # the first that is there is told
 NO_MODEL_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "optimizer.bin")
 
 
+class Kind(NamedTuple):
+    """Keys of a config, and what their values have to be."""
+
+    keys: tuple[str, ...]
+    called: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole_number(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole_number(value) and value >= 1
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _names_code(value: Any) -> bool:
+    named = value.values() if isinstance(value, dict) else [value]
+    flat = [name for each in named for name in (each if isinstance(each, list) else [each])]
+    return all(name is None or isinstance(name, str) for name in flat)
+
+
+KINDS = (
+    Kind(("architectures", "layer_types"), "a list of names", _are_names),
+    Kind(("auto_map",), "names of classes", _names_code),
+    Kind(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), "a whole number from 1 on", _is_count),
+    Kind(("sliding_window",), "a whole number", _is_whole_number),
+    Kind(("model_max_length",), "a number", _is_number),
+    Kind(
+        ("is_causal", "output_hidden_states", "output_attentions", "return_dict", "use_sliding_window"),
+        "true or false",
+        lambda value: isinstance(value, bool),
+    ),
+    Kind(("quantization_config",), "an object", lambda value: isinstance(value, dict)),
+)
+
+
 def check_config(folder: Path, otherwise: str) -> None:
     """See that a folder holds a model's config, and text files in place of pointers to them.
 
@@ -73,12 +120,33 @@ def check_config(folder: Path, otherwise: str) -> None:
     pointers = [path for pattern in READ for path in sorted(folder.glob(pattern)) if is_pointer(path)]
     if pointers:
         raise UserError(_of_pointer(pointers[0], len(pointers)))
-    try:
-        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        tree = None
+    for file in (folder / CONFIG, folder / TOKENIZER_CONFIG):
+        if file.is_file():
+            try:
+                tree = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                tree = None
+            check_values(str(file), tree)
+
+
+def check_values(file: str, tree: Any) -> None:
+    """See that the JSON of a config is an object, in which what is read without transformers' own checks is of the kind
+    that it should be; null is, everywhere.
+
+    Raises:
+        UserError: it is not; the key and its value are named.
+    """
     if not isinstance(tree, dict):
-        raise UserError(f"{folder / CONFIG} is not a JSON object; copy the file again")
+        raise UserError(f"{file} is not a JSON object; copy the file again")
+    for at, part in (("", tree), ("text_config.", tree.get("text_config"))):
+        if not isinstance(part, dict):
+            continue
+        for kind in KINDS:
+            for key in kind.keys:
+                value = part.get(key)
+                if value is not None and not kind.fits(value):
+                    shown = " ".join(repr(value).split())[:100]
+                    raise UserError(f"{file}: {at}{key} is {shown}, wanted {kind.called}; copy the file again")
 
 
 def _check_adapter(folder: Path) -> None:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from safer_ray.config.head import HeadConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.loaded import check_loaded, is_of_head, outputs_of_head
+from safer_ray.reward.pretrained import set_outputs
 
 VALUE_HEAD = "v_head.summary"  # of a language model that TRL trained with a value head
+HEAD_BIAS = "head_bias"  # in the config of a model exported here: its head has the bias that a value head had
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # modules of such classes
 NAMES = ("score", "scores", "reward", "rewards", "logits")  # of rewards in what code of a checkpoint's own gives
 CHOOSE = "choose a reward with head: {output: 0}, head: {weights: [...]}, or of two classes head: {difference: [1, 0]}"
 log = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ def open_with_head(
     if several and head is not None:
         model, found = open_with(several)
     tell_other_outputs(name, model, found, whole=whole)
-    found = _adopt(model, found, read)
+    found = _adopt(name, model, found, read, head)
     check_loaded(name, model, found, whole=whole)
     if head is not None:
         _fold(name, model, head)
@@ -68,25 +71,56 @@ def of_outputs(several: int) -> str:
     return f"it has {several} outputs, and a reward is one; {CHOOSE}"
 
 
-def _adopt(model: Any, found: dict[str, Any], read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """Give the head what its checkpoint has and its class does not foresee: a bias, or the head of TRL's value models.
+def _adopt(
+    name: str, model: Any, found: dict[str, Any], read: Callable[[str], Tensor], head: HeadConfig | None
+) -> dict[str, Any]:
+    """Give the head what its checkpoint has and its class does not foresee: TRL's value head, or the bias that such a
+    one had where it was exported here. Any other bias is left out, as transformers leaves it out.
 
     Returns what transformers says of loading, without that.
+
+    Raises:
+        UserError: a value head of another width, or of several outputs that nobody chose from.
     """
     missing, strange = set(found["missing_keys"]), set(found["unexpected_keys"])
+    prefix = "score"
     if missing == {"score.weight"} and f"{VALUE_HEAD}.weight" in strange:
-        model.score.weight.data.copy_(read(f"{VALUE_HEAD}.weight"))
+        prefix = VALUE_HEAD
+        model.score = _value_head(name, model, read(f"{VALUE_HEAD}.weight"))
+        outputs = model.score.out_features
+        if outputs > 1 and head is None:
+            raise UserError(f"cannot load a reward model from {name}: {of_outputs(outputs)}")
+        set_outputs(model.config, outputs)
+        model.num_labels = outputs
         missing.clear()
         strange.discard(f"{VALUE_HEAD}.weight")
-        biases = {f"{VALUE_HEAD}.bias": "score"}
-    else:
-        biases = {f"{name}.bias": name for name, _ in _linear(model)}
-    for weight in strange & biases.keys():
-        layer = model.get_submodule(biases[weight])
-        if layer.bias is None:
-            layer.bias = nn.Parameter(read(weight).to(layer.weight.device, layer.weight.dtype))
-            strange.discard(weight)
+        setattr(model.config, HEAD_BIAS, f"{VALUE_HEAD}.bias" in strange)
+    bias = f"{prefix}.bias"
+    if bias in strange and getattr(model.config, HEAD_BIAS, None) is True and model.score.bias is None:
+        values, layer = read(bias), model.score
+        if tuple(values.shape) != (layer.out_features,):
+            raise _misshapen(name, bias, values, (layer.out_features,))
+        layer.bias = nn.Parameter(values.to(layer.weight.device, layer.weight.dtype))
+        strange.discard(bias)
     return {**found, "missing_keys": missing, "unexpected_keys": strange}
+
+
+def _value_head(name: str, model: Any, weight: Tensor) -> nn.Linear:
+    """Return a layer of such a weight, in the place of the model's own.
+
+    Raises:
+        UserError: the weight does not fit the model.
+    """
+    own = model.score
+    if weight.ndim != 2 or not len(weight) or weight.shape[1] != own.in_features:
+        raise _misshapen(name, f"{VALUE_HEAD}.weight", weight, (1, own.in_features))
+    layer = nn.Linear(own.in_features, len(weight), bias=False, device=own.weight.device, dtype=own.weight.dtype)
+    layer.weight.data.copy_(weight)
+    return layer
+
+
+def _misshapen(name: str, weight: str, found: Tensor, wanted: tuple[int, ...]) -> UserError:
+    return UserError(f"{name}: {weight} is {tuple(found.shape)}, by config.json {wanted}; copy both files again")
 
 
 def _linear(model: Any) -> list[tuple[str, nn.Linear]]:
@@ -104,13 +138,29 @@ def _fold(name: str, model: Any, head: HeadConfig) -> None:
     if not layers:
         raise UserError(f"{name}: cannot find the head of a {type(model).__name__}, of which `head` is to choose")
     place, layer = layers[-1]
-    weights = torch.tensor([chosen(name, head, layer.out_features)], dtype=torch.float64, device=layer.weight.device)
+    weighed = chosen(name, head, layer.out_features)
+    behind = _activation_behind(model, place)
+    if behind is not None and sorted(weighed) != [0] * (len(weighed) - 1) + [1]:
+        raise UserError(
+            f"{name}: the outputs of a {type(model).__name__} go through {type(behind).__name__}, behind which they "
+            "cannot be weighed; choose one, with head: {output: 0}"
+        )
+    weights = torch.tensor([weighed], dtype=torch.float64, device=layer.weight.device)
     one = nn.Linear(layer.in_features, 1, bias=layer.bias is not None, dtype=layer.weight.dtype, device="meta")
     one.weight = nn.Parameter((weights @ layer.weight.detach().double()).to(layer.weight.dtype))
     if layer.bias is not None:
         one.bias = nn.Parameter((weights @ layer.bias.detach().double()).to(layer.bias.dtype))
     model.set_submodule(place, one)
-    model.config.num_labels = model.num_labels = 1
+    set_outputs(model.config, 1)
+    model.num_labels = 1
+
+
+def _activation_behind(model: Any, place: str) -> nn.Module | None:
+    """Return the activation through which the output of a layer goes in the module that it is a part of."""
+    parent, _, own = place.rpartition(".")
+    children = dict(model.get_submodule(parent).named_children())
+    behind = list(children)[list(children).index(own) + 1 :]
+    return next((children[name] for name in behind if type(children[name]).__module__ in ACTIVATIONS), None)
 
 
 def chosen(name: str, head: HeadConfig, outputs: int) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from safer_ray.errors import UserError
+from safer_ray.reward.pretrained import reads_every_token
 from safer_ray.reward.text import PairTokenizer
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
@@ -42,6 +43,12 @@ class RewardModel:
     def budget(self) -> int:
         """Padded tokens of a micro-batch, where nobody says how many."""
         return CPU_BUDGET if self.device.type == "cpu" else GPU_BUDGET
+
+    @property
+    def unread_at_end(self) -> int | None:
+        """Return the token before which the reward is read where a sequence ends in it; None: none, as in a classifier
+        of tokens, which knows no pad token."""
+        return None if reads_every_token(self.model.config) else self.unread
 
     def blocks(self) -> nn.ModuleList:
         """Return the transformer blocks, first to last.

@@ -11,7 +11,14 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.folder import weight_files
 from safer_ray.reward.heads import open_with_head
-from safer_ray.reward.pretrained import Checkpoint, check_config_runs, open_config, reads_every_token, runs_own_code
+from safer_ray.reward.pretrained import (
+    Checkpoint,
+    check_config_runs,
+    open_config,
+    reads_every_token,
+    runs_own_code,
+    set_outputs,
+)
 
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ENCODERS = ("bert",)  # of which only the first blocks can be a part: the others want more than states
@@ -71,7 +78,7 @@ def load_part(
         classes = auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
     def open_with(outputs: int) -> tuple[Any, dict[str, Any]]:
-        config.num_labels = outputs
+        set_outputs(config, outputs)
         model, loaded = classes[type(config)].from_pretrained(
             None,
             config=part_config(config, start, stop),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
-from safer_ray.reward.folder import check_vocabulary
+from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
@@ -70,7 +70,7 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
 
     config, own = open_config(checkpoint), check_trusted(checkpoint)
     if outputs is not None:
-        config.num_labels = outputs
+        set_outputs(config, outputs)
     check_config_runs(checkpoint.name, config)
     auto = getattr(transformers, _auto_class(config))
     if not own.classifier and type(config) not in auto._model_mapping:
@@ -87,6 +87,13 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
         bool(own.classifier),
         **options,
     )
+
+
+def set_outputs(config: Any, outputs: int) -> None:
+    """Give a config so many outputs, and no kind of loss: training here has its own, and transformers opens no config
+    that calls one output classes of a single label."""
+    config.problem_type = None
+    config.num_labels = outputs
 
 
 def _auto_class(config: Any) -> str:
@@ -201,6 +208,8 @@ def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
         tokenizer = get_tokenizer_config(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
+    check_values(f"{name}/{CONFIG}", config)
+    check_values(f"{name}/{TOKENIZER_CONFIG}", tokenizer)
     named = _mapping(config.get("auto_map"), "AutoConfig")
     kind = str(config.get("model_type"))
     known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].__module__.startswith("transformers.")

@@ -25,7 +25,11 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
             "one (tokenizer.json) in its place"
         )
     own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder) - set(tokenizer.all_special_ids)
-    ids = set(tokenizer(WORDS, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        ids = set(tokenizer(WORDS, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # noqa: BLE001 - whatever its settings lead to
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name}: its tokenizer fails on a few words: {words}; copy its files again") from None
     if not own or not ids - set(tokenizer.all_special_ids):
         raise UserError(
             f"{name}: its tokenizer ({type(tokenizer).__name__}, {len(tokenizer)} tokens) makes "

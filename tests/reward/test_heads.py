@@ -222,6 +222,61 @@ def test_training_begins_with_the_chosen_output_or_with_a_new_head(reward_dir, t
     assert "has 3 outputs: a new head of one output is trained in their place" in caplog.text
 
 
+@pytest.mark.parametrize("head", [HeadConfig(difference=(1, 0)), None])
+def test_two_classes_of_a_single_label_are_read_cut_trained_and_opened_again(reward_dir, tmp_path, head):
+    base = save(reward_dir, tmp_path / "base", "llama", outputs=2, problem_type="single_label_classification")
+    assert json.loads((base / "config.json").read_text())["problem_type"] == "single_label_classification"
+    if head is not None:
+        reading, wanted = Reading(head=head), [float(logits[1] - logits[0]) for logits in given(base)]
+        agree(forward(load_reward_model(base, reading=reading), SEQUENCES).rewards, wanted)
+        assert len(load_reward_model(base, reading=reading, layers=2).blocks()) == 2
+        part = load_reward_model(base, reading=reading, part=Part(1, 2))
+        assert part.model.score.out_features == 1
+    reward = new_reward_model(RewardConfig(base=str(base), max_length=96, head=head), lambda: [])
+    save_reward_model(reward, tmp_path / "trained")
+    wanted = [float(logits[0]) for logits in given(tmp_path / "trained")]
+    agree(forward(load_reward_model(tmp_path / "trained"), SEQUENCES).rewards, wanted)
+
+
+XLM = {
+    "emb_dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "pad_index": 0,
+    "summary_type": "first",
+    "summary_activation": "tanh",
+}
+
+
+def test_outputs_in_front_of_an_activation_are_chosen_from_and_not_weighed(reward_dir, tmp_path):
+    sizes = XLM | dict.fromkeys(SIZES) | {"vocab_size": len(AutoTokenizer.from_pretrained(reward_dir))}
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlm", num_labels=2, **sizes))
+    for weight in model.parameters():
+        weight.data += torch.randn_like(weight) * 0.3
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reward_dir).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"outputs of a XLM.* go through Tanh, behind which they cannot be weighed"):
+        load_reward_model(tmp_path, reading=Reading(head=HeadConfig(difference=(1, 0))))
+    reward = load_reward_model(tmp_path, reading=Reading(head=HeadConfig(output=1)))
+    wanted = [float(logits[1]) for logits in given(tmp_path)]
+    agree(forward(reward, SEQUENCES).rewards, wanted)
+    with torch.inference_mode():  # as it is trained
+        agree(rewards_of(reward, [unpacked(ids) for ids in SEQUENCES]), wanted)
+
+
+def test_a_bias_that_transformers_leaves_out_is_left_out_and_told(reward_dir, tmp_path, caplog):
+    save(reward_dir, tmp_path, "llama")
+    for bias in (torch.tensor([3.0]), torch.tensor([3.0, 4.0])):
+        weights = load_file(tmp_path / WEIGHTS) | {"score.bias": bias}
+        save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        caplog.clear()
+        found = forward(load_reward_model(tmp_path), SEQUENCES).rewards
+        agree(found, [float(logits[0]) for logits in given(tmp_path)])
+        assert "no use for are left out: score.bias" in caplog.text
+
+
 # Value heads, and classifiers of tokens
 
 
@@ -255,6 +310,8 @@ def test_a_value_head_of_trl_is_read_with_its_bias(reward_dir, tmp_path, kind):
     agree(forward(reward, SEQUENCES).rewards, wanted)
     save_reward_model(reward, tmp_path / "again")  # with a bias that no class foresees
     agree(forward(load_reward_model(tmp_path / "again"), SEQUENCES).rewards, wanted)
+    if kind == "llama":
+        assert load_reward_model(tmp_path / "again", part=Part(1, 2)).model.score.bias.tolist() == [2.5]
     with torch.inference_mode():
         agree(rewards_of(reward, [unpacked(ids) for ids in SEQUENCES]), wanted)
 
@@ -265,6 +322,49 @@ def test_the_last_part_of_a_value_model_has_its_head(reward_dir, tmp_path):
     part = load_reward_model(tmp_path, part=Part(1, 2))
     torch.testing.assert_close(part.model.score.weight.data, head)
     assert part.model.score.bias.tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"weight": torch.ones(2, 32)}, r"it has 2 outputs, and a reward is one; choose"),
+        ({"weight": torch.ones(1, 20)}, r"v_head\.summary\.weight is \(1, 20\), by config\.json \(1, 32\)"),
+        ({"weight": torch.ones(32)}, r"v_head\.summary\.weight is \(32,\), by config\.json \(1, 32\)"),
+        ({"bias": torch.ones(2)}, r"v_head\.summary\.bias is \(2,\), by config\.json \(1,\)"),
+    ],
+)
+def test_a_value_head_that_does_not_fit_is_told(reward_dir, tmp_path, values, told):
+    save(reward_dir, tmp_path, "llama")
+    of_trl(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS) | {f"v_head.summary.{name}": value for name, value in values.items()}
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=told):
+        load_reward_model(tmp_path)
+
+
+def test_outputs_of_a_value_head_are_chosen_from(reward_dir, tmp_path):
+    save(reward_dir, tmp_path, "llama")
+    head = of_trl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"], config["label2id"]  # as of a language model: transformers then says 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = at_the_last_token(tmp_path, head, 2.5)
+    agree(forward(load_reward_model(tmp_path, reading=Reading(head=HeadConfig(output=0))), SEQUENCES).rewards, wanted)
+    with pytest.raises(UserError, match=r"head names output 1, and the model has 1"):
+        load_reward_model(tmp_path, reading=Reading(head=HeadConfig(output=1)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_classifier_of_tokens_is_read_at_the_last_one_though_it_is_the_pad_token(reward_dir, tmp_path, kind):
+    save(reward_dir, tmp_path, kind, auto=AutoModelForTokenClassification, outputs=1)
+    pad = json.loads((tmp_path / "config.json").read_text())["pad_token_id"]
+    ended = [np.append(ids, pad) for ids in SEQUENCES]
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        wanted = [float(model(input_ids=torch.tensor(ids)[None]).logits[0, -1, 0]) for ids in ended]
+        reward = load_reward_model(tmp_path)
+        agree(forward(reward, ended).rewards, wanted)
+        agree(rewards_of(reward, [unpacked(ids) for ids in ended]), wanted)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "roberta", "gpt2"])

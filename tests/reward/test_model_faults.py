@@ -179,6 +179,31 @@ def test_a_config_that_is_none_is_named(model):
 READERS = {"tokenizer": load_pair_tokenizer, "model": load_reward_model, "base": trains}
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{"])
+def test_a_config_that_is_no_object_is_named(model, name, text):
+    (model / name).write_text(text)
+    refused(model, rf"{name} is not a JSON object; copy the file again")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("config.json", {"architectures": True}, r"architectures is True, wanted a list of names"),
+        ("config.json", {"num_hidden_layers": 0}, r"num_hidden_layers is 0, wanted a whole number from 1 on"),
+        ("config.json", {"sliding_window": "x"}, r"sliding_window is 'x', wanted a whole number"),
+        ("config.json", {"output_hidden_states": [1]}, r"output_hidden_states is \[1\], wanted true or false"),
+        ("config.json", {"text_config": {"architectures": 1}}, r"text_config\.architectures is 1, wanted a list"),
+        ("config.json", {"auto_map": {"AutoConfig": 5}}, r"auto_map is \{'AutoConfig': 5\}, wanted names of classes"),
+        ("tokenizer_config.json", {"auto_map": 5}, r"auto_map is 5, wanted names of classes"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, r"model_max_length is 'x', wanted a number"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_key(model, name, values, told):
+    edit(model / name, **values)
+    refused(model, rf"{name}: {told}")
+
+
 def unreadable(folder, told):
     for reader in READERS.values():
         with pytest.raises(UserError, match=told) as caught:
