@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def reads_otherwise_past(config: Any) -> int | None:
@@ -34,6 +34,7 @@ def forget_last_sequence(model: nn.Module) -> None:
         first = getattr(module, "original_max_seq_len", None)
         for name, buffer in list(module.named_buffers(recurse=False)):
             start = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
-            if first is not None and name.endswith("inv_freq") and "original" not in name and start is not None:
-                setattr(module, name, start.clone().to(buffer.device))
+            changing = name.endswith("inv_freq") and "original" not in name and first is not None
+            if changing and isinstance(start, Tensor):
+                setattr(module, name, start.to(buffer.device, copy=True))
                 setattr(module, name.replace("inv_freq", "max_seq_len_cached"), first)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.features.encoder import Encoder
-from safer_ray.reward.by_length import reads_otherwise_past
+from safer_ray.reward.by_length import forget_last_sequence, reads_otherwise_past
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward, forward_pairs
 from safer_ray.reward.text import both_sides
@@ -139,3 +139,18 @@ def test_texts_too_short_to_change_anything_run_side_by_side(tmp_path, caplog):
 )
 def test_the_length_that_changes_how_a_model_reads_is_in_its_config(kind, values, wanted):
     assert reads_otherwise_past(AutoConfig.for_model(kind, **values)) == wanted
+
+
+@torch.inference_mode()
+def test_positions_that_grow_with_a_long_text_are_those_of_the_next_text_again():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    config = AutoConfig.for_model("llama", **COMMON | {"max_position_embeddings": 16, "rope_parameters": rope})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    for weight in model.parameters():
+        weight.normal_(0, 0.2) if weight.ndim > 1 else None
+    longest, long = torch.arange(1, 51)[None], torch.arange(1, 31)[None]
+    first = model(input_ids=long).logits
+    model(input_ids=longest)
+    assert not torch.allclose(model(input_ids=long).logits, first, atol=1e-4)
+    forget_last_sequence(model)
+    torch.testing.assert_close(model(input_ids=long).logits, first)
