@@ -29,8 +29,9 @@ def forget_last_sequence(model: nn.Module) -> None:
     for module in list(model.modules()):  # of those that were set with what holds them, nothing is left to do
         config = getattr(module, "config", None)
         kind = getattr(config, "attention_type", None)
-        if hasattr(module, "set_attention_type") and module.attention_type != kind:
-            module.set_attention_type(kind)
+        set_attention: Any = getattr(module, "set_attention_type", None)
+        if set_attention is not None and module.attention_type != kind:
+            set_attention(kind)
         first = getattr(module, "original_max_seq_len", None)
         for name, buffer in list(module.named_buffers(recurse=False)):
             start = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
