@@ -26,13 +26,17 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start = stop
 
 
-def cut(rows: Sequence[Packed], numbers: Sequence[int], budget: int) -> list[list[int]]:
-    """Return micro-batches of these rows, each of rows with as many sides."""
+def cut(
+    rows: Sequence[Packed], numbers: Sequence[int], budget: int, kind: Callable[[Packed], tuple[int, int]]
+) -> list[list[int]]:
+    """Return micro-batches of these rows, each of rows of one kind."""
+    by_kind: dict[tuple[int, int], list[int]] = {}
+    for i in numbers:
+        by_kind.setdefault(kind(rows[i]), []).append(i)
     found = []
-    for sides in (1, 2):
-        alike = [i for i in numbers if len(rows[i].lengths) == sides]
-        for chunk in micro_batches([len(rows[i].ids) for i in alike], budget):
-            found.append([alike[j] for j in chunk])
+    for _, own in sorted(by_kind.items()):
+        for chunk in micro_batches([len(rows[i].ids) for i in own], budget):
+            found.append([own[j] for j in chunk])
     return found
 
 
@@ -40,12 +44,13 @@ def run_micro_batches(
     run: Callable[[list[int]], Result],
     rows: Sequence[Packed],
     names: Sequence[str],
+    kind: Callable[[Packed], tuple[int, int]],
     budget: int,
     threads: int,
     beside: str,
 ) -> Iterator[tuple[list[int], Result]]:
-    """Yield micro-batches of rows and what `run` makes of them; one that does not fit the memory is halved until it
-    does.
+    """Yield micro-batches of rows of one `kind` and what `run` makes of them; one that does not fit the memory is
+    halved until it does.
 
     Several run in so many threads, in which torch uses one core: products of their size keep one busier than several.
 
@@ -64,11 +69,11 @@ def run_micro_batches(
             too_large[row] = f"{names[row]} has {len(rows[row].ids)} tokens, which do not fit the memory {beside}"
             return []
         done = []
-        for smaller in cut(rows, chunk, most // 2):
+        for smaller in cut(rows, chunk, most // 2, kind):
             done += run_or_halve(smaller, most // 2)
         return done
 
-    chunks, cores = cut(rows, range(len(rows)), budget), torch.get_num_threads()
+    chunks, cores = cut(rows, range(len(rows)), budget, kind), torch.get_num_threads()
     work, settle = partial(run_or_halve, most=budget), partial(torch.set_num_threads, 1)
     try:
         for done in map_ordered(work, chunks, min(threads, max(1, len(chunks))), settle):

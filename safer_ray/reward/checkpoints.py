@@ -18,6 +18,7 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
 from safer_ray.reward.folder import check_config, check_weights, read_tensor
 from safer_ray.reward.forward import check_padding
@@ -159,7 +160,17 @@ def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: st
     pad, unread = filler(model.config, tokenizer, rows), text.pad_token_id
     if unread is None:
         text.pad_token_id = pad  # without one, transformers runs no two sequences at once
-    return RewardModel(model, pairs, name, pad=pad, unread=unread)
+    changes = reads_otherwise_past(model.config)
+    pads = changes is None or pairs.limit <= changes
+    if not (pads or before):  # told once, by the first part
+        log.warning(
+            "%s: a sequence of more than %s tokens changes how it reads all of its batch, so its sequences run one by "
+            "one, which takes longer; with a max_length of %s they need not",
+            name,
+            changes,
+            changes,
+        )
+    return RewardModel(model, pairs, name, pad=pad, pads=pads, unread=unread)
 
 
 def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
@@ -218,7 +229,7 @@ def load_reward_model(
     wrapped = _with_outputs(wrapped, how.head)
     if model_is_whole:
         wrapped = check_padding(wrapped)
-    if not before:
+    if not before and wrapped.pads:  # else it is told that they run one by one
         log.info("%s: %s", directory.name, how_pairs_run(wrapped.model.config))
     return wrapped
 

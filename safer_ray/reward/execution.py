@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import UserError
 from safer_ray.reward import hooks
+from safer_ray.reward.by_length import forget_last_sequence
 from safer_ray.reward.heads import one_reward, own_outputs
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import Index, Packed, can_pack, end_index, pack_batch, pad_batch, token_index
+from safer_ray.reward.packing import Index, Packed, alike, end_index, is_known, pack_batch, pad_batch, token_index
 from safer_ray.reward.pretrained import runs_own_code
 from safer_ray.reward.trunk import States
 
@@ -55,6 +56,8 @@ def run_micro_batch(
     `positions` are by row and side: tokens whose vectors are read. `given` are the states of each row behind the part
     of the model before this one.
     """
+    if not reward.pads:
+        forget_last_sequence(reward.model)
     batch = _inputs(reward, rows, reward.model.dtype)
     read = token_index(rows, positions, reward.device) if positions is not None else None
     ends = end_index(rows, reward.unread_at_end, reward.device)
@@ -64,7 +67,7 @@ def run_micro_batch(
             del batch["input_ids"]
             batch["inputs_embeds"] = states
             stack.enter_context(hooks.before(reward.blocks()[0], lambda inputs: (states, *inputs[1:])))
-        if can_pack(reward.model.config):
+        if is_known(reward.model.config):
             outputs, heads, rewards = _run_backbone(reward, batch, request, read, ends)
         else:
             outputs, heads, rewards = _run_whole_model(reward, batch, request, ends)
@@ -89,9 +92,11 @@ def rewards_of(
     The rows are one micro-batch, and all have as many sides. The whole model runs as it is patched now, by `run`
     where something wraps it.
     """
-    if not reward.pads and len(rows) > 1:
-        return torch.cat([rewards_of(reward, [row], run) for row in rows])
     device, config = reward.device.type, reward.model.config
+    if len(rows) > 1 and not (reward.pads and len({alike(config, row) for row in rows}) == 1):
+        return torch.cat([rewards_of(reward, [row], run) for row in rows])
+    if not reward.pads:
+        forget_last_sequence(reward.model)
     # Under autocast attention runs in the lower dtype, and a mask of float32's minimum would be infinite there.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else reward.model.dtype
     batch = _inputs(reward, rows, dtype)
@@ -103,7 +108,7 @@ def rewards_of(
             # The head's own output: the model's logits are read at the last token of a row, which holds two sides.
             stack.enter_context(hooks.after(reward.head(), outputs.append))
         runs_again = any(getattr(module, "gradient_checkpointing", False) for module in reward.model.modules())
-        if can_pack(config) and not runs_again:  # blocks that backward runs a second time have lost their hooks by then
+        if is_known(config) and not runs_again:  # blocks that backward runs a second time have lost their hooks by then
             stack.enter_context(hooks.compute_only_at(reward.blocks()[-1].get_submodule("mlp"), ends))
         given = (run or reward.model)(**batch)
     if own_code:
@@ -122,7 +127,7 @@ def _inputs(reward: RewardModel, rows: Sequence[Packed], dtype: torch.dtype) -> 
 def _run_backbone(
     reward: RewardModel, batch: dict[str, Tensor], request: ForwardRequest, read: Index | None, ends: Index
 ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
-    """Run a known causal model: blocks' outputs, and at the ends alone what the head reads and the rewards."""
+    """Run a model of a known family: blocks' outputs, and at the ends alone what the head reads and the rewards."""
     outputs, output = _run(reward, reward.model.base_model, batch | {"use_cache": False}, request, read, ends)
     if output is None:
         return outputs, None, None

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from safer_ray.reward.batches import run_micro_batches
 from safer_ray.reward.dropout import has_dropout
 from safer_ray.reward.execution import ForwardRequest, MicroBatchResult, run_micro_batch
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import Packed, can_pack, fork_of, pack, smallest_window, unpacked
+from safer_ray.reward.packing import Packed, alike, can_pack, fork_of, pack, smallest_window, unpacked
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.trunk import (
     States,
@@ -146,7 +147,7 @@ def trunk_states(reward: RewardModel, rows: Sequence[Packed]) -> States:
 def check_padding(reward: RewardModel) -> RewardModel:
     """Return a model that runs sequences one by one where a longer one beside it moves a reward, or fails: some models
     do not mask what fills a batch up (FNet), read the last place of it (XLNet), or bring such code of their own."""
-    if can_pack(reward.model.config):  # checked to do neither
+    if not reward.pads or can_pack(reward.model.config):  # told when it was loaded; checked to do neither
         return reward
     short, long = (np.array(reward.pairs.tokenizer(text)["input_ids"], dtype=np.int64) for text in ("a.", "a b. " * 8))
     whole, was_training = replace(reward, frozen_layers=0), reward.model.training
@@ -173,12 +174,13 @@ def _rewards(reward: RewardModel, sequences: Sequence[np.ndarray]) -> Float[Tens
 
 def can_pack_pair(reward: RewardModel, pair: PairTokens) -> bool:
     """Return whether a pair runs as one sequence: the model is a known causal one, every layer of which sees all of a
-    side, and the pair has no more tokens than a micro-batch has, since its mask is their number squared.
+    side, and whose sequences need not run one by one; and the pair has no more tokens than a micro-batch has, since
+    its mask is their number squared.
 
     Where the frozen blocks' outputs are kept, by sequence, no pair does.
     """
     config = reward.model.config
-    if not can_pack(config) or uses_trunk_cache(reward):
+    if not reward.pads or not can_pack(config) or uses_trunk_cache(reward):
         return False
     chosen, rejected = pair.chosen.ids, pair.rejected.ids
     if len(chosen) + len(rejected) - fork_of(chosen, rejected) > reward.budget:
@@ -224,11 +226,13 @@ def _run_rows(
     heads = torch.zeros(count, reward.hidden_size if request.heads else 0)
     hidden = [torch.empty(0, 0)] * count
     states_of_rows = [torch.empty(0)] * len(rows)
-    # A trunk cache is its thread's own, and a GPU has one queue.
-    threads = torch.get_num_threads() if reward.device.type == "cpu" and trunk_cache() is None else 1
+    # A trunk cache is its thread's own, a GPU has one queue, and modules may keep how they read a sequence.
+    in_threads = reward.device.type == "cpu" and trunk_cache() is None and reward.pads
+    threads = torch.get_num_threads() if in_threads else 1
     most = budget or reward.budget if reward.pads else 0  # none: rows run one by one
     beside = f"beside {reward.name}; lower max_length, leave the pair out, or raise reward.shards"
-    for chunk, found in run_micro_batches(run, rows, names, most, threads, beside):
+    kind = partial(alike, reward.model.config)
+    for chunk, found in run_micro_batches(run, rows, names, kind, most, threads, beside):
         numbers = [side for i in chunk for side in sides[i]]
         if found.rewards is not None:
             rewards[numbers] = found.rewards

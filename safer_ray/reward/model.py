@@ -103,7 +103,9 @@ class RewardModel:
             UserError: the model has fewer blocks, or its sequences run one by one.
         """
         if not self.pads:
-            raise UserError(f"{self.name}: padding moves its rewards, so no layers can be frozen; set frozen_layers: 0")
+            raise UserError(
+                f"{self.name}: its sequences run one by one, so no layers can be frozen; set frozen_layers: 0"
+            )
         self.check_layer(layers)
         frozen = replace(self, frozen_layers=layers)
         for parameter in frozen.trunk_parameters():

@@ -101,17 +101,31 @@ def smallest_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def is_known(config: Any) -> bool:
+    """Return whether a model is of a checked family, whose head is one layer behind the last block's norm."""
+    # A checkpoint may bring a class of its own under a known model_type, whose attention nobody has checked.
+    return config.model_type in FAMILIES and not runs_own_code(config)
+
+
 def can_pack(config: Any) -> bool:
     """Return whether pairs of a model can be packed: it is causal, and known to take masks and positions."""
-    # A checkpoint may bring a class of its own under a known model_type, whose attention nobody has checked.
-    known = config.model_type in FAMILIES and not runs_own_code(config)
-    return known and not getattr(config, "use_bidirectional_attention", None)
+    causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", None)
+    return bool(is_known(config) and causal)
+
+
+def alike(config: Any, row: Packed) -> tuple[int, int]:
+    """Return what rows must have in common to run side by side: how many sides they have, and, where a model may read
+    at the last EOS token, how many of these, since such models take no batch in which that differs."""
+    ends = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    return len(row.lengths), 0 if ends is None else int(np.isin(row.ids, ends).sum())
 
 
 def how_pairs_run(config: Any) -> str:
     """Return whether pairs are packed, in a line."""
-    if not can_pack(config):
+    if not is_known(config):
         return f"the sides of a pair run apart, since a {config.model_type} is not known to take them as one sequence"
+    if not can_pack(config):
+        return "the sides of a pair run apart, since every token of this model sees those behind it"
     window = smallest_window(config)
     return f"pairs run packed, as one sequence each{f' up to {window} tokens a side' if window else ''}"
 

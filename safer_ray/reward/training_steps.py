@@ -20,7 +20,7 @@ from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import pack_to_train
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import unpacked
+from safer_ray.reward.packing import alike, unpacked
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.trunk import start_after
 from safer_ray.storage.digests import check_digests, record_digests
@@ -61,6 +61,10 @@ def reward_step(
     `run` is called in place of the model where something wraps it. With `bfloat16` the pass computes in it, and the
     weights stay as they are. With `known` states only the blocks behind them run, and the two sides of a pair apart.
     """
+    rows = [unpacked(pair.chosen.ids, pair.chosen.types) for pair in batch]
+    rows += [unpacked(pair.rejected.ids, pair.rejected.types) for pair in batch]
+    if len({alike(reward.model.config, row) for row in rows}) > 1:
+        known = None  # they cannot run side by side, as the states do
     packed = pack_to_train(reward, batch) if known is None else None
     start: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if known is not None:
@@ -69,10 +73,7 @@ def reward_step(
         if packed is not None:
             chosen, rejected = rewards_of(reward, packed, run).float().view(-1, 2).T
         else:
-            sides = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-            chosen, rejected = (
-                rewards_of(reward, [unpacked(side.ids, side.types) for side in sides], run).float().view(2, -1)
-            )
+            chosen, rejected = rewards_of(reward, rows, run).float().view(2, -1)
     return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
 
 

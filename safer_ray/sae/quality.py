@@ -2,6 +2,7 @@
 model."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import UserError
-from safer_ray.reward.batches import micro_batches
+from safer_ray.reward.batches import cut
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import Packed, unpacked
+from safer_ray.reward.packing import Packed, alike, unpacked
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.trunk import start_after
 from safer_ray.sae.model import TopKSae, standardise
@@ -169,7 +170,8 @@ def _rewards_behind(
 ) -> Float[Tensor, " n"]:
     """Rewards of sequences of which the output of block `layer` is given."""
     rewards = torch.zeros(len(rows))
-    for chunk in micro_batches([len(row.ids) for row in rows], reward.budget):
+    most = reward.budget if reward.pads else 0
+    for chunk in cut(rows, range(len(rows)), most, partial(alike, reward.model.config)):
         with start_after(reward, layer, pad_sequence([states[i] for i in chunk], batch_first=True)):
             rewards[chunk] = rewards_of(reward, [rows[i] for i in chunk]).float().cpu()
     return rewards

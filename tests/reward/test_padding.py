@@ -222,7 +222,7 @@ def test_a_model_whose_rewards_padding_moves_runs_sequences_one_by_one(tmp_path,
     margin = reward_step(reward, pairs).margin
     torch.testing.assert_close(margin, wanted[0::2] - wanted[1::2], rtol=1e-4, atol=1e-5)
     assert tokenizer.pad_token_id == reward.pad
-    with pytest.raises(UserError, match="padding moves its rewards, so no layers can be frozen"):
+    with pytest.raises(UserError, match="sequences run one by one, so no layers can be frozen"):
         reward.freeze(1)
 
 

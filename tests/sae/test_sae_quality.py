@@ -1,5 +1,7 @@
 """How good an SAE is, against plain recomputations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,12 @@ def test_splicing_works_on_encoders_too(bert_dir):
     reward = load_reward_model(bert_dir)
     found = spliced(reward, LAYER, Perfect(reward.hidden_size, 8, 1), reward.pairs(make_pairs(6).to_pylist()))
     assert found.reward_nmse < 1e-4
+
+
+def test_splicing_works_where_sequences_run_one_by_one(reward, tokens):
+    sae = random_sae(reward.hidden_size, 64, 4)
+    alone = spliced(replace(reward, pads=False), LAYER, sae, tokens)
+    assert alone == pytest.approx(spliced(reward, LAYER, sae, tokens), rel=1e-4)
 
 
 def test_what_is_spliced_in_is_the_reconstruction_in_the_layers_own_units(reward, tokens):
