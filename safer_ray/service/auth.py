@@ -130,7 +130,7 @@ class Keys:
         # By the key's hash, so that a session dies with its key and no list is needed; with the secret, where there is,
         # since whoever reads the hashes could sign otherwise.
         own = hmac.new(b"safer_ray session" + self.secret, key.digest.encode(), hashlib.sha256).digest()
-        return hmac.new(own, said.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(own, said.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def _now(now: float | None) -> float:

@@ -12,12 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safer_ray.errors import SaferError, UserError
-from safer_ray.service.arguments import ServiceConfig, read_args
 from safer_ray.service.serve_settings import free_ports, settings, socket_folder
 from safer_ray.service.shutdown import Ending
+
+if TYPE_CHECKING:
+    from safer_ray.service.arguments import ServiceConfig
 
 NAME = "safer-ray"  # of the application, among those of a cluster
 HOST, PORT = "127.0.0.1", 8000
@@ -55,6 +57,8 @@ def serve_until_told(args: dict[str, str], ending: Ending) -> None:
         Ended: it was told to end before it was ready.
     """
 
+    from safer_ray.service.arguments import read_args
+
     host, port = args.pop("host", None), args.pop("port", None)
     address = args.pop("address", None) or os.environ.get("RAY_ADDRESS")
     config = read_args(args)  # what is wrong is said before Ray starts
@@ -71,7 +75,7 @@ def serve_until_told(args: dict[str, str], ending: Ending) -> None:
         ending.wait()
 
 
-def check_host(host: str, config: ServiceConfig) -> None:
+def check_host(host: str, config: "ServiceConfig") -> None:
     """Raises UserError where a service on a Ray of its own would let strangers in, or could not listen."""
     from safer_ray.service.app import check_binding, find_keys
 

@@ -229,7 +229,7 @@ def training_of(reward, workers, **changes):
 def gradients(reward, pairs, workers, **changes):
     """The loss of all of `pairs` as one batch, and this worker's share of the gradients."""
     step = training_of(reward, workers, **changes)
-    loss = _one_step(step, _Batches(reward, pairs), np.arange(len(pairs)))
+    loss = _one_step(step, _Batches(reward, reward.pairs(pairs.to_pylist())), np.arange(len(pairs)))
     return loss, [p.grad.clone() for p in reward.model.parameters() if p.grad is not None]
 
 
@@ -272,7 +272,7 @@ def test_workers_measure_the_held_out_pairs_together(fresh, pairs, tmp_path):
     reward = fresh()
     with torch.no_grad():
         reward.model.score.weight *= 20
-    batches = _Batches(reward, pairs.slice(0, 21))
+    batches = _Batches(reward, reward.pairs(pairs.slice(0, 21).to_pylist()))
     margin = reward_step(reward, batches.tokens).margin
     accuracy, loss = held_out(training_of(reward, OneProcess(tmp_path)), batches)
     assert accuracy == pytest.approx(float((margin > 0).float().mean()))

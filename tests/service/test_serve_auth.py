@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safer_ray.errors import UserError
@@ -279,6 +279,7 @@ def test_ingresses_share_a_keys_limits():
     assert "send at most 34 in a request" in told.value.detail
 
 
+@example(0.1, "\ud800")
 @given(st.floats(0, 1, exclude_max=True), st.characters())
 def test_a_session_that_was_changed_anywhere_is_nobodys(where, character):
     keys = Keys(listed=(Key("a", "0" * 64),))
