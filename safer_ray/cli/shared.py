@@ -202,7 +202,7 @@ def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path 
     try:
         reading = Reading.model_validate(given | assigned({}, options, "--read"))
     except ValidationError as error:
-        raise explain_validation(error, "--read") from None
+        raise explain_validation(error, "--read", [*Reading.model_fields]) from None
     return reading.model_copy(update={TRUSTED: True}) if trust_remote_code else reading
 
 

@@ -1,5 +1,6 @@
 """A run's config from YAML and `key=value` assignments, with errors that fit on a line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from safer_ray.errors import UserError
 from safer_ray.storage.locations import shipped_configs
 
 
-def explain_validation(error: ValidationError, where: str) -> UserError:
-    """The first problem of a pydantic error as one line, with how many more there are."""
+def explain_validation(error: ValidationError, where: str, known: Sequence[str] = ()) -> UserError:
+    """The first problem of a pydantic error as one line, with how many more there are; the `known` keys are named where
+    there is one that is not."""
     first, *rest = error.errors()
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key; check the spelling against that of the config `demo`"
+        choice = (
+            f"choose one of {', '.join(known)}" if known else "check the spelling against that of the config `demo`"
+        )
+        message = f"unknown key; {choice}"
     elif "input" in first and not isinstance(first["input"], dict | BaseModel):
         message = f"{message} (got {first['input']!r})"
     more = f" (and {len(rest)} more)" if rest else ""

@@ -760,3 +760,22 @@ def test_the_root_of_the_file_system_is_nowhere_to_write(safer, tmp_path):
         code, _, told = safer("pairs", "--source", tmp_path / "a.jsonl", "--out", out, "--fresh")
         assert code == 2
         assert "the root of the file system; choose a folder in it as --out" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "tempalte=raw",
+            "--read: tempalte: unknown key; choose one of template, template_arguments, system, truncation",
+        ),
+        ("template", "--read 'template': write it as key=value"),
+        ("template=chatml", "no template is called 'chatml'; choose auto, chat, plain, pair, raw, or a .jinja file"),
+        ("system=before", "--read: system: Input should be 'template' or 'fold'"),
+    ],
+)
+def test_a_reading_that_cannot_be_is_told_with_the_choice(refused, at, tmp_path, words, told):
+    line = refused(
+        "evaluate", "--reward", at["reward"], "--pairs", at["pairs"], "--out", tmp_path / "out", "--read", words
+    )
+    assert told in line
