@@ -129,6 +129,34 @@ def test_the_proxy_ends_with_the_process_that_started_it(tmp_path):
     wait_until(lambda: not at_work([proxy]), 10)
 
 
+SETTINGS = """global
+    stats socket /tmp/admin.sock mode 666 level admin
+defaults
+    timeout connect 5s
+    errorfile 502 /tmp/502.http
+frontend http_frontend
+    bind {front}:8000
+    mode http
+frontend other
+    bind {other}:9000
+"""
+
+
+@pytest.mark.parametrize(
+    ("front", "other", "code"),
+    [("*", "127.0.0.1", 0), ("127.0.0.1", "127.0.0.1", 0), ("127.0.0.1", "*", 1), ("*", "", 1)],
+)
+def test_the_service_may_listen_everywhere_and_nothing_else_may(tmp_path, front, other, code):
+    (tmp_path / "haproxy.cfg").write_text(SETTINGS.format(front=front, other=other), encoding="utf-8")
+    environ = {name: value for name, value in os.environ.items() if name != "SAFER_RAY_PYTHON"}
+    command = ["sh", str(HERE / "safer_ray/service/haproxy.sh"), "-f", str(tmp_path / "haproxy.cfg")]
+    ended = subprocess.run(
+        command, env=environ | {"SAFER_RAY_HAPROXY": "/bin/true"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ("binds everywhere" in ended.stderr) == bool(code)
+
+
 @pytest.fixture
 def short(tmp_path, monkeypatch):
     monkeypatch.setattr(serve_settings, "SHORT", tmp_path)
