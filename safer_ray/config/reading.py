@@ -1,4 +1,4 @@
-"""How a reward model reads text, as its user asks for it."""
+"""Say how a reward model is to read text, where its own files leave that open."""
 
 import hashlib
 from datetime import date
@@ -21,7 +21,7 @@ _DAYS = BeforeValidator(lambda value: value.isoformat() if isinstance(value, dat
 
 
 class Reading(Frozen):
-    """How text is put to a model, and what of it is read, where the model's own files leave that open.
+    """Choose how text is put to a model and which output is its reward, where the model's own files leave that open.
 
     `template` is `auto`, `chat` (the tokenizer's own), `pair` (prompt and response as two texts, as encoders' cards
     do), `plain` (Human: and Assistant: turns), `raw` (texts as they are, one behind the other), or a file with a

@@ -1,4 +1,5 @@
-"""What a model in training drops at random: rates of modules, and those that classes keep as numbers for functions."""
+"""Find and disable what a model in training drops at random: rates of modules, and those that classes keep as numbers
+for functions."""
 
 from collections.abc import Iterator
 

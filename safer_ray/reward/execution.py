@@ -161,11 +161,8 @@ def _run_whole_model(
     assert heads is not None
     if values.ndim != 3 or reward.unread == reward.pad:
         return outputs, heads, one_reward(output.logits, None, ends)
-    return (
-        outputs,
-        heads,
-        reward.head()(heads)[:, 0],
-    )  # the model looks for the last token that is not another pad token
+    # The model itself would look for the last token that is not the pad token that it runs with here.
+    return outputs, heads, reward.head()(heads)[:, 0]
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""What a checkpoint held beside what its model has: weights drawn by chance, left out, or of no use are told."""
+"""Compare the weights of a checkpoint with those of its model: refuse what is missing, tell what is of no use."""
 
 import logging
 import re
@@ -76,7 +76,7 @@ def check_loaded(name: str, model: Any, found: dict[str, Any], *, whole: bool) -
 
 
 def _instead(inside: list[str], strange: list[str]) -> str:
-    """What stands in a checkpoint in the place of weights that it lacks, and the remedy."""
+    """Return what stands in a checkpoint in the place of weights that it lacks, and the remedy."""
     if not strange:
         return "; copy all of its files again"
     first = strange[0]
@@ -112,7 +112,7 @@ def _prefix(inside: list[str], strange: list[str]) -> str | None:
 
 
 def _no_head(config: Any, strange: list[str]) -> str:
-    """What a checkpoint without a reward head is, and the remedy."""
+    """Return what a checkpoint without a reward head is, and the remedy."""
     (kind,) = getattr(config, "architectures", None) or (None,)
     heads = [weight for weight in strange if not LANGUAGE_HEAD.match(weight)]
     if heads:

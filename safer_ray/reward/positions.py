@@ -1,4 +1,4 @@
-"""How long a sequence a model can read, by what its config and its class say of positions."""
+"""Find how long a sequence a model can read, by what its config and its class say of positions."""
 
 import sys
 from typing import Any

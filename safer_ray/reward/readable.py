@@ -1,6 +1,5 @@
-"""Whether a tokenizer knows text, and its chat template renders some: tried on a few words, before any row is read."""
+"""Try on a few words whether a tokenizer knows text and its chat template renders some, before any row is read."""
 
-from collections.abc import Callable
 from typing import Any
 
 from safer_ray.errors import UserError
@@ -38,22 +37,28 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
         )
 
 
-def check_template(name: str, tokenizer: Any, chat: Callable[[], ChatTemplate], *, own: bool) -> None:
-    """See that a tokenizer's chat template renders a conversation of one kind at least; the template may be the
-    user's `own`.
+def check_default(name: str, tokenizer: Any) -> None:
+    """See that one of a tokenizer's named chat templates is the default; it may have one without a name.
 
     Raises:
-        UserError: it renders none, or none is the default; its own words are quoted.
+        UserError: none is.
     """
-    from jinja2 import TemplateSyntaxError
-
     templates = tokenizer.chat_template
-    if not own and isinstance(templates, dict) and "default" not in templates:
+    if isinstance(templates, dict) and "default" not in templates:
         raise UserError(
             f"{name}: none of its chat templates ({', '.join(sorted(templates))}) is the default; keep the one that "
             "the model was trained with as chat_template.jinja"
         )
-    template = chat()
+
+
+def check_template(name: str, template: ChatTemplate) -> None:
+    """See that a chat template renders a conversation of one kind at least.
+
+    Raises:
+        UserError: it renders none; its own words are quoted.
+    """
+    from jinja2 import TemplateSyntaxError
+
     first: Exception | None = None
     for talk in TALKS:
         try:

@@ -1,4 +1,4 @@
-"""How a reward model reads text: as its folder says, or as its user asks where that says nothing."""
+"""Find how a reward model reads text: as its folder says, or as its user asks where that says nothing."""
 
 import json
 import logging
@@ -12,9 +12,9 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.config.read import explain_validation
 from safer_ray.config.reading import DATE, Reading, is_file_name, template_text
 from safer_ray.errors import UserError
-from safer_ray.reward.readable import check_template, check_tokenizer
+from safer_ray.reward.readable import check_default, check_template, check_tokenizer
 from safer_ray.reward.templates import NO_DAY
-from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer
+from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer, is_encoder
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # the tokenizer's own chat template where it has one
@@ -24,7 +24,7 @@ SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "trunc
 
 @dataclass(frozen=True)
 class HowItReads:
-    """How a model reads text, as its folder says, or its user where that says nothing."""
+    """The choices by which a model reads text, all made."""
 
     template: str = AUTO
     max_length: int = 10**9
@@ -121,11 +121,14 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
     pairs = PairTokenizer(
         tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text
     )
-    if template != CHAT and (how.arguments or pairs.fold):
-        raise UserError(f"{name}: template {template!r} takes no template_arguments and folds no system message")
-    if template == CHAT:
-        check_template(name, tokenizer, lambda: pairs.chat, own=how.text is not None)
-    if template == CHAT and pairs.chat.reads_the_day and DATE not in how.arguments:
+    if template != CHAT:
+        if how.arguments or pairs.fold:
+            raise UserError(f"{name}: template {template!r} takes no template_arguments and folds no system message")
+        return pairs
+    if how.text is None:
+        check_default(name, tokenizer)
+    check_template(name, pairs.chat)
+    if pairs.chat.reads_the_day and DATE not in how.arguments:
         log.warning(
             "%s: its chat template writes today's date; %s is taken, whenever this runs; set template_arguments.date "
             "for another",
@@ -139,7 +142,7 @@ def _template_of(tokenizer: Any, name: str, made_here: bool) -> str:
     """Return the template of a model that names none; one line says it where it is made up."""
     if tokenizer.chat_template:
         return CHAT
-    if not made_here and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+    if not made_here and is_encoder(tokenizer):
         log.warning(
             "%s has no chat template: prompt and response are read as tokenizer(prompt, response), a prompt of several "
             "messages as Human: and Assistant: turns; set `template` for another format",

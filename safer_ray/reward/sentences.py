@@ -85,7 +85,7 @@ class SideSentences:
 
 
 def _last_sentence(content: str) -> tuple[int, str]:
-    """Where the last sentence of a content begins, and its text."""
+    """Return where the last sentence of a content begins, and its text."""
     said = content.strip()
     first = content.index(said)
     ends = sentence_ends([Rendered(content, (Span(first, first + len(said), 0, first),))])[1].tolist()

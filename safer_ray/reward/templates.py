@@ -72,7 +72,7 @@ class Conversation(NamedTuple):
 
 
 class _Markup(NamedTuple):
-    """What a template writes before, between and behind the contents of messages in one order of roles."""
+    """The text that a template writes before, between and behind the contents of messages in one order of roles."""
 
     pieces: list[str]
 
@@ -169,8 +169,8 @@ class ChatTemplate:
         return self._known[roles]
 
     def _find_markup(self, roles: tuple[str, ...]) -> "_Markup | _Text":
-        """What the template writes around messages of such roles; or what is wrong with that; or, failed, why it does
-        not take the marks, which says nothing of messages."""
+        """Return the text that the template writes around messages of such roles, or what is wrong with that. A failed
+        text is why it does not take the marks, which says nothing of messages."""
         marks = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
         (found,) = self._texts_or_reasons([marks])
         if found.failed:
@@ -317,7 +317,7 @@ def render_plain(conversations: Sequence[Conversation]) -> list[Rendered | str]:
 
 
 def _plainly(conversation: Conversation) -> Rendered:
-    turns = [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in conversation.prompt]
+    turns = _turns(conversation.prompt)
     first = [TURNS["assistant"] if conversation.prompt else ""] * bool(conversation.response)
     return _joined([*turns, *first, *[TURNS["assistant"]] * (len(conversation.response) - 1)], conversation)
 
@@ -333,9 +333,14 @@ def render_pair(conversations: Sequence[Conversation]) -> list[Rendered | str]:
 
 
 def _two_texts(conversation: Conversation) -> Rendered:
-    turns = [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in conversation.prompt]
-    turns = [""] if len(turns) == 1 else [turn.lstrip() if number == 0 else turn for number, turn in enumerate(turns)]
-    return _joined([*turns, *[""] * len(conversation.response)], conversation)
+    turns = [""] if len(conversation.prompt) == 1 else _turns(conversation.prompt)
+    begin = [turn.lstrip() for turn in turns[:1]]
+    return _joined([*begin, *turns[1:], *[""] * len(conversation.response)], conversation)
+
+
+def _turns(messages: Sequence[Message]) -> list[str]:
+    """Return the line that opens the turn of each message."""
+    return [TURNS.get(ALIASES.get(m["role"].strip().lower(), m["role"]), TURNS["user"]) for m in messages]
 
 
 def _joined(before: Sequence[str], conversation: Conversation) -> Rendered:

@@ -24,8 +24,8 @@ SENTENCE_END = re.compile(r"[.,?!;\n](?:[.,?!;\s]*[.,?!;\n])?")  # [.,?!;\n]+(\s
 BETWEEN = "\ue000"  # two texts, no run goes across
 END_GAP = 5  # tokens before the first end and between two
 CHAT = "chat"
-TEXTS = {"plain": render_plain, "pair": render_pair, "raw": render_raw}  # templates that are no chat template
-TEMPLATES = (CHAT, *TEXTS)
+RENDERERS = {"plain": render_plain, "pair": render_pair, "raw": render_raw}  # templates that are no chat template
+TEMPLATES = (CHAT, *RENDERERS)
 
 
 class Side(NamedTuple):
@@ -113,7 +113,7 @@ class PairTokenizer:
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | str]:
         """Return each conversation as the model reads it, or why it cannot be read."""
-        return self.chat.render(conversations) if self.template == CHAT else TEXTS[self.template](conversations)
+        return self.chat.render(conversations) if self.template == CHAT else RENDERERS[self.template](conversations)
 
     def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> Rendered:
         """Return prompt and response as the model sees them.
@@ -177,10 +177,6 @@ class PairTokenizer:
         first = mask.index(0)
         return ids[:first], [token for token, added in zip(ids[first:], mask[first:], strict=True) if added]
 
-    @property
-    def _is_encoder(self) -> bool:
-        return self.tokenizer.cls_token_id is not None and self.tokenizer.sep_token_id is not None
-
     def _sides(self, rendered: Sequence[Rendered]) -> list[Side | str]:
         if not rendered:
             return []
@@ -210,7 +206,7 @@ class PairTokenizer:
     def _sequences(self, rendered: Sequence[Rendered]) -> list[_Sequence]:
         if self.template == "pair":
             return self._of_two_texts(rendered)
-        if self.template == "plain" and self._is_encoder:
+        if self.template == "plain" and is_encoder(self.tokenizer):
             return self._apart(rendered)
         prefix, suffix = ([], []) if self.template == CHAT else self._around
         encoded = self._encode([each.text for each in rendered])
@@ -274,6 +270,11 @@ class PairTokenizer:
         if fallback:
             token, end = np.append(token, last), np.append(end, last_char)
         return Side(ids, token.astype(np.int32), end.astype(np.int32), fallback, n_prompt, length > self.limit, types)
+
+
+def is_encoder(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is an encoder's, which begins texts with a token and parts two by another."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
 def _last_char(rendered: Rendered) -> int:

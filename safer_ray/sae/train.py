@@ -112,8 +112,8 @@ def held_out_quality(
 def splice_quality(
     sae: TopKSae, config: SaeConfig, layer: int, judged: SpliceEvaluation
 ) -> dict[str, dict[str, float]]:
-    """What reconstructions cost the reward model on held-out pairs, by where they are put in (`quality.Spliced`); empty
-    where no pair was held out.
+    """Return what reconstructions cost the reward model on held-out pairs, by where they are put in
+    (`quality.Spliced`); empty where no pair was held out.
 
     Raises:
         UserError: pairs or a reward model that cannot be read, or that gives no finite reward.

@@ -252,7 +252,7 @@ def test_a_template_is_one_entry_of_the_registry(tokenizer, monkeypatch):
         texts = [conversation.messages[-1]["content"] for conversation in conversations]
         return [Rendered(f"[{text}]", (Span(1, 1 + len(text), 1, 0),), 1, 1) for text in texts]
 
-    monkeypatch.setitem(text_module.TEXTS, "bare", bare)
+    monkeypatch.setitem(text_module.RENDERERS, "bare", bare)
     pair = make_pair("a", "Hi there.", "Oh no, not you again.", "Yes.")
     own = PairTokenizer(tokenizer, "bare", 400)
     text = own.rendered_side(pair, "chosen")
