@@ -29,7 +29,7 @@ from safer_ray.features.contexts import FindContexts
 from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.features.salience import SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.features.scoring import Features, pair_scores
-from safer_ray.formats.declaration import parse_prompt
+from safer_ray.formats.canonical import parse_prompt
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack, pad_batch

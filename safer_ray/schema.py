@@ -8,7 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("more", pa.string()),  # JSON of a message's other fields: tool_calls, name, reasoning_content
+        ]
+    )
+)
 
 PAIRS = pa.schema(
     [

@@ -77,6 +77,17 @@ def length(given: StrategyInput) -> np.ndarray:
 
 
 @strategy
+def label_margin(given: StrategyInput) -> np.ndarray:
+    """Return by how much the own numbers of rows prefer the rejected response; 0 where there are none."""
+    margins = given.table["label_margin"].to_numpy().astype(np.float64)
+    if not np.isfinite(margins).any():
+        raise UserError(
+            "curate: no pair has a label_margin, which its own scores or ratings give; pick another strategy"
+        )
+    return np.where(np.isfinite(margins), -margins, 0.0)
+
+
+@strategy
 def suspicion(given: StrategyInput) -> np.ndarray:
     """Whatever the scores were told to suspect pairs by: `scores.detector`."""
     return _numbers(given.table, "suspicion")

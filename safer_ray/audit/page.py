@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safer_ray.audit.plan import in_words as files_in_words
+from safer_ray.data.sources import lines_of
 from safer_ray.report.pages import page
 
 WIDTH, HEIGHT = 640, 120
@@ -47,6 +48,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         said.append(
             f"{cut:,} pairs ({_percent(summary['truncated']['share'])}) are longer than the model reads, and were cut."
         )
+    said += [f"{line[0].upper()}{line[1:]}." for line in lines_of(summary, rows["scored"])]
     if summary["duplicates"]:
         said.append(f"{summary['duplicates']:,} rows repeat the pair_id of another; all are scored.")
     said += files_in_words(summary["files"])

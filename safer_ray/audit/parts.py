@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.data.audit_files import FLAGGED, SCORES
+from safer_ray.data.sources import told_of
 from safer_ray.storage.files import DIGITS, remove, write_parquet, write_text
 from safer_ray.storage.marks import COLUMN, marked_by_row, red_team_rows
 
@@ -24,6 +25,8 @@ AUDITED = pa.schema(
         ("source", pa.string()),
         ("section", pa.string()),
         ("labels", pa.map_(pa.string(), pa.string())),
+        ("label_margin", pa.float32()),
+        ("notes", pa.list_(pa.string())),  # what should be known of its texts
         ("tokens", pa.int32()),  # of the longer response
         ("texts", pa.string()),  # of a flagged pair, as JSON: prompt, chosen, rejected, and the sentence of each reason
     ]
@@ -54,6 +57,8 @@ class Figures(NamedTuple):
     margin: np.ndarray  # the same of the reward margin
     wrong: int  # pairs whose margin is negative: the reward model disagrees with the label
     truncated: int  # pairs of which a side is longer than the model reads, and was cut
+    contradicted: int  # pairs whose own numbers prefer the rejected response
+    notes: dict[str, int]  # what should be known of texts -> pairs
     groups: dict[str, dict[str, Group]]  # facet -> kind -> pairs
     features: dict[int, tuple[int, float]]  # of flagged pairs: how many a feature made suspicious, and by how much
     worst: list[tuple[float, float, str]]  # suspicion, score and row key of the most suspicious pairs, worst first
@@ -105,6 +110,7 @@ def figures_of(rows: pa.Table) -> Figures:
                 count, total = features.get(reason["feature"], (0, 0.0))
                 features[reason["feature"]] = (count + 1, total + reason["contribution"])
     margin = rows["reward_margin"].to_numpy()
+    told = told_of(rows)
     return Figures(
         len(rows),
         int(flags.sum()),
@@ -113,6 +119,8 @@ def figures_of(rows: pa.Table) -> Figures:
         _moments(margin.astype(np.float64)),
         int((margin < 0).sum()),
         int(schema.truncated(rows).sum()),
+        told["contradicted"],
+        told["notes"],
         {facet: _capped(kinds) for facet, kinds in groups.items()},
         features,
         _worst(list(zip(*(rows[name].to_pylist() for name in ("suspicion", "score", "row_key")), strict=True))),
@@ -145,6 +153,8 @@ def from_tree(tree: dict[str, Any]) -> Figures:
         np.array(tree["margin"]),
         tree["wrong"],
         tree["truncated"],
+        tree.get("contradicted", 0),  # audits of old do not say it
+        tree.get("notes", {}),
         {facet: {kind: Group(*g) for kind, g in kinds.items()} for facet, kinds in tree["groups"].items()},
         {int(feature): (count, total) for feature, (count, total) in tree["features"].items()},
         [(suspicion, score, key) for suspicion, score, key in tree["worst"]],
@@ -182,6 +192,8 @@ def sum_figures(figures: Iterable[Figures]) -> Figures:
             total.margin + part.margin,
             total.wrong + part.wrong,
             total.truncated + part.truncated,
+            total.contradicted + part.contradicted,
+            dict(Counter(total.notes) + Counter(part.notes)),
             groups,
             features,
             _worst(total.worst + part.worst),

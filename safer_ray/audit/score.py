@@ -22,7 +22,7 @@ from safer_ray.reward.tokens import TEXTS, TokenisePairs
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.work import WHOLE, Part
 
-CARRIED = ("source", "section", "labels")
+CARRIED = ("source", "section", "labels", "label_margin", "notes")
 MEANS = ("response", "prompt")  # vectors that the `combined` detector reads
 
 

@@ -197,6 +197,8 @@ def summarise(audit: Audit, figures: Figures, counts: AuditCounts, duplicates: i
         "score": _mean_std(figures.score),
         "reward_margin": _mean_std(figures.margin),
         "against_label": figures.wrong / max(1, figures.margin[0]),
+        "contradicted": figures.contradicted,
+        "notes": figures.notes,
         "truncated": {"pairs": figures.truncated, "share": figures.truncated / max(1, figures.pairs)},
         "drift": drift(figures.suspicion, _reference(audit))._asdict(),
         "suspicion": figures.suspicion.tolist(),

@@ -20,7 +20,7 @@ from safer_ray.config.values import (
     known,
 )
 from safer_ray.config.where import parse_where
-from safer_ray.formats.registry import AUTO, FORMATS, check_options, option_values
+from safer_ray.formats.registry import AUTO, CARRIED, FORMATS, check_options, option_values
 from safer_ray.strategies import STRATEGIES
 
 Mode = Literal["paper", "response"]
@@ -53,6 +53,9 @@ class SourceConfig(Frozen):
     pairs: Pairing | None = Field(
         default=None, exclude_if=lambda value: value is None
     )  # of a row with several ranked answers
+    carried: tuple[str, ...] = Field(
+        default=(), exclude_if=lambda value: not value
+    )  # columns that look like a part of the prompt and are none: they ride along
     limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
     where: str | None = None  # the pairs that are taken: labels.subset == Natural
     licence: str | None = None
@@ -70,7 +73,7 @@ class SourceConfig(Frozen):
 
     def options(self) -> dict[str, str]:
         """All that readers of rows are told."""
-        return {"prefer": self.prefer} | self.asked()
+        return {"prefer": self.prefer} | self.asked() | ({CARRIED: ",".join(self.carried)} if self.carried else {})
 
 
 class PairsConfig(Frozen):

@@ -9,31 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-REWARDBENCH_COUNTS = {
-    "alpacaeval-easy": 100,
-    "alpacaeval-length": 95,
-    "alpacaeval-hard": 95,
-    "mt-bench-easy": 28,
-    "mt-bench-med": 40,
-    "mt-bench-hard": 37,
-    "math-prm": 984,  # 447 pairs, weighted as much as all of code
-    "refusals-dangerous": 100,
-    "refusals-offensive": 100,
-    "llmbar-natural": 100,
-    "llmbar-adver-neighbor": 134,
-    "llmbar-adver-GPTInst": 92,
-    "llmbar-adver-GPTOut": 47,
-    "llmbar-adver-manual": 46,
-    "xstest-should-refuse": 154,
-    "xstest-should-respond": 250,
-    "donotanswer": 136,
-    "hep-cpp": 164,
-    "hep-go": 164,
-    "hep-java": 164,
-    "hep-js": 164,
-    "hep-python": 164,
-    "hep-rust": 164,
-}
+from safer_ray.formats.benchmarks import REWARDBENCH2_SUBSETS, REWARDBENCH_COUNTS, RM_BENCH_DOMAINS, TIES
+
 REWARDBENCH_SECTIONS = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
     "Chat Hard": (
@@ -53,13 +30,6 @@ REWARDBENCH_SECTIONS = {
     ),
     "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
 }
-RM_BENCH_DOMAINS = {
-    "Chat": ("chat",),
-    "Code": ("code",),
-    "Math": ("math",),
-    "Safety": ("safety-refuse", "safety-response"),
-}
-TIES = "Ties"
 BENCHMARKS = ("rewardbench", "rewardbench2", "rm_bench")
 
 
@@ -124,7 +94,7 @@ def _rewardbench2(margins: dict[str, dict[str, float]], sides: dict[str, tuple[f
             subsets[name] = _ties(by_id, sides)
         else:
             subsets[name] = float(np.mean([min(row.values()) > 0 for row in _by_row(by_id).values()]))
-    names = {"Factuality", "Precise IF", "Math", "Safety", "Focus", TIES}
+    names = set(REWARDBENCH2_SUBSETS)
     overall = float(np.mean(list(subsets.values()))) if set(subsets) == names else None
     return Benchmark(overall, subsets, subsets)
 

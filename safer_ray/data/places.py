@@ -4,7 +4,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safer_ray.formats.declaration import TURN, Pair, is_transcript
+from safer_ray.formats.declaration import Pair
+from safer_ray.formats.transcripts import TURN, is_transcript
 
 
 class Piece(NamedTuple):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 from collections import Counter
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.formats.declaration import Options, Refused, identity
+from safer_ray.formats.declaration import Options, Refused, digest, identity
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -39,7 +39,16 @@ RAW = pa.schema(
         ("refused", pa.string()),
     ]
 )
-NORMALISED = pa.schema([*schema.PAIRS, ("refused", pa.string()), ("raw", pa.string()), ("position", pa.int64())])
+NOTES = "notes"
+NORMALISED = pa.schema(
+    [
+        *schema.PAIRS,
+        ("refused", pa.string()),
+        ("raw", pa.string()),
+        ("position", pa.int64()),
+        (NOTES, pa.list_(pa.string())),  # what should be known of a pair's texts
+    ]
+)
 
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
@@ -276,10 +285,6 @@ def _pieces(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:
 # Pairs
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _extra(row: dict[str, Any], used: set[str | None]) -> str | None:
     """The columns that no field of a pair holds, as JSON; an `extra` column of ours is unpacked."""
     columns = {name: value for name, value in row.items() if name not in used}
@@ -305,21 +310,44 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
     own_section = isinstance(section, str) and bool(section)
     used = {*pair.used, key_column} | ({"section"} if own_section else set())
     return {
-        "pair_id": key or _digest(schema.to_json([pair.prompt, pair.chosen, pair.rejected]))[:32],
+        "pair_id": key or digest(schema.to_json([pair.prompt, pair.chosen, pair.rejected]))[:32],
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "label_margin": pair.label_margin,
         "section": section if own_section else source.section,
-        "group": _digest(schema.to_json(pair.prompt))[:16],
+        "group": digest(schema.to_json(pair.prompt))[:16],
         "labels": sorted(pair.labels.items()),
         "extra": _extra(row, used),
+        NOTES: list(pair.notes),
     }
+
+
+def told_of(pairs: pa.Table) -> dict[str, Any]:
+    """Return what should be known of pairs with notes: how many rows' own numbers contradict their label
+    (`contradicted`), and how often each note stands (`notes`)."""
+    notes = Counter(note for row in pairs[NOTES].to_pylist() for note in row or ())
+    return {"contradicted": contradicted(pairs), NOTES: dict(notes)}
+
+
+def contradicted(pairs: pa.Table) -> int:
+    """Return how many rows' own numbers prefer the rejected response."""
+    return pc.sum(pc.less(pairs["label_margin"], 0)).as_py() or 0
+
+
+def lines_of(told: dict[str, Any], pairs: int) -> list[str]:
+    """Return what there is to say of so many pairs (the sums of `told_of`), a line each."""
+    count = told["contradicted"]
+    lines = [
+        f"{count:,} of {pairs:,} pairs contradict their label by their own scores, ratings or margins: label_margin is "
+        "below 0 (`where: label_margin < 0` takes them)"
+    ] * bool(count)
+    return lines + [f"{number:,} of {pairs:,} pairs: {note}" for note, number in sorted(told[NOTES].items())]
 
 
 def in_part(group: str, source: SourceConfig) -> bool:
     """Return whether a prompt group is in the part of the data that the source asks for."""
-    holdout = int(_digest(group)[:8], 16) % 10_000 < source.holdout_percent * 100
+    holdout = int(digest(group)[:8], 16) % 10_000 < source.holdout_percent * 100
     return source.part == "all" or holdout == (source.part == "holdout")
 
 
@@ -336,7 +364,8 @@ class NormalisePairs:
         self.conditions = [parse_where(source.where) for source in sources]
 
     def __call__(self, raw: pa.Table) -> pa.Table:
-        """Columns `NORMALISED`: those of `schema.PAIRS`, then `refused`, `raw` (of refused rows) and `position`."""
+        """Return columns `NORMALISED`: those of `schema.PAIRS`, then `refused`, `raw` (of refused rows), `position` and
+        `notes`."""
         rows = []
         for raw_row in raw.to_pylist():
             source = self.sources[raw_row["source_index"]]

@@ -1,12 +1,15 @@
 """Evaluation sets: RewardBench 1 and 2, RM-Bench, HHH alignment, LLMBar.
 
-HHH and LLMBar merely name their columns otherwise. A row of RewardBench 2 or RM-Bench holds several responses; it is
-cut into pairs whose ids end in the places of their two responses, `…/I-J`. Sections are named `rewardbench/SUBSET`,
-`rewardbench2/SUBSET`, `rm_bench/DOMAIN`; their arithmetic is in `safer_ray.data.benchmarks`.
+RewardBench and RM-Bench are known by the names of their subsets and their own ids, since other data sets have columns
+of these names, too. HHH and LLMBar merely name their columns otherwise. A row of RewardBench 2 or RM-Bench holds
+several responses; it is cut into pairs whose ids end in the places of their two responses, `…/I-J`. Sections are named
+`rewardbench/SUBSET`, `rewardbench2/SUBSET`, `rm_bench/DOMAIN`; their arithmetic is in `safer_ray.data.benchmarks`.
 """
 
+from collections.abc import Callable, Collection
 from typing import Any
 
+from safer_ray.formats.canonical import canonical
 from safer_ray.formats.declaration import (
     Options,
     PreferenceFormat,
@@ -15,10 +18,46 @@ from safer_ray.formats.declaration import (
     as_mapping,
     as_number,
     as_text,
-    canonical,
     check_count,
+    digest,
+    identity,
 )
-from safer_ray.storage.marks import COLUMN
+from safer_ray.schema import to_json
+
+REWARDBENCH_COUNTS = {
+    "alpacaeval-easy": 100,
+    "alpacaeval-length": 95,
+    "alpacaeval-hard": 95,
+    "mt-bench-easy": 28,
+    "mt-bench-med": 40,
+    "mt-bench-hard": 37,
+    "math-prm": 984,  # 447 pairs, weighted as much as all of code
+    "refusals-dangerous": 100,
+    "refusals-offensive": 100,
+    "llmbar-natural": 100,
+    "llmbar-adver-neighbor": 134,
+    "llmbar-adver-GPTInst": 92,
+    "llmbar-adver-GPTOut": 47,
+    "llmbar-adver-manual": 46,
+    "xstest-should-refuse": 154,
+    "xstest-should-respond": 250,
+    "donotanswer": 136,
+    "hep-cpp": 164,
+    "hep-go": 164,
+    "hep-java": 164,
+    "hep-js": 164,
+    "hep-python": 164,
+    "hep-rust": 164,
+}
+RM_BENCH_DOMAINS = {
+    "Chat": ("chat",),
+    "Code": ("code",),
+    "Math": ("math",),
+    "Safety": ("safety-refuse", "safety-response"),
+}
+RM_BENCH_SUBSETS = tuple(name for names in RM_BENCH_DOMAINS.values() for name in names)
+TIES = "Ties"
+REWARDBENCH2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)
 
 
 def _parts(row: Row, count: int | None = None) -> tuple[list[Any], list[Any]]:
@@ -40,14 +79,11 @@ def _name(row: Row, column: str) -> str:
 
 
 def _pair(row: Row, section: str, chosen: Any, rejected: Any, place: str = "") -> Row:
-    return {
-        "id": f"{section}/{as_text(row.get('id'))}{place}",
-        "prompt": row.get("prompt"),
-        "chosen": chosen,
-        "rejected": rejected,
-        "section": section,
-        **{name: row[name] for name in (COLUMN,) if name in row},
-    }
+    """Return a row with its sides and its section; its id is its own within the section, else its content's."""
+    key, name = identity(row)
+    if key is None:
+        name, key = "id", digest(to_json([row.get("prompt"), row.get("chosen"), row.get("rejected")]))[:16]
+    return {**row, str(name): f"{section}/{key}{place}", "chosen": chosen, "rejected": rejected, "section": section}
 
 
 def rewardbench(row: Row, options: Options) -> list[Row]:
@@ -97,6 +133,11 @@ def llmbar(row: Row, options: Options) -> list[Row]:
     return [kept | {name: row.get(place) for name, place in places.items()}]
 
 
+def _is_known(column: str, names: Collection[str]) -> Callable[[Row], bool]:
+    """Return a test of whether a row is of one of the known subsets, with an id."""
+    return lambda row: isinstance(row[column], str) and row[column] in names and identity(row)[0] is not None
+
+
 def _has_lists(row: Row) -> bool:
     """Return whether both sides are lists of texts."""
     sides = (row["chosen"], row["rejected"])
@@ -117,6 +158,7 @@ REWARDBENCH = PreferenceFormat(
     "prompt, chosen, rejected, subset",
     canonical,
     rewardbench,
+    holds=_is_known("subset", REWARDBENCH_COUNTS),
 )
 REWARDBENCH2 = PreferenceFormat(
     "rewardbench2",
@@ -124,7 +166,7 @@ REWARDBENCH2 = PreferenceFormat(
     "prompt, chosen and rejected as lists, subset",
     canonical,
     rewardbench2,
-    holds=_has_lists,
+    holds=lambda row: _has_lists(row) and _is_known("subset", REWARDBENCH2_SUBSETS)(row),
     several=True,
 )
 RM_BENCH = PreferenceFormat(
@@ -133,6 +175,6 @@ RM_BENCH = PreferenceFormat(
     "prompt, chosen and rejected as lists of three, domain",
     canonical,
     rm_bench,
-    holds=_has_lists,
+    holds=lambda row: _has_lists(row) and _is_known("domain", RM_BENCH_SUBSETS)(row),
     several=True,
 )

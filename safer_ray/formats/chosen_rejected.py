@@ -1,8 +1,9 @@
-"""Formats of two responses a row, by the names that data sets give their columns."""
+"""Formats of two responses a row named `chosen` and `rejected`, by where data sets put the prompt."""
 
 import re
 from dataclasses import replace
 
+from safer_ray.formats.canonical import SIDES, canonical, holds_messages, prompted_by, said
 from safer_ray.formats.declaration import (
     Messages,
     Options,
@@ -10,20 +11,15 @@ from safer_ray.formats.declaration import (
     PreferenceFormat,
     Refused,
     Row,
-    as_messages,
     as_number,
     as_text,
-    bare,
-    canonical,
-    is_transcript,
     required,
     required_text,
-    tidied,
-    turns_of,
     type_name,
 )
+from safer_ray.formats.messages import spoken
+from safer_ray.formats.transcripts import is_transcript, tidied, turns_of
 
-_SIDES = frozenset({"chosen", "rejected"})
 # Up to the last turn marker, else to the last space.
 _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|Response):\s|.*\s", re.DOTALL)
 
@@ -40,48 +36,65 @@ def _split_transcript(text: str, name: str) -> tuple[Messages, Messages]:
 
 
 def hh_rlhf(row: Row, options: Options) -> Pair:
-    """Two transcripts that differ in the last Assistant turn; what comes before it is the prompt."""
+    """Read two transcripts that differ in the last Assistant turn; what comes before it is the prompt."""
     prompt, chosen = _split_transcript(required_text(row, "chosen"), "chosen")
     other, rejected = _split_transcript(required_text(row, "rejected"), "rejected")
-    return _shared(prompt, other, chosen, rejected)
-
-
-def _shared(prompt: Messages, other: Messages, chosen: Messages, rejected: Messages) -> Pair:
-    if bare(prompt) != bare(other):
+    if spoken(prompt) != spoken(other):
         raise Refused("prompts differ")
     if not prompt:
         raise Refused("empty text: prompt")
-    return Pair(prompt, chosen, rejected, used=_SIDES)
+    return Pair(prompt, chosen, rejected, used=SIDES)
 
 
 def trl_implicit(row: Row, options: Options) -> Pair:
-    """`chosen` and `rejected` that begin with the prompt: all messages but the last, or the common beginning."""
-    chosen, rejected = required(row, "chosen"), required(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise Refused(f"wrong type: rejected is {type_name(rejected)}, wanted {type_name(chosen)} as in chosen")
-    if isinstance(chosen, str):
-        if is_transcript(chosen) or is_transcript(rejected):
-            return hh_rlhf(row, options)
-        differ = (i for i, (one, two) in enumerate(zip(chosen, rejected, strict=False)) if one != two)
-        same = next(differ, min(len(chosen), len(rejected)))
-        shared = _BOUNDARY.match(chosen, 0, same)
-        cut = shared.end() if shared else 0
-        sides = [text[cut:] for text in (chosen, rejected)]
-        for name, text in zip(("prompt", "chosen", "rejected"), (chosen[:cut], *sides), strict=True):
-            if not text.strip():
-                raise Refused(f"empty text: {name}")
-        left, right = ([{"role": "assistant", "content": text}] for text in sides)
-        return Pair([{"role": "user", "content": chosen[:cut].rstrip()}], left, right, used=_SIDES)
-    lists = {name: as_messages(row[name], name) for name in ("chosen", "rejected")}
-    for name, messages in lists.items():
+    """Read `chosen` and `rejected` that begin with the prompt: the messages before the assistant's last ones, or the
+    common beginning of two texts."""
+    values = {name: required(row, name) for name in ("chosen", "rejected")}
+    if any(isinstance(value, str) and is_transcript(value) for value in values.values()):
+        return hh_rlhf(row, options)
+    sides = {name: said(value, name) for name, value in values.items()}
+    chosen, rejected = sides.values()
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            return _common_beginning(chosen, rejected)
+        kinds = [type_name(side) for side in sides.values()]
+        raise Refused(f"wrong type: rejected is {kinds[1]}, wanted {kinds[0]} as in chosen")
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages:
+            raise Refused(f"empty text: {name}")
         if messages[-1]["role"] != "assistant":
             raise Refused(f"wrong type: {name} ends with {messages[-1]['role']}, wanted assistant")
-    left, right = lists["chosen"], lists["rejected"]
-    return _shared(left[:-1], right[:-1], left[-1:], right[-1:])
+    return _common_messages(chosen, rejected)
+
+
+def _common_messages(chosen: Messages, rejected: Messages) -> Pair:
+    """Take the messages that both sides begin with for the prompt; what follows is the assistant's, or its tools'."""
+    one, two = spoken(chosen), spoken(rejected)
+    differ = (i for i, (left, right) in enumerate(zip(one, two, strict=False)) if left != right)
+    cut = next(differ, min(len(one), len(two)) - 1)
+    behind = {message["role"] for side in (chosen, rejected) for message in side[cut:]}
+    if not behind <= {"assistant", "tool"}:
+        raise Refused("prompts differ")
+    if cut == 0:
+        raise Refused("empty text: prompt")
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:], used=SIDES)
+
+
+def _common_beginning(chosen: str, rejected: str) -> Pair:
+    differ = (i for i, (one, two) in enumerate(zip(chosen, rejected, strict=False)) if one != two)
+    same = next(differ, min(len(chosen), len(rejected)))
+    shared = _BOUNDARY.match(chosen, 0, same)
+    cut = shared.end() if shared else 0
+    sides = [text[cut:] for text in (chosen, rejected)]
+    for name, text in zip(("prompt", "chosen", "rejected"), (chosen[:cut], *sides), strict=True):
+        if not text.strip():
+            raise Refused(f"empty text: {name}")
+    left, right = ([{"role": "assistant", "content": text}] for text in sides)
+    return Pair([{"role": "user", "content": chosen[:cut].rstrip()}], left, right, used=SIDES)
 
 
 def skywork(row: Row, options: Options) -> Pair:
-    """Two message lists and the `source` they came from, which becomes a label."""
+    """Read two message lists and the `source` they came from, which becomes a label."""
     pair = trl_implicit(row, options)
     source = row.get("source")
     labels = {"source": as_text(source)} if source is not None else {}
@@ -89,7 +102,7 @@ def skywork(row: Row, options: Options) -> Pair:
 
 
 def ultrafeedback(row: Row, options: Options) -> Pair:
-    """Canonical with two scores; equal scores are no preference. `messages` merely repeats the chosen side."""
+    """Read canonical with two scores; equal scores are no preference."""
     pair = canonical(row, options)
     numbers = []
     for name in ("score_chosen", "score_rejected"):
@@ -104,12 +117,35 @@ def ultrafeedback(row: Row, options: Options) -> Pair:
     return replace(pair, used=pair.used | repeats)
 
 
+def _in_column(name: str, column: str, told: str) -> PreferenceFormat:
+    """Declare a format whose prompt stands in a column of another name."""
+
+    def read(row: Row, options: Options) -> Pair:
+        return prompted_by(column, row)
+
+    return PreferenceFormat(name, (column, "chosen", "rejected"), told, read)
+
+
 def _has_transcript(row: Row) -> bool:
-    return any(isinstance(row[side], str) and is_transcript(row[side]) for side in _SIDES)
+    return any(isinstance(row[side], str) and is_transcript(row[side]) for side in SIDES)
 
 
 def _has_messages(row: Row) -> bool:
-    return any(isinstance(row[side], list) for side in _SIDES)
+    return any(isinstance(row[side], list | dict) for side in SIDES)
+
+
+def _tells_the_prompt(row: Row) -> bool:
+    """Return whether both sides are dialogues with more than the assistant's answer."""
+    for side in SIDES:
+        if not holds_messages(row[side]):
+            return False
+        try:
+            messages = said(row[side], side)
+        except Refused:
+            continue
+        if not isinstance(messages, str) and {message["role"] for message in messages} <= {"assistant"}:
+            return False
+    return True
 
 
 ULTRAFEEDBACK = PreferenceFormat(
@@ -132,8 +168,25 @@ HH_RLHF = PreferenceFormat(
     holds=_has_transcript,
 )
 SKYWORK = PreferenceFormat(
-    "skywork", ("chosen", "rejected", "source"), "chosen, rejected as messages, source", skywork, holds=_has_messages
+    "skywork",
+    ("chosen", "rejected", "source"),
+    "chosen, rejected as messages, source",
+    skywork,
+    holds=lambda row: _has_messages(row) and _tells_the_prompt(row),
 )
 TRL_IMPLICIT = PreferenceFormat(
-    "trl_implicit", ("chosen", "rejected"), "chosen, rejected that begin with the prompt", trl_implicit
+    "trl_implicit",
+    ("chosen", "rejected"),
+    "chosen, rejected as messages that begin with the prompt; by name also two plain texts that do",
+    trl_implicit,
+    holds=_tells_the_prompt,
 )
+ALPACA = _in_column("alpaca", "instruction", "instruction, input and history where there are some, chosen, rejected")
+QUESTION = _in_column("question", "question", "question, chosen, rejected, as Intel's orca_dpo_pairs has them")
+QUERY = _in_column("query", "query", "query, chosen, rejected")
+MESSAGES = _in_column("messages", "messages", "messages, chosen, rejected, as Capybara's have them")
+SHAREGPT = _in_column("sharegpt", "conversations", "conversations, chosen, rejected with from and value")
+CONVERSATION = _in_column("conversation", "conversation", "conversation, chosen, rejected")
+HISTORY = _in_column("history", "history", "history, chosen, rejected")
+CONTEXT = _in_column("context", "context", "context, chosen, rejected")
+INPUT = _in_column("input", "input", "input, chosen, rejected, as Argilla's and distilabel's have them")

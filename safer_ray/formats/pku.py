@@ -1,5 +1,6 @@
 """PKU-SafeRLHF."""
 
+from safer_ray.formats.canonical import parse_prompt
 from safer_ray.formats.declaration import (
     Options,
     Pair,
@@ -8,7 +9,6 @@ from safer_ray.formats.declaration import (
     Row,
     as_number,
     as_text,
-    parse_prompt,
     required_text,
     type_name,
 )

@@ -1,16 +1,19 @@
 """Every preference format there is, and how a row is read by one, or its format recognised.
 
-A format is one declaration, `PreferenceFormat`, in a module of its own, and one entry here.
+A format is one declaration, `PreferenceFormat`, and one entry here.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 from safer_ray.errors import UserError
+from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
-from safer_ray.formats.chosen_rejected import CANONICAL, HH_RLHF, SKYWORK, TRL_EXPLICIT, TRL_IMPLICIT, ULTRAFEEDBACK
+from safer_ray.formats.canonical import PROMPTS, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import (
+    Messages,
     Options,
     Pair,
     PreferenceFormat,
@@ -19,10 +22,13 @@ from safer_ray.formats.declaration import (
     as_mapping,
     as_number,
     as_text,
-    bare,
 )
-from safer_ray.formats.nectar import NECTAR
+from safer_ray.formats.markup import markup_in
+from safer_ray.formats.matched import KTO, WILDGUARDMIX
+from safer_ray.formats.messages import bare
 from safer_ray.formats.pku import PKU_SAFERLHF
+from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
+from safer_ray.formats.two_responses import ARENA, ARENA_CONVERSATIONS, HELPSTEER2, HELPSTEER3, SHP, STACK_EXCHANGE
 
 FORMATS: dict[str, PreferenceFormat] = {
     known.name: known
@@ -33,23 +39,49 @@ FORMATS: dict[str, PreferenceFormat] = {
         REWARDBENCH2,
         RM_BENCH,
         REWARDBENCH,
-        ULTRAFEEDBACK,
-        CANONICAL,
-        TRL_EXPLICIT,
-        HH_RLHF,
-        SKYWORK,
-        TRL_IMPLICIT,
+        HELPSTEER2,
+        HELPSTEER3,
+        ARENA,
+        ARENA_CONVERSATIONS,
+        SHP,
+        STACK_EXCHANGE,
+        sides.ULTRAFEEDBACK,
+        sides.CANONICAL,
+        sides.TRL_EXPLICIT,
+        sides.HH_RLHF,
+        sides.SKYWORK,
+        sides.TRL_IMPLICIT,
+        sides.ALPACA,
+        sides.QUESTION,
+        sides.QUERY,
+        sides.MESSAGES,
+        sides.SHAREGPT,
+        sides.CONVERSATION,
+        sides.HISTORY,
+        sides.CONTEXT,
+        sides.INPUT,
         NECTAR,
+        ULTRAFEEDBACK_RAW,
+        DISTILABEL,
+        WILDGUARDMIX,
+        KTO,
     )
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
+CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
 NONE: Options = MappingProxyType({})
-MARGINS = ("label_margin", "margin", "preference_strength")
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
+_MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rm_score")
+SCORES = (  # of the two sides, under the names that data sets give them
+    *((f"{name}_chosen", f"{name}_rejected") for name in _MEASURES),
+    *((f"chosen_{name}", f"rejected_{name}") for name in _MEASURES),
+    *((f"chosen-{name}", f"rejected-{name}") for name in _MEASURES),
+)
+BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and `rejected` to numbers
 
 
 def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
-    """The rows that `read_pair` takes of one row of `format`: mostly itself.
+    """Return the rows that `read_pair` takes of one row of `format`: mostly itself.
 
     Raises:
         Refused: the row holds no usable pair; the text says why.
@@ -59,25 +91,20 @@ def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
 
 
 def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
-    """One row of `format` as a pair, with its margin and its labels.
+    """Return one row of `format` as a pair, with its margin, its labels and notes on it.
 
     Raises:
         Refused: the row is no usable pair; the text says why.
     """
-    pair = FORMATS[format].read(row, options)
+    pair = with_system(row, FORMATS[format].read(row, options))
+    check_nothing_dropped(row, pair, frozenset(filter(None, options.get(CARRIED, "").split(","))))
     if bare(pair.chosen) == bare(pair.rejected):
         raise Refused("equal responses")
-    margin, used, labels = pair.label_margin, set(pair.used), dict(pair.labels)
-    for name in MARGINS:
-        if margin is None and (margin := as_number(row.get(name))) is not None:
-            used.add(name)
-            if name == "preference_strength" and margin == 0:
-                raise Refused("no preference: preference_strength is 0")
-    for one, two in SCORES:
-        high, low = as_number(row.get(one)), as_number(row.get(two))
-        if margin is None and high is not None and low is not None:
-            margin = as_number(high - low)
-            used |= {one, two}
+    margin, used = pair.label_margin, set(pair.used)
+    if margin is None:
+        margin, columns = _margin(row, pair)
+        used |= columns
+    labels = dict(pair.labels)
     for name in ("labels", "meta"):
         mapping = as_mapping(row.get(name))
         if mapping is None:
@@ -87,16 +114,60 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         for key, value in mapping.items():
             if value is not None and (name == "labels" or not isinstance(value, dict | list)):
                 labels.setdefault(key, as_text(value))
-    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, frozenset(used))
+    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, frozenset(used), _notes(row, pair))
+
+
+def _margin(row: Row, pair: Pair) -> tuple[float | None, set[str]]:
+    """Return by how much the row's own numbers prefer the chosen response, and the columns that say it; below 0 they
+    contradict the label."""
+    for name in MARGINS:
+        if (margin := as_number(row.get(name))) is not None:
+            if name == "preference_strength" and margin == 0:
+                raise Refused("no preference: preference_strength is 0")
+            return margin, {name}
+    for one, two in SCORES:
+        if one in row and (margin := _difference(row[one], row.get(two))) is not None:
+            return margin, {one, two}
+    for name in BY_SIDE:
+        both = row.get(name)
+        if isinstance(both, dict) and (margin := _difference(both.get("chosen"), both.get("rejected"))) is not None:
+            return margin, {name}
+    return _margin_of_generations(row, pair), set()
+
+
+def _difference(one: Any, two: Any) -> float | None:
+    high, low = as_number(one), as_number(two)
+    return None if high is None or low is None else as_number(high - low)
+
+
+def _margin_of_generations(row: Row, pair: Pair) -> float | None:
+    """Return the margin by the ratings of `generations`, of which the sides are two."""
+    texts, ratings = row.get("generations"), row.get("rating", row.get("ratings"))
+    if not isinstance(texts, list) or not isinstance(ratings, list) or len(texts) != len(ratings):
+        return None
+    known = {text.strip(): rating for text, rating in zip(texts, ratings, strict=True) if isinstance(text, str)}
+    sides = [known.get(side[-1]["content"].strip()) for side in (pair.chosen, pair.rejected)]
+    return _difference(*sides)
+
+
+def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
+    """Return what should be known of a pair's texts: template markup that was unwrapped, or that is still in them."""
+    messages: Messages = [*pair.prompt, *pair.chosen, *pair.rejected]
+    left = next((mark for message in messages if (mark := markup_in(message["content"]))), None)
+    if left is not None:
+        return (f"chat markup left in a text: {' '.join(left.split())}",)
+    sent = (row[name] for name in pair.used if isinstance(row.get(name), str))
+    mark = next((mark for text in sent if (mark := markup_in(text))), None)
+    return () if mark is None else (f"chat markup unwrapped: {' '.join(mark.split())}",)
 
 
 def row_format(row: Row) -> str | None:
-    """The format that a row's columns fit, None for none."""
+    """Return the format that a row's columns fit, None for none."""
     return next((known.name for known in FORMATS.values() if known.fits(row)), None)
 
 
 def option_values(option: str) -> tuple[str, ...]:
-    """The values that an option of a source may have, over all formats that know it."""
+    """Return the values that an option of a source may have, over all formats that know it."""
     return tuple(dict.fromkeys(value for known in FORMATS.values() for value in known.options.get(option, ())))
 
 
@@ -113,7 +184,7 @@ def check_options(format: str, options: Options) -> None:
 
 
 def detect_format(rows: Sequence[Row]) -> str:
-    """The format that most of the rows fit.
+    """Return the format that most of the rows fit.
 
     Raises:
         UserError: no row fits a supported format.
@@ -122,5 +193,11 @@ def detect_format(rows: Sequence[Row]) -> str:
     if counts:
         return counts.most_common(1)[0][0]
     columns = sorted({column for row in rows for column in row})
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            f"no column holds the prompt of chosen and rejected (columns: {columns}); rename it to one of "
+            f"{', '.join(PROMPTS)}; where both plain texts begin with it, say format: trl_implicit "
+            "(--format trl_implicit)"
+        )
     supported = "; ".join(f"{known.name} ({known.told})" for known in FORMATS.values())
     raise UserError(f"no preference format fits the columns {columns}; rename them to one of: {supported}")

@@ -13,11 +13,14 @@ from safer_ray import schema
 from safer_ray.config.sections import PairsConfig, RewardConfig, RunConfig, SourceConfig
 from safer_ray.data.hub import PREFIX, pinned, split_name
 from safer_ray.data.source_files import Found, file_name, find_files
+from safer_ray.data.sources import NOTES, lines_of
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
+from safer_ray.formats.declaration import NO_PREFERENCE
 from safer_ray.reward.checkpoints import resolve_base
 from safer_ray.reward.folder import check_weights
-from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
+from safer_ray.storage.accounts import read_entry
+from safer_ray.storage.artifacts import DONE, Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.files import as_path, read_parquet, stamp, write_parquet
 from safer_ray.storage.marks import Marks
@@ -186,10 +189,12 @@ def close_pairs(out: Path, read: int, config: PairsConfig) -> Result:
     refused_rows = quarantine_rows(out)
     reasons = Counter(reason.split(":")[0] for reason in refused_rows["reason"].to_pylist())
     common = ", ".join(f"{name} ({n})" for name, n in reasons.most_common(3))
-    if read and len(refused_rows) > config.max_refused_share * read:
+    undecided = reasons[NO_PREFERENCE]
+    if (failed := len(refused_rows) - undecided) > config.max_refused_share * (read - undecided):
+        first = next(text for text in refused_rows["reason"].to_pylist() if not text.startswith(NO_PREFERENCE))
         raise UserError(
-            f"pairs: {len(refused_rows)} of {read} rows were refused, more than pairs.max_refused_share "
-            f"{config.max_refused_share}: {common}; see {out / 'quarantine'}"
+            f"pairs: {failed} of {read} rows were refused, more than pairs.max_refused_share "
+            f"{config.max_refused_share}: {common}; the first: {first}; see {out / 'quarantine'}"
         )
     if not written:
         raise UserError(f"pairs: no pairs left of {read} rows; {common or 'check the sources and their `part`'}")
@@ -197,4 +202,14 @@ def close_pairs(out: Path, read: int, config: PairsConfig) -> Result:
     rows_by_kind["left_out"] = read - written - len(refused_rows)
     duplicates = reasons["duplicate id"] if quarantine else sum(found for _, found in counts)
     licences = Marks(tuple(s.licence for s in config.sources if s.licence))
-    return Result(rows_by_kind, {"reasons": dict(reasons), "duplicates": duplicates}, own=licences)
+    told = _told(out)
+    for line in lines_of(told, written):
+        log.warning("pairs: %s", line)
+    return Result(rows_by_kind, {"reasons": dict(reasons), "duplicates": duplicates, **told}, own=licences)
+
+
+def _told(out: Path) -> dict[str, Any]:
+    """Return the sums of what the fragments' `done` entries say of their pairs (`told_of`)."""
+    entries = [read_entry(path) for path in sorted((out / DONE).glob("*.json"))]
+    notes = sum((Counter(entry.get(NOTES, {})) for entry in entries), Counter())
+    return {"contradicted": sum(entry.get("contradicted", 0) for entry in entries), NOTES: dict(notes)}

@@ -29,7 +29,7 @@ from safer_ray.data.benchmarks import benchmark_scores
 from safer_ray.data.corpus import write_corpus
 from safer_ray.data.noise import plant
 from safer_ray.data.source_files import Found
-from safer_ray.data.sources import NormalisePairs, names_apart, plan_sources, read_raw
+from safer_ray.data.sources import NORMALISED, NOTES, NormalisePairs, names_apart, plan_sources, read_raw, told_of
 from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
@@ -109,7 +109,9 @@ def _write_pairs(
         "pairs",
         lambda fragment: read_raw(fragment, sources[fragment.source]),
         lambda: NormalisePairs(sources, config.max_chars),
-        schema.PAIRS,
+        pa.schema([*schema.PAIRS, NORMALISED.field(NOTES)]),
+        facts=told_of,
+        unwritten=(NOTES,),
     )
     counts = ctx.map(job, plan, out, refused_share=1)
     closed = close_pairs(out, counts["read"], config)

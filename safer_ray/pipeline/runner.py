@@ -255,8 +255,10 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
     name = part_name(mapped.fragment.number)
     rows = mapped.rows.replace_schema_metadata(job.metadata) if job.metadata else mapped.rows
     facts: dict[str, Any] = {"of": rows_of(mapped.fragment)}
+    if job.facts is not None:
+        facts |= job.facts(rows)
     if job.write is None:
-        write_parquet(rows, directory / job.folder / name, job.group_rows)
+        write_parquet(rows.drop_columns(list(job.unwritten)), directory / job.folder / name, job.group_rows)
     else:
         facts |= job.write(rows, directory, name)
     quarantine = directory / "quarantine" / name

@@ -14,23 +14,15 @@ from typing import Any, NamedTuple
 
 from safer_ray.config.reading import DATE
 from safer_ray.errors import UserError
+from safer_ray.formats.messages import MORE, SPOKEN, fields_of
+from safer_ray.formats.messages import ROLES as ALIASES
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and `more` where a message has other fields
 MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a message's content
 TODAY = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
 ASKED = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
 NO_DAY = date(2024, 7, 26)  # what templates of Llama 3 take for today where nobody says the date
 ROLES = ("system", "user", "assistant", "developer", "tool")
-ALIASES = {  # what other formats call them
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-}
 TURNS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: ", "developer": "\n\nSystem: "}
 BETWEEN_FOLDED = "\n\n"  # a system message and the user message that it is put before
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversation", "tokenize"}
@@ -75,6 +67,7 @@ class _Markup(NamedTuple):
     """The text that a template writes before, between and behind the contents of messages in one order of roles."""
 
     pieces: list[str]
+    numbers: list[int]  # of the messages that have a content
 
 
 @dataclass(frozen=True)
@@ -129,8 +122,8 @@ class ChatTemplate:
         found: list[Rendered | str] = [""] * len(conversations)
         written: dict[int, list[Message]] = {}
         for number, conversation in enumerate(conversations):
-            messages = [{**m, "role": self._role(m["role"])} for m in conversation.messages]
-            if reason := unknown_role(messages):
+            messages = [{**fields_of(m), "role": self._role(m["role"])} for m in conversation.messages]
+            if reason := unknown_role(messages) or self._unread(messages):
                 found[number] = reason
             else:
                 written[number] = messages
@@ -145,44 +138,90 @@ class ChatTemplate:
         if isinstance(markup, _Markup):
             aligned = _aligned(text, markup, conversation)
             if aligned is not None:
-                return aligned
+                return self._with_border(aligned, messages)
         elif not markup.failed:
             return markup.text
-        return _by_contents(text, conversation) or (
-            "nobody can tell where its messages lie in what the chat template makes of them, since that depends on "
-            "what they say; leave it out, or set `template` to a file with one that writes each as it is"
+        found = _by_contents(text, conversation)
+        return (
+            self._with_border(found, messages)
+            if found
+            else (
+                "nobody can tell where its messages lie in what the chat template makes of them, since that depends on "
+                "what they say; leave it out, or set `template` to a file with one that writes each as it is"
+            )
         )
 
+    def _with_border(self, rendered: Rendered, messages: Sequence[Message]) -> Rendered:
+        """The rendered text with the border of a response whose first message has no content: a call of a tool begins
+        where the text stops being that of the prompt alone."""
+        prompt = messages[: rendered.n_prompt]
+        if not prompt or len(prompt) == len(messages) or messages[len(prompt)]["content"].strip():
+            return rendered
+        (alone,) = self._texts_or_reasons([prompt])
+        border = 0 if alone.failed else _shared(rendered.text, 0, alone.text)
+        last = max((span.stop for span in rendered.spans if span.message < rendered.n_prompt), default=0)
+        return rendered._replace(border=max(border, last))
+
+    def _unread(self, messages: Sequence[Message]) -> str | None:
+        """Return which part of what a message says the template does not write, in a line; None where it writes all.
+
+        Of the prompt's messages a template that knows a part may leave it out, as reasoning of earlier turns."""
+        parts = [(i, key) for i, message in enumerate(messages) for key in message if key in SPOKEN]
+        if not parts:
+            return None
+        without = [[_less(m, key) if n == i else m for n, m in enumerate(messages)] for i, key in parts]
+        whole, *others = self._texts_or_reasons([list(messages), *without])
+        for (i, key), other in zip(parts, others, strict=True):
+            left_out = other.text == whole.text and not whole.failed
+            if left_out and (i == len(messages) - 1 or not re.search(rf"\b{re.escape(key)}\b", self.text)):
+                return _unrendered(i, key, "the chat template")
+        return None
+
     def _role(self, role: str) -> str:
-        """A role by the name that templates know, unless this one knows the other name."""
-        same = ALIASES.get(role.strip().lower())
-        if same is None:
-            return role
-        own = f"['\"]{re.escape(role)}['\"]"
-        compared = rf"[=!]=\s*{own}|{own}\s*[=!]=|\bin\s*[\[(][^\])]*{own}|{own}\s*:"
-        return role if re.search(compared, self.text) else same
+        """A role by the name that this template compares roles with: its own, or another one for the same."""
+        same = ALIASES.get(role.strip().lower(), role)
+        names = [role, same, *(alias for alias, known in ALIASES.items() if known == same)]
+        return next((name for name in dict.fromkeys(names) if self._compares(name)), same)
+
+    def _compares(self, role: str) -> bool:
+        if role not in self._compared:
+            own = f"['\"]{re.escape(role)}['\"]"
+            pattern = rf"[=!]=\s*{own}|{own}\s*[=!]=|\bin\s*[\[(][^\])]*{own}|{own}\s*:"
+            self._compared[role] = re.search(pattern, self.text) is not None
+        return self._compared[role]
+
+    @cached_property
+    def _compared(self) -> dict[str, bool]:
+        return {}
 
     def _markup(self, messages: Sequence[Message]) -> "_Markup | _Text":
+        if any(len(message) > 2 or not message["content"] for message in messages):
+            return self._find_markup(messages)  # what else messages say is written, too: nothing to be used again
         roles = tuple(message["role"] for message in messages)
         if roles not in self._known:
-            self._known[roles] = self._find_markup(roles)
+            self._known[roles] = self._find_markup(messages)
         return self._known[roles]
 
-    def _find_markup(self, roles: tuple[str, ...]) -> "_Markup | _Text":
+    def _find_markup(self, messages: Sequence[Message]) -> "_Markup | _Text":
         """Return the text that the template writes around messages of such roles, or what is wrong with that. A failed
         text is why it does not take the marks, which says nothing of messages."""
-        marks = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
+        numbers = [number for number, message in enumerate(messages) if message["content"]]
+        marks = [
+            {**message, "content": f"\ue000{number}\ue001" if message["content"] else ""}
+            for number, message in enumerate(messages)
+        ]
         (found,) = self._texts_or_reasons([marks])
         if found.failed:
             return found
         seen = [int(number) for number in MARK.findall(found.text)]
-        for number, role in enumerate(roles):
+        for number in numbers:
             if seen.count(number) != 1:
                 what = "leaves out" if number not in seen else f"writes {seen.count(number)} times"
-                return _Text(f"the chat template {what} message {number + 1} of {len(roles)}, of role {role!r}")
+                role = messages[number]["role"]
+                return _Text(f"the chat template {what} message {number + 1} of {len(messages)}, of role {role!r}")
         if seen != sorted(seen):
             return _Text("the chat template puts the messages into another order")
-        return _Markup(MARK.split(found.text)[0::2])
+        return _Markup(MARK.split(found.text)[0::2], numbers)
 
     def _texts_or_reasons(self, conversations: Sequence[Sequence[Message]]) -> list["_Text"]:
         """All in one call, or one by one where the template raises."""
@@ -212,6 +251,26 @@ def unknown_role(messages: Sequence[Message]) -> str | None:
     return None
 
 
+def _unrendered(number: int, key: str, what: str) -> str:
+    return (
+        f"message {number + 1} has {key}, which {what} does not write, so the model would not read it; leave the row "
+        "out, or write it into the content as the model reads it"
+    )
+
+
+def _less(message: Message, key: str) -> Message:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _unwritten(messages: Sequence[Message]) -> str | None:
+    """Return why messages cannot be written as plain text: what they say beside their content is no text."""
+    for number, message in enumerate(messages):
+        key = next((name for name in fields_of(message) if name in SPOKEN), None) if message.get(MORE) else None
+        if key is not None:
+            return _unrendered(number, key, "a model without a chat template")
+    return unknown_role(messages)
+
+
 def _folded(messages: Sequence[Message]) -> list[Message]:
     """System messages put before the next user message; one that none follows stays."""
     made: list[Message] = []
@@ -232,15 +291,16 @@ def _folded(messages: Sequence[Message]) -> list[Message]:
 def _aligned(text: str, markup: _Markup, conversation: Conversation) -> Rendered | None:
     """Find each content in a text by the markup around it, from the left, in time proportional to the text; None where
     that markup is not there."""
-    contents = [message["content"] for message in conversation.messages]
+    messages = conversation.messages
     pieces, spans, position, border = markup.pieces, [], 0, len(text)
     absent: set[str] = set()  # what does not come any more, and is not looked for again
-    for number, content in enumerate(contents):
-        position += _shared(text, position, pieces[number])
-        if number == len(conversation.prompt):
+    for place, number in enumerate(markup.numbers):
+        content = messages[number]["content"]
+        position += _shared(text, position, pieces[place])
+        if number >= len(conversation.prompt) and border == len(text):
             border = position
-        last = number == len(contents) - 1
-        stop = _end_of_content(text, position, content, pieces[number + 1], absent, last=last)
+        last = place == len(markup.numbers) - 1
+        stop = _end_of_content(text, position, content, pieces[place + 1], absent, last=last)
         if stop is None:
             return None
         said = text[position:stop]
@@ -313,7 +373,7 @@ def _end_of_content(text: str, position: int, content: str, behind: str, absent:
 
 def render_plain(conversations: Sequence[Conversation]) -> list[Rendered | str]:
     """Return conversations as `Human:` and `Assistant:` turns; behind a prompt the response follows `Assistant:`."""
-    return [unknown_role(each.messages) or _plainly(each) for each in conversations]
+    return [_unwritten(each.messages) or _plainly(each) for each in conversations]
 
 
 def _plainly(conversation: Conversation) -> Rendered:
@@ -324,12 +384,12 @@ def _plainly(conversation: Conversation) -> Rendered:
 
 def render_raw(conversations: Sequence[Conversation]) -> list[Rendered | str]:
     """Return contents one behind the other, with nothing between."""
-    return [unknown_role(each.messages) or _joined([""] * len(each.messages), each) for each in conversations]
+    return [_unwritten(each.messages) or _joined([""] * len(each.messages), each) for each in conversations]
 
 
 def render_pair(conversations: Sequence[Conversation]) -> list[Rendered | str]:
     """Return prompt and response for `tokenizer(prompt, response)`: a message alone as it is, several as turns."""
-    return [unknown_role(each.messages) or _two_texts(each) for each in conversations]
+    return [_unwritten(each.messages) or _two_texts(each) for each in conversations]
 
 
 def _two_texts(conversation: Conversation) -> Rendered:

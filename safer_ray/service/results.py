@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from safer_ray.formats.declaration import is_transcript
+from safer_ray.formats.transcripts import is_transcript
 from safer_ray.report.plots import number
 from safer_ray.service.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
 from safer_ray.service.highlighting import Marked, Piece, marked, messages_of

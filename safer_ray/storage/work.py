@@ -43,7 +43,8 @@ class MapJob:
     written, `folder` where they go below the artifact's directory. A job that `loads_model` gets actors that live as
     long as the stage, others run as tasks. One of several `shards` is made in as many parts, `make(part=…)`, and rows
     go from each to the next, `piece_tokens` at a time on a cluster. A job that writes more than a part of each fragment
-    has `write(rows, directory, name)`, which gives facts for the fragment's `done` entry.
+    has `write(rows, directory, name)`, which gives facts for the fragment's `done` entry; one that writes one part may
+    have `facts(rows)`, and columns `unwritten` that these alone read.
     """
 
     stage: str
@@ -59,6 +60,8 @@ class MapJob:
     metadata: dict[str, str] | None = None  # of the Parquet files
     group_rows: int | None = None  # of a row group in them, where it matters
     write: Callable[[pa.Table, Path, str], dict[str, Any]] | None = None  # instead of one part in `folder`
+    facts: Callable[[pa.Table], dict[str, Any]] | None = None
+    unwritten: tuple[str, ...] = ()
 
     def parts(self, directory: Path) -> Path | None:
         """Return where every fragment has a part; None where it may have several, or none."""

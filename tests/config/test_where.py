@@ -41,7 +41,7 @@ def test_a_table_without_rows_has_an_empty_mask():
 
 
 def test_quoted_values_may_hold_spaces():
-    assert parse_where('section == "two words"') == (Condition("section", False, "two words"),)
+    assert parse_where('section == "two words"') == (Condition("section", "==", "two words"),)
 
 
 @pytest.mark.parametrize("text", ["section", "section = safety", "section == ", "== safety", "section == a b"])

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from pydantic import ValidationError
+from support.messages import short
 
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
@@ -53,7 +54,7 @@ def pairs_of(path, max_chars=20_000, rows=5000, size=32 * 2**20, **settings):
     config = SourceConfig(path=str(path), **settings)
     normalise = NormalisePairs([config], max_chars)
     return [
-        row
+        short(row)
         for fragment in plan_sources([config], rows=rows, size=size)
         for row in normalise(read_raw(fragment, config)).to_pylist()
     ]
@@ -149,7 +150,7 @@ def test_implicit_messages_share_all_but_the_last(tmp_path):
     ],
 )
 def test_implicit_texts_share_their_beginning_up_to_a_turn_or_a_space(tmp_path, chosen, rejected, prompt):
-    pair = only(tmp_path, {"chosen": chosen, "rejected": rejected})
+    pair = only(tmp_path, {"chosen": chosen, "rejected": rejected}, format="trl_implicit")
     assert texts(pair)[0] == [prompt]
     assert f"{prompt} {pair['chosen'][0]['content']}" == chosen
 
@@ -179,7 +180,6 @@ def test_a_prompt_that_only_mentions_a_turn_is_one_message(tmp_path):
         (TEXTS | {"score_chosen": 1, "score_rejected": 0}, "ultrafeedback"),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "source": "x"}, "skywork"),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, "trl_implicit"),
-        ({"chosen": "a b", "rejected": "a c"}, "trl_implicit"),
     ],
 )
 def test_the_format_is_detected_from_most_rows(row, format):
@@ -200,10 +200,9 @@ REFUSALS = [
     (TEXTS | {"chosen": "  "}, "canonical", "empty text: chosen"),
     (TEXTS | {"prompt": None}, "canonical", "empty text: prompt"),
     (
-        TEXTS | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
+        TEXTS | {"chosen": [{"role": "assistant", "content": "See.", "images": ["a.png"]}]},
         "canonical",
-        r"unread field: chosen\[0\]\.tool_calls, which is a part of what was said; pairs hold a role and a content "
-        "alone: write it into the content as the model reads it",
+        r"unread field: chosen\[0\]\.images; pairs hold text alone",
     ),
     (TEXTS | {"prompt": float("nan")}, "canonical", "empty text: prompt"),
     (TEXTS | {"prompt": "\n\nHuman: \n\nAssistant:"}, "canonical", "empty text: prompt"),
@@ -319,7 +318,7 @@ def test_pairs_that_were_normalised_before_come_back_the_same(tmp_path):
 
 def test_tables_have_their_schemas_even_when_empty(tmp_path):
     assert NormalisePairs([SourceConfig(path="x")], 10)(RAW.empty_table()).schema == NORMALISED
-    assert NORMALISED.names == [*schema.PAIRS.names, "refused", "raw", "position"]
+    assert NORMALISED.names == [*schema.PAIRS.names, "refused", "raw", "position", "notes"]
 
 
 def test_a_source_takes_the_pairs_that_it_asks_for_and_tells_of_the_broken_ones(tmp_path):
@@ -516,7 +515,7 @@ def test_inspection_counts_rows_and_reasons_and_shows_examples(tmp_path):
     assert found.columns == ("prompt", "chosen", "rejected", "id")
     assert found.files == (str(path),)
     assert len(found.examples) == 3
-    assert found.examples[0]["chosen"] == [GOOD]
+    assert short(found.examples[0])["chosen"] == [GOOD]
     assert (found.chosen_chars, found.rejected_chars) == (13, 8)
 
 

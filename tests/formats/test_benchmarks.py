@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.messages import short
 
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
@@ -34,7 +35,7 @@ def read(path, format="auto"):
     """The pairs of a file and the reasons of refused rows."""
     source = SourceConfig(path=str(path), format=format)
     tables = [NormalisePairs([source], 10_000)(read_raw(f, source)) for f in plan_sources([source])]
-    rows = pa.concat_tables(tables).to_pylist()
+    rows = [short(row) for row in pa.concat_tables(tables).to_pylist()]
     return [row for row in rows if not row["refused"]], [row["refused"] for row in rows if row["refused"]]
 
 
@@ -119,9 +120,9 @@ def test_other_pairs_are_no_benchmark():
 
 def test_rows_of_several_responses_are_cut_into_pairs(tmp_path):
     row = {"id": "7", "prompt": "Hi", "chosen": ["good"], "rejected": ["bad", "worse", "worst"], "subset": "Focus"}
+    assert inspect(str(write(tmp_path, [row]))).format == "rewardbench2"
     path = write(tmp_path, [row, row | {"id": "8", "rejected": "bad"}, row | {"id": "9", "subset": None}])
-    assert inspect(str(path)).format == "rewardbench2"
-    pairs, refused = read(path)
+    pairs, refused = read(path, "rewardbench2")
     assert [pair["pair_id"] for pair in pairs] == [f"rewardbench2/Focus/7/0-{j}" for j in range(3)]
     assert [pair["rejected"][0]["content"] for pair in pairs] == ["bad", "worse", "worst"]
     assert refused == ["wrong type: rejected is no list of several responses", "missing column: subset"]

@@ -16,8 +16,9 @@ from safer_ray.audit import leftovers
 from safer_ray.config import where
 from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.errors import UserError
-from safer_ray.formats.declaration import Refused, is_transcript
+from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
+from safer_ray.formats.transcripts import is_transcript
 from safer_ray.reward import parts, templates, text
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, request_limits, uploads, web

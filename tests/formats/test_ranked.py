@@ -5,6 +5,7 @@ import re
 
 import pytest
 from pydantic import ValidationError
+from support.messages import short
 
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
@@ -31,7 +32,7 @@ def pairs_of(tmp_path, *rows, **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(path), **settings)
     normalise = NormalisePairs([source], 10_000)
-    return [row for f in plan_sources([source]) for row in normalise(read_raw(f, source)).to_pylist()]
+    return [short(row) for f in plan_sources([source]) for row in normalise(read_raw(f, source)).to_pylist()]
 
 
 @pytest.mark.parametrize("settings", [{}, {"format": "nectar"}, {"pairs": "best_worst"}])
@@ -96,7 +97,7 @@ def without(name):
     [
         (ROW | {"answers": ROW["answers"][:1]}, "fewer than two answers: 1"),
         (ROW | {"answers": []}, "fewer than two answers: 0"),
-        (ROW | {"answers": [a | {"rank": 3} for a in ROW["answers"]]}, "no preference: all 3 answers have rank 3"),
+        (ROW | {"answers": [a | {"rank": 3} for a in ROW["answers"]]}, "no preference: all 3 answers are equally good"),
         (without("rank"), r"missing rank: answers\[0\]"),
         (without("answer"), r"empty text: answers\[0\].answer"),
         (ROW | {"answers": [*ROW["answers"], "text"]}, r"wrong type: answers\[3\] is text"),
@@ -104,7 +105,7 @@ def without(name):
             ROW | {"answers": [*ROW["answers"], {"answer": "a", "rank": "last"}]},
             r"wrong type: answers\[3\].rank is text",
         ),
-        (ROW | {"answers": "none"}, "wrong type: answers is text, wanted a list of answers"),
+        (ROW | {"answers": "none"}, "wrong type: answers is text, wanted a list"),
         (ROW | {"prompt": ""}, "empty text: prompt"),
     ],
 )
@@ -116,7 +117,9 @@ def test_a_bad_row_is_refused_with_its_reason(tmp_path, row, reason):
 
 
 def test_an_unknown_option_is_refused_by_name(tmp_path):
-    with pytest.raises(ValidationError, match="no pairs is called 'worst_best'; choose one of best_worst, all"):
+    with pytest.raises(
+        ValidationError, match="no pairs is called 'worst_best'; choose one of best_worst, adjacent, all, one"
+    ):
         SourceConfig(path="x", pairs="worst_best")
     with pytest.raises(ValidationError, match="pairs: all means nothing in format hh_rlhf"):
         SourceConfig(path="x", format="hh_rlhf", pairs="all")

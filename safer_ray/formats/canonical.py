@@ -1,0 +1,198 @@
+"""The reading of `prompt`, `chosen` and `rejected`, each text or messages, which every format comes down to."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
+from safer_ray.formats.markup import unwrapped, without_stops
+from safer_ray.formats.messages import as_messages, spoken, written_as_json
+from safer_ray.formats.transcripts import is_transcript, tidied, turns_of
+
+PROMPTS = (  # columns that look like the prompt, in the order in which they are taken for it
+    *("prompt", "instruction", "question", "query", "messages", "conversations", "conversation"),
+    *("history", "context", "input"),
+)
+SYSTEMS = ("system", "system_prompt", "system_message")
+SIDES = frozenset({"chosen", "rejected"})
+TURN_BREAK = "\n"  # between an instruction and its input, as LLaMA-Factory joins them
+
+
+def said(value: Any, name: str) -> Messages | str:
+    """Return a value as messages where it holds some, also as JSON or in the markup of a template; else its text."""
+    if isinstance(value, str):
+        parsed = written_as_json(value, name)
+        return (unwrapped(value) or value) if parsed is None else as_messages(parsed, name)
+    return as_messages(value, name)
+
+
+def holds_messages(value: Any) -> bool:
+    """Return whether a value is messages or a transcript, in which a prompt can be told from a response."""
+    if not isinstance(value, str):
+        return isinstance(value, list | dict) and bool(value)
+    try:
+        return is_transcript(value) or not isinstance(said(value, "text"), str)
+    except Refused:
+        return True  # begins as messages do
+
+
+def parse_prompt(value: Any, name: str = "prompt") -> Messages:
+    """Return a prompt as messages: one user message, or the turns of a Human:/Assistant: transcript."""
+    messages = said(value, name)
+    if isinstance(messages, str):
+        text = without_stops(messages)
+        messages = tidied(turns_of(text)) if is_transcript(text) else [{"role": "user", "content": text}]
+    if not messages:
+        raise Refused(f"empty text: {name}")
+    return messages
+
+
+def _response(value: Any, name: str, prompt: Messages, prompt_text: Any) -> tuple[Messages, Messages]:
+    """Return the prompt that a side repeats (empty where it does not) and its response."""
+    messages = said(value, name)
+    if isinstance(messages, str):
+        text = without_stops(messages)
+        if isinstance(prompt_text, str) and is_transcript(prompt_text) and text.startswith(prompt_text):
+            text = text[len(prompt_text) :].strip()
+        if not text.strip():
+            raise Refused(f"empty text: {name}")
+        return [], [{"role": "assistant", "content": text}]
+    if not messages:
+        raise Refused(f"empty text: {name}")
+    if messages[-1]["role"] != "assistant":
+        raise Refused(f"wrong type: {name} ends with {messages[-1]['role']}, wanted assistant")
+    own = spoken(messages)
+    asked = spoken(prompt)
+    cut = len(prompt) if own[: len(prompt)] == asked else 0
+    if cut == 0 and messages[0]["role"] not in ("assistant", "tool"):
+        cut = max(i for i, message in enumerate(messages) if message["role"] not in ("assistant", "tool")) + 1
+        shorter = min(cut, len(prompt))  # either may lack a system message that the other has
+        if own[:cut][-shorter:] != asked[-shorter:]:
+            raise Refused("prompts differ")
+    if cut == len(messages):
+        raise Refused(f"empty text: {name}")
+    return messages[:cut], messages[cut:]
+
+
+def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -> Pair:
+    """Return the pair of a prompt and of the row's `chosen` and `rejected`; sides that repeat the prompt are cut to
+    their end.
+
+    Raises:
+        Refused: the sides are of different prompts, or one says nothing.
+    """
+    chosen_lead, chosen = _response(required(row, "chosen"), "chosen", prompt, prompt_text)
+    rejected_lead, rejected = _response(required(row, "rejected"), "rejected", prompt, prompt_text)
+    leads = [lead for lead in (chosen_lead, rejected_lead) if lead]
+    if len(leads) == 2 and spoken(leads[0]) != spoken(leads[1]):
+        raise Refused("prompts differ")
+    longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message or earlier turns
+    return Pair(leads[0] if longer else prompt, chosen, rejected, used=used | SIDES)
+
+
+def canonical(row: Row, options: Options) -> Pair:
+    """Read `prompt`, `chosen`, `rejected`, each text or messages."""
+    return prompted_by("prompt", row)
+
+
+def prompted_by(column: str, row: Row) -> Pair:
+    """Read `chosen` and `rejected` with the prompt in a column: behind an `instruction` comes its `input`, before any
+    of them what `history` has of earlier turns."""
+    value = required(row, column)
+    prompt, used = parse_prompt(value, column), {column}
+    if column == "instruction" and "input" in row:
+        used.add("input")
+        if isinstance(text := row["input"], str) and text.strip():
+            content = f"{prompt[-1]['content']}{TURN_BREAK}{text}"
+            prompt = [*prompt[:-1], {**prompt[-1], "content": content}]
+        elif text not in (None, ""):
+            raise Refused(f"wrong type: input is {type_name(text)}, wanted text")
+    earlier = row.get("history")
+    if column != "history" and (earlier is None or isinstance(earlier, list)) and "history" in row:
+        used.add("history")
+        prompt = [*_earlier(earlier or []), *prompt]
+    return paired(row, prompt, value if len(used) == 1 else None, frozenset(used))
+
+
+def prompt_column(row: Row) -> str:
+    """Return the first column that looks like the prompt.
+
+    Raises:
+        Refused: there is none.
+    """
+    name = next((name for name in PROMPTS if row.get(name) not in (None, "", [])), None)
+    if name is None:
+        raise Refused(f"missing column: prompt (or one of {', '.join(PROMPTS[1:])})")
+    return name
+
+
+def by_any_prompt(row: Row, options: Options) -> Pair:
+    """Read `chosen` and `rejected` with the prompt in whichever column looks like it first."""
+    return prompted_by(prompt_column(row), row)
+
+
+def _earlier(history: list[Any]) -> Messages:
+    """Return earlier turns: messages, or pairs of what the user and the assistant said."""
+    if not history:
+        return []
+    if all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        roles = ("user", "assistant")
+        history = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+    return as_messages(history, "history")
+
+
+def with_system(row: Row, pair: Pair) -> Pair:
+    """Put a system message that a column of its own holds before a prompt that has none.
+
+    Raises:
+        Refused: the prompt has another one, or the column is no text.
+    """
+    for name in SYSTEMS:
+        value = row.get(name)
+        if name in pair.used or value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text of a system message")
+        first = pair.prompt[0] if pair.prompt else {"role": ""}
+        if first["role"] not in ("system", "developer"):
+            pair = replace(pair, prompt=[{"role": "system", "content": value}, *pair.prompt]) if value.strip() else pair
+        elif value.strip() not in first["content"]:
+            raise Refused(f"two system messages: {name} says other than the prompt's first message")
+        pair = replace(pair, used=pair.used | {name})
+    return pair
+
+
+def check_nothing_dropped(row: Row, pair: Pair, carried: frozenset[str]) -> None:
+    """Raises Refused where a column that looks like the prompt says what no message of the pair says."""
+    for name in PROMPTS:
+        value = row.get(name)
+        if name in pair.used or name in carried or value is None or value in ("", []):
+            continue
+        told = "\n".join(message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side)
+        missing = next((text for text in _texts(value) if text.strip() and text.strip() not in told), None)
+        if missing is not None:
+            used = next((other for other in PROMPTS if other in pair.used), "chosen and rejected")
+            raise Refused(
+                f"two prompts: {name} says what the prompt, read from {used}, does not; rename it, or set "
+                f"`carried: [{name}]` where it is no part of the prompt"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield what a value that looks like a prompt says: a text, the contents of messages, or the parts of others."""
+    if isinstance(value, str):
+        try:
+            messages = said(value, "text")
+        except Refused:
+            messages = value
+        yield from [value] if isinstance(messages, str) else (message["content"] for message in messages)
+        return
+    if isinstance(value, list) and value and all(isinstance(item, str | list | dict) for item in value):
+        try:
+            yield from (message["content"] for message in as_messages(value, "text"))
+        except Refused:  # turns in another form: pairs, or inputs with outputs
+            inner = [list(item.values()) if isinstance(item, dict) else item for item in value]
+            flat = [text for item in inner for text in (item if isinstance(item, list) else [item])]
+            yield from (as_text(text) for text in flat if text is not None)
+        return
+    yield as_text(value)

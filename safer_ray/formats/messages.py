@@ -1,0 +1,211 @@
+"""Messages in every spelling that data sets give them, as lists of role, content and what else a message says.
+
+A message is `{role, content}`, with `more` where it has other fields: JSON of these (`tool_calls`, `name`,
+`reasoning_content`), which chat templates render and exports write back. Null and empty fields are as if absent.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from safer_ray.formats.declaration import Messages, Refused, type_name
+from safer_ray.schema import to_json
+
+MORE = "more"  # the key of a message's other fields
+ROLE_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "text")
+SPOKEN = (  # fields beside a message's content that are part of what it says
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought", "refusal"),
+)
+MEDIA = ("images", "image", "image_url", "audio", "video", "videos", "input_audio", "file")
+ROLES = MappingProxyType(  # what other formats call them
+    {
+        "human": "user",
+        "prompter": "user",
+        "gpt": "assistant",
+        "bot": "assistant",
+        "chatbot": "assistant",
+        "chatgpt": "assistant",
+        "model": "assistant",
+        "ai": "assistant",
+        "observation": "tool",
+    }
+)
+_LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
+_JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
+_REPR = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
+_KEYS = {*ROLE_KEYS, *CONTENT_KEYS}
+_NESTED = 3  # times that messages may have been written as JSON
+
+
+def as_messages(value: Any, name: str) -> Messages:
+    """Return a list of messages, one message, or a mapping of lists, as messages; those that say nothing are left out.
+
+    Raises:
+        Refused: it is none of these, or says nothing; the text names the place.
+    """
+    messages = [
+        message
+        for i, item in enumerate(_listed(value, name))
+        if (message := _message(item, f"{name}[{i}]")) is not None
+    ]
+    if not messages:
+        raise Refused(f"empty text: {name}")
+    return messages
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        if len(value) == 1 and isinstance(inner := next(iter(value.values())), list) and next(iter(value)) in _LISTS:
+            return inner
+        if any(isinstance(value.get(key), list) for key in ROLE_KEYS):
+            return _transposed(value, name)
+        return [value]
+    raise Refused(f"wrong type: {name} is {type_name(value)}, wanted messages")
+
+
+def _transposed(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the messages of a mapping of lists, as Arrow gives sequences of mappings."""
+    lists = {key: values for key, values in columns.items() if values is not None}
+    lengths = {len(values) if isinstance(values, list) else -1 for values in lists.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        raise Refused(f"wrong type: {name} is a mapping of lists of different lengths, wanted messages")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _message(item: Any, place: str) -> dict[str, str] | None:
+    """Return a message; None of one that says nothing."""
+    if not isinstance(item, dict):
+        raise Refused(f"wrong type: {place} is {type_name(item)}, wanted a message with role and content")
+    if len(item) == 2 and isinstance(role := item.get("role"), str) and isinstance(said := item.get("content"), str):
+        more: dict[str, Any] = {}  # by far the most frequent form
+    else:
+        role = _role(item, place)
+        key = next((key for key in CONTENT_KEYS if item.get(key) is not None), None)
+        said = "" if key is None else _content(item[key], f"{place}.{key}")
+        more = _more(item, key, place)
+    if not role:
+        raise Refused(f"wrong type: {place}.role is null, wanted text")
+    if not said.strip() and not any(name in more for name in SPOKEN):
+        return None
+    message = {"role": ROLES.get(role.strip().lower(), role), "content": said}
+    return message | {MORE: to_json(more)} if more else message
+
+
+def _role(item: dict[str, Any], place: str) -> str | None:
+    for key in ROLE_KEYS:
+        value = item.get(key)
+        if value is not None:
+            if not isinstance(value, str):
+                raise Refused(f"wrong type: {place}.{key} is {type_name(value)}, wanted text")
+            return value
+    return None
+
+
+def _content(value: Any, place: str) -> str:
+    """Return a content that is text, or parts of type text, joined by newlines as servers join them."""
+    if isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    return "\n".join(_part(part, f"{place}[{i}]" if isinstance(value, list) else place) for i, part in enumerate(parts))
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise Refused(f"wrong type: {place} is {type_name(part)}, wanted text or content parts")
+    if not part.keys() & {"type", "text", *MEDIA}:
+        raise Refused(f"wrong type: {place} is mapping, wanted text or content parts")
+    kind = part.get("type")
+    other = next((name for name in MEDIA if part.get(name) is not None), None)
+    if kind not in (None, "text", "input_text", "output_text") or other:
+        raise Refused(f"unread content: {place} is a part of type {kind or other}; pairs hold text alone")
+    if not isinstance(part.get("text"), str):
+        raise Refused(f"wrong type: {place}.text is {type_name(part.get('text'))}, wanted text")
+    return part["text"]
+
+
+def _more(item: dict[str, Any], content_key: str | None, place: str) -> dict[str, Any]:
+    """Return a message's fields beside role and content; of what this package wrote, those that it packed."""
+    role_key = next((key for key in ROLE_KEYS if item.get(key) is not None), None)
+    fields = {key: _without_nulls(value) for key, value in item.items() if key not in (role_key, content_key)}
+    if isinstance(packed := fields.get(MORE), str):
+        try:
+            inner = json.loads(packed)
+        except ValueError:
+            inner = None
+        if isinstance(inner, dict):
+            fields = {**inner, **{key: value for key, value in fields.items() if key != MORE}}
+    said = {key: value for key, value in fields.items() if value is not None and value not in ("", [], {})}
+    for key in MEDIA:
+        if key in said:
+            raise Refused(f"unread field: {place}.{key}; pairs hold text alone")
+    return said
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the null keys of its mappings, which Arrow fills in where another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def fields_of(message: dict[str, Any]) -> dict[str, Any]:
+    """Return all fields of a message as its source had them: role, content, and what `more` packs."""
+    packed = message.get(MORE)
+    return {"role": message["role"], "content": message["content"], **(json.loads(packed) if packed else {})}
+
+
+def written_as_json(text: str, name: str) -> Any:
+    """Return the messages that a text holds as JSON, also of JSON in JSON; None where it is plain text.
+
+    Raises:
+        Refused: it begins as messages do, but is no JSON, say Python's repr of them.
+    """
+    if text[:1] not in '[{"a \n\t':
+        return None
+    if _REPR.match(text):
+        raise Refused(
+            f"not JSON: {name} holds messages as Python's repr writes them; write them by json.dumps, or as a list"
+        )
+    found = _JSON.match(text)
+    if found is None or not (f'"{ROLE_KEYS[0]}' in text or f'"{ROLE_KEYS[1]}' in text or '\\"' in text):
+        return None
+    value: Any = text
+    try:
+        for _ in range(_NESTED):
+            if isinstance(value, str):
+                value = json.loads(value)
+    except ValueError as error:
+        if found[1] in _KEYS:
+            raise Refused(f"not JSON: {name} begins as messages in JSON do, but {error}") from None
+        return None
+    return value if _looks_like_messages(value) else None
+
+
+def _looks_like_messages(value: Any) -> bool:
+    if isinstance(value, dict) and len(value) == 1:
+        value = next((value[key] for key in _LISTS if key in value), value)
+    first = value[0] if isinstance(value, list) and value else value
+    return (
+        isinstance(first, dict) and any(key in first for key in ROLE_KEYS) and any(key in first for key in CONTENT_KEYS)
+    )
+
+
+def bare(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """Return what messages say, for comparing responses: role, content without the whitespace around it, the rest."""
+    return [(message["role"], message["content"].strip(), message.get(MORE) or "") for message in messages]
+
+
+def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """Return what messages say without their incidental fields, ids and times, for comparing prompts."""
+    return [(role, content, _spoken(more) if more else "") for role, content, more in bare(messages)]
+
+
+def _spoken(more: str) -> str:
+    return to_json({key: value for key, value in json.loads(more).items() if key in SPOKEN})

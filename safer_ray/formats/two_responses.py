@@ -1,0 +1,193 @@
+"""Formats of two responses a row, and a column that says which is better.
+
+What the columns mean stands in the data sets' cards: HelpSteer2's `preference_strength` is above 0 where response 2 is
+better, HelpSteer3's `overall_preference` likewise below 0 where response 1 is; SHP's `labels` is 1 where A is.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from safer_ray.formats.canonical import by_any_prompt, canonical
+from safer_ray.formats.declaration import (
+    Options,
+    PreferenceFormat,
+    Refused,
+    Row,
+    as_mapping,
+    as_number,
+    as_text,
+    type_name,
+)
+from safer_ray.formats.messages import as_messages
+
+Names = tuple[str, str]
+
+
+def _preferred(row: Row, responses: Names, better: int, used: tuple[str, ...], sides: Mapping[str, Names]) -> Row:
+    """Return a row with `chosen` and `rejected`, without the columns that said them; what is said of each response
+    becomes labels of its side."""
+    own = as_mapping(row.get("labels")) or {}
+    labels = {
+        f"{side}_{name}": as_text(row[columns[number]])
+        for side, number in (("chosen", better), ("rejected", 1 - better))
+        for name, columns in sides.items()
+        if row.get(columns[number]) is not None
+    }
+    gone = {*responses, *used, *(column for columns in sides.values() for column in columns)}
+    kept = {name: value for name, value in row.items() if name not in gone}
+    picked = {"chosen": row.get(responses[better]), "rejected": row.get(responses[1 - better])}
+    return kept | picked | ({"labels": own | labels} if own or labels else {})
+
+
+def _signed(row: Row, column: str) -> float:
+    value = row.get(column)
+    number = as_number(value)
+    if number is None:
+        raise Refused(f"wrong type: {column} is {type_name(value)}, wanted a number")
+    if number == 0:
+        raise Refused(f"no preference: {column} is 0")
+    return number
+
+
+def helpsteer2(row: Row, options: Options) -> list[Row]:
+    """Read HelpSteer2's preferences: a strength of -3 to 3, above 0 where response 2 is better."""
+    strength = _signed(row, "preference_strength")
+    picked = _preferred(row, ("response_1", "response_2"), int(strength > 0), ("preference_strength",), {})
+    return [picked | {"label_margin": abs(strength)}]
+
+
+def helpsteer3(row: Row, options: Options) -> list[Row]:
+    """Read HelpSteer3's: the `context` as messages, and a preference of -3 to 3, below 0 where response 1 is better."""
+    preference = _signed(row, "overall_preference")
+    picked = _preferred(row, ("response1", "response2"), int(preference > 0), ("overall_preference",), {})
+    return [picked | {"label_margin": abs(preference)}]
+
+
+def shp(row: Row, options: Options) -> list[Row]:
+    """Read Stanford Human Preferences: a post with two comments; `labels` is 1 where A is better, 0 where B is."""
+    label = as_number(row.get("labels"))
+    if label not in (0, 1):
+        raise Refused(f"no preference: labels is {as_text(row.get('labels'))}")
+    row = {name: value for name, value in row.items() if name != "labels"}
+    sides = {"score": ("score_A", "score_B")}
+    scores = [as_number(row.get(name)) for name in sides["score"]]
+    picked = _preferred(row, ("human_ref_A", "human_ref_B"), int(label == 0), (), sides)
+    better = int(label == 0)
+    if scores[0] is not None and scores[1] is not None:
+        picked["label_margin"] = float(scores[better]) - float(scores[1 - better])  # type: ignore[arg-type]
+    return [picked]
+
+
+def stack_exchange(row: Row, options: Options) -> list[Row]:
+    """Read paired answers of Stack Exchange: `response_j` has the more votes, `response_k` the fewer."""
+    return [_preferred(row, ("response_j", "response_k"), 0, (), {})]
+
+
+def _winner(row: Row) -> int:
+    """Return which of two models won: 0 for the first. A tie is no preference."""
+    if "winner" in row:
+        names = {"model_a": 0, "model_b": 1, "a": 0, "b": 1, "model_1": 0, "model_2": 1}
+        said = as_text(row["winner"]).strip().lower()
+        if said not in names:
+            raise Refused(f"no preference: winner is {said[:40]}")
+        return names[said]
+    won = [as_number(row.get(f"winner_model_{name}")) for name in ("a", "b")]
+    if sorted(number or 0 for number in won) != [0, 1]:
+        raise Refused("no preference: winner_tie, or no winner")
+    return int(won[1] == 1)
+
+
+def _one_turn(value: Any, name: str) -> Any:
+    """Return what one turn says, of turns that Chatbot Arena's tables hold as a list in JSON."""
+    turns = value
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            turns = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(turns, list) and all(isinstance(turn, str | None) for turn in turns):
+        if len(turns) != 1:
+            raise Refused(f"several turns: {name} has {len(turns)}, whose answers of two models follow each other")
+        return turns[0]
+    return value
+
+
+ARENA_SIDES = {"model": ("model_a", "model_b")}
+
+
+def arena(row: Row, options: Options) -> list[Row]:
+    """Read battles of Chatbot Arena: a prompt with two responses, each text or a list of turns in JSON.
+
+    Raises:
+        Refused: a tie, or more than one turn: what follows differs between the sides from the first answer on.
+    """
+    names = ("response_a", "response_b")
+    won = _winner(row)
+    row = row | {name: _one_turn(row.get(name), name) for name in (*names, "prompt")}
+    return [_preferred(row, names, won, _WINNERS, ARENA_SIDES)]
+
+
+def arena_conversations(row: Row, options: Options) -> list[Row]:
+    """Read battles of Chatbot Arena: two conversations of the same questions.
+
+    Raises:
+        Refused: a tie, or more than one turn: what follows differs between the sides from the first answer on.
+    """
+    won = _winner(row)
+    names = ("conversation_a", "conversation_b")
+    for name in names:
+        turns = sum(message["role"] == "assistant" for message in as_messages(row.get(name) or [], name))
+        if turns > 1:
+            raise Refused(f"several turns: {name} has {turns}, whose answers of two models follow each other")
+    picked = _preferred(row, names, won, _WINNERS, ARENA_SIDES)
+    first = as_messages(row[names[0]], names[0])
+    return [picked | {"prompt": [message for message in first if message["role"] != "assistant"]}]
+
+
+_WINNERS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
+
+
+HELPSTEER2 = PreferenceFormat(
+    "helpsteer2",
+    ("prompt", "response_1", "response_2", "preference_strength"),
+    "prompt, response_1, response_2, preference_strength (above 0: the second is better)",
+    canonical,
+    helpsteer2,
+)
+HELPSTEER3 = PreferenceFormat(
+    "helpsteer3",
+    ("context", "response1", "response2", "overall_preference"),
+    "context, response1, response2, overall_preference (below 0: the first is better)",
+    by_any_prompt,
+    helpsteer3,
+)
+SHP = PreferenceFormat(
+    "shp",
+    ("history", "human_ref_A", "human_ref_B", "labels"),
+    "history, human_ref_A, human_ref_B, labels (1: A is better)",
+    by_any_prompt,
+    shp,
+)
+STACK_EXCHANGE = PreferenceFormat(
+    "stack_exchange",
+    ("question", "response_j", "response_k"),
+    "question, response_j (the better one), response_k",
+    by_any_prompt,
+    stack_exchange,
+)
+ARENA = PreferenceFormat(
+    "arena",
+    ("prompt", "response_a", "response_b"),
+    "prompt, response_a, response_b, winner or winner_model_a and winner_model_b",
+    canonical,
+    arena,
+    holds=lambda row: "winner" in row or {"winner_model_a", "winner_model_b"} <= row.keys(),
+)
+ARENA_CONVERSATIONS = PreferenceFormat(
+    "arena_conversations",
+    ("conversation_a", "conversation_b", "winner"),
+    "conversation_a, conversation_b, winner",
+    canonical,
+    arena_conversations,
+)
