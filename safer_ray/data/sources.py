@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,9 +15,12 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
+from safer_ray.data.matching import matched_file
+from safer_ray.data.rows import parse_row
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, digest, identity
+from safer_ray.formats.matched import MATCHED
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -52,51 +53,9 @@ NORMALISED = pa.schema(
 
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
-MAX_DEPTH = 200  # of lists and mappings in each other
 
 
 # Fragments
-
-
-def _finite(text: str) -> float | None:
-    """A number, null where it is too large for one, as infinities are: no JSON can hold it again."""
-    return number if math.isfinite(number := float(text)) else None
-
-
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
-
-
-def parse_row(raw: str) -> dict[str, Any]:
-    """A row's JSON text as a mapping; NaN and infinities become null.
-
-    Raises:
-        Refused: it is none, or it is nested deeper than `MAX_DEPTH`, which any process can read and write, however deep
-            in calls it is itself.
-    """
-    try:
-        row = _DECODER.decode(raw)
-        if raw.count("[") + raw.count("{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
-            raise RecursionError
-        if "\\u" in raw:
-            schema.to_json(row).encode()
-    except UnicodeEncodeError:
-        raise Refused("bad UTF-8: a lone surrogate is escaped in the text") from None
-    except RecursionError:
-        raise Refused(f"nested too deep: more than {MAX_DEPTH} levels") from None
-    except ValueError as error:
-        raise Refused(f"not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise Refused(f"wrong type: the row is {type(row).__name__}, wanted a mapping of columns")
-    return row
-
-
-def _depth(value: Any) -> int:
-    """Return how many lists and mappings lie in each other."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def _head(path: Path) -> list[dict[str, Any]]:
@@ -147,9 +106,18 @@ def plan_sources(
         replace(fragment, source=index, file=names[index, path])
         for index, source in enumerate(sources)
         for path in files[index]
-        for fragment in plan_file(path, source, rows, size)
+        for fragment in _plan_pairs(path, source, rows, size)
     ]
     return [replace(fragment, number=number) for number, fragment in enumerate(planned)]
+
+
+def _plan_pairs(path: Path, source: SourceConfig, rows: int, size: int) -> list[Fragment]:
+    """Return a file as fragments; of one with a response a row, the pairs that its rows make."""
+    format = _format_as_stamped(path, stamp(path)[1], source)
+    if FORMATS[format].match is None:
+        return plan_file(path, source, rows, size)
+    made = matched_file(path, format, source.asked(), source.limit or 2**62)
+    return plan_file(made, source.model_copy(update={"format": MATCHED, "limit": None}), rows, size)
 
 
 def names_in_keys(sources: Sequence[SourceConfig], files: Sequence[Sequence[Path]]) -> dict[tuple[int, Path], str]:
@@ -191,7 +159,12 @@ def plan_file(
     """
     with explained(path):
         size_now, etag = stamp(path)
-    _format_as_stamped(path, etag, source)
+    format = _format_as_stamped(path, etag, source)
+    if FORMATS[format].match is not None:
+        raise UserError(
+            f"{path} holds one response a row (format {format}), which only `safer-ray pairs --source` matches by "
+            "their prompts; give what that makes"
+        )
     cuts = list(cut_rows(path, rows, size, source.limit or 2**62, after, size_now, whole_lines=whole_lines))
     planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
     name = file_name(path, source)

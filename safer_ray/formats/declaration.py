@@ -38,12 +38,15 @@ class Pair:
 
 
 class Half(NamedTuple):
-    """A row of a data set that holds one response a row: its prompt, its side of a pair, the response, and labels."""
+    """A row of a data set that holds one response a row: its prompt, its side of a pair, the response, labels (those
+    `shared` are the prompt's), and its other columns."""
 
     prompt: Any
     side: Literal["chosen", "rejected"]
     response: Any
-    labels: dict[str, str]
+    labels: Mapping[str, str]
+    shared: frozenset[str]
+    rest: Mapping[str, Any]
 
 
 Reader = Callable[[Row, Options], Pair]

@@ -3,9 +3,17 @@
 They were not made as pairs: what a pair of them says is that its two responses have different labels, no more.
 """
 
-from safer_ray.formats.canonical import canonical
-from safer_ray.formats.declaration import Half, PreferenceFormat, Refused, Row, as_number, as_text
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Literal
 
+from safer_ray.formats.canonical import canonical
+from safer_ray.formats.declaration import Half, Options, Pair, PreferenceFormat, Refused, Row, as_number, as_text
+
+Side = Literal["chosen", "rejected"]
+KTO_COLUMNS = ("prompt", "completion", "label")
+WILDGUARDMIX_COLUMNS = ("prompt", "response", "prompt_harm_label", "response_refusal_label")
+MATCHED = "matched"  # the column that names the format of the rows that a pair was matched from
 PAIRS = ("one", "all")  # pairs of a prompt: its first two responses of different labels, or all that differ
 
 
@@ -16,7 +24,12 @@ def kto(row: Row) -> Half:
         label = label.strip().lower() == "true"  # CSV
     if label not in (True, False):
         raise Refused(f"no preference: label is {as_text(row.get('label'))}")
-    return Half(row.get("prompt"), "chosen" if label else "rejected", row.get("completion"), {})
+    side: Side = "chosen" if label else "rejected"
+    return Half(row.get("prompt"), side, row.get("completion"), {}, frozenset(), _rest(row, KTO_COLUMNS))
+
+
+def _rest(row: Row, used: Collection[str]) -> Row:
+    return {name: value for name, value in row.items() if name not in used}
 
 
 def wildguardmix(row: Row) -> Half:
@@ -31,9 +44,10 @@ def wildguardmix(row: Row) -> Half:
         raise Refused(f"no preference: prompt_harm_label is {asked}, response_refusal_label {answered}")
     good = (asked == "harmful") == (answered == "refusal")
     names = ("prompt_harm_label", "subcategory", "adversarial")
-    labels = {name: as_text(row[name]) for name in names if row.get(name) is not None}
-    labels["response_harm_label"] = as_text(row.get("response_harm_label"))
-    return Half(row.get("prompt"), "chosen" if good else "rejected", row.get("response"), labels)
+    labels = {name: as_text(row[name]) for name in (*names, "response_harm_label") if row.get(name) is not None}
+    rest = _rest(row, (*WILDGUARDMIX_COLUMNS, *names, "response_harm_label"))
+    side: Side = "chosen" if good else "rejected"
+    return Half(row.get("prompt"), side, row.get("response"), labels, frozenset(names), rest)
 
 
 def _is_label(row: Row) -> bool:
@@ -42,11 +56,24 @@ def _is_label(row: Row) -> bool:
     return isinstance(label, bool) or text or as_number(label) in (0, 1)
 
 
+def matched(row: Row, options: Options) -> Pair:
+    """Read what `safer_ray.data.matching` writes: canonical, and the format of its two rows, which becomes a label."""
+    pair = canonical(row, options)
+    return replace(pair, labels={MATCHED: as_text(row.get(MATCHED))}, used=pair.used | {MATCHED})
+
+
+MATCHED_ROWS = PreferenceFormat(
+    MATCHED,
+    ("prompt", "chosen", "rejected", MATCHED),
+    "prompt, chosen, rejected, as `pairs` makes of rows of one response",
+    matched,
+    options={"pairs": PAIRS},
+)
 KTO = PreferenceFormat(
     "kto",
-    ("prompt", "completion", "label"),
+    KTO_COLUMNS,
     "prompt, completion, label true or false; rows of one prompt are matched",
-    canonical,
+    matched,
     holds=_is_label,
     match=kto,
     several=True,
@@ -54,9 +81,9 @@ KTO = PreferenceFormat(
 )
 WILDGUARDMIX = PreferenceFormat(
     "wildguardmix",
-    ("prompt", "response", "prompt_harm_label", "response_refusal_label"),
+    WILDGUARDMIX_COLUMNS,
     "prompt, response, prompt_harm_label, response_refusal_label; rows of one prompt are matched",
-    canonical,
+    matched,
     match=wildguardmix,
     several=True,
     options={"pairs": PAIRS},

@@ -24,7 +24,7 @@ from safer_ray.formats.declaration import (
     as_text,
 )
 from safer_ray.formats.markup import markup_in
-from safer_ray.formats.matched import KTO, WILDGUARDMIX
+from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
 from safer_ray.formats.messages import bare
 from safer_ray.formats.pku import PKU_SAFERLHF
 from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
@@ -45,6 +45,7 @@ FORMATS: dict[str, PreferenceFormat] = {
         ARENA_CONVERSATIONS,
         SHP,
         STACK_EXCHANGE,
+        MATCHED_ROWS,
         sides.ULTRAFEEDBACK,
         sides.CANONICAL,
         sides.TRL_EXPLICIT,

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
+from safer_ray.data.rows import parse_row
 from safer_ray.data.source_files import find_files
-from safer_ray.data.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw
+from safer_ray.data.sources import RAW, NormalisePairs, plan_sources, read_raw
 from safer_ray.formats.declaration import Refused
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.messages import short
 
 from safer_ray.config.sections import SourceConfig
-from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
+from safer_ray.data.sources import NormalisePairs, plan_file, plan_sources, read_raw
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import FORMATS, detect_format, expanded, read_pair, row_format
@@ -71,6 +71,7 @@ ROWS = {
         "score_B": 5,
     },
     "stack_exchange": {"question": ASKED, "response_j": "Fine, thanks.", "response_k": "Go away."},
+    "matched": {"prompt": ASKED, **SIDES, "matched": "kto"},
     "ultrafeedback": {
         "prompt": ASKED,
         "chosen": [USER, GOOD],
@@ -273,6 +274,77 @@ def test_what_else_messages_say_is_kept_and_told_apart(tmp_path):
         read_pair(row | {"rejected": row["chosen"]}, "canonical")
     again = read_pair({name: pair[name] for name in ("prompt", "chosen", "rejected")}, "canonical")
     assert again.chosen == pair["chosen"]  # what this package wrote is read as it was
+
+
+# One response a row
+
+
+KTO = [
+    {"prompt": "Hi?", "completion": "Hello.", "label": True, "by": "p1"},
+    {"prompt": ASKED, "completion": "Go away.", "label": False, "by": "p2"},
+    {"prompt": ASKED, "completion": "Fine, thanks.", "label": True, "by": "p3"},
+    {"prompt": f" {ASKED}", "completion": "Good.", "label": True, "by": "p4"},
+    {"prompt": ASKED, "completion": "Hm.", "label": None, "by": "p5"},
+]
+WILDGUARD = [
+    {
+        "prompt": prompt,
+        "response": f"{answer} {prompt}",
+        "prompt_harm_label": harm,
+        "response_refusal_label": answer,
+        "response_harm_label": "unharmful",
+        "subcategory": "others",
+    }
+    for answer in ("refusal", "compliance")
+    for prompt, harm in (("bad?", "harmful"), ("good?", "unharmful"), ("odd?", None))
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFER_RAY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("format", ["auto", "kto"])
+def test_rows_of_one_prompt_and_two_labels_are_a_pair(tmp_path, caplog, suffix, format):
+    path = written(tmp_path / f"rows{suffix}", KTO)
+    (pair,) = read(path, format=format)
+    assert [pair[side] for side in ("prompt", "chosen", "rejected")] == [[USER], [GOOD], [BAD]]
+    assert dict(pair["labels"]) == {"matched": "kto", "chosen_position": "2", "rejected_position": "1"}
+    assert json.loads(pair["extra"]) == {"chosen_by": "p3", "rejected_by": "p2"}
+    assert "5 rows of one response each (format kto) give 1 pairs" in caplog.text
+    assert "2 have no partner, 1 are no such rows (no preference: 1)" in caplog.text
+    assert len(read(path, format=format, pairs="all")) == 2
+    assert len(read(path, format=format, limit=3)) == 1
+
+
+def test_a_refusal_is_chosen_where_the_prompt_is_harmful_alone(tmp_path):
+    pairs = read(written(tmp_path / "rows.jsonl", WILDGUARD))
+    found = {pair["prompt"][0]["content"]: pair["chosen"][0]["content"] for pair in pairs}
+    assert found == {"bad?": "refusal bad?", "good?": "compliance good?"}
+    labels = dict(pairs[0]["labels"])
+    assert (labels["prompt_harm_label"], labels["matched"]) == ("harmful", "wildguardmix")
+
+
+def test_many_rows_are_matched_as_one_by_one(tmp_path):
+    rng = random.Random(0)
+    rows = [{"prompt": f"p{rng.randrange(20)}", "completion": f"c{i}", "label": rng.random() < 0.5} for i in range(200)]
+    pairs = read(written(tmp_path / "rows.jsonl", rows), pairs="all")
+    wanted = {
+        (one["completion"], other["completion"])
+        for one in rows
+        for other in rows
+        if one["prompt"] == other["prompt"] and one["label"] and not other["label"]
+    }
+    assert {(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs} == wanted
+    assert len(pairs) == len(wanted)
+
+
+def test_an_audit_asks_for_the_pairs(tmp_path):
+    path = written(tmp_path / "rows.jsonl", KTO)
+    with pytest.raises(UserError, match=r"one response a row \(format kto\), which only `safer-ray pairs"):
+        plan_file(path, SourceConfig(path=str(path)), 100)
 
 
 # Preferences that other columns say

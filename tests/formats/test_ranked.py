@@ -118,7 +118,7 @@ def test_a_bad_row_is_refused_with_its_reason(tmp_path, row, reason):
 
 def test_an_unknown_option_is_refused_by_name(tmp_path):
     with pytest.raises(
-        ValidationError, match="no pairs is called 'worst_best'; choose one of best_worst, adjacent, all, one"
+        ValidationError, match="no pairs is called 'worst_best'; choose one of one, all, best_worst, adjacent"
     ):
         SourceConfig(path="x", pairs="worst_best")
     with pytest.raises(ValidationError, match="pairs: all means nothing in format hh_rlhf"):

@@ -1,6 +1,7 @@
 """How a model's text is made: chat templates, roles, dates and files, and what cannot be put to a model."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.passes import RewardPairs
+from safer_ray.formats.messages import as_messages, fields_of
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
@@ -325,3 +327,64 @@ def test_a_bundle_reads_as_its_codes_were_read(values, reward_dir, sae_dir, pair
     )
     own = load_pair_tokenizer(bundle / "reward")
     assert (own.fold, own.cuts) == (values.get("system") == "fold", values.get("truncation") != "quarantine")
+
+
+# What messages say beside their content
+
+TOOLS = (  # as Qwen 2.5's and 3's: calls behind the content, thoughts of the last turn alone
+    "{%- for m in messages %}<{{ m.role }}>{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}"
+    "</think>{% endif %}{% if m.content %}{{ m.content }}{% endif %}{% for call in m.tool_calls or [] %}<call>"
+    "{{ call.function.name }} {{ call.function.arguments | tojson }}</call>{% endfor %}<end>{%- endfor %}"
+)
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima. Now, please."}}}]
+TALK = [{"role": "user", "content": "Is it warm?"}, {"role": "assistant", "content": "", "tool_calls": CALL}]
+TALK += [{"role": "tool", "content": "20 degrees. Sunny.", "tool_call_id": "c1"}]
+
+
+def spoken(prompt, chosen, rejected):
+    sides = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+    return {"pair_id": "a", **{name: as_messages(turns, name) if turns else [] for name, turns in sides.items()}}
+
+
+SPOKEN_PAIRS = {
+    "a call in the prompt": spoken(
+        TALK, {"role": "assistant", "content": "Yes. Warm."}, {"role": "assistant", "content": "No."}
+    ),
+    "a call as the response": spoken(
+        TALK[:1], TALK[1], {"role": "assistant", "content": "Hm. Wait.", "tool_calls": CALL}
+    ),
+    "a thought": spoken(
+        [*TALK[:1], {"role": "assistant", "content": "Yes.", "reasoning_content": "Easy."}, TALK[0]],
+        {"role": "assistant", "content": "Yes. Warm.", "reasoning_content": "First, this."},
+        {"role": "assistant", "content": "No."},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN_PAIRS)
+def test_what_else_messages_say_is_written_by_the_template(name):
+    pairs, pair = reads(TOOLS), SPOKEN_PAIRS[name]
+    (found,) = pairs.read([pair])
+    for side in ("chosen", "rejected"):
+        own, talked = getattr(found, side), [fields_of(m) for m in [*pair["prompt"], *pair[side]]]
+        assert own.ids.tolist() == own_ids(pairs, talked)
+        text = pairs.rendered_side(pair, side)
+        assert set(own.end.tolist()) - {len(text)} == {
+            end for end in own.end.tolist() if text[end - 1] in ".,?!" and "Lima" not in text[end - 10 : end]
+        }  # an end lies in contents, never in a call
+        before = pairs.tokenizer.decode(own.ids[: own.n_prompt])
+        assert before.count("<user>") == sum(m["role"] == "user" for m in pair["prompt"])
+        assert "<call>" not in pairs.tokenizer.decode(own.ids[: own.n_prompt]) or "prompt" in name
+    assert found.chosen.ids.tolist() != found.rejected.ids.tolist()
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, "plain", "raw", "pair"])
+@pytest.mark.parametrize(
+    ("name", "field"), [("a call in the prompt", "tool_calls"), ("a thought", "reasoning_content")]
+)
+def test_what_a_template_does_not_write_is_refused_by_name(template, name, field):
+    chat = template == CHAT_TEMPLATE
+    pairs = reads(CHAT_TEMPLATE) if chat else PairTokenizer(reads(CHAT_TEMPLATE).tokenizer, template, 400)
+    (found,) = pairs.read([SPOKEN_PAIRS[name]])
+    what = "the chat template" if chat else "a model without a chat template"
+    assert re.match(rf"message \d has {field}, which {what} does not write", found)
