@@ -24,6 +24,7 @@ from safer_ray.data.audit_files import REVIEWS, SCORES
 from safer_ray.data.curation import share_count
 from safer_ray.data.sources import NormalisePairs, read_raw
 from safer_ray.errors import UserError
+from safer_ray.formats.messages import fields_of
 from safer_ray.pipeline.runner import Runner
 from safer_ray.storage.artifacts import PLAN, Artifact, Fragment, Place, Recipe, Result, part_name, read_plan
 from safer_ray.storage.contents import content_hash
@@ -180,8 +181,8 @@ def _root(fragment: Fragment, key: str) -> Path:
 
 def trl_line(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair in TRL's conversational preference layout, with an implicit prompt where there is none."""
-    prompt = {"prompt": pair["prompt"]} if pair["prompt"] else {}
-    return prompt | {side: pair[side] for side in schema.SIDES}
+    said = {name: [fields_of(message) for message in pair[name] or []] for name in ("prompt", *schema.SIDES)}
+    return said if said["prompt"] else {side: said[side] for side in schema.SIDES}
 
 
 def write_part(rows: pa.Table, directory: Path, name: str, red_team: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safer_ray.data.sources import NormalisePairs
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import scorer, vector_layers
 from safer_ray.features.passes import EncodePairs, MeanVectors
+from safer_ray.formats.messages import fields_of
 from safer_ray.reward.forward import Forward
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import PairTokens
@@ -118,4 +119,5 @@ class AuditRows(AuditPairs):
         pair = json.loads(texts)
         sides = {side: SideSentences(self.reward.pairs, pair, side) for side in {r["side"] for r in reasons}}
         found = [sides[reason["side"]].ending_at(reason["end"]) for reason in reasons]
-        return schema.to_json(pair | {"sentences": [sentence.text if sentence else "" for sentence in found]})
+        said = {name: [fields_of(message) for message in pair[name] or []] for name in TEXTS}
+        return schema.to_json(said | {"sentences": [sentence.text if sentence else "" for sentence in found]})

@@ -10,9 +10,11 @@ from safer_ray.cli.options import count_option, path_option, place_option, share
 from safer_ray.cli.shared import (
     Fresh,
     RunnerName,
+    SourceSettings,
     TrustRemoteCode,
     at_work,
     build_config,
+    build_source,
     check_out,
     console,
     emptied,
@@ -36,6 +38,7 @@ def audit(
     ],
     out: Annotated[str, place_option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
     format: Annotated[str, text_option()] = "auto",
+    settings: SourceSettings = None,
     flag_quantile: Annotated[float, share_option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
         str | None, text_option(help="safer, reward_margin or combined; default: the best that the bundle has.")
@@ -60,7 +63,7 @@ def audit(
     """
     from safer_ray.audit.run import Audit, audit_corpus
     from safer_ray.audit.summary import close_audit
-    from safer_ray.config.sections import ScoresConfig, SourceConfig
+    from safer_ray.config.sections import ScoresConfig
     from safer_ray.data.audit_files import OWN_FILES
     from safer_ray.data.source_files import find_files
     from safer_ray.features.bundle import best_detector
@@ -74,7 +77,7 @@ def audit(
         raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
     bundle = open_input("auditor", auditor)
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
-    source = build_config(SourceConfig, path=pairs, format=format)
+    source = build_source(settings, path=pairs, format=format)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
     if dry_run:
         _show_estimate(asked, actors)

@@ -15,7 +15,7 @@ from safer_ray.storage.locations import check_utf8
 
 if TYPE_CHECKING:
     from safer_ray.config.reading import Reading
-    from safer_ray.config.sections import RayConfig
+    from safer_ray.config.sections import RayConfig, SourceConfig
     from safer_ray.pipeline.progress import Report
     from safer_ray.pipeline.runner import Runner
     from safer_ray.pipeline.stage import StageContext
@@ -154,6 +154,24 @@ def build_config(model: type, **values: Any) -> Any:
         raise explain_validation(error, "command line") from None
 
 
+def build_source(assignments: list[str] | None, **values: Any) -> "SourceConfig":
+    """Return a source from command-line values, with `--set` laid over them.
+
+    Raises:
+        UserError: a key that sources do not have, or a value that it does not take.
+    """
+    from pydantic import ValidationError
+
+    from safer_ray.config.read import assigned, explain_validation
+    from safer_ray.config.sections import SourceConfig
+
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return SourceConfig.model_validate(given | assigned({}, assignments))
+    except ValidationError as error:
+        raise explain_validation(error, "command line", [*SourceConfig.model_fields]) from None
+
+
 def ray_config(actors: str | None) -> "RayConfig":
     """The defaults, with `MIN:MAX` actors laid over them.
 
@@ -215,6 +233,13 @@ ReadOptions = Annotated[
     text_option(
         "--read",
         help="How a model that was not trained here reads text: template=pair, system=fold, …; may be repeated.",
+    ),
+]
+SourceSettings = Annotated[
+    list[str] | None,
+    text_option(
+        "--set",
+        help="Of the source, as a config has it: pairs=all, carried=[context], prefer=better, …; may be repeated.",
     ),
 ]
 ConfigPath = Annotated[Path | None, config_option("--config", help="A run config; this stage's section of it is used.")]

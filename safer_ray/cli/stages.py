@@ -26,8 +26,10 @@ from safer_ray.cli.shared import (
     Out,
     ReadOptions,
     RunnerName,
+    SourceSettings,
     TrustRemoteCode,
     build_config,
+    build_source,
     config_section,
     console,
     one_stage,
@@ -63,13 +65,15 @@ def pairs(
     out: Out,
     format: Annotated[str, text_option()] = "auto",
     section: Annotated[str | None, text_option()] = None,
+    settings: SourceSettings = None,
     max_refused_share: Annotated[float | None, share_option()] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 1: read preference pairs, quarantine what cannot be used."""
-    from safer_ray.config.sections import PairsConfig, SourceConfig
+    from safer_ray.config.sections import PairsConfig
 
-    sources = tuple(build_config(SourceConfig, path=path, format=format, section=section) for path in source)
+    given = {"format": format, "section": section}
+    sources = tuple(build_source(settings, path=path, **given) for path in source)
     config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
     from safer_ray.pipeline import model_stages
 

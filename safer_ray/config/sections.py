@@ -69,7 +69,8 @@ class SourceConfig(Frozen):
 
     def asked(self) -> dict[str, str]:
         """The options that only some formats know, where they are set."""
-        return {} if self.pairs is None else {"pairs": self.pairs}
+        given = {"pairs": self.pairs, "prefer": None if self.prefer == "safer" else self.prefer}
+        return {option: value for option, value in given.items() if value is not None}
 
     def options(self) -> dict[str, str]:
         """All that readers of rows are told."""

@@ -21,6 +21,7 @@ from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, digest, identity
 from safer_ray.formats.matched import MATCHED
+from safer_ray.formats.messages import characters, without_incidents
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -274,7 +275,7 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
         Refused: the row is no usable pair; the text says why.
     """
     pair = read_pair(row, format, source.options())
-    sides = [sum(len(message["content"]) for message in side) for side in (pair.prompt, pair.chosen, pair.rejected)]
+    sides = [sum(map(characters, side)) for side in (pair.prompt, pair.chosen, pair.rejected)]
     length = sides[0] + max(sides[1:])
     if length > max_chars:
         raise Refused(f"too long: {length} characters, limit {max_chars}")
@@ -289,7 +290,7 @@ def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_ch
         "rejected": pair.rejected,
         "label_margin": pair.label_margin,
         "section": section if own_section else source.section,
-        "group": digest(schema.to_json(pair.prompt))[:16],
+        "group": digest(schema.to_json(without_incidents(pair.prompt)))[:16],
         "labels": sorted(pair.labels.items()),
         "extra": _extra(row, used),
         NOTES: list(pair.notes),

@@ -161,6 +161,11 @@ def fields_of(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": message["content"], **(json.loads(packed) if packed else {})}
 
 
+def characters(message: dict[str, str]) -> int:
+    """Return how many characters a message has, its other fields included."""
+    return len(message["content"]) + len(message.get(MORE) or "")
+
+
 def written_as_json(text: str, name: str) -> Any:
     """Return the messages that a text holds as JSON, also of JSON in JSON; None where it is plain text.
 
@@ -205,6 +210,17 @@ def bare(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
     """Return what messages say without their incidental fields, ids and times, for comparing prompts."""
     return [(role, content, _spoken(more) if more else "") for role, content, more in bare(messages)]
+
+
+def without_incidents(messages: Messages) -> Messages:
+    """Return messages without their incidental fields, ids and times: what tells prompts apart."""
+    return [_without_incidents(message) if message.get(MORE) else message for message in messages]
+
+
+def _without_incidents(message: dict[str, str]) -> dict[str, str]:
+    said = _spoken(message[MORE])
+    bare_message = {name: text for name, text in message.items() if name != MORE}
+    return bare_message | {MORE: said} if said != "{}" else bare_message
 
 
 def _spoken(more: str) -> str:

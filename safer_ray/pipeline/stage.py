@@ -24,7 +24,7 @@ from safer_ray.storage.work import MapJob, Work
 
 VERSIONS = {
     "corpus": 2,
-    "pairs": 1,
+    "pairs": 2,
     "noise": 2,
     "fold": 1,
     "cross_fit": 1,
