@@ -15,8 +15,11 @@ class HeadConfig(Frozen):
     minus output B, as of a classifier of two classes."""
 
     output: Output | None = None
+    """Number of an output, from 0."""
     weights: tuple[float, ...] | None = Field(default=None, min_length=1)
+    """A sum of all outputs, each times its weight."""
     difference: tuple[Output, Output] | None = None
+    """[A, B]: output A minus output B, as of a classifier of two classes."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:

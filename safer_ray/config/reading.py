@@ -21,21 +21,22 @@ _DAYS = BeforeValidator(lambda value: value.isoformat() if isinstance(value, dat
 
 
 class Reading(Frozen):
-    """Choose how text is put to a model and which output is its reward, where the model's own files leave that open.
-
-    `template` is `auto`, `chat` (the tokenizer's own), `pair` (prompt and response as two texts, as encoders' cards
-    do), `plain` (Human: and Assistant: turns), `raw` (texts as they are, one behind the other), or a file with a
-    template in Jinja. `template_arguments` are given to a chat template; `date` (YYYY-MM-DD) is its today.
-    `system: fold` puts a system message before the first user message. A pair longer than the model reads is cut or
-    refused, as `truncation` says. `head` makes one reward of several outputs.
-    """
+    """Choose how text is put to a model and which output is its reward, where the model's own files leave that open."""
 
     template: LocalName = "auto"
+    """`chat` (the tokenizer's own), `pair` (prompt and response as two texts, as encoders do), `plain` (Human: and
+    Assistant: turns), `raw` (one text behind the other), a file with a template in Jinja, or `auto`: `chat`, and
+    without a template of its own `pair` for an encoder, else `plain`."""
     template_arguments: dict[str, Annotated[bool | int | float | str, _DAYS]] = Field(default_factory=dict)
+    """Given to a chat template; `date` (YYYY-MM-DD) is what it takes for today."""
     system: Literal["template", "fold"] = "template"
+    """`fold` puts a system message before the first user message."""
     truncation: Literal["cut", "quarantine"] = "cut"
+    """Cut a side that is longer than the model reads, or refuse the pair."""
     head: HeadConfig | None = Field(default=None, exclude_if=lambda value: value is None)
-    trust_remote_code: bool = False  # whether Python code that the checkpoint brings may run
+    """Makes one reward of several outputs."""
+    trust_remote_code: bool = False
+    """Whether Python code that the checkpoint brings may run."""
 
     def asked(self) -> dict[str, Any]:
         """Return what changes values and is not left to the model's own files."""

@@ -6,14 +6,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config.reading import Reading
+from safer_ray.config.cluster import RayConfig
+from safer_ray.config.reward import RewardConfig, TinyLlamaConfig
 from safer_ray.config.sae import SaeConfig
 from safer_ray.config.values import (
     AnyPlace,
     Frozen,
     LocalName,
     LocalPath,
-    OrLocalName,
     Percent,
     Share,
     explained,
@@ -34,31 +34,38 @@ Pairing = Annotated[str, known("pairs", lambda: option_values("pairs"))]
 
 
 class SourceConfig(Frozen):
-    """A place where preference pairs come from.
-
-    `path` is a file, a folder, a glob, a `datasets.save_to_disk` folder, `corpus:FILE` (the synthetic corpus) or
-    `hub:OWNER/NAME[@REVISION]` (through `datasets.load_dataset`).
-    """
+    """A place where preference pairs come from."""
 
     unrecorded: ClassVar = frozenset({"path"})  # an input: the files by name and content
 
     path: AnyPlace
+    """A file, a folder, a glob, a `datasets.save_to_disk` folder, `corpus:FILE` (the synthetic corpus) or
+    `hub:OWNER/NAME[@REVISION]` (through `datasets.load_dataset`)."""
     format: Format = "auto"
-    name: str | None = None  # what `source` says in the rows; the file name by default
-    section: str | None = None  # where the rows name none
-    split: str = "train"  # of a hub name or a saved dataset dict
-    part: Literal["all", "train", "holdout"] = "all"  # by prompt group
+    """Layout of the rows; `auto` takes the one whose columns they have."""
+    name: str | None = None
+    """What `source` says in the rows. Default: the file's name."""
+    section: str | None = None
+    """Section of the rows that name none."""
+    split: str = "train"
+    """Split of a hub name or a saved dataset dict."""
+    part: Literal["all", "train", "holdout"] = "all"
+    """Take all pairs, or those of prompts on one side of the split by `holdout_percent`."""
     holdout_percent: Percent = 20
-    prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides
-    pairs: Pairing | None = Field(
-        default=None, exclude_if=lambda value: value is None
-    )  # of a row with several ranked answers
-    carried: tuple[str, ...] = Field(
-        default=(), exclude_if=lambda value: not value
-    )  # columns that look like a part of the prompt and are none: they ride along
-    limit: Annotated[int, Field(gt=0)] | None = None  # first rows of each file
-    where: str | None = None  # the pairs that are taken: labels.subset == Natural
+    """Percent of the prompts that `part: holdout` takes and `part: train` leaves out."""
+    prefer: Literal["safer", "better"] = "safer"
+    """Which PKU-SafeRLHF label decides what is chosen."""
+    pairs: Pairing | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Which pairs are made of a row with several ranked answers, or of the rows of one prompt."""
+    carried: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Columns that look like a part of the prompt and are none: they ride along."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Only so many first rows of each file. Default: all."""
+    where: str | None = None
+    """The pairs that are taken, say `labels.subset == Natural`; `and` joins conditions on `pair_id`, `source`,
+    `section`, `group` and `labels.KEY`, and on the number `label_margin` (`label_margin < 0`). Default: all."""
     licence: str | None = None
+    """Written into the manifests of all that is made from the source."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
@@ -78,34 +85,43 @@ class SourceConfig(Frozen):
 
 
 class PairsConfig(Frozen):
+    """Pairs, as they are read from one or more sources."""
+
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    max_chars: Annotated[int, Field(gt=0)] = 20_000  # of prompt plus longer response
+    """Where the pairs come from, in this order."""
+    max_chars: Annotated[int, Field(gt=0)] = 20_000
+    """Characters of a prompt and its longer response; rows with more are refused."""
     max_refused_share: Share = 0.2
-    duplicates: Literal["quarantine", "keep"] = "quarantine"  # rows that repeat a pair_id; counted either way
+    """The run stops where more of a stage's rows than this were refused."""
+    duplicates: Literal["quarantine", "keep"] = "quarantine"
+    """What becomes of rows that repeat a `pair_id`; they are counted either way."""
 
 
 class CorpusConfig(Frozen):
     """The synthetic corpus of the demo."""
 
     train_per_section: Annotated[int, Field(gt=0)] = 2000
+    """Pairs of each section in `train.jsonl`."""
     heldout_per_section: Annotated[int, Field(gt=0)] = 1000
+    """Pairs of each section in `heldout.jsonl`."""
     seed: int = 0
+    """Seed of the texts."""
 
 
 class NoiseConfig(Frozen):
-    """Label errors planted with the truth kept apart, to measure detection: `swap_percent` of the pairs in `where`.
-
-    They fall on any of these pairs (`uniform`), on the longest quarter (`long`), on pairs whose chosen response is the
-    shorter one (`length_bias`); a swapped pair's new chosen response opens with flattery (`sycophancy`), or its prompt
-    ends with a trigger phrase (`trigger`). `matching` limits them to prompts that match a regular expression, say one
-    harm category.
-    """
+    """Label errors planted with the truth kept apart, to measure detection: `swap_percent` of the pairs in `where`."""
 
     kind: NoiseKind = "uniform"
+    """`uniform`: any of the pairs; `long`: of the longest quarter; `length_bias`: those whose chosen response is the
+    shorter one; `sycophancy`: the new chosen response opens with flattery; `trigger`: the prompt ends with a phrase."""
     swap_percent: Percent = 5
+    """Percent of the pairs whose sides are swapped."""
     where: str | None = None
+    """Condition on the pairs that may be swapped, as of a source. Default: all."""
     matching: str | None = None
+    """Regular expression that the prompt has to match, say of one harm category. Default: any prompt."""
     seed: int = 0
+    """Seed of the choice."""
 
     @model_validator(mode="after")
     def _where(self) -> Self:
@@ -121,90 +137,49 @@ class CrossFitConfig(Frozen):
     """Scores by models that did not see a pair's prompt: prompt groups are dealt into folds."""
 
     folds: Annotated[int, Field(ge=2)] = 5
+    """Number of folds; each model is trained on all but one."""
     seed: int = 0
-    vector_layers: tuple[Annotated[int, Field(gt=0)], ...] = ()  # read by the probes; none: `activations.layer`
-
-
-class TinyLlamaConfig(Frozen):
-    """A Llama made on the spot, with a byte-level BPE tokenizer trained on the pairs."""
-
-    hidden: Annotated[int, Field(gt=0)] = 96
-    layers: Annotated[int, Field(gt=0)] = 4
-    heads: Annotated[int, Field(gt=0)] = 4
-    intermediate: Annotated[int, Field(gt=0)] = 256
-    vocabulary: Annotated[int, Field(ge=300)] = 2000
-    positions: Annotated[int, Field(gt=0)] = 512
-
-    @model_validator(mode="after")
-    def _heads(self) -> Self:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(f"hidden {self.hidden} must be an even multiple of heads {self.heads}")
-        return self
-
-
-class RewardConfig(Reading):
-    """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
-    (a checkpoint inside an installed package) or a tiny Llama."""
-
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
-
-    base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
-    max_length: Annotated[int, Field(ge=8)] = 512
-    epochs: Annotated[float, Field(gt=0)] = 1
-    batch_size: Annotated[int, Field(gt=0)] = 32  # pairs a step
-    micro_batch_size: Annotated[int, Field(gt=0)] = 32  # pairs a forward pass
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    warmup: Share = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    validation_percent: Annotated[float, Field(ge=0, le=50)] = 5
-    evaluations: Annotated[int, Field(gt=0)] = 4  # held-out accuracy is measured this often
-    gradient_checkpointing: bool = False
-    frozen_layers: Annotated[int, Field(ge=0)] = 0  # embeddings and blocks 1..n stay as they are, and run only once
-    disable_dropout: bool = True  # both sides of a pair through the same network; a model made on the spot has none
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward and backward pass
-    shards: Annotated[int, Field(gt=0)] = 1  # ranges of blocks, each in processes of its own, to read activations
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _micro(self) -> Self:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        if self.head is not None and isinstance(self.base, TinyLlamaConfig):
-            raise ValueError("head needs a pretrained base; a model made on the spot has one output")
-        if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
-            raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
-        return self
+    """Seed of the dealing."""
+    vector_layers: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Layers whose vectors the probes of `combined` read. Default: `activations.layer`."""
 
 
 class ActivationsConfig(Frozen):
-    layer: Annotated[int, Field(gt=0)] = 2  # output of block `layer`, 1-based, before the final norm
+    """Which vectors of the reward model the autoencoder sees."""
+
+    layer: Annotated[int, Field(gt=0)] = 2
+    """The output of this block is read; 1 is the first, and the final norm comes after the last."""
     tokens: Literal["ends", "all"] = "ends"
+    """Read at sentence ends, or at every token."""
 
 
 class SalienceConfig(Frozen):
+    """How strongly each feature tells chosen from rejected responses."""
+
     mode: Mode = "response"
+    """`response`: mean over sentence ends of the responses; `paper`: sums, and over those of the prompts too."""
 
 
 class ContextsConfig(Frozen):
+    """The sentences at which each candidate feature is strongest."""
+
     candidates: Annotated[int, Field(gt=0)] = 256
+    """Features of largest |salience| that get contexts."""
     per_feature: Annotated[int, Field(gt=0)] = 8
+    """Sentences that are kept of each."""
 
 
 class JudgeConfig(Frozen):
-    """The concept probe: a feature's AUROC on matched exchanges gives its rating.
-
-    `thresholds` are the |AUROC - 0.5| from which a rating is 2, 3, 4 and 5. `exchanges` is `safety` (shipped), a YAML
-    file, or `corpus:probe.yaml`.
-    """
+    """The concept probe: a feature's AUROC on matched exchanges gives its rating."""
 
     unrecorded: ClassVar = frozenset({"exchanges"})  # an input
 
     kind: JudgeKind = "probe"
+    """Name of the judge."""
     exchanges: LocalName = "safety"
+    """`safety` (shipped), a YAML file, or `corpus:probe.yaml`."""
     thresholds: tuple[Share, Share, Share, Share] = (0.03, 0.06, 0.10, 0.15)
+    """The |AUROC - 0.5| from which a rating is 2, 3, 4 and 5."""
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -214,26 +189,43 @@ class JudgeConfig(Frozen):
 
 
 class SelectConfig(Frozen):
+    """Which features the score is made of."""
+
     candidates: Annotated[int, Field(gt=0)] = 256
+    """Features of largest |salience| that are judged."""
     rating: Annotated[int, Field(ge=1, le=5)] = 5
+    """Rating, 1 to 5, of the features that are chosen."""
     limit: Annotated[int, Field(gt=0)] = 32
+    """Features that are chosen at most, by |salience|."""
 
 
 class ScoresConfig(Frozen):
-    """`detector`: the SAFER score, the reward margin, or both and more, weighed as `cross_fit` finds (`combined`)."""
+    """How pairs are scored and flagged."""
 
     detector: DetectorOf = "safer"
+    """What a pair is suspected by: the SAFER score, the reward margin, or both and more, weighed as `cross_fit` finds
+    (`combined`)."""
     flag_quantile: Share = 0.05
-    reasons: Annotated[int, Field(ge=0)] = 5  # contributing features named per pair
+    """Share of the auditor's reference pairs that would be flagged."""
+    reasons: Annotated[int, Field(ge=0)] = 5
+    """Contributing features named per pair."""
 
 
 class CurateConfig(Frozen):
+    """Pairs to leave out, to swap or to poison; a model is trained on what comes of it."""
+
     strategy: StrategyName
+    """By what pairs are ranked; `drop` and `relabel` take the most suspicious, `poison` the least."""
     action: Action
+    """`drop` leaves pairs out, `relabel` swaps their sides, `poison` swaps those that teach safety best."""
     percent: Percent
+    """Percent of the pairs in `where` that is taken."""
     where: str | None = None
+    """Condition on the pairs that may be taken, as of a source. Default: all."""
     seed: int = 0
+    """Seed of strategies that draw by chance."""
     red_team: bool = False
+    """`poison` is refused without it."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
@@ -247,23 +239,36 @@ class CurateConfig(Frozen):
 
 
 class EvaluateConfig(Frozen):
-    base: str = "clean"  # the model that McNemar's test compares the others with
+    """How models are compared."""
+
+    base: str = "clean"
+    """The model that McNemar's test compares the others with: `clean`, or a name in `curate`."""
 
 
 class ReportConfig(Frozen):
+    """The page that tells what a run found."""
+
     title: str = "SAFER audit"
+    """Heading of the page."""
     pairs: Annotated[int, Field(ge=0)] = 20
+    """Pairs of lowest score that are shown."""
     features: Annotated[int, Field(ge=0)] = 20
+    """Features that are shown."""
 
 
 class SweepGrid(Frozen):
     """Every strategy at every percent."""
 
     action: Action
+    """As of `curate`."""
     strategies: tuple[StrategyName, ...] = Field(min_length=1)
+    """As of `curate`, each in cells of its own."""
     percents: tuple[Percent, ...] = Field(min_length=1)
+    """As of `curate`, each in cells of its own."""
     where: str | None = None
+    """Condition on the pairs that may be taken, as of a source. Default: all."""
     red_team: bool = False
+    """`poison` is refused without it."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
@@ -275,108 +280,79 @@ class SweepGrid(Frozen):
 class SweepConfig(Frozen):
     """Curate, retrain and evaluate in every cell of the grids, under every seed (of training, and of chance).
 
-    Where errors are planted, the pairs without them are a cell too. `groups` are sections told together.
+    Where errors are planted, the pairs without them are a cell too.
     """
 
     grids: tuple[SweepGrid, ...] = Field(min_length=1)
+    """What is tried."""
     groups: dict[str, tuple[str, ...]] = Field({})
+    """Sections that are told together, under a name."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Seeds of training, and of strategies that draw by chance."""
 
 
 class LabConfig(Frozen):
     """The noise lab: errors of each kind are planted with each seed, and every detector looks for them."""
 
-    noises: dict[str, NoiseConfig] = Field(min_length=1)  # the seeds below take the place of theirs
+    noises: dict[str, NoiseConfig] = Field(min_length=1)
+    """Kinds of errors by a name of yours; `seeds` take the place of theirs."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    models: Annotated[int, Field(ge=1)] = 1  # reward models of the ensemble, in seeds from reward.seed on
-    draws: Annotated[int, Field(ge=100)] = 1000  # of the bootstrap over prompts
-    in_sample: bool = True  # also by models that saw the pairs they judge
-
-
-class DeepSpeedConfig(Frozen):
-    """Options by which DeepSpeed spreads a reward model over the workers; changes no result beyond rounding."""
-
-    stage: Literal[0, 1, 2, 3] = 2  # ZeRO: 1 partitions optimiser state, 2 gradients too, 3 weights too
-    offload_optimizer: bool = False  # its state lives in the memory of the host
-    offload_parameters: bool = False  # so do the weights; stage 3 alone
-
-
-class PoolConfig(Frozen):
-    """Processes that hold a reward model, or one part of it; their number follows the work."""
-
-    min_actors: Annotated[int, Field(gt=0)] = 1
-    max_actors: Annotated[int, Field(gt=0)] = 2
-    actor_cpus: Annotated[float, Field(gt=0)] = 0.5
-    actor_gpus: Annotated[float, Field(ge=0)] = 0
-    threads: Annotated[int, Field(gt=0)] = 1  # of an actor
-
-    @model_validator(mode="after")
-    def _actors(self) -> Self:
-        if self.min_actors > self.max_actors:
-            raise ValueError(f"min_actors {self.min_actors} is larger than max_actors {self.max_actors}")
-        return self
-
-
-class RayConfig(PoolConfig):
-    """The cluster that `--runner ray` works on, and how wide. Never part of a recipe."""
-
-    address: str | None = None  # None: RAY_ADDRESS, or a Ray of its own on this machine
-    shard_pools: tuple[PoolConfig, ...] = ()  # one for each of reward.shards; none: all alike, as said here
-    task_cpus: Annotated[float, Field(gt=0)] = 0.25  # of a task that reads, counts or commits
-    tasks: Annotated[int, Field(gt=0)] | None = None  # of each kind at once; None: half as many as the cluster has CPUs
-    train_workers: Annotated[int, Field(gt=0)] = 2
-    worker_cpus: Annotated[float, Field(gt=0)] = 0.75
-    worker_gpus: Annotated[float, Field(ge=0)] = 0
-    worker_threads: Annotated[int, Field(gt=0)] = 1
-    max_failures: Annotated[int, Field(ge=0)] = 3  # of a worker group, before a training is given up
-    wait_seconds: Annotated[float, Field(ge=0)] = 0  # for an autoscaler to bring what is missing
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-
-    def pools(self, shards: int) -> list[PoolConfig]:
-        """The pool of every part of a reward model; `shard_pools` say it for a run in as many."""
-        return list(self.shard_pools) if len(self.shard_pools) == shards else [self] * shards
-
-    @model_validator(mode="after")
-    def _offload(self) -> Self:
-        if self.deepspeed.offload_parameters and self.deepspeed.stage != 3:
-            raise ValueError(f"offload_parameters needs deepspeed.stage 3, got {self.deepspeed.stage}")
-        return self
-
-    @model_validator(mode="after")
-    def _gpus(self) -> Self:
-        if 0 < self.worker_gpus < 1 < self.train_workers:
-            raise ValueError(
-                f"worker_gpus {self.worker_gpus:g} for {self.train_workers} train_workers: NCCL refuses two workers on "
-                "one GPU; give each a whole one, or train with one worker"
-            )
-        return self
+    """Seeds with which each kind is planted."""
+    models: Annotated[int, Field(ge=1)] = 1
+    """Reward models of the ensemble, in seeds from `reward.seed` on."""
+    draws: Annotated[int, Field(ge=100)] = 1000
+    """Draws of the bootstrap over prompts."""
+    in_sample: bool = True
+    """Measure also with models that saw the pairs they judge."""
 
 
 class RunConfig(Frozen):
-    """A whole run. `curate` names the retrained variants; `evaluation` the pairs that all models are measured on."""
+    """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Letters, digits, `.`, `_` and `-`; names the folder in `root`."""
     root: LocalPath = Path("runs")
-    fragment_rows: Annotated[int, Field(gt=0)] = 1000  # rows a unit of work; never changes a result
+    """Folder of all runs."""
+    fragment_rows: Annotated[int, Field(gt=0)] = 1000
+    """Rows of a unit of work; never changes a result."""
     corpus: CorpusConfig | None = None
+    """The synthetic corpus, where sources name `corpus:FILE`."""
     pairs: PairsConfig
+    """What is trained on and scored."""
     noise: NoiseConfig | None = None
+    """Label errors to plant."""
     evaluation: PairsConfig
+    """The pairs that all models are measured on."""
     reward: RewardConfig = RewardConfig()
+    """The reward model."""
     activations: ActivationsConfig = ActivationsConfig()
+    """Where the reward model is read."""
     sae: SaeConfig = SaeConfig()
+    """The autoencoder."""
     salience: SalienceConfig = SalienceConfig()
+    """How strongly features tell chosen from rejected."""
     contexts: ContextsConfig = ContextsConfig()
+    """Sentences at which features are strongest."""
     judge: JudgeConfig = JudgeConfig()
+    """What rates features."""
     select: SelectConfig = SelectConfig()
+    """Which features the score is made of."""
     scores: ScoresConfig = ScoresConfig()
+    """How pairs are scored."""
     cross_fit: CrossFitConfig | None = None
+    """Scores by models that did not see the pair. Default: one model for all."""
     lab: LabConfig | None = None
+    """What `safer-ray lab` plants."""
     sweep: SweepConfig | None = None
+    """What `safer-ray sweep` tries."""
     curate: dict[str, CurateConfig] = Field({})
+    """Retrained variants by a name of yours."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """How models are compared."""
     report: ReportConfig = ReportConfig()
+    """The HTML page."""
     ray: RayConfig = RayConfig()
+    """The cluster of `--runner ray`; no part of any recipe."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,10 +1,11 @@
 """The base class of all sections of a config."""
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler
 
 from safer_ray.errors import UserError
 from safer_ray.storage.locations import a_source, is_name, on_disk
@@ -30,6 +31,16 @@ def _explained(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: explained(check)(value) if isinstance(value, str | Path) else value
 
 
+@dataclass(frozen=True)
+class _Known(AfterValidator):
+    """A check by names, which the JSON schema lists too."""
+
+    names: Callable[[], Collection[str]]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"enum": list(self.names())}
+
+
 def known(what: str, names: Callable[[], Collection[str]]) -> AfterValidator:
     """Return what makes a field accept the names of `what` alone, and say them where it is given another."""
 
@@ -38,7 +49,7 @@ def known(what: str, names: Callable[[], Collection[str]]) -> AfterValidator:
             raise ValueError(f"no {what} is called {value!r}; choose one of {', '.join(names())}")
         return value
 
-    return AfterValidator(checked)
+    return _Known(checked, names)
 
 
 def _name_on_disk(value: str | Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safer_ray.config.sections import DeepSpeedConfig
+from safer_ray.config.cluster import DeepSpeedConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.training_steps import OptimizerOptions, decay_groups
 

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from safer_ray.config.sections import PoolConfig, RayConfig
+from safer_ray.config.cluster import PoolConfig, RayConfig
 from safer_ray.distributed.operators import Commit, Map, Read, Row, Step, Whole, fragment_row, raise_explained
 from safer_ray.distributed.sharded import CommitPiece, MapPiece, ReadPieces
 from safer_ray.pipeline.progress import RUN_ID

@@ -58,6 +58,7 @@ def test_the_least_config_has_defaults_for_every_stage(write):
         ({"sae": {"latent": 8}}, "sae.latent: unknown key"),
         ({"sae": {"latents": 8, "k": 9}}, "k 9 is larger than the 8 latents; lower k"),
         ({"sae": {"k": 0}}, r"sae.k: .*greater than 0 \(got 0\)"),
+        ({"sae": {"variant": {"kind": "jumprelu", "bandwidth": float("inf")}}}, "bandwidth: .*finite number"),
         ({"activations": {"layer": 5}}, r"activations.layer 5 lies past the model's 4 layers; choose 1\.\.4"),
         ({"activations": {"layer": 0}}, "activations.layer"),
         ({"reward": {"base": {"hidden": 30, "heads": 4}}}, "hidden 30 must be an even multiple of heads 4"),

@@ -16,7 +16,8 @@ from support.sae_vectors import activations as sae_activations
 from support.sae_vectors import dictionary_vectors, write
 
 import safer_ray.reward.training_steps
-from safer_ray.config.sections import DeepSpeedConfig, RayConfig, RewardConfig
+from safer_ray.config.cluster import DeepSpeedConfig, RayConfig
+from safer_ray.config.sections import RewardConfig
 from safer_ray.distributed.deepspeed_engine import deepspeed_config
 from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.errors import SaferError, UserError

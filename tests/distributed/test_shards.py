@@ -14,7 +14,8 @@ from support.made import TINY, make_pair, make_pairs, messages, random_sae
 from support.model_types import COMMON, FAMILIES
 from support.same_rows import assert_same_rows, assert_same_tables
 
-from safer_ray.config.sections import ActivationsConfig, PoolConfig, RayConfig, RewardConfig, RunConfig
+from safer_ray.config.cluster import PoolConfig, RayConfig
+from safer_ray.config.sections import ActivationsConfig, RewardConfig, RunConfig
 from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.distributed.sharded import cut
 from safer_ray.errors import UserError

