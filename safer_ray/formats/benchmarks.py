@@ -155,7 +155,7 @@ HHH = PreferenceFormat("hhh", ("input", "targets"), "input, targets with choices
 REWARDBENCH = PreferenceFormat(
     "rewardbench",
     ("prompt", "chosen", "rejected", "subset", "chosen_model", "rejected_model"),
-    "prompt, chosen, rejected, subset",
+    "id, prompt, chosen, rejected, their models, subset (one of its own)",
     canonical,
     rewardbench,
     holds=_is_known("subset", REWARDBENCH_COUNTS),
@@ -163,7 +163,7 @@ REWARDBENCH = PreferenceFormat(
 REWARDBENCH2 = PreferenceFormat(
     "rewardbench2",
     ("prompt", "chosen", "rejected", "subset"),
-    "prompt, chosen and rejected as lists, subset",
+    "id, prompt, chosen and rejected as lists, subset (one of its own)",
     canonical,
     rewardbench2,
     holds=lambda row: _has_lists(row) and _is_known("subset", REWARDBENCH2_SUBSETS)(row),
@@ -172,7 +172,7 @@ REWARDBENCH2 = PreferenceFormat(
 RM_BENCH = PreferenceFormat(
     "rm_bench",
     ("prompt", "chosen", "rejected", "domain"),
-    "prompt, chosen and rejected as lists of three, domain",
+    "id, prompt, chosen and rejected as lists of three, domain (one of its own)",
     canonical,
     rm_bench,
     holds=lambda row: _has_lists(row) and _is_known("domain", RM_BENCH_SUBSETS)(row),

@@ -76,7 +76,7 @@ _MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rm_score")
 SCORES = (  # of the two sides, under the names that data sets give them
     *((f"{name}_chosen", f"{name}_rejected") for name in _MEASURES),
     *((f"chosen_{name}", f"rejected_{name}") for name in _MEASURES),
-    *((f"chosen-{name}", f"rejected-{name}") for name in _MEASURES),
+    *((f"chosen-{name}", f"rejected-{name}") for name in ("score", "rating")),
 )
 BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and `rejected` to numbers
 

@@ -54,7 +54,7 @@ def test_every_section_with_examples_is_run_here():
 
 
 def test_a_format_is_added_as_the_page_says(run):
-    assert run("A preference format")["HELPSTEER3"].told
+    assert run("A preference format")["WEBGPT"].told
 
 
 def test_a_variant_that_is_added_is_trained_saved_and_read(run, tmp_path):
