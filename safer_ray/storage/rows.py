@@ -16,7 +16,7 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.storage.columnar import RawRow, checked, columnar_rows, extent
+from safer_ray.storage.columnar import RawRow, check_names, checked, columnar_rows, extent
 from safer_ray.storage.reader_cache import OpenReader, cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
 
@@ -177,6 +177,7 @@ class _Csv:
         self.text = io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="")
         self.rows = csv.reader(self.text)
         self.header = next(self.rows, [])
+        check_names(self.header, path)
         self.close = self.text.close
 
 
