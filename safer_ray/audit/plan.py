@@ -234,7 +234,8 @@ def _renamed(new: Sequence[Path], gone: Sequence[Fragment]) -> dict[Path, Fragme
         return {}
     left, found = list(gone), {}
     for file, (size, etag) in zip(new, map_ordered(stamp, new, threads_for(new[0])), strict=True):
-        likely = [f for f in left if f.size == size or (f.size < size and grows(file))]
+        growing = grows(file)
+        likely = [f for f in left if f.size == size or (f.size < size and growing)]
         same = [f for f in likely if begins_as(file, (size, etag), replace(f, digest=""))]
         if not same and (known := [f for f in likely if f.digest]):
             digests = digests_of(file, [f.size for f in known])

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from safer_ray.config.reading import Reading
 from safer_ray.config.sae import SaeConfig
@@ -21,6 +21,7 @@ from safer_ray.config.values import (
 )
 from safer_ray.config.where import parse_where
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, option_values
+from safer_ray.storage.heads import known_encoding
 from safer_ray.strategies import STRATEGIES
 
 Mode = Literal["paper", "response"]
@@ -30,6 +31,7 @@ JudgeKind = Literal["probe"]  # the keys of `safer_ray.features.judge.JUDGES`
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Annotated[str, known("format", lambda: (AUTO, *FORMATS))]
+Encoding = Annotated[str | None, AfterValidator(lambda name: None if name is None else explained(known_encoding)(name))]
 Pairing = Annotated[str, known("pairs", lambda: option_values("pairs"))]
 
 
@@ -47,6 +49,9 @@ class SourceConfig(Frozen):
     name: str | None = None  # what `source` says in the rows; the file name by default
     section: str | None = None  # where the rows name none
     split: str = "train"  # of a hub name or a saved dataset dict
+    encoding: Encoding = Field(
+        default=None, exclude_if=lambda value: value is None
+    )  # of text that does not say it by its first bytes; UTF-8
     part: Literal["all", "train", "holdout"] = "all"  # by prompt group
     holdout_percent: Percent = 20
     prefer: Literal["safer", "better"] = "safer"  # which PKU-SafeRLHF label decides

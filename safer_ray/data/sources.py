@@ -90,13 +90,13 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _head(path: Path) -> list[dict[str, Any]]:
+def _head(path: Path, encoding: str | None) -> list[dict[str, Any]]:
     """The first rows that are readable, up to `HEAD`."""
-    return list(islice(_readable(path), HEAD))
+    return list(islice(_readable(path, encoding), HEAD))
 
 
-def _readable(path: Path) -> Iterator[dict[str, Any]]:
-    for _, raw, refused in read_rows(path, 0, 10 * HEAD):
+def _readable(path: Path, encoding: str | None) -> Iterator[dict[str, Any]]:
+    for _, raw, refused in read_rows(path, 0, 10 * HEAD, encoding=encoding):
         with contextlib.suppress(Refused):
             if refused is None:
                 yield parse_row(raw)
@@ -106,7 +106,7 @@ def _format(path: Path, source: SourceConfig) -> str:
     """The source's format, or the one detected from the head of the file (canonical where no row can be read)."""
     if source.format != AUTO:
         return source.format
-    head = _head(path)
+    head = _head(path, source.encoding)
     try:
         found = detect_format(head) if head else "canonical"
     except UserError as error:
@@ -183,7 +183,8 @@ def plan_file(
     with explained(path):
         size_now, etag = stamp(path)
     _format_as_stamped(path, etag, source)
-    cuts = list(cut_rows(path, rows, size, source.limit or 2**62, after, size_now, whole_lines=whole_lines))
+    limit, encoding = source.limit or 2**62, source.encoding
+    cuts = list(cut_rows(path, rows, size, limit, after, size_now, whole_lines=whole_lines, encoding=encoding))
     planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
     name = file_name(path, source)
     return [
@@ -249,7 +250,7 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
-    read = read_rows(path, fragment.start, fragment.stop, fragment.offset)
+    read = read_rows(path, fragment.start, fragment.stop, fragment.offset, source.encoding)
     for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:

@@ -26,6 +26,7 @@ from safer_ray.storage.values import plain_rows
 BATCH_ROWS, BATCH_BYTES = 500, 32 * 2**20  # decoded at a time
 READ_AHEAD = 64 * 2**20  # bytes, of all columns together
 SMALLEST = 2**16  # bytes that are read of a column at a time
+UTF8 = "UTF-8"
 SHARE = 128  # of a row group that is too large to be read at once: what is read of a column at a time
 
 RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
@@ -36,13 +37,13 @@ def source_of(path: Path) -> Any:
     return path.native() if isinstance(path, Remote) else path
 
 
-def checked(text: str) -> tuple[str, str | None]:
-    """Return a row's text and why it is refused: bytes that were no UTF-8 have become lone surrogates."""
+def checked(text: str, encoding: str = UTF8) -> tuple[str, str | None]:
+    """Return a row's text and why it is refused: bytes that were no text have become lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         replaced = text.encode(errors="surrogateescape").decode(errors="replace")
-        return replaced[:RAW_LIMIT], f"bad UTF-8: at character {error.start}"
+        return replaced[:RAW_LIMIT], f"bad {encoding}: at character {error.start}"
     return text, None
 
 
