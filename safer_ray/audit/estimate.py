@@ -37,6 +37,7 @@ class Estimate(NamedTuple):
     seconds: float
     actor_mb: float  # resident, with the bundle loaded
     disk_mb: float
+    told: tuple[str, ...]  # what else is left out, and what was chosen
 
     def in_words(self) -> str:
         hours = self.seconds / 3600
@@ -48,7 +49,8 @@ class Estimate(NamedTuple):
             f"{told} on {self.actors} actor{'s' if self.actors != 1 else ''} as fast as this machine "
             f"({self.pairs_per_s:,.1f} pairs/s each)\n"
             f"{self.actor_mb:,.0f} MB of memory an actor, {self.disk_mb:,.1f} MB of disk for the results\n"
-            "estimated from a sample; nothing was written"
+            + "".join(f"{line}\n" for line in self.told)
+            + "estimated from a sample; nothing was written"
         )
 
 
@@ -59,7 +61,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
         UserError: the corpus cannot be read, or no row of the sample can be used.
     """
     check_auditor(audit.auditor)
-    files, left_out = find_files(audit.source)
+    files, left_out, told = find_files(audit.source)
     fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
@@ -85,6 +87,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
         rows * usable / (speed * actors),
         psutil.Process().memory_info().rss / 2**20,
         _bytes_written(scored) / len(ready) * rows * usable / 2**20,
+        told,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import FLAGGED, SCORES
+from safer_ray.data.side_files import some
 from safer_ray.data.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
 from safer_ray.data.sources import plan_file
 from safer_ray.errors import UserError
@@ -30,7 +31,6 @@ from safer_ray.storage.files import as_path, names_in, read_parquet, remove, sta
 from safer_ray.storage.fingerprints import begins_as, digests_of, is_at
 from safer_ray.storage.rows import Cut, grows
 
-TOLD = 5  # files that a line names
 PEEK = 2**20  # bytes
 
 
@@ -42,6 +42,7 @@ class FileNotes(NamedTuple):
     renamed: dict[str, str]  # what row keys call a file -> its name now
     repeated: dict[str, str]  # file -> one before it that holds the same bytes
     gone: list[str]  # files that all of the rows were read of
+    told: tuple[str, ...] = ()  # what else was left out, and what was chosen
 
     def to_tree(self) -> dict[str, Any]:
         """Return the notes as JSON holds them."""
@@ -94,7 +95,7 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
         remove(out / MANIFEST)  # the audit is no longer whole
     if fragments != planned:
         write_plan(fragments, out / PLAN)
-    return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found.left_out))
+    return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found))
 
 
 def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
@@ -106,7 +107,7 @@ def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
     if not kept:
         raise UserError(f"{source.path}: no data files there but those of the audit itself; choose another --pairs")
     left = len(found.files) - len(kept)
-    return Found(kept, found.left_out | ({str(out): left} if left else {}))
+    return found._replace(files=kept, left_out=found.left_out | ({str(out): left} if left else {}))
 
 
 class _ChangedError(UserError):
@@ -305,9 +306,7 @@ def _moved(fragment: Fragment, look: _Looked, size: int) -> Fragment:
     return replace(fragment, path=look.path, etag=look.etag, size=size, digest=digest)
 
 
-def _notes(
-    source: SourceConfig, fragments: Sequence[Fragment], looked: dict[Path, _Looked], left_out: dict[str, int]
-) -> FileNotes:
+def _notes(source: SourceConfig, fragments: Sequence[Fragment], looked: dict[Path, _Looked], found: Found) -> FileNotes:
     here = {look.name: file_name(file, source) for file, look in looked.items()}
     first: dict[tuple[int, str], str] = {}
     repeated = {}
@@ -317,16 +316,17 @@ def _notes(
             repeated[name] = first[fragment.size, known]
     return FileNotes(
         {here[look.name]: look.left for look in looked.values() if look.left},
-        left_out,
+        found.left_out,
         {name: now for name, now in here.items() if name != now},
         repeated,
         sorted({fragment.file for fragment in fragments} - here.keys()),
+        found.told,
     )
 
 
 def in_words(notes: dict[str, Any]) -> list[str]:
     """Return what there is to tell of the files of an audit, a line for each kind of it."""
-    later, out, renamed, repeated, gone = (notes[name] for name in FileNotes._fields)
+    later, out, renamed, repeated, gone, more = (notes[name] for name in FileNotes._fields)
     bytes_left = [f"{name} ({size:,} bytes)" for name, size in later.items()]
     folders = [f"{folder} ({count:,} data files)" for folder, count in out.items()]
     told = (
@@ -336,9 +336,7 @@ def in_words(notes: dict[str, Any]) -> list[str]:
         ("The same bytes under two names are scored twice", [f"{b} as {a}" for a, b in repeated.items()]),
         ("No longer there, but read before", gone),
     )
-    return [f"{what}: {_some(names)}." for what, names in told if names]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
+    return [
+        *(f"{what}: {some(names)}." for what, names in told if names),
+        *(f"{line[0].upper()}{line[1:]}." for line in more),
+    ]

@@ -21,11 +21,13 @@ from safer_ray.cli.options import (
 from safer_ray.cli.shared import (
     Assignments,
     ConfigPath,
+    Encoding,
     ExistingPath,
     Fresh,
     Out,
     ReadOptions,
     RunnerName,
+    Split,
     TrustRemoteCode,
     build_config,
     config_section,
@@ -63,13 +65,16 @@ def pairs(
     out: Out,
     format: Annotated[str, text_option()] = "auto",
     section: Annotated[str | None, text_option()] = None,
+    split: Split = None,
+    encoding: Encoding = None,
     max_refused_share: Annotated[float | None, share_option()] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 1: read preference pairs, quarantine what cannot be used."""
     from safer_ray.config.sections import PairsConfig, SourceConfig
 
-    sources = tuple(build_config(SourceConfig, path=path, format=format, section=section) for path in source)
+    given = {"format": format, "section": section, "split": split, "encoding": encoding}
+    sources = tuple(build_config(SourceConfig, path=path, **given) for path in source)
     config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
     from safer_ray.pipeline import model_stages
 

@@ -69,6 +69,10 @@ class SourceConfig(Frozen):
             explained(check_options)(self.format, self.asked())
         return self
 
+    def asked_split(self) -> str | None:
+        """The split, where it is said and not the default."""
+        return self.split if "split" in self.model_fields_set else None
+
     def asked(self) -> dict[str, str]:
         """The options that only some formats know, where they are set."""
         return {} if self.pairs is None else {"pairs": self.pairs}

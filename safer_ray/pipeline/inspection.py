@@ -22,6 +22,7 @@ class Inspection:
     format: str  # formats, where files differ
     files: tuple[str, ...]
     left_out: dict[str, int]  # folder -> data files in it that are no part of the source
+    told: tuple[str, ...]  # what else is left out, and what was chosen
     rows: int
     good: int
     refused: dict[str, int]  # kind of reason -> rows, most frequent first
@@ -38,12 +39,17 @@ def reason_kind(reason: str) -> str:
 
 
 def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
+    """Return what `inspect_source` does of the source at `path`; raises as that does."""
+    return inspect_source(SourceConfig.model_validate({"path": path, "format": format}), rows)
+
+
+def inspect_source(source: SourceConfig, rows: int = 1000) -> Inspection:
     """Read the first `rows` rows of a data set, each file's in turn, and say what is there.
 
     Raises:
         UserError: as `plan_sources`.
     """
-    source = SourceConfig.model_validate({"path": path, "format": format, "limit": rows})
+    source = source.model_copy(update={"limit": rows})
     found = find_files(source)
     fragments = plan_sources([source], found=[found])
     tables, left = [], rows
@@ -68,6 +74,7 @@ def inspect(path: str, format: str = "auto", rows: int = 1000) -> Inspection:
         ", ".join(sorted(set(raw["format"].to_pylist()))),
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),
         found.left_out,
+        found.told,
         raw.num_rows,
         good.num_rows,
         dict(reasons.most_common()),

@@ -104,6 +104,9 @@ def _write_pairs(
     left_out = {folder: files for each in found for folder, files in each.left_out.items()}
     for folder, number in left_out.items():
         log.warning("pairs: %s data files in %s are left out, which is no part of the source", number, folder)
+    told = [line for each in found for line in each.told]
+    for line in told:
+        log.warning("pairs: %s", line)
     plan = plan_sources(sources, rows=ctx.fragment_rows, found=found)
     job = MapJob(
         "pairs",
@@ -116,7 +119,7 @@ def _write_pairs(
     files = list(dict.fromkeys(as_path(fragment.path) for fragment in plan))
     poisoned = is_marked(files) or any(any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out))
     own = together(closed.own, enclosing(files), Marks(red_team=poisoned))
-    return replace(closed, metrics=closed.metrics | {"left_out_files": left_out}, own=own)
+    return replace(closed, metrics=closed.metrics | {"left_out_files": left_out, "told": told}, own=own)
 
 
 def noise(ctx: StageContext, config: NoiseConfig, pairs: Artifact) -> Artifact:
