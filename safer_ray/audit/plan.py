@@ -7,6 +7,7 @@ that was renamed is known by its bytes; its rows keep the name that they began w
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import FLAGGED, SCORES
 from safer_ray.data.side_files import some
 from safer_ray.data.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
-from safer_ray.data.sources import plan_file
+from safer_ray.data.sources import plan_file, several_formats
 from safer_ray.errors import UserError
 from safer_ray.storage.artifacts import (
     MANIFEST,
@@ -76,11 +77,11 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
     before = {file: renamed.get(file) or last.get(name) for name, file in present.items()}
     _refuse_another_corpus(known, before, source, out)
     files = found.files
+    formats: dict[Path, str] = {}  # of those with new rows
 
     def look(before: dict[Path, Fragment | None]) -> list[_Looked]:
-        return list(
-            map_ordered(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0]))
-        )
+        look_at = partial(_look, source, rows, out=out, formats=formats)
+        return list(map_ordered(lambda file: look_at(file, before[file]), files, threads_for(files[0])))
 
     try:
         looked = look(before)
@@ -95,6 +96,7 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
         remove(out / MANIFEST)  # the audit is no longer whole
     if fragments != planned:
         write_plan(fragments, out / PLAN)
+    found = found._replace(told=(*found.told, *several_formats(formats)))
     return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found))
 
 
@@ -124,8 +126,10 @@ class _Looked(NamedTuple):
     left: int  # bytes of a line that is still being written
 
 
-def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, out: Path) -> _Looked:
-    """Look for rows of a file that are not planned yet.
+def _look(
+    source: SourceConfig, rows: int, file: Path, last: Fragment | None, *, out: Path, formats: dict[Path, str]
+) -> _Looked:
+    """Look for rows of a file that are not planned yet; `formats` gains their format.
 
     Raises:
         UserError: the file does not begin with what was planned of it.
@@ -138,7 +142,7 @@ def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, ou
     stop, fragments = last.stop if last else 0, []
     if end is not None and (size > end or last is None):
         after = Cut(last.start, stop, last.offset, end) if last else Cut(0, 0)
-        fragments = plan_file(file, source, rows, after=after, whole_lines=True)
+        fragments = plan_file(file, source, rows, after=after, whole_lines=True, formats=formats)
         fragments = with_digests([replace(fragment, file=name) for fragment in fragments])
     if fragments:
         end, stop = fragments[-1].size, fragments[-1].stop

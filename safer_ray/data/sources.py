@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
+from safer_ray.data.partitions import Columns, contradiction, partition_columns
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, identity
@@ -124,9 +125,10 @@ def plan_sources(
     rows: int = 5000,
     size: int = FRAGMENT_BYTES,
     found: Sequence[Found] | None = None,
+    formats: Sequence[dict[Path, str]] | None = None,
 ) -> list[Fragment]:
     """All sources as fragments of at most `rows` rows and about `size` bytes (uncompressed), in order; their files are
-    looked for unless they are given as `found`.
+    looked for unless they are given as `found`. For each source, `formats` gains the format of each file with rows.
 
     Raises:
         UserError: a path that is missing, empty, of an unknown kind or damaged; a hub name that cannot be loaded; or
@@ -138,7 +140,7 @@ def plan_sources(
         replace(fragment, source=index, file=names[index, path])
         for index, source in enumerate(sources)
         for path in files[index]
-        for fragment in plan_file(path, source, rows, size)
+        for fragment in plan_file(path, source, rows, size, formats=formats[index] if formats else None)
     ]
     return [replace(fragment, number=number) for number, fragment in enumerate(planned)]
 
@@ -173,24 +175,36 @@ def plan_file(
     after: Cut = BEGIN,
     *,
     whole_lines: bool = False,
+    formats: dict[Path, str] | None = None,
 ) -> list[Fragment]:
     """A file as fragments numbered from 0; of one that has grown, the rows that came `after`. With `whole_lines` a last
-    line that is still being written is left, and the fragments' `size` ends before it.
+    line that is still being written is left, and the fragments' `size` ends before it. `formats` gains its format.
 
     Raises:
         UserError: the file is damaged, or its columns fit no preference format.
     """
     with explained(path):
         size_now, etag = stamp(path)
-    _format_as_stamped(path, etag, source)
+    format = _format_as_stamped(path, etag, source)
     limit, encoding = source.limit or 2**62, source.encoding
     cuts = list(cut_rows(path, rows, size, limit, after, size_now, whole_lines=whole_lines, encoding=encoding))
+    if cuts and formats is not None:
+        formats[path] = format
     planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
     name = file_name(path, source)
     return [
         Fragment(number, 0, str(path), cut.start, cut.stop, planned, etag, cut.offset, file=name)
         for number, cut in enumerate(cuts)
     ]
+
+
+def several_formats(formats: Mapping[Path, str]) -> tuple[str, ...]:
+    """Return what to tell of the files of one source that are in several formats: each with one of its files."""
+    first: dict[str, Path] = {}
+    for path in sorted(formats):
+        first.setdefault(formats[path], path)
+    named = ", ".join(f"{name} ({path})" for name, path in sorted(first.items()))
+    return (f"files of {len(first)} formats are read, each by its own: {named}",) if len(first) > 1 else ()
 
 
 def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
@@ -250,13 +264,32 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
+    columns = partition_columns(_name_below(file_name(path, source), fragment.file))
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset, source.encoding)
     for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
+        if columns and refused is None:
+            raw, refused = _with_partitions(raw, columns)
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
         rows.append(row)
     return schema.table(rows, RAW)
+
+
+def _name_below(own: str, known: str) -> str:
+    """Return what a file was called below its source when it was planned, without the source's own name."""
+    return own if not known or known.endswith(f":{own}") else known
+
+
+def _with_partitions(raw: str, columns: Columns) -> tuple[str, str | None]:
+    """A row with the columns that its file's folders tell, or why it is refused."""
+    try:
+        row = parse_row(raw)
+    except Refused as reason:
+        return raw, str(reason)
+    if refused := contradiction(row, columns):
+        return raw, refused
+    return schema.to_json(row | {name: value for name, value in columns.items() if row.get(name) is None}), None
 
 
 def _pieces(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:

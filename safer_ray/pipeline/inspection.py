@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.source_files import find_files
-from safer_ray.data.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw
+from safer_ray.data.sources import RAW, NormalisePairs, parse_row, plan_sources, read_raw, several_formats
 from safer_ray.formats.declaration import Refused
 
 
@@ -51,7 +52,8 @@ def inspect_source(source: SourceConfig, rows: int = 1000) -> Inspection:
     """
     source = source.model_copy(update={"limit": rows})
     found = find_files(source)
-    fragments = plan_sources([source], found=[found])
+    formats: dict[Path, str] = {}
+    fragments = plan_sources([source], found=[found], formats=[formats])
     tables, left = [], rows
     for fragment in fragments:
         tables.append(read_raw(fragment, source).slice(0, left))
@@ -74,7 +76,7 @@ def inspect_source(source: SourceConfig, rows: int = 1000) -> Inspection:
         ", ".join(sorted(set(raw["format"].to_pylist()))),
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),
         found.left_out,
-        found.told,
+        (*found.told, *several_formats(formats)),
         raw.num_rows,
         good.num_rows,
         dict(reasons.most_common()),
