@@ -32,6 +32,7 @@ _KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "pa
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 _BETWEEN_ROWS = re.compile(rb"\}[ \t]{0,9}\r[ \t]{0,9}\{")  # stands in no line of JSON
 _BARE_RETURN = re.compile(rb"\r[^\r\n]")
+_UNPACKING = re.compile(r"\b(zlib|ZSTD|compressed)\b")  # what failed, where an object cannot be unpacked
 _JSON_SPACE = re.compile(r"[\s,]*")
 
 
@@ -49,7 +50,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
-        if isinstance(path, Remote) and isinstance(error, OSError):
+        if isinstance(path, Remote) and isinstance(error, OSError) and not _UNPACKING.search(str(error)):
             _explain_object(path, error)
         _explain_head(path)
         cause = " ".join(str(error).split())[:300]
