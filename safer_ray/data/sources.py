@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from safer_ray.formats.declaration import Options, Refused, identity
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.columnar import UTF8
 from safer_ray.storage.files import as_path, stamp
 from safer_ray.storage.fingerprints import still_holds
 from safer_ray.storage.remote import Remote
@@ -42,6 +44,7 @@ RAW = pa.schema(
 )
 NORMALISED = pa.schema([*schema.PAIRS, ("refused", pa.string()), ("raw", pa.string()), ("position", pa.int64())])
 
+log = logging.getLogger(__name__)
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
 MAX_DEPTH = 200  # of lists and mappings in each other
@@ -269,11 +272,18 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
         if columns and refused is None:
             raw, refused = _with_partitions(raw, columns)
+        if refused and refused.startswith(f"bad {UTF8}: at character"):  # of text, that is
+            _tell_encoding(str(path))
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
         rows.append(row)
     return schema.table(rows, RAW)
+
+
+@functools.cache
+def _tell_encoding(path: str) -> None:
+    log.warning("%s holds text that is no UTF-8; where it is in another encoding, say which by --encoding NAME", path)
 
 
 def _name_below(own: str, known: str) -> str:

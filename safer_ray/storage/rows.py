@@ -1,11 +1,10 @@
 """Rows of one file of any kind as JSON text, a range at a time; and the ranges that a file is cut into."""
 
+import codecs
 import contextlib
 import csv
-import functools
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +26,6 @@ MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
 ENDINGS = ".jsonl, .json, .csv (these also .gz or .zst), .parquet, .arrow"
 
-log = logging.getLogger(__name__)
 _KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 _BETWEEN_ROWS = re.compile(rb"\}[ \t]{0,9}\r[ \t]{0,9}\{")  # stands in no line of JSON
@@ -94,12 +92,12 @@ def _open(path: Path, encoding: str | None, offset: int = 0) -> io.BufferedReade
         opened = io.BufferedReader(pa.CompressedInputStream(source, compression) if compression else source, BUFFER)
     else:
         opened = io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**20)
-    if offset:
-        opened.seek(offset)
-    else:
+    if encoding or not offset:
         head = opened.peek(HEAD)[:HEAD]
         check_head(head, path, rows=kind is not None)
-        encoding = encoding_of(head) or encoding
+        encoding = None if head.startswith(codecs.BOM_UTF8) else encoding_of(head) or encoding
+    if offset:
+        opened.seek(offset)
     return io.BufferedReader(Recoded(opened, encoding), 2**20) if encoding else opened
 
 
@@ -254,20 +252,10 @@ def read_rows(path: Path, start: int, stop: int, offset: int = 0, encoding: str 
     with explained(path):
         if kind in ("parquet", "arrow"):
             yield from columnar_rows(path, start, stop, kind)
-            return
-        if kind == "csv":
-            rows = _csv_rows(path, start, stop, encoding)
+        elif kind == "csv":
+            yield from _csv_rows(path, start, stop, encoding)
         else:
-            rows = _json_rows(path, start, stop, offset, encoding)
-        for row in rows:
-            if row[2] is not None and row[2].startswith(f"bad {UTF8}"):
-                _tell_encoding(str(path))
-            yield row
-
-
-@functools.cache
-def _tell_encoding(path: str) -> None:
-    log.warning("%s holds text that is no UTF-8; where it is in another encoding, say which by --encoding NAME", path)
+            yield from _json_rows(path, start, stop, offset, encoding)
 
 
 class Cut(NamedTuple):
@@ -323,7 +311,7 @@ def _is_whole(stream: IO[bytes], begin: int, end: int, encoding: str) -> bool:
     stream.seek(begin)
     line = stream.read(end - begin).removeprefix(b"\xef\xbb\xbf" if begin == 0 else b"")
     try:
-        return isinstance(json.loads(line.decode(encoding)), dict)
+        return isinstance(json.loads(line.decode(encoding, "replace")), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from safer_ray.config.sections import SourceConfig
+from safer_ray.data.sources import plan_sources, read_raw
 from safer_ray.errors import UserError
 from safer_ray.storage.heads import Recoded, encoding_of, known_encoding
 from safer_ray.storage.rows import Cut, cut_rows, grows, read_rows
@@ -82,9 +84,9 @@ def test_lines_of_another_encoding_can_be_entered_and_grow_unless_a_newline_is_m
 
 def test_a_last_line_in_another_encoding_is_whole_without_its_newline(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"a": "é"}'.encode("cp1252"))
-    cut = {name: list(cut_rows(path, 9, 99, 9, whole_lines=True, encoding=name)) for name in ("cp1252", None)}
-    assert cut == {"cp1252": [Cut(0, 1, 0, 10)], None: []}
+    path.write_bytes('{"a": "表"}'.encode("shift_jis"))  # of which a byte is that of a backslash
+    cut = {name: list(cut_rows(path, 9, 99, 9, whole_lines=True, encoding=name)) for name in ("shift_jis", None)}
+    assert cut == {"shift_jis": [Cut(0, 1, 0, 11)], None: []}
 
 
 @pytest.mark.parametrize("kind", TEXTS)
@@ -102,10 +104,19 @@ def test_what_is_no_text_in_its_encoding_is_refused_by_row(tmp_path, kind, encod
     assert refused[17].startswith(f"bad {'utf-16-le' if encoding == 'utf-16' else encoding}: at character")
 
 
+def test_a_mark_of_utf8_holds_whatever_is_told(tmp_path):
+    for kind, text in TEXTS.items():
+        (tmp_path / f"rows.{kind}").write_bytes(text.encode("utf-8-sig"))
+        assert [json.loads(raw) for _, raw, _ in all_rows(tmp_path / f"rows.{kind}", encoding="cp1252")] == ROWS
+
+
 def test_bytes_that_are_no_utf8_are_told_with_the_remedy_once(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(TEXTS["jsonl"].replace("猫", "").encode("cp1252"))
-    assert all(refused.startswith("bad UTF-8: at character") for _, _, refused in all_rows(path))
+    source = SourceConfig(path=str(path))
+    rows = [row for part in plan_sources([source], rows=70) for row in read_raw(part, source).to_pylist()]
+    assert len(rows) == len(ROWS)
+    assert all(row["refused"].startswith("bad UTF-8: at character") for row in rows)
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.endswith("rows.jsonl holds text that is no UTF-8; where it is in another encoding, say which by "
                          "--encoding NAME")  # fmt: skip
