@@ -108,6 +108,11 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
     kept, left_out = below.part()
     for file in kept:
         check_utf8(file)
+        if not isinstance(file, Remote) and not file.exists():
+            raise UserError(
+                f"{file} is a link that leads nowhere; put back what it leads to (`git annex get`, a whole download), "
+                "or leave it out by a glob"
+            )
     aside = side_files(kept)
     kept = [file for file in kept if file not in aside]
     told = below.told(aside)
@@ -148,7 +153,7 @@ class _Below:
             return
         self.is_there = Path.is_file
         paths = map(Path, glob.iglob(str(place), recursive=True)) if pattern else place.rglob("*")
-        self._part_by_name(path for path in paths if path.is_file())
+        self._part_by_name(path for path in paths if path.is_file() or (path.is_symlink() and not path.exists()))
 
     def _part_by_name(self, files: Iterable[Path]) -> None:
         found = sorted(files)

@@ -93,6 +93,16 @@ def test_folders_of_tools_are_left_out_and_told(data, name):
     assert found.left_out == {str(data / name): 1}
 
 
+def test_a_link_that_leads_nowhere_is_refused_by_name(data):
+    (data / "README.md").symlink_to(data / "none")
+    (data / ".hidden.jsonl").symlink_to(data / "none")
+    assert find(data)[0] == ["rows.jsonl"]
+    (data / "more/lost.jsonl").symlink_to(data / "none")
+    with pytest.raises(UserError, match=r"lost.jsonl is a link that leads nowhere; put back what it leads to"):
+        find(data)
+    assert find(data / "*.jsonl")[0] == ["rows.jsonl"]
+
+
 def test_inspection_tells_it(data):
     (data / "README.md").touch()
     assert inspect(str(data)).told == ("files of other kinds are not read: README.md",)
