@@ -3,6 +3,7 @@
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from safer_ray.audit.parts import write_part
 from safer_ray.audit.run import Audit
 from safer_ray.audit.score import AuditRows, PreparePairs
 from safer_ray.data.source_files import find_files
-from safer_ray.data.sources import plan_file, read_raw
+from safer_ray.data.sources import plan_file, read_raw, several_formats
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import check_auditor
 from safer_ray.reward.tokens import token_count
@@ -37,6 +38,7 @@ class Estimate(NamedTuple):
     seconds: float
     actor_mb: float  # resident, with the bundle loaded
     disk_mb: float
+    told: tuple[str, ...]  # what else is left out, and what was chosen
 
     def in_words(self) -> str:
         hours = self.seconds / 3600
@@ -48,7 +50,8 @@ class Estimate(NamedTuple):
             f"{told} on {self.actors} actor{'s' if self.actors != 1 else ''} as fast as this machine "
             f"({self.pairs_per_s:,.1f} pairs/s each)\n"
             f"{self.actor_mb:,.0f} MB of memory an actor, {self.disk_mb:,.1f} MB of disk for the results\n"
-            "estimated from a sample; nothing was written"
+            + "".join(f"{line}\n" for line in self.told)
+            + "estimated from a sample; nothing was written"
         )
 
 
@@ -59,8 +62,10 @@ def estimate(audit: Audit, actors: int) -> Estimate:
         UserError: the corpus cannot be read, or no row of the sample can be used.
     """
     check_auditor(audit.auditor)
-    files, left_out = find_files(audit.source)
-    fragments = [f for file in files for f in plan_file(file, audit.source, audit.fragment_rows, whole_lines=True)]
+    files, left_out, told = find_files(audit.source)
+    formats: dict[Path, str] = {}
+    plan = partial(plan_file, source=audit.source, rows=audit.fragment_rows, whole_lines=True, formats=formats)
+    fragments = [fragment for file in files for fragment in plan(file)]
     rows = sum(f.stop - f.start for f in fragments)
     raw = _sample(audit, fragments)
     prepared = PreparePairs(audit.auditor, (audit.source,), audit.max_chars, audit.reading)(raw)
@@ -85,6 +90,7 @@ def estimate(audit: Audit, actors: int) -> Estimate:
         rows * usable / (speed * actors),
         psutil.Process().memory_info().rss / 2**20,
         _bytes_written(scored) / len(ready) * rows * usable / 2**20,
+        (*told, *several_formats(formats)),
     )
 
 

@@ -7,13 +7,15 @@ that was renamed is known by its bytes; its rows keep the name that they began w
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import FLAGGED, SCORES
+from safer_ray.data.side_files import some
 from safer_ray.data.source_files import WRITTEN, Found, file_name, find_files, real_path, root_of
-from safer_ray.data.sources import plan_file
+from safer_ray.data.sources import plan_file, several_formats
 from safer_ray.errors import UserError
 from safer_ray.storage.artifacts import (
     MANIFEST,
@@ -30,7 +32,6 @@ from safer_ray.storage.files import as_path, names_in, read_parquet, remove, sta
 from safer_ray.storage.fingerprints import begins_as, digests_of, is_at
 from safer_ray.storage.rows import Cut, grows
 
-TOLD = 5  # files that a line names
 PEEK = 2**20  # bytes
 
 
@@ -42,6 +43,7 @@ class FileNotes(NamedTuple):
     renamed: dict[str, str]  # what row keys call a file -> its name now
     repeated: dict[str, str]  # file -> one before it that holds the same bytes
     gone: list[str]  # files that all of the rows were read of
+    told: tuple[str, ...] = ()  # what else was left out, and what was chosen
 
     def to_tree(self) -> dict[str, Any]:
         """Return the notes as JSON holds them."""
@@ -75,11 +77,11 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
     before = {file: renamed.get(file) or last.get(name) for name, file in present.items()}
     _refuse_another_corpus(known, before, source, out)
     files = found.files
+    formats: dict[Path, str] = {}  # of those with new rows
 
     def look(before: dict[Path, Fragment | None]) -> list[_Looked]:
-        return list(
-            map_ordered(lambda file: _look(source, rows, file, before[file], out), files, threads_for(files[0]))
-        )
+        look_at = partial(_look, source, rows, out=out, formats=formats)
+        return list(map_ordered(lambda file: look_at(file, before[file]), files, threads_for(files[0])))
 
     try:
         looked = look(before)
@@ -94,7 +96,8 @@ def plan_audit(source: SourceConfig, rows: int, out: Path) -> Plan:
         remove(out / MANIFEST)  # the audit is no longer whole
     if fragments != planned:
         write_plan(fragments, out / PLAN)
-    return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found.left_out))
+    found = found._replace(told=(*found.told, *several_formats(formats)))
+    return Plan(fragments, _notes(source, fragments, dict(zip(files, looked, strict=True)), found))
 
 
 def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
@@ -106,7 +109,7 @@ def _without_own(found: Found, source: SourceConfig, out: Path) -> Found:
     if not kept:
         raise UserError(f"{source.path}: no data files there but those of the audit itself; choose another --pairs")
     left = len(found.files) - len(kept)
-    return Found(kept, found.left_out | ({str(out): left} if left else {}))
+    return found._replace(files=kept, left_out=found.left_out | ({str(out): left} if left else {}))
 
 
 class _ChangedError(UserError):
@@ -123,8 +126,10 @@ class _Looked(NamedTuple):
     left: int  # bytes of a line that is still being written
 
 
-def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, out: Path) -> _Looked:
-    """Look for rows of a file that are not planned yet.
+def _look(
+    source: SourceConfig, rows: int, file: Path, last: Fragment | None, *, out: Path, formats: dict[Path, str]
+) -> _Looked:
+    """Look for rows of a file that are not planned yet; `formats` gains their format.
 
     Raises:
         UserError: the file does not begin with what was planned of it.
@@ -137,7 +142,7 @@ def _look(source: SourceConfig, rows: int, file: Path, last: Fragment | None, ou
     stop, fragments = last.stop if last else 0, []
     if end is not None and (size > end or last is None):
         after = Cut(last.start, stop, last.offset, end) if last else Cut(0, 0)
-        fragments = plan_file(file, source, rows, after=after, whole_lines=True)
+        fragments = plan_file(file, source, rows, after=after, whole_lines=True, formats=formats)
         fragments = with_digests([replace(fragment, file=name) for fragment in fragments])
     if fragments:
         end, stop = fragments[-1].size, fragments[-1].stop
@@ -234,7 +239,8 @@ def _renamed(new: Sequence[Path], gone: Sequence[Fragment]) -> dict[Path, Fragme
         return {}
     left, found = list(gone), {}
     for file, (size, etag) in zip(new, map_ordered(stamp, new, threads_for(new[0])), strict=True):
-        likely = [f for f in left if f.size == size or (f.size < size and grows(file))]
+        growing = grows(file)
+        likely = [f for f in left if f.size == size or (f.size < size and growing)]
         same = [f for f in likely if begins_as(file, (size, etag), replace(f, digest=""))]
         if not same and (known := [f for f in likely if f.digest]):
             digests = digests_of(file, [f.size for f in known])
@@ -304,9 +310,7 @@ def _moved(fragment: Fragment, look: _Looked, size: int) -> Fragment:
     return replace(fragment, path=look.path, etag=look.etag, size=size, digest=digest)
 
 
-def _notes(
-    source: SourceConfig, fragments: Sequence[Fragment], looked: dict[Path, _Looked], left_out: dict[str, int]
-) -> FileNotes:
+def _notes(source: SourceConfig, fragments: Sequence[Fragment], looked: dict[Path, _Looked], found: Found) -> FileNotes:
     here = {look.name: file_name(file, source) for file, look in looked.items()}
     first: dict[tuple[int, str], str] = {}
     repeated = {}
@@ -316,16 +320,17 @@ def _notes(
             repeated[name] = first[fragment.size, known]
     return FileNotes(
         {here[look.name]: look.left for look in looked.values() if look.left},
-        left_out,
+        found.left_out,
         {name: now for name, now in here.items() if name != now},
         repeated,
         sorted({fragment.file for fragment in fragments} - here.keys()),
+        found.told,
     )
 
 
 def in_words(notes: dict[str, Any]) -> list[str]:
     """Return what there is to tell of the files of an audit, a line for each kind of it."""
-    later, out, renamed, repeated, gone = (notes[name] for name in FileNotes._fields)
+    later, out, renamed, repeated, gone, more = (notes[name] for name in FileNotes._fields)
     bytes_left = [f"{name} ({size:,} bytes)" for name, size in later.items()]
     folders = [f"{folder} ({count:,} data files)" for folder, count in out.items()]
     told = (
@@ -335,9 +340,7 @@ def in_words(notes: dict[str, Any]) -> list[str]:
         ("The same bytes under two names are scored twice", [f"{b} as {a}" for a, b in repeated.items()]),
         ("No longer there, but read before", gone),
     )
-    return [f"{what}: {_some(names)}." for what, names in told if names]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
+    return [
+        *(f"{what}: {some(names)}." for what, names in told if names),
+        *(f"{line[0].upper()}{line[1:]}." for line in more),
+    ]

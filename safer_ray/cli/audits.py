@@ -8,9 +8,11 @@ import typer
 
 from safer_ray.cli.options import count_option, path_option, place_option, share_option, source_option, text_option
 from safer_ray.cli.shared import (
+    Encoding,
     Fresh,
     RunnerName,
     SourceSettings,
+    Split,
     TrustRemoteCode,
     at_work,
     build_config,
@@ -38,6 +40,8 @@ def audit(
     ],
     out: Annotated[str, place_option(help="The folder of the audit, also s3://BUCKET/FOLDER.")],
     format: Annotated[str, text_option()] = "auto",
+    split: Split = None,
+    encoding: Encoding = None,
     settings: SourceSettings = None,
     flag_quantile: Annotated[float, share_option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
@@ -77,7 +81,7 @@ def audit(
         raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
     bundle = open_input("auditor", auditor)
     config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
-    source = build_source(settings, path=pairs, format=format)
+    source = build_source(settings, path=pairs, format=format, split=split, encoding=encoding)
     asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
     if dry_run:
         _show_estimate(asked, actors)

@@ -12,7 +12,16 @@ from safer_ray.cli.options import (
     source_argument,
     text_option,
 )
-from safer_ray.cli.shared import ReadOptions, SourceSettings, TrustRemoteCode, build_source, console, reading_of
+from safer_ray.cli.shared import (
+    Encoding,
+    ReadOptions,
+    SourceSettings,
+    Split,
+    TrustRemoteCode,
+    build_source,
+    console,
+    reading_of,
+)
 from safer_ray.formats.messages import fields_of
 
 if TYPE_CHECKING:
@@ -28,6 +37,8 @@ def inspect(
     path: Annotated[str, source_argument(help="A file, folder, glob, saved data set or hub:OWNER/NAME.")],
     format: Annotated[str, text_option(help="A format's name, or auto.")] = "auto",
     rows: Annotated[int, count_option(help="Rows to read.")] = 1000,
+    split: Split = None,
+    encoding: Encoding = None,
     settings: SourceSettings = None,
     reward: Annotated[Path | None, path_option(help="A model, to show the examples as it reads them.")] = None,
     read: ReadOptions = None,
@@ -35,7 +46,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Show what would be read of a data set: layout, columns, examples, and each reason to refuse a row."""
-    source = build_source(settings, path=path, format=format)
+    source = build_source(settings, path=path, format=format, split=split, encoding=encoding)
     reading = reading_of(read, trust_remote_code)
     from safer_ray.pipeline.inspection import inspect_source
 

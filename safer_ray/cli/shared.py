@@ -224,6 +224,13 @@ def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path 
     return reading.model_copy(update={TRUSTED: True}) if trust_remote_code else reading
 
 
+Split = Annotated[
+    str | None,
+    text_option("--split", help="Of a saved data set, a hub name or a folder; default: train, or all files."),
+]
+Encoding = Annotated[
+    str | None, text_option("--encoding", help="Of text that does not begin with a mark; default: UTF-8.")
+]
 RunnerName = Annotated[str, text_option("--runner", help="local: in this process; ray: on a cluster.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings, if it brings any.")

@@ -21,12 +21,14 @@ from safer_ray.cli.options import (
 from safer_ray.cli.shared import (
     Assignments,
     ConfigPath,
+    Encoding,
     ExistingPath,
     Fresh,
     Out,
     ReadOptions,
     RunnerName,
     SourceSettings,
+    Split,
     TrustRemoteCode,
     build_config,
     build_source,
@@ -65,6 +67,8 @@ def pairs(
     out: Out,
     format: Annotated[str, text_option()] = "auto",
     section: Annotated[str | None, text_option()] = None,
+    split: Split = None,
+    encoding: Encoding = None,
     settings: SourceSettings = None,
     max_refused_share: Annotated[float | None, share_option()] = None,
     fresh: Fresh = False,
@@ -72,7 +76,7 @@ def pairs(
     """Stage 1: read preference pairs, quarantine what cannot be used."""
     from safer_ray.config.sections import PairsConfig
 
-    given = {"format": format, "section": section}
+    given = {"format": format, "section": section, "split": split, "encoding": encoding}
     sources = tuple(build_source(settings, path=path, **given) for path in source)
     config = build_config(PairsConfig, sources=sources, max_refused_share=max_refused_share)
     from safer_ray.pipeline import model_stages

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from safer_ray.config.cluster import RayConfig
 from safer_ray.config.reward import RewardConfig, TinyLlamaConfig
@@ -21,6 +21,7 @@ from safer_ray.config.values import (
 )
 from safer_ray.config.where import parse_where
 from safer_ray.formats.registry import AUTO, CARRIED, FORMATS, check_options, option_values
+from safer_ray.storage.heads import known_encoding
 from safer_ray.strategies import STRATEGIES
 
 Mode = Literal["paper", "response"]
@@ -30,6 +31,7 @@ JudgeKind = Literal["probe"]  # the keys of `safer_ray.features.judge.JUDGES`
 DetectorOf = Literal["safer", "reward_margin", "combined"]
 Action = Literal["drop", "relabel", "poison"]
 Format = Annotated[str, known("format", lambda: (AUTO, *FORMATS))]
+Encoding = Annotated[str | None, AfterValidator(lambda name: None if name is None else explained(known_encoding)(name))]
 Pairing = Annotated[str, known("pairs", lambda: option_values("pairs"))]
 
 
@@ -49,6 +51,8 @@ class SourceConfig(Frozen):
     """Section of the rows that name none."""
     split: str = "train"
     """Split of a hub name or a saved dataset dict."""
+    encoding: Encoding = Field(default=None, exclude_if=lambda value: value is None)
+    """Encoding of text that does not tell its own by its first bytes. Default: UTF-8."""
     part: Literal["all", "train", "holdout"] = "all"
     """Take all pairs, or those of prompts on one side of the split by `holdout_percent`."""
     holdout_percent: Percent = 20
@@ -73,6 +77,10 @@ class SourceConfig(Frozen):
         if self.format != AUTO:
             explained(check_options)(self.format, self.asked())
         return self
+
+    def asked_split(self) -> str | None:
+        """The split, where it is said and not the default."""
+        return self.split if "split" in self.model_fields_set else None
 
     def asked(self) -> dict[str, str]:
         """The options that only some formats know, where they are set."""

@@ -72,6 +72,17 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
     return text if (folder / "snapshots" / text).is_dir() else None
 
 
+def hub_splits(path: str) -> list[str]:
+    """Return the splits of a data set; none where they cannot be found out, as of one of several configurations."""
+    import datasets  # slow to import, and only needed here
+
+    name, revision = split_name(path)
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name, revision=revision)]
+    except Exception:  # noqa: BLE001  # whatever the hub client raises: loading it tells
+        return []
+
+
 def load_dataset(path: str, split: str) -> Path:
     """Load a data set, and return where it is saved: once, under SAFER_RAY_CACHE (default ~/.cache/safer_ray).
 

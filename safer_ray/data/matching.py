@@ -23,6 +23,15 @@ from safer_ray.storage.rows import read_rows
 log = logging.getLogger(__name__)
 
 
+class _Rows(NamedTuple):
+    """Rows of a file that are read, and how."""
+
+    path: Path
+    format: str
+    limit: int
+    encoding: str | None
+
+
 class _Sides(NamedTuple):
     """Positions of a prompt's rows, by side."""
 
@@ -30,7 +39,7 @@ class _Sides(NamedTuple):
     rejected: list[int]
 
 
-def matched_file(path: Path, format: str, options: Options, limit: int) -> Path:
+def matched_file(path: Path, format: str, options: Options, limit: int, encoding: str | None = None) -> Path:
     """Return the file of pairs that the first `limit` rows of a file make, as `prompt`, `chosen`, `rejected` and
     `labels`; what is left out, for want of a partner or with a reason, is reported.
 
@@ -38,12 +47,12 @@ def matched_file(path: Path, format: str, options: Options, limit: int) -> Path:
         UserError: the file is damaged.
     """
     kind = options.get("pairs", PAIRS[0])
-    name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit]))[:20]
+    name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit, encoding]))[:20]
     made = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "matched" / f"{name}.jsonl"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         begun = made.with_name(f".{name}-{os.getpid()}")
-        told = _write(path, format, kind, limit, begun)
+        told = _write(_Rows(path, format, limit, encoding), kind, begun)
         made.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
         move(begun, made)
     told = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
@@ -56,11 +65,11 @@ def matched_file(path: Path, format: str, options: Options, limit: int) -> Path:
     return made
 
 
-def _write(path: Path, format: str, kind: str, limit: int, out: Path) -> dict[str, Any]:
+def _write(source: _Rows, kind: str, out: Path) -> dict[str, Any]:
     by_prompt: dict[str, _Sides] = {}
     refused: Counter[str] = Counter()
     rows = 0
-    for position, half in _halves(path, format, limit):
+    for position, half in _halves(source):
         rows += 1
         if isinstance(half, str):
             refused[half.partition(":")[0]] += 1
@@ -69,7 +78,7 @@ def _write(path: Path, format: str, kind: str, limit: int, out: Path) -> dict[st
         getattr(sides, half.side).append(position)
     partners, pairs = _partners(by_prompt.values(), kind)
     with out.open("w", encoding="utf-8") as stream:
-        stream.writelines(_pairs(path, format, limit, partners))
+        stream.writelines(_pairs(source, partners))
     unmatched = rows - sum(refused.values()) - len(partners)
     return {"rows": rows, "pairs": pairs, "unmatched": unmatched, "refused": dict(refused.most_common(5))}
 
@@ -91,15 +100,15 @@ def _partners(prompts: Iterable[_Sides], kind: str) -> tuple[dict[int, list[int]
     return partners, count
 
 
-def _pairs(path: Path, format: str, limit: int, partners: Mapping[int, Sequence[int]]) -> Iterator[str]:
+def _pairs(source: _Rows, partners: Mapping[int, Sequence[int]]) -> Iterator[str]:
     """Yield a line for each pair, where the later of its rows stands; a row is held until its last partner came."""
     held: dict[int, Half] = {}
     left = {position: len(others) for position, others in partners.items()}
-    for position, half in _halves(path, format, limit):
+    for position, half in _halves(source):
         if isinstance(half, str) or position not in partners:
             continue
         for other in [other for other in partners[position] if other in held]:
-            yield schema.to_json(_pair({position: half, other: held[other]}) | {MATCHED: format}) + "\n"
+            yield schema.to_json(_pair({position: half, other: held[other]}) | {MATCHED: source.format}) + "\n"
             for done in (position, other):
                 left[done] -= 1
             if not left[other]:
@@ -120,11 +129,11 @@ def _pair(halves: Mapping[int, Half]) -> dict[str, Any]:
     return row | {"labels": dict(sorted(labels.items()))}
 
 
-def _halves(path: Path, format: str, limit: int) -> Iterator[tuple[int, Half | str]]:
+def _halves(source: _Rows) -> Iterator[tuple[int, Half | str]]:
     """Yield the position of each row, and what it holds or why it is none of the format's rows."""
-    match = FORMATS[format].match
+    match = FORMATS[source.format].match
     assert match is not None
-    for position, raw, refused in read_rows(path, 0, limit):
+    for position, raw, refused in read_rows(source.path, 0, source.limit, encoding=source.encoding):
         try:
             if refused is not None:
                 raise Refused(refused)

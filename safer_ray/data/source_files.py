@@ -1,7 +1,8 @@
 """The files of a source, and what they are called: names are relative to the source, wherever it lies.
 
-What lies below a source and is no part of it is left out, and told: hidden folders, what this package has written
-(artifacts, finished or not, and audits), and where the asking command itself writes. A folder that is named itself is
+What lies below a source and is no part of it is left out, and told: hidden folders and files, files that hold no rows,
+other splits than the one asked for, what this package has written (artifacts, finished or not, and audits), and where
+the asking command itself writes. A folder that is named itself is
 read; of an artifact, its rows alone; of an audit, what lies beside all that it has written.
 """
 
@@ -10,13 +11,15 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import OWN_FILES, REVIEWS
-from safer_ray.data.hub import load_dataset
+from safer_ray.data.hub import hub_splits, load_dataset
+from safer_ray.data.side_files import ALWAYS, side_files, some
+from safer_ray.data.splits import USUAL, choose, of_split
 from safer_ray.errors import UserError
 from safer_ray.storage.artifacts import PLAN, SCRATCH, SETTINGS_FILE, SETTINGS_KEYS
 from safer_ray.storage.files import as_path
@@ -25,10 +28,10 @@ from safer_ray.storage.marks import MANIFEST, MANIFEST_KEYS
 from safer_ray.storage.remote import Remote, fits
 from safer_ray.storage.rows import ENDINGS, kind_of
 
-_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
 WRITTEN = {*OWN_FILES, REVIEWS}  # by audits, beside which data may lie
+OF_WRITERS = {"_delta_log", "_temporary", "_spark_metadata", "__MACOSX"}  # folders that are no data of anybody
 log = logging.getLogger(__name__)
 
 
@@ -37,11 +40,15 @@ class Found(NamedTuple):
 
     files: list[Path]
     left_out: dict[str, int]  # folder -> data files in it
+    told: tuple[str, ...] = ()  # what else is left out, and what was chosen
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith((".", "_"))
 
 
 def _has_data_name(path: Path) -> bool:
-    hidden = path.name.startswith((".", "_"))
-    return not hidden and path.name not in _NO_DATA and kind_of(path)[0] is not None
+    return not _is_hidden(path) and path.name not in ALWAYS and kind_of(path)[0] is not None
 
 
 def place_of(source: SourceConfig) -> Path:
@@ -82,26 +89,49 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
     """Find the files of a source, sorted by path, without what lies in folders `apart` below it; a hub name is fetched.
 
     Raises:
-        UserError: a path that is missing, empty or of an unknown kind, or a hub name that cannot be loaded.
+        UserError: a path that is missing, empty or of an unknown kind, a hub name that cannot be loaded, or a split
+            that is not there.
     """
     if source.path.startswith("hub:"):
-        return Found(_saved(load_dataset(source.path, source.split), source.split), {})
+        return _on_hub(source)
     path = place_of(source)
     if path.is_file():
         if kind_of(path)[0] is None:
             raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}")
+        of_split([path.name], source.asked_split(), source.path)
         return Found([path], {})
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return Found(_saved(path, source.split), {})
+        return _saved(path, source.asked_split())
     if not path.is_dir() and not glob.has_magic(source.path):
         raise UserError(f"no file, folder or glob at {source.path}; check the path, or write hub:OWNER/NAME")
-    kept, left_out = _Below(path, apart).part()
+    below = _Below(path, apart)
+    kept, left_out = below.part()
     for file in kept:
         check_utf8(file)
+        if not isinstance(file, Remote) and not file.exists():
+            raise UserError(
+                f"{file} is a link that leads nowhere; put back what it leads to (`git annex get`, a whole download), "
+                "or leave it out by a glob"
+            )
+    aside = side_files(kept)
+    kept = [file for file in kept if file not in aside]
+    told = below.told(aside)
     if not kept:
-        told = f", other than those in {next(iter(left_out))}, which is left out" if left_out else ""
-        raise UserError(f"{source.path}: no data files there{told}; supported are {ENDINGS}")
-    return Found(kept, left_out)
+        where = f", other than those in {next(iter(left_out))}, which is left out" if left_out else ""
+        raise UserError("; ".join([f"{source.path}: no data files there{where}", *told, f"supported are {ENDINGS}"]))
+    names = [file.relative_to(below.root).as_posix() for file in kept]
+    wanted, of_splits = of_split(names, source.asked_split(), source.path)
+    return Found([file for file, is_one in zip(kept, wanted, strict=True) if is_one], left_out, (*told, *of_splits))
+
+
+def _on_hub(source: SourceConfig) -> Found:
+    asked = source.asked_split()
+    told: tuple[str, ...] = ()
+    splits = hub_splits(source.path)
+    if splits and (asked is None or asked.isidentifier()):  # else it may be a slice: train[:1%]
+        asked, told = choose(asked, splits, source.path)
+    files = _saved(load_dataset(source.path, asked or USUAL), None).files
+    return Found(files, {}, told)
 
 
 class _Below:
@@ -119,13 +149,31 @@ class _Below:
             everything = set(self.root.glob(*pattern) if flat else self.root.rglob("*"))
             self.is_there: Callable[[Path], bool] = everything.__contains__
             wanted = (file for file in everything if not pattern or fits(file.relative_to(self.root).parts, pattern))
-            self.files = sorted(file for file in wanted if _has_data_name(file))
-            self._look_at_root()
+            self._part_by_name(wanted)
             return
         self.is_there = Path.is_file
         paths = map(Path, glob.iglob(str(place), recursive=True)) if pattern else place.rglob("*")
-        self.files = sorted(path for path in paths if _has_data_name(path) and path.is_file())
+        self._part_by_name(path for path in paths if path.is_file() or (path.is_symlink() and not path.exists()))
+
+    def _part_by_name(self, files: Iterable[Path]) -> None:
+        found = sorted(files)
+        self.files = [file for file in found if _has_data_name(file)]
+        self.others = [file for file in found if not _has_data_name(file)]
         self._look_at_root()
+
+    def told(self, aside: set[Path]) -> tuple[str, ...]:
+        """Return which files are left out for their names, or since they are some that lie `aside`."""
+        others = [file for file in self.others if not self._book(file) and not self._left_out(file.parent)]
+        hidden, known = set(filter(_is_hidden, others)), {file for file in others if kind_of(file)[0] is not None}
+        named = (
+            ("hidden files are left out", hidden & known),
+            ("files that hold no rows are left out", (known | aside) - hidden),
+            ("files of other kinds are not read", {*others} - hidden - known),
+        )
+        return tuple(f"{what}: {some([self._name(file) for file in sorted(files)])}" for what, files in named if files)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix().encode(errors="replace").decode()
 
     def _look_at_root(self) -> None:
         """See which names in the root are no data: what an audit wrote, or an artifact beside its rows."""
@@ -170,7 +218,8 @@ class _Below:
         return self.known[folder]
 
     def _is_apart(self, folder: Path) -> bool:
-        if (self.hidden and folder.name.startswith(".")) or real_path(folder) in self.apart:
+        hidden = self.hidden and (folder.name.startswith(".") or folder.name in OF_WRITERS)
+        if hidden or real_path(folder) in self.apart:
             return True
         return self._is_audit(folder) or is_artifact(folder, self.is_there)
 
@@ -197,15 +246,19 @@ def _holds(path: Path, keys: set[str]) -> bool:
     return isinstance(tree, dict) and tree.keys() >= keys
 
 
-def _saved(folder: Path, split: str) -> list[Path]:
-    """Return the Arrow files of a `save_to_disk` folder, or of one split of a saved dict."""
+def _saved(folder: Path, asked: str | None) -> Found:
+    """Find the Arrow files of a `save_to_disk` folder, or of one split of a saved dict."""
+    choice = None
     try:
         if (folder / "dataset_dict.json").is_file():
             splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            if split not in splits:
-                raise UserError(f"{folder} has no split {split!r}; set `split` to one of {splits}")
-            folder = folder / split
+            choice = choose(asked, [*map(str, splits)], str(folder))
+            folder = folder / choice.split
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = [folder / file["filename"] for file in state["_data_files"]]
+        own = state.get("_split")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is a damaged save_to_disk folder ({error!r}); save it again") from error
+    if choice is None and asked is not None:
+        choose(asked, [own if isinstance(own, str) else USUAL], str(folder))
+    return Found(files, {}, choice.told if choice else ())

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.matching import matched_file
+from safer_ray.data.partitions import Columns, contradiction, partition_columns
 from safer_ray.data.rows import parse_row
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
@@ -25,6 +27,7 @@ from safer_ray.formats.messages import characters, without_incidents
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
+from safer_ray.storage.columnar import UTF8
 from safer_ray.storage.files import as_path, stamp
 from safer_ray.storage.fingerprints import still_holds
 from safer_ray.storage.remote import Remote
@@ -52,6 +55,7 @@ NORMALISED = pa.schema(
     ]
 )
 
+log = logging.getLogger(__name__)
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
 
@@ -59,13 +63,13 @@ HEAD = 100  # rows that the format is detected from
 # Fragments
 
 
-def _head(path: Path) -> list[dict[str, Any]]:
+def _head(path: Path, encoding: str | None) -> list[dict[str, Any]]:
     """The first rows that are readable, up to `HEAD`."""
-    return list(islice(_readable(path), HEAD))
+    return list(islice(_readable(path, encoding), HEAD))
 
 
-def _readable(path: Path) -> Iterator[dict[str, Any]]:
-    for _, raw, refused in read_rows(path, 0, 10 * HEAD):
+def _readable(path: Path, encoding: str | None) -> Iterator[dict[str, Any]]:
+    for _, raw, refused in read_rows(path, 0, 10 * HEAD, encoding=encoding):
         with contextlib.suppress(Refused):
             if refused is None:
                 yield parse_row(raw)
@@ -75,7 +79,7 @@ def _format(path: Path, source: SourceConfig) -> str:
     """The source's format, or the one detected from the head of the file (canonical where no row can be read)."""
     if source.format != AUTO:
         return source.format
-    head = _head(path)
+    head = _head(path, source.encoding)
     try:
         found = detect_format(head) if head else "canonical"
     except UserError as error:
@@ -93,9 +97,10 @@ def plan_sources(
     rows: int = 5000,
     size: int = FRAGMENT_BYTES,
     found: Sequence[Found] | None = None,
+    formats: Sequence[dict[Path, str]] | None = None,
 ) -> list[Fragment]:
     """All sources as fragments of at most `rows` rows and about `size` bytes (uncompressed), in order; their files are
-    looked for unless they are given as `found`.
+    looked for unless they are given as `found`. For each source, `formats` gains the format of each file with rows.
 
     Raises:
         UserError: a path that is missing, empty, of an unknown kind or damaged; a hub name that cannot be loaded; or
@@ -107,17 +112,21 @@ def plan_sources(
         replace(fragment, source=index, file=names[index, path])
         for index, source in enumerate(sources)
         for path in files[index]
-        for fragment in _plan_pairs(path, source, rows, size)
+        for fragment in _plan_pairs(path, source, rows, size, formats[index] if formats else None)
     ]
     return [replace(fragment, number=number) for number, fragment in enumerate(planned)]
 
 
-def _plan_pairs(path: Path, source: SourceConfig, rows: int, size: int) -> list[Fragment]:
+def _plan_pairs(
+    path: Path, source: SourceConfig, rows: int, size: int, formats: dict[Path, str] | None
+) -> list[Fragment]:
     """Return a file as fragments; of one with a response a row, the pairs that its rows make."""
     format = _format_as_stamped(path, stamp(path)[1], source)
     if FORMATS[format].match is None:
-        return plan_file(path, source, rows, size)
-    made = matched_file(path, format, source.asked(), source.limit or 2**62)
+        return plan_file(path, source, rows, size, formats=formats)
+    if formats is not None:
+        formats[path] = format
+    made = matched_file(path, format, source.asked(), source.limit or 2**62, source.encoding)
     return plan_file(made, source.model_copy(update={"format": MATCHED, "limit": None}), rows, size)
 
 
@@ -151,9 +160,10 @@ def plan_file(
     after: Cut = BEGIN,
     *,
     whole_lines: bool = False,
+    formats: dict[Path, str] | None = None,
 ) -> list[Fragment]:
     """A file as fragments numbered from 0; of one that has grown, the rows that came `after`. With `whole_lines` a last
-    line that is still being written is left, and the fragments' `size` ends before it.
+    line that is still being written is left, and the fragments' `size` ends before it. `formats` gains its format.
 
     Raises:
         UserError: the file is damaged, or its columns fit no preference format.
@@ -166,13 +176,25 @@ def plan_file(
             f"{path} holds one response a row (format {format}), which only `safer-ray pairs --source` matches by "
             "their prompts; give what that makes"
         )
-    cuts = list(cut_rows(path, rows, size, source.limit or 2**62, after, size_now, whole_lines=whole_lines))
+    limit, encoding = source.limit or 2**62, source.encoding
+    cuts = list(cut_rows(path, rows, size, limit, after, size_now, whole_lines=whole_lines, encoding=encoding))
+    if cuts and formats is not None:
+        formats[path] = format
     planned = cuts[-1].end if cuts and whole_lines and grows(path) else size_now
     name = file_name(path, source)
     return [
         Fragment(number, 0, str(path), cut.start, cut.stop, planned, etag, cut.offset, file=name)
         for number, cut in enumerate(cuts)
     ]
+
+
+def several_formats(formats: Mapping[Path, str]) -> tuple[str, ...]:
+    """Return what to tell of the files of one source that are in several formats: each with one of its files."""
+    first: dict[str, Path] = {}
+    for path in sorted(formats):
+        first.setdefault(formats[path], path)
+    named = ", ".join(f"{name} ({path})" for name, path in sorted(first.items()))
+    return (f"files of {len(first)} formats are read, each by its own: {named}",) if len(first) > 1 else ()
 
 
 def read_raw(fragment: Fragment, source: SourceConfig) -> pa.Table:
@@ -232,13 +254,39 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     format = _format_as_stamped(path, fragment.etag, source)
     shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
-    read = read_rows(path, fragment.start, fragment.stop, fragment.offset)
+    columns = partition_columns(_name_below(file_name(path, source), fragment.file))
+    read = read_rows(path, fragment.start, fragment.stop, fragment.offset, source.encoding)
     for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
+        if columns and refused is None:
+            raw, refused = _with_partitions(raw, columns)
+        if refused and refused.startswith(f"bad {UTF8}: at character"):  # of text, that is
+            _tell_encoding(str(path))
         row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
             row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
         rows.append(row)
     return schema.table(rows, RAW)
+
+
+@functools.cache
+def _tell_encoding(path: str) -> None:
+    log.warning("%s holds text that is no UTF-8; where it is in another encoding, say which by --encoding NAME", path)
+
+
+def _name_below(own: str, known: str) -> str:
+    """Return what a file was called below its source when it was planned, without the source's own name."""
+    return own if not known or known.endswith(f":{own}") else known
+
+
+def _with_partitions(raw: str, columns: Columns) -> tuple[str, str | None]:
+    """A row with the columns that its file's folders tell, or why it is refused."""
+    try:
+        row = parse_row(raw)
+    except Refused as reason:
+        return raw, str(reason)
+    if refused := contradiction(row, columns):
+        return raw, refused
+    return schema.to_json(row | {name: value for name, value in columns.items() if row.get(name) is None}), None
 
 
 def _pieces(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:

@@ -16,7 +16,7 @@ from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.rows import parse_row
 from safer_ray.data.source_files import find_files
-from safer_ray.data.sources import RAW, NormalisePairs, lines_of, plan_sources, read_raw, told_of
+from safer_ray.data.sources import RAW, NormalisePairs, lines_of, plan_sources, read_raw, several_formats, told_of
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.messages import fields_of
 from safer_ray.formats.registry import AUTO, FORMATS
@@ -60,7 +60,7 @@ class Inspection:
     used: tuple[str, ...]  # columns that pairs are made of
     carried: tuple[str, ...]  # columns that ride along in `extra`
     empty: tuple[str, ...]  # columns that are null in all rows
-    told: tuple[str, ...]  # what should be known of the pairs, a line each
+    told: tuple[str, ...]  # what else is left out, what was chosen, what should be known of the pairs; a line each
     examples: tuple[dict[str, Any], ...]  # the first pairs, as rows of `schema.PAIRS`
     rendered: tuple[dict[str, Side] | str, ...]  # these as a model reads them, by side, or why it cannot
     prompt_chars: float  # means over the good pairs
@@ -104,7 +104,8 @@ def inspect_source(
     """
     source = source.model_copy(update={"limit": rows})
     found = find_files(source)
-    fragments = plan_sources([source], found=[found])
+    formats: dict[Path, str] = {}
+    fragments = plan_sources([source], found=[found], formats=[formats])
     tables, left = [], rows
     for fragment in fragments:
         tables.append(read_raw(fragment, source).slice(0, left))
@@ -120,10 +121,10 @@ def inspect_source(
         means.append(sum(lengths) / max(len(lengths), 1))
     refusals, columns = _refusals(raw, pairs), _columns(raw, good)
     examples = good.select(schema.PAIRS.names).slice(0, EXAMPLES).to_pylist()
-    formats = sorted(set(raw["format"].to_pylist()))
+    named = sorted(set(raw["format"].to_pylist()))
     return Inspection(
-        ", ".join(formats),
-        {name: _why(name, source.format) for name in formats},
+        ", ".join(named),
+        {name: _why(name, source.format) for name in named},
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),
         found.left_out,
         raw.num_rows,
@@ -134,7 +135,7 @@ def inspect_source(
         columns.used,
         columns.carried,
         columns.empty,
-        tuple(lines_of(told_of(good), len(good))),
+        (*found.told, *several_formats(formats), *lines_of(told_of(good), len(good))),
         tuple(examples),
         _rendered(examples, reward, reading) if reward is not None else (),
         *means,

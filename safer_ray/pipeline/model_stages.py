@@ -29,7 +29,16 @@ from safer_ray.data.benchmarks import benchmark_scores
 from safer_ray.data.corpus import write_corpus
 from safer_ray.data.noise import plant
 from safer_ray.data.source_files import Found
-from safer_ray.data.sources import NORMALISED, NOTES, NormalisePairs, names_apart, plan_sources, read_raw, told_of
+from safer_ray.data.sources import (
+    NORMALISED,
+    NOTES,
+    NormalisePairs,
+    names_apart,
+    plan_sources,
+    read_raw,
+    several_formats,
+    told_of,
+)
 from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
 from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
@@ -104,7 +113,12 @@ def _write_pairs(
     left_out = {folder: files for each in found for folder, files in each.left_out.items()}
     for folder, number in left_out.items():
         log.warning("pairs: %s data files in %s are left out, which is no part of the source", number, folder)
-    plan = plan_sources(sources, rows=ctx.fragment_rows, found=found)
+    formats: list[dict[Path, str]] = [{} for _ in sources]
+    plan = plan_sources(sources, rows=ctx.fragment_rows, found=found, formats=formats)
+    told = [line for each in found for line in each.told]
+    told += [line for each in formats for line in several_formats(each)]
+    for line in told:
+        log.warning("pairs: %s", line)
     job = MapJob(
         "pairs",
         lambda fragment: read_raw(fragment, sources[fragment.source]),
@@ -118,7 +132,7 @@ def _write_pairs(
     files = list(dict.fromkeys(as_path(fragment.path) for fragment in plan))
     poisoned = is_marked(files) or any(any_red_team(read_parquet(path, ["extra"])["extra"]) for path in part_files(out))
     own = together(closed.own, enclosing(files), Marks(red_team=poisoned))
-    return replace(closed, metrics=closed.metrics | {"left_out_files": left_out}, own=own)
+    return replace(closed, metrics=closed.metrics | {"left_out_files": left_out, "told": told}, own=own)
 
 
 def noise(ctx: StageContext, config: NoiseConfig, pairs: Artifact) -> Artifact:

@@ -7,7 +7,8 @@ file that lies in a store or is compressed a record batch is held, since there i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray import schema
+from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.reader_cache import cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
+from safer_ray.storage.values import plain_rows
 
 BATCH_ROWS, BATCH_BYTES = 500, 32 * 2**20  # decoded at a time
 READ_AHEAD = 64 * 2**20  # bytes, of all columns together
 SMALLEST = 2**16  # bytes that are read of a column at a time
+UTF8 = "UTF-8"
 SHARE = 128  # of a row group that is too large to be read at once: what is read of a column at a time
 
 RawRow = tuple[int, str, str | None]  # position, JSON text, reason to refuse
@@ -33,13 +37,13 @@ def source_of(path: Path) -> Any:
     return path.native() if isinstance(path, Remote) else path
 
 
-def checked(text: str) -> tuple[str, str | None]:
-    """Return a row's text and why it is refused: bytes that were no UTF-8 have become lone surrogates."""
+def checked(text: str, encoding: str = UTF8) -> tuple[str, str | None]:
+    """Return a row's text and why it is refused: bytes that were no text have become lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         replaced = text.encode(errors="surrogateescape").decode(errors="replace")
-        return replaced[:RAW_LIMIT], f"bad UTF-8: at character {error.start}"
+        return replaced[:RAW_LIMIT], f"bad {encoding}: at character {error.start}"
     return text, None
 
 
@@ -49,26 +53,36 @@ def columnar_rows(path: Path, start: int, stop: int, kind: str) -> Iterator[RawR
         at.position = at.reader.enter(at.position, start)
         while at.position < stop and (batch := at.reader.read(stop - at.position)) is not None:
             skipped = max(0, start - at.position)
-            yield from _batch_rows(batch.slice(skipped), at.position + skipped)
+            yield from _batch_rows(batch.slice(skipped), at.position + skipped, str(path))
             at.position += batch.num_rows
 
 
-def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
+def _batch_rows(batch: pa.RecordBatch, first: int, path: str) -> Iterator[RawRow]:
+    check_names(batch.schema.names, path)
     for i in range(0, batch.num_rows, 100):
         piece = batch.slice(i, 100)
         try:
-            rows = [checked(schema.to_json(row)) for row in piece.to_pylist()]
-        except UnicodeDecodeError:
-            rows = [_one_row(piece.slice(j, 1)) for j in range(piece.num_rows)]
+            rows = [checked(schema.to_json(row)) for row in plain_rows(piece, path)]
+        except (UnicodeDecodeError, RecursionError):
+            rows = [_one_row(piece.slice(j, 1), path) for j in range(piece.num_rows)]
         yield from ((first + i + j, *row) for j, row in enumerate(rows))
 
 
-def _one_row(row: pa.RecordBatch) -> tuple[str, str | None]:
+def check_names(names: Sequence[str], path: str | Path) -> None:
+    """Raises UserError where two columns have one name: a row could hold only one of them."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise UserError(f"{path}: {len(names)} columns, and more than one is called {twice[0]!r}; rename them")
+
+
+def _one_row(row: pa.RecordBatch, path: str) -> tuple[str, str | None]:
     try:
-        return checked(schema.to_json(row.to_pylist()[0]))
+        return checked(schema.to_json(plain_rows(row, path)[0]))
     except UnicodeDecodeError as error:
         text = error.object.decode(errors="replace")
         return text[:RAW_LIMIT], f"bad UTF-8: at byte {error.start}"
+    except RecursionError:
+        return "", "nested too deep"
 
 
 class _Tables(ABC):

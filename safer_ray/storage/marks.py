@@ -20,6 +20,7 @@ from safer_ray.storage.columnar import source_of
 from safer_ray.storage.files import read_json, read_parquet, threads_for, write_json, write_parquet
 from safer_ray.storage.remote import Remote
 from safer_ray.storage.rows import explained, kind_of
+from safer_ray.storage.values import plain_values
 
 MANIFEST = "manifest.json"  # of an artifact; it comes last
 MANIFEST_KEYS = {"stage", "name", "packages"}  # of ours
@@ -83,7 +84,7 @@ def _says_poisoned(path: Path) -> bool:
             return False
         said = pq.read_table(source_of(path), columns=[COLUMN])[COLUMN]
         said = said if pa.types.is_nested(said.type) else said.unique()
-        return any(says_red_team({COLUMN: value}) for value in said.to_pylist())
+        return any(says_red_team({COLUMN: value}) for value in plain_values(said))
 
 
 def _tells(schema: pa.Schema) -> bool:

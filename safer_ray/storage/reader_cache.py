@@ -31,16 +31,16 @@ class OpenReader(Generic[Reader]):
     position: int
 
 
-_kept: dict[tuple[str, int, str], OpenReader[Closable]] = {}
+_kept: dict[tuple[str, int, str, str | None], OpenReader[Closable]] = {}
 
 
 @contextlib.contextmanager
 def cached_reader(
-    path: Path, start: int, stop: int, begin: Callable[[Path], Reader], entry: int = 0
+    path: Path, start: int, stop: int, begin: Callable[[Path], Reader], entry: int = 0, variant: str | None = None
 ) -> Iterator[OpenReader[Reader]]:
     """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed. A new one
-    stands at row `entry`."""
-    key = (str(path), *stamp(path))
+    stands at row `entry`. Readers of another `variant` read the same bytes otherwise."""
+    key = (str(path), *stamp(path), variant)
     found = _kept.pop(key, None)
     if found is not None and not entry <= found.position <= start:
         found.reader.close()

@@ -1,5 +1,6 @@
 """Rows of one file of any kind as JSON text, a range at a time; and the ranges that a file is cut into."""
 
+import codecs
 import contextlib
 import csv
 import io
@@ -16,7 +17,8 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.storage.columnar import RawRow, checked, columnar_rows, extent
+from safer_ray.storage.columnar import UTF8, RawRow, check_names, checked, columnar_rows, extent
+from safer_ray.storage.heads import HEAD, Recoded, check_head, encoding_of, explain_head
 from safer_ray.storage.reader_cache import OpenReader, cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
 
@@ -28,6 +30,7 @@ _KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "pa
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 _BETWEEN_ROWS = re.compile(rb"\}[ \t]{0,9}\r[ \t]{0,9}\{")  # stands in no line of JSON
 _BARE_RETURN = re.compile(rb"\r[^\r\n]")
+_UNPACKING = re.compile(r"\b(zlib|ZSTD|compressed)\b")  # what failed, where an object cannot be unpacked
 _JSON_SPACE = re.compile(r"[\s,]*")
 
 
@@ -45,8 +48,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
-        if isinstance(path, Remote) and isinstance(error, OSError):
+        if isinstance(path, Remote) and isinstance(error, OSError) and not _UNPACKING.search(str(error)):
             _explain_object(path, error)
+        _explain_head(path)
         cause = " ".join(str(error).split())[:300]
         raise UserError(f"cannot read {path}: {cause}; the file is damaged or incomplete, write it again") from error
 
@@ -59,12 +63,47 @@ def _explain_object(path: Remote, error: OSError) -> None:
         raise error
 
 
-def _open(path: Path) -> io.BufferedReader:
+def _explain_head(path: Path) -> None:
+    """Raises UserError where a file that cannot be read as its name says is something else."""
+    kind, compression = kind_of(path)
+    wanted = compression or (kind if kind in ("parquet", "arrow") else None)
+    head = None
+    with contextlib.suppress(OSError):
+        head = _head(path)
+    if wanted and head is not None:
+        explain_head(head, path, wanted)
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file as they lie there."""
+    with path.open("rb") as stream:
+        return bytes(stream.read(HEAD))
+
+
+def _open(path: Path, encoding: str | None, offset: int = 0) -> io.BufferedReader:
+    """What a file holds, unpacked and in UTF-8, from byte `offset` on.
+
+    Raises:
+        UserError: it holds no text.
+    """
+    kind, compression = kind_of(path)
     if isinstance(path, Remote):
-        compression = kind_of(path)[1]
-        stream = path.native()
-        return io.BufferedReader(pa.CompressedInputStream(stream, compression) if compression else stream, BUFFER)
-    return io.BufferedReader(pa.input_stream(str(path), compression=kind_of(path)[1]), 2**20)
+        source = path.native()
+        opened = io.BufferedReader(pa.CompressedInputStream(source, compression) if compression else source, BUFFER)
+    else:
+        opened = io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**20)
+    if encoding or not offset:
+        head = opened.peek(HEAD)[:HEAD]
+        check_head(head, path, rows=kind is not None)
+        encoding = None if head.startswith(codecs.BOM_UTF8) else encoding_of(head) or encoding
+    if offset:
+        opened.seek(offset)
+    return io.BufferedReader(Recoded(opened, encoding), 2**20) if encoding else opened
+
+
+def _encoding(stream: Any) -> str:
+    """The encoding that a stream of `_open` was read from."""
+    return getattr(stream.raw, "encoding", UTF8)
 
 
 def _skip_lines(stream: io.BufferedReader, count: int) -> None:
@@ -83,38 +122,37 @@ class _Array:
     """The elements of a file that is one JSON array."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
+        self.encoding = _encoding(stream)
         self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
         self.elements = _elements(self.text)
         self.close = self.text.close
 
 
-def _begin_json(path: Path, offset: int) -> io.BufferedReader | _Array:
-    stream = _open(path)
-    if offset:
-        stream.seek(offset)
-    elif kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+def _begin_json(path: Path, offset: int, encoding: str | None) -> io.BufferedReader | _Array:
+    stream = _open(path, encoding, offset)
+    if not offset and kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return _Array(stream)
     return stream
 
 
-def _json_rows(path: Path, start: int, stop: int, offset: int) -> Iterator[RawRow]:
-    offset = offset if is_lines(path) else 0
-    with cached_reader(path, start, stop, partial(_begin_json, offset=offset), start if offset else 0) as at:
+def _json_rows(path: Path, start: int, stop: int, offset: int, encoding: str | None) -> Iterator[RawRow]:
+    offset = offset if _is_named_lines(path) else 0
+    begin = partial(_begin_json, offset=offset, encoding=encoding)
+    with cached_reader(path, start, stop, begin, start if offset else 0, encoding) as at:
         if isinstance(at.reader, _Array):
-            yield from _array_rows(at, at.reader.elements, start, stop)
+            yield from _array_rows(at, at.reader, start, stop)
             return
         _skip_lines(at.reader, start - at.position)
         at.position = start
         yield from _lines(at, at.reader, path.name, stop)
 
 
-def _array_rows(
-    at: OpenReader[Any], elements: Iterator[tuple[str, str | None]], start: int, stop: int
-) -> Iterator[RawRow]:
-    while at.position < stop and (element := next(elements, None)) is not None:
+def _array_rows(at: OpenReader[Any], array: _Array, start: int, stop: int) -> Iterator[RawRow]:
+    while at.position < stop and (element := next(array.elements, None)) is not None:
         if at.position >= start:
             text, refused = element
-            yield at.position, *(checked(text) if refused is None else (checked(text)[0], refused))
+            whole, bad = checked(text, array.encoding)
+            yield at.position, whole, refused or bad
         at.position += 1
 
 
@@ -128,6 +166,7 @@ def _refuse_bare_returns(line: bytes, name: str) -> None:
 
 
 def _lines(at: OpenReader[Any], stream: io.BufferedReader, name: str, stop: int) -> Iterator[RawRow]:
+    encoding = _encoding(stream)
     while at.position < stop and (line := stream.readline(MAX_ROW + 1)):
         if at.position == 0:
             _refuse_bare_returns(line, name)
@@ -144,7 +183,7 @@ def _lines(at: OpenReader[Any], stream: io.BufferedReader, name: str, stop: int)
                 return
             yield at.position, line.decode(errors="replace"), told
         elif line.strip():
-            yield at.position, *checked(line.decode(errors="surrogateescape").rstrip("\r\n"))
+            yield at.position, *checked(line.decode(errors="surrogateescape").rstrip("\r\n"), encoding)
         at.position += 1
 
 
@@ -172,16 +211,19 @@ def _elements(text: io.TextIOWrapper) -> Iterator[tuple[str, str | None]]:
 class _Csv:
     """The rows of a CSV file behind its header."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, encoding: str | None) -> None:
         csv.field_size_limit(MAX_ROW)
-        self.text = io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="")
+        stream = _open(path, encoding)
+        self.encoding = _encoding(stream)
+        self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         self.rows = csv.reader(self.text)
         self.header = next(self.rows, [])
+        check_names(self.header, path)
         self.close = self.text.close
 
 
-def _csv_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
-    with cached_reader(path, start, stop, _Csv) as at:
+def _csv_rows(path: Path, start: int, stop: int, encoding: str | None) -> Iterator[RawRow]:
+    with cached_reader(path, start, stop, partial(_Csv, encoding=encoding), variant=encoding) as at:
         header = at.reader.header
         while at.position < stop:
             try:
@@ -192,24 +234,28 @@ def _csv_rows(path: Path, start: int, stop: int) -> Iterator[RawRow]:
                 yield at.position, "", f"not CSV: {error}"
                 cells = []
             if cells and at.position >= start:
-                raw, refused = checked(schema.to_json(dict(zip(header, cells, strict=False))))
+                raw, refused = checked(schema.to_json(dict(zip(header, cells, strict=False))), at.reader.encoding)
                 if len(cells) > len(header) and refused is None:
                     refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
                 yield at.position, raw, refused
             at.position += 1
 
 
-def read_rows(path: Path, start: int, stop: int, offset: int = 0) -> Iterator[RawRow]:
+def read_rows(path: Path, start: int, stop: int, offset: int = 0, encoding: str | None = None) -> Iterator[RawRow]:
     """The rows of a file with start <= position < stop, the first at byte `offset` where it is known; blank ones count
-    but do not come."""
+    but do not come. Text in `encoding`, where its first bytes do not tell another.
+
+    Raises:
+        UserError: the file is damaged, or something else than its name says.
+    """
     kind = kind_of(path)[0]
     with explained(path):
         if kind in ("parquet", "arrow"):
             yield from columnar_rows(path, start, stop, kind)
         elif kind == "csv":
-            yield from _csv_rows(path, start, stop)
+            yield from _csv_rows(path, start, stop, encoding)
         else:
-            yield from _json_rows(path, start, stop, offset)
+            yield from _json_rows(path, start, stop, offset, encoding)
 
 
 class Cut(NamedTuple):
@@ -225,32 +271,39 @@ BEGIN = Cut(0, 0)
 
 
 def _cut_lines(
-    path: Path, rows: int, size: int, limit: int, after: Cut, length: int, *, whole_lines: bool
+    stream: IO[bytes],
+    rows: int,
+    size: int,
+    limit: int,
+    after: Cut,
+    length: int,
+    *,
+    whole_lines: bool,
+    encoding: str | None,
 ) -> Iterator[Cut]:
-    """Lines behind `after`, of the first `length` bytes of a file; of a last line that nothing ends, see `is_whole`."""
+    """Lines behind `after`, of the first `length` bytes of a file; of a last line without an end, see `_is_whole`."""
     start, offset, at = after.stop, after.end, after.end
     ends = np.empty(0, dtype=np.int64)  # of the lines from `start` on
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        while start < limit:
-            block = stream.read(min(2**23, length - at))
-            ends = np.concatenate([ends, at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))])
-            at += len(block)
-            last = not block or at >= length
-            begun = int(ends[-1]) if len(ends) else offset
-            if last and at > begun and (not whole_lines or _is_whole(stream, begun, at)):
-                ends = np.append(ends, at)
-            while len(ends) and start < limit and (last or len(ends) >= rows or ends[-1] - offset > size):
-                taken = max(1, min(rows, limit - start, int(np.searchsorted(ends, offset + size, "right"))))
-                taken = min(taken, len(ends))
-                end = int(ends[taken - 1])
-                yield Cut(start, start + taken, offset, end)
-                start, offset, ends = start + taken, end, ends[taken:]
-            if last:
-                return
+    stream.seek(offset)
+    while start < limit:
+        block = stream.read(min(2**23, length - at))
+        ends = np.concatenate([ends, at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))])
+        at += len(block)
+        last = not block or at >= length
+        begun = int(ends[-1]) if len(ends) else offset
+        if last and at > begun and (not whole_lines or _is_whole(stream, begun, at, encoding or "utf-8")):
+            ends = np.append(ends, at)
+        while len(ends) and start < limit and (last or len(ends) >= rows or ends[-1] - offset > size):
+            taken = max(1, min(rows, limit - start, int(np.searchsorted(ends, offset + size, "right"))))
+            taken = min(taken, len(ends))
+            end = int(ends[taken - 1])
+            yield Cut(start, start + taken, offset, end)
+            start, offset, ends = start + taken, end, ends[taken:]
+        if last:
+            return
 
 
-def _is_whole(stream: IO[bytes], begin: int, end: int) -> bool:
+def _is_whole(stream: IO[bytes], begin: int, end: int, encoding: str) -> bool:
     """Return whether a last line without its newline is written to its end: then it is a JSON object, and a half is
     none."""
     if end - begin > MAX_ROW:
@@ -258,19 +311,24 @@ def _is_whole(stream: IO[bytes], begin: int, end: int) -> bool:
     stream.seek(begin)
     line = stream.read(end - begin).removeprefix(b"\xef\xbb\xbf" if begin == 0 else b"")
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line.decode(encoding, "replace")), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def is_lines(path: Path) -> bool:
-    """Return whether a file can be entered at any of its rows."""
+def _is_named_lines(path: Path) -> bool:
     return kind_of(path) == ("jsonl", None)
 
 
 def grows(path: Path) -> bool:
-    """Return whether rows can be added to a file without changing what is there; an object is written anew."""
-    return is_lines(path) and not isinstance(path, Remote)
+    """Return whether rows can be added to a file without changing what is there, and it can be entered at any of its
+    lines: not where it is UTF-16, of which half a character may be there; an object is written anew."""
+    if not _is_named_lines(path) or isinstance(path, Remote):
+        return False
+    try:
+        return encoding_of(_head(path)) is None
+    except OSError:  # who reads it next tells
+        return True
 
 
 def cut_rows(
@@ -282,15 +340,24 @@ def cut_rows(
     length: int | None = None,
     *,
     whole_lines: bool = False,
+    encoding: str | None = None,
 ) -> Iterator[Cut]:
     """Ranges of a file's rows, each of at most `rows` rows and about `size` bytes; of lines, those behind `after` in
-    the first `length` bytes, with `whole_lines` but for a last one that is still being written."""
+    the first `length` bytes, with `whole_lines` but for a last one that is still being written.
+
+    Raises:
+        UserError: the file is damaged, or something else than its name says.
+    """
     kind = kind_of(path)[0]
-    if is_lines(path):
-        with explained(path):
-            length = path.stat().st_size if length is None else length
-            yield from _cut_lines(path, rows, size, limit, after, length, whole_lines=whole_lines and grows(path))
-        return
+    if _is_named_lines(path):
+        with explained(path), path.open("rb") as stream:
+            head = stream.read(HEAD)
+            check_head(head, path)
+            if encoding_of(head) is None:
+                length = path.stat().st_size if length is None else length
+                whole = whole_lines and not isinstance(path, Remote)
+                yield from _cut_lines(stream, rows, size, limit, after, length, whole_lines=whole, encoding=encoding)
+                return
     if kind in ("parquet", "arrow"):
         with explained(path):
             total, held = extent(path, kind)
@@ -299,7 +366,7 @@ def cut_rows(
         yield from (Cut(start, min(start + step, total)) for start in range(0, total, step))
         return
     start = end = held = 0
-    for position, raw, _ in read_rows(path, 0, limit):
+    for position, raw, _ in read_rows(path, 0, limit, encoding=encoding):
         if end > start and (position - start >= rows or held + len(raw) > size):
             yield Cut(start, end)
             start, held = position, 0

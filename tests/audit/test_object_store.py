@@ -29,7 +29,7 @@ from safer_ray.audit.run import Audit, audit_corpus
 from safer_ray.audit.summary import close_audit
 from safer_ray.cli.app import main
 from safer_ray.config.sections import PairsConfig, RayConfig, ScoresConfig, SourceConfig
-from safer_ray.data.source_files import source_files
+from safer_ray.data.source_files import find_files, source_files
 from safer_ray.data.sources import plan_sources, read_raw
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import model_stages
@@ -182,6 +182,50 @@ def test_every_kind_of_object_and_globs_are_read_as_files_are(store, lines, tmp_
         assert raw(f"{there}/{pattern}") == raw(folder / pattern)
     with pytest.raises(UserError, match=r"no file, folder or glob at s3://.*/nothing"):
         source_files(SourceConfig(path=f"s3://{store.bucket}/nothing"))
+
+
+def test_what_lies_beside_the_rows_and_what_folders_tell_is_the_same_in_a_store(store, tmp_path):
+    row = {"prompt": "Où?", "chosen": "Là.", "rejected": "Ici."}
+    files = {
+        "lang=fr/data/train-00000-of-00001.jsonl": json.dumps(row, ensure_ascii=False).encode("utf-16"),
+        "lang=fr/data/test-00000-of-00001.jsonl.gz": gzip.compress(json.dumps(row).encode("utf-16-le")),
+        "metadata.json": b'{"rows": 2}',
+        "README.md": b"# Rows",
+        ".cache/a.jsonl": b"{}",
+        "pointer.csv": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+        "page.jsonl.gz": b"<html>",
+        "text.parquet": b"{}",
+        "torn.jsonl.gz": gzip.compress(b"{}\n" * 10_000)[:-20],
+    }
+    refused = ("pointer.csv", "page.jsonl.gz", "text.parquet", "torn.jsonl.gz")
+    for name, data in files.items():
+        folder = "refused" if name in refused else "beside"
+        (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_bytes(data)
+        store.put(f"{store.bucket}/{folder}/{name}", data)
+
+    def read(place: object, **settings: str) -> tuple[list[dict], list[str], tuple[str, ...]]:
+        source = SourceConfig(path=str(place), **settings)  # type: ignore[arg-type]
+        found = find_files(source)
+        rows = [row for f in plan_sources([source]) for row in read_raw(f, source).to_pylist()]
+        return rows, sorted(found.left_out.values()), found.told
+
+    there = f"s3://{store.bucket}/beside"
+    assert read(there) == read(tmp_path / "beside")
+    assert [json.loads(each["raw"]) for each in read(there)[0]] == [row | {"lang": "fr"}] * 2
+    assert len(read(there, split="test")[0]) == 1
+    assert read(there)[1:] == (
+        [1],
+        (
+            "files that hold no rows are left out: metadata.json",
+            "files of other kinds are not read: README.md",
+            "files of several splits are read: test (1 file), train (1 file) (--split NAME reads one)",
+        ),
+    )
+    told = ("Git LFS pointer", "an HTML page", "no parquet file", "damaged or incomplete, write it again")
+    for name, message in zip(refused, told, strict=True):
+        with pytest.raises(UserError, match=message):
+            read(f"s3://{store.bucket}/refused/{name}")
 
 
 def large(path: Path) -> None:

@@ -35,7 +35,7 @@ def path(request, tmp_path):
 def opened(monkeypatch):
     calls = []
     before = rows._open
-    monkeypatch.setattr(rows, "_open", lambda path: calls.append(path) or before(path))
+    monkeypatch.setattr(rows, "_open", lambda path, *more: calls.append(path) or before(path, *more))
     return calls
 
 
