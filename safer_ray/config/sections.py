@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config.reading import Reading
+from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading
 from safer_ray.config.sae import SaeConfig
 from safer_ray.config.values import (
     AnyPlace,
@@ -142,7 +142,7 @@ class RewardConfig(Reading):
     """Bradley-Terry training. `base` is a Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER`
     (a checkpoint inside an installed package) or a tiny Llama."""
 
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS})
 
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -373,6 +373,12 @@ class RunConfig(Frozen):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def reading(self) -> Reading:
+        """How its reward models are read; mode `paper` ends sentences as published."""
+        reading = self.reward.trusting()
+        return reading.model_copy(update={ENDS: ASCII_ENDS}) if self.salience.mode == "paper" else reading
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -137,7 +137,7 @@ def _write_gathered(train: Artifact, codes: list[Artifact], out: Path) -> Result
         rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
         write_parquet(rows, out / path.name)
         count += len(rows)
-    facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
+    facts = {name: codes[0].metrics[name] for name in ("latents", "k", "reading")}
     return Result({"written": count}, facts)
 
 

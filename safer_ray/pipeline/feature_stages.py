@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.config.reading import Reading
+from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading, SentenceEnds
 from safer_ray.config.sections import (
     ContextsConfig,
     CurateConfig,
@@ -49,7 +49,7 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
+from safer_ray.reward.checkpoints import hidden_size, keep_settings, load_pair_tokenizer
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.sae.formats import load_sae
@@ -88,6 +88,11 @@ def mode_of(salience: Artifact, given: Mode | None, otherwise: Mode | None = Non
     return recorded
 
 
+def ends_of(codes: Artifact) -> SentenceEnds:
+    """Return the rule by which sentences end in codes; older ones do not say it."""
+    return codes.metrics.get("reading", {}).get(ENDS, ASCII_ENDS)
+
+
 def _width(codes: Artifact, given: int | None) -> int:
     """Latents of the SAE that codes were made with."""
     recorded = codes.metrics.get("latents", given)
@@ -114,6 +119,12 @@ def salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None
 def _write_salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, out: Path) -> Result:
     flatten(read_parquet(part_files(codes.path)[0]).slice(0, 0), "chosen", mode)  # or it says that these are no codes
     width = _width(codes, latents)
+    if mode == "paper" and ends_of(codes) != ASCII_ENDS:
+        log.warning(
+            "%s: its sentences end by the marks of every script; mode `paper` as published knows those of ASCII alone: "
+            "make the codes with --read sentence_ends=ascii for that",
+            codes.path,
+        )
     job = MapJob("salience", read_fragment, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9)
     counts = ctx.map(job, part_fragments(codes.path), out)
     tables = [read_parquet(path) for path in part_files(out / "state" / "sums")]
@@ -153,10 +164,11 @@ def _write_contexts(
     out: Path,
 ) -> Result:
     features = candidates(read_parts(salience.path), config.candidates)
+    reading = ctx.reading.model_copy(update={ENDS: ends_of(codes)})
     job = MapJob(
         "contexts",
         join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
-        partial(FindContexts.load, reward.path, features, mode, config.per_feature, ctx.reading),
+        partial(FindContexts.load, reward.path, features, mode, config.per_feature, reading),
         schema.CONTEXTS,
         folder="state/found",
         batch_rows=10**9,
@@ -296,7 +308,8 @@ def _write_auditor(
         known_reading = codes.metrics.get("reading") or settings_of(load_pair_tokenizer(reward.path, reading))
         write_json(known_reading, out / "reward" / SETTINGS)
     elif head := codes.metrics.get("reading", {}).get("head"):
-        keep_head(out / "reward", head)  # the reference is of the rewards that it gives
+        keep_settings(out / "reward", {"head": head})  # the reference is of the rewards that it gives
+    keep_settings(out / "reward", {ENDS: ends_of(codes)})
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
