@@ -1,4 +1,4 @@
-"""A look at data on the command line: inspect."""
+"""A look at data on the command line: inspect, duplicates."""
 
 from typing import Annotated
 
@@ -6,10 +6,22 @@ import typer
 
 from safer_ray.cli.options import (
     count_option,
+    jaccard_option,
     source_argument,
     text_option,
 )
-from safer_ray.cli.shared import console
+from safer_ray.cli.shared import (
+    ConfigPath,
+    ExistingPath,
+    Fresh,
+    Out,
+    RunnerName,
+    build_config,
+    console,
+    one_stage,
+    open_input,
+    show_artifact,
+)
 
 app = typer.Typer()
 
@@ -35,3 +47,25 @@ def inspect(
         for name in ("prompt", "chosen", "rejected"):
             text = " / ".join(f"{m['role']}: {m['content']}" for m in example[name] or [])
             console.print(f"{name:<9} {text[:300]}{'…' if len(text) > 300 else ''}")
+
+
+@app.command()
+def duplicates(
+    pairs: ExistingPath,
+    out: Out,
+    threshold: Annotated[float, jaccard_option(help="Jaccard index from which texts are near, 0.5 to 1.")] = 0.8,
+    config: ConfigPath = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+) -> None:
+    """Find repeated prompts and responses, pairs labelled both ways, and responses that beat each other in a circle."""
+    from safer_ray.config.sections import DuplicatesConfig
+
+    settings = build_config(DuplicatesConfig, threshold=threshold)
+    from safer_ray.pipeline.duplicate_stage import duplicates as find
+
+    with one_stage(out, fresh, runner, config) as ctx:
+        made = find(ctx, settings, open_input("pairs", pairs))
+    for kind, counts in made.metrics["found"].items():
+        console.print(f"{kind:<15} {counts['clusters']:>9,} clusters {counts['pairs']:>11,} pairs")
+    show_artifact(made)

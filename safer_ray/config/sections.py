@@ -80,6 +80,12 @@ class PairsConfig(Frozen):
     duplicates: Literal["quarantine", "keep"] = "quarantine"  # rows that repeat a pair_id; counted either way
 
 
+class DuplicatesConfig(Frozen):
+    """Near duplicates: texts whose shingles have this Jaccard index or more, as far as their signatures tell."""
+
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+
+
 class CorpusConfig(Frozen):
     """The synthetic corpus of the demo."""
 

@@ -26,6 +26,7 @@ VERSIONS = {
     "corpus": 2,
     "pairs": 1,
     "noise": 2,
+    "duplicates": 1,
     "fold": 1,
     "cross_fit": 1,
     "gathered": 1,
