@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from support.made import HAND, make_codes, make_pair
-from support.tiny_run import tiny_config
+from support.tiny_run import tiny_config, write_config
 
 from safer_ray.config.reading import ASCII_ENDS, ENDS, EVERY_SCRIPT, Reading
 from safer_ray.errors import UserError
@@ -101,3 +101,13 @@ def test_only_what_reads_ends_records_their_rule(tmp_path, reward_dir, sae_dir, 
     assert dry.reading.asked() == {ENDS: ASCII_ENDS}
     assert model_stages.evaluate(dry, reward, pairs).name == model_stages.evaluate(plain, reward, pairs).name
     assert model_stages.codes(dry, pairs, reward, sae).name != model_stages.codes(plain, pairs, reward, sae).name
+
+
+def test_a_command_with_the_config_of_a_run_in_paper_mode_does_as_that_run(tmp_path):
+    from safer_ray.cli.shared import reading_of
+
+    config = write_config(tmp_path)
+    assert reading_of(None, False, config).sentence_ends == EVERY_SCRIPT
+    config.write_text(config.read_text() + "\nsalience: {mode: paper}\n")
+    assert reading_of(None, False, config).sentence_ends == ASCII_ENDS
+    assert reading_of(["sentence_ends=every_script"], False, config).sentence_ends == EVERY_SCRIPT
