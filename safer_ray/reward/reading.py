@@ -57,7 +57,8 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     """
     file = directory / SETTINGS
     if not file.is_file():
-        return asked_for(reading)
+        asked = asked_for(reading)
+        return replace(asked, sentence_ends=_ends_of(directory, asked))
     settings: dict[str, Any] = {}
     try:
         settings |= json.loads(file.read_text(encoding="utf-8"))
@@ -72,8 +73,8 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     asked = asked_for(reading)
     if found.head is None:
         found = replace(found, head=asked.head)
-    if ENDS not in settings:  # a bundle says it; one that does not is older than the rule
-        found = replace(found, sentence_ends=ASCII_ENDS if _is_in_bundle(directory) else asked.sentence_ends)
+    if ENDS not in settings:
+        found = replace(found, sentence_ends=_ends_of(directory, asked))
     for name in ("template", "arguments", "system", "truncation", "text", "head", ENDS):
         value = getattr(asked, name)
         if value not in (getattr(HowItReads(), name), getattr(found, name)):
@@ -99,12 +100,14 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{file}: {ENDS} is {settings[ENDS]!r}, wanted {EVERY_SCRIPT} or {ASCII_ENDS}")
 
 
-def _is_in_bundle(directory: Path) -> bool:
-    """Return whether a folder is the reward model of a bundle."""
+def _ends_of(directory: Path, asked: HowItReads) -> SentenceEnds:
+    """Return where sentences end for a model whose settings do not say it: as published in a bundle, which is older
+    than other rules then, elsewhere as its user asks."""
     try:
-        return (directory.parent / MANIFEST).is_file() and read_manifest(directory.parent)["stage"] == "auditor"
+        bundled = (directory.parent / MANIFEST).is_file() and read_manifest(directory.parent)["stage"] == "auditor"
     except UserError:  # somebody else's file of that name
-        return False
+        bundled = False
+    return ASCII_ENDS if bundled else asked.sentence_ends
 
 
 def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:

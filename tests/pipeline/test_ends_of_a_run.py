@@ -58,6 +58,8 @@ def test_a_bundle_made_before_the_rule_ends_them_in_ascii(tmp_path, reward_dir, 
     assert said.pop(ENDS) == EVERY_SCRIPT
     file.write_text(json.dumps(said))
     assert load_pair_tokenizer(bundle / "reward").ends == ASCII_ENDS
+    file.unlink()
+    assert load_pair_tokenizer(bundle / "reward").ends == ASCII_ENDS
     shutil.copytree(bundle / "reward", tmp_path / "elsewhere")
     (tmp_path / MANIFEST).write_text("{}")  # somebody else's
     assert load_pair_tokenizer(tmp_path / "elsewhere").ends == EVERY_SCRIPT
