@@ -49,7 +49,7 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size, keep_settings, load_pair_tokenizer
+from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.sae.formats import load_sae
@@ -90,7 +90,7 @@ def mode_of(salience: Artifact, given: Mode | None, otherwise: Mode | None = Non
 
 def ends_of(codes: Artifact) -> SentenceEnds:
     """Return the rule by which sentences end in codes; older ones do not say it."""
-    return codes.metrics.get("reading", {}).get(ENDS, ASCII_ENDS)
+    return codes.metrics.get(ENDS, ASCII_ENDS)
 
 
 def _width(codes: Artifact, given: int | None) -> int:
@@ -296,7 +296,7 @@ def _write_auditor(
     features = read_features(selected.path)
     coder = load_sae(sae.path)
     check_width(features, coder.latents, str(sae.path))
-    facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
+    facts: dict[str, Any] = {"format": AUDITOR_FORMAT, ENDS: ends_of(codes)}
     brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
     if brought:
         facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
@@ -308,8 +308,7 @@ def _write_auditor(
         known_reading = codes.metrics.get("reading") or settings_of(load_pair_tokenizer(reward.path, reading))
         write_json(known_reading, out / "reward" / SETTINGS)
     elif head := codes.metrics.get("reading", {}).get("head"):
-        keep_settings(out / "reward", {"head": head})  # the reference is of the rewards that it gives
-    keep_settings(out / "reward", {ENDS: ends_of(codes)})
+        keep_head(out / "reward", head)  # the reference is of the rewards that it gives
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))

@@ -307,10 +307,10 @@ def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Arti
     counts = ctx.map(job, _fragments_of(pairs), out)
     loaded = load_sae(sae.path)
     tokenizer = load_pair_tokenizer(reward.path, ctx.reading)
-    reading = settings_of(tokenizer) | {ENDS: tokenizer.ends}
+    reading = settings_of(tokenizer)
     if ctx.reading.head is not None:
         reading["head"] = ctx.reading.head.model_dump(mode="json", exclude_none=True)
-    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading})
+    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading, ENDS: tokenizer.ends})
 
 
 def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:

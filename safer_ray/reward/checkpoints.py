@@ -317,8 +317,8 @@ def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | Non
         (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
-def keep_settings(directory: Path, added: dict[str, Any]) -> None:
-    """Say in a folder of a model itself how it is read, beside what it says of that already."""
+def keep_head(directory: Path, head: dict[str, Any]) -> None:
+    """Say in a folder of a model itself which of its outputs are its reward, for whoever opens it without saying so."""
     file = directory / SETTINGS
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps(settings | added) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(settings | {"head": head}) + "\n", encoding="utf-8")

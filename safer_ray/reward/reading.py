@@ -30,7 +30,7 @@ from safer_ray.storage.recipes import read_manifest
 log = logging.getLogger(__name__)
 AUTO = "auto"  # the tokenizer's own chat template where it has one
 SETTINGS = "safer_ray.json"  # beside the weights
-SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head", ENDS)
+SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     """
     file = directory / SETTINGS
     if not file.is_file():
-        asked = asked_for(reading)
-        return replace(asked, sentence_ends=_ends_of(directory, asked))
+        return _with_ends(asked_for(reading), directory)
     settings: dict[str, Any] = {}
     try:
         settings |= json.loads(file.read_text(encoding="utf-8"))
@@ -73,8 +72,7 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     asked = asked_for(reading)
     if found.head is None:
         found = replace(found, head=asked.head)
-    if ENDS not in settings:
-        found = replace(found, sentence_ends=_ends_of(directory, asked))
+    found = _with_ends(replace(found, sentence_ends=asked.sentence_ends), directory)
     for name in ("template", "arguments", "system", "truncation", "text", "head", ENDS):
         value = getattr(asked, name)
         if value not in (getattr(HowItReads(), name), getattr(found, name)):
@@ -96,18 +94,18 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     for name, kind in checks.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{file}: {name} is {settings[name]!r}; export the model again")
-    if settings.get(ENDS, EVERY_SCRIPT) not in (EVERY_SCRIPT, ASCII_ENDS):
-        raise UserError(f"{file}: {ENDS} is {settings[ENDS]!r}, wanted {EVERY_SCRIPT} or {ASCII_ENDS}")
 
 
-def _ends_of(directory: Path, asked: HowItReads) -> SentenceEnds:
-    """Return where sentences end for a model whose settings do not say it: as published in a bundle, which is older
-    than other rules then, elsewhere as its user asks."""
+def _with_ends(how: HowItReads, directory: Path) -> HowItReads:
+    """Return how a model is read that lies in `directory`: in a bundle, sentences end as they did for its codes; one
+    that does not say how was made before other rules than the published one."""
     try:
-        bundled = (directory.parent / MANIFEST).is_file() and read_manifest(directory.parent)["stage"] == "auditor"
+        manifest = read_manifest(directory.parent) if (directory.parent / MANIFEST).is_file() else {}
     except UserError:  # somebody else's file of that name
-        bundled = False
-    return ASCII_ENDS if bundled else asked.sentence_ends
+        manifest = {}
+    if manifest.get("stage") != "auditor":
+        return how
+    return replace(how, sentence_ends=manifest.get("metrics", {}).get(ENDS, ASCII_ENDS))
 
 
 def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
