@@ -14,6 +14,7 @@ from safer_ray.data.signatures import NO_TEXT
 from safer_ray.storage.files import read_parquet
 
 RESPONSES = schema.SIDES
+LABELLED = schema.PAIRS.field("labels")
 LABELS = ("repeats_prompt", "repeats_response", "repeats_pair", "label_conflict", "label_cycle")
 
 
@@ -154,15 +155,16 @@ def listed(found: Found, ids: pa.Array, start: int, stop: int) -> pa.Table:
 def labelled(pairs: pa.Table, found: Found, start: int) -> tuple[pa.Table, int]:
     """Return pairs, of which the first is number `start`, with LABELS among their labels, in the place of any of these
     names; and the number of pairs that had one."""
+    if "labels" not in pairs.column_names:  # of pairs from elsewhere
+        pairs = pairs.append_column(LABELLED, pa.nulls(len(pairs), LABELLED.type))
     labels, replaced = [], 0
     for number, own in enumerate(pairs["labels"].to_pylist(), start):
         kept = [(name, value) for name, value in own or () if name not in LABELS]
         replaced += len(kept) < len(own or ())
         added = [(name, of[number]) for name, of in found.labels.items() if number in of]
         labels.append(kept + added if kept or added or own is not None else None)
-    column = pa.array(labels, schema.PAIRS.field("labels").type)
     place = pairs.schema.get_field_index("labels")
-    return pairs.set_column(place, pairs.schema.field("labels"), column), replaced
+    return pairs.set_column(place, LABELLED, pa.array(labels, LABELLED.type)), replaced
 
 
 def counted(found: Found) -> dict[str, dict[str, int]]:

@@ -11,8 +11,9 @@ from safer_ray.config.sections import DuplicatesConfig
 from safer_ray.config.where import where_mask
 from safer_ray.data import near_duplicates
 from safer_ray.data.conflicts import conflicts, cycles, numbered
+from safer_ray.data.duplicates import counted, find
 from safer_ray.data.near_duplicates import bands_for, joined
-from safer_ray.data.signatures import SignTexts, signatures
+from safer_ray.data.signatures import SIGNATURES, SignTexts, signatures
 from safer_ray.pipeline import duplicate_stage
 from safer_ray.pipeline.duplicate_stage import duplicates
 from safer_ray.pipeline.runner import LocalRunner
@@ -212,6 +213,18 @@ def test_pairs_without_a_prompt_repeat_no_prompt(tmp_path):
     )
     assert made.metrics["found"]["prompt_exact"]["pairs"] == 0
     assert rows_of_kind(made, "conflict") == {("p0", None, "p2"), ("p2", None, "p0")}
+
+
+def test_pairs_from_elsewhere_need_no_labels(tmp_path):
+    made = found(pair_table(PLANTED).select(["pair_id", "prompt", "chosen", "rejected"]), tmp_path)
+    assert dict(read_parts(made.path / "pairs")["labels"].to_pylist()[6])["label_conflict"] == "yes"
+
+
+def test_no_pairs_have_no_duplicates(tmp_path):
+    write_parquet(SIGNATURES.empty_table(), tmp_path / "signatures" / part_name(0))
+    nothing = find([tmp_path / "signatures" / part_name(0)], 0.8, tmp_path / "bands")
+    assert nothing.pairs == 0
+    assert all(not counts["pairs"] for counts in counted(nothing).values())
 
 
 def test_short_and_empty_texts_have_signatures():
