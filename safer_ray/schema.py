@@ -192,6 +192,16 @@ REWARDS = pa.schema(
     ]
 )
 
+DUPLICATES = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("kind", pa.string()),  # prompt_exact, prompt_near, response_…, pair_…, conflict or cycle
+        ("side", pa.string()),  # prompt, chosen or rejected; null of a whole pair
+        ("cluster", pa.int64()),  # equal for all that belong together, within a kind
+        ("other", pa.string()),  # another pair of the cluster: the first, of the first the second
+    ]
+)
+
 TRUTH = pa.schema([("pair_id", pa.string()), ("planted", pa.bool_())])
 
 

@@ -1,4 +1,4 @@
-"""A look at data on the command line: inspect."""
+"""A look at data on the command line: inspect, duplicates."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,30 @@ import typer
 
 from safer_ray.cli.options import (
     count_option,
+    jaccard_option,
     path_option,
     source_argument,
     text_option,
 )
 from safer_ray.cli.shared import (
+    ConfigPath,
     Encoding,
+    ExistingPath,
+    Fresh,
+    Out,
     ReadOptions,
+    RunnerName,
     SourceSettings,
     Split,
     TrustRemoteCode,
+    build_config,
     build_source,
     console,
+    one_stage,
+    open_input,
     reading_of,
+    show_artifact,
 )
-from safer_ray.formats.messages import fields_of
 
 if TYPE_CHECKING:
     from safer_ray.pipeline.inspection import Inspection, Side
@@ -93,9 +102,33 @@ def _show_rendered(read: "dict[str, Side] | str") -> None:
 
 
 def _turn(message: dict[str, Any]) -> str:
+    from safer_ray.formats.messages import fields_of
+
     more = {name: value for name, value in fields_of(message).items() if name not in ("role", "content")}
     return f"{message['role']}: {message['content']}{' ' + json.dumps(more, ensure_ascii=False) if more else ''}"
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+@app.command()
+def duplicates(
+    pairs: ExistingPath,
+    out: Out,
+    threshold: Annotated[float, jaccard_option(help="Jaccard index from which texts are near, 0.5 to 1.")] = 0.8,
+    config: ConfigPath = None,
+    runner: RunnerName = "local",
+    fresh: Fresh = False,
+) -> None:
+    """Find repeated prompts and responses, pairs labelled both ways, and responses that beat each other in a circle."""
+    from safer_ray.config.sections import DuplicatesConfig
+
+    settings = build_config(DuplicatesConfig, threshold=threshold)
+    from safer_ray.pipeline.duplicate_stage import duplicates as find
+
+    with one_stage(out, fresh, runner, config) as ctx:
+        made = find(ctx, settings, open_input("pairs", pairs))
+    for kind, counts in made.metrics["found"].items():
+        console.print(f"{kind:<15} {counts['clusters']:>9,} clusters {counts['pairs']:>11,} pairs")
+    show_artifact(made)

@@ -213,10 +213,12 @@ def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path 
     from pydantic import ValidationError
 
     from safer_ray.config.read import assigned, explain_validation
-    from safer_ray.config.reading import TRUSTED, Reading
+    from safer_ray.config.reading import ASCII_ENDS, ENDS, TRUSTED, Reading
 
     asked = config_section(config, "reward", None)
     given = {name: getattr(asked, name) for name in asked.model_fields_set if name in Reading.model_fields}
+    if config is not None and config_section(config, "salience", None).mode == "paper":
+        given[ENDS] = ASCII_ENDS  # as in a run of it
     try:
         reading = Reading.model_validate(given | assigned({}, options, "--read"))
     except ValidationError as error:

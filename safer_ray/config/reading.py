@@ -14,6 +14,10 @@ from safer_ray.errors import UserError
 TEMPLATES = ("auto", "chat", "plain", "pair", "raw")
 DATE = "date"  # of the arguments of a template: the day that it takes for today
 TRUSTED = "trust_remote_code"
+ENDS = "sentence_ends"
+SentenceEnds = Literal["every_script", "ascii"]
+EVERY_SCRIPT: SentenceEnds = "every_script"
+ASCII_ENDS: SentenceEnds = "ascii"  # of the published method, and of bundles that name no rule
 
 
 # YAML makes a day of 2026-01-31.
@@ -35,12 +39,15 @@ class Reading(Frozen):
     """Cut a side that is longer than the model reads, or refuse the pair."""
     head: HeadConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """Makes one reward of several outputs."""
+    sentence_ends: SentenceEnds = EVERY_SCRIPT
+    """Where a sentence ends: behind the marks of every script, or (`ascii`) behind those of the published list
+    `[.,?!;\\n]` alone."""
     trust_remote_code: bool = False
     """Whether Python code that the checkpoint brings may run."""
 
-    def asked(self) -> dict[str, Any]:
-        """Return what changes values and is not left to the model's own files."""
-        fields = set(Reading.model_fields) - {TRUSTED}
+    def asked(self, *left_out: str) -> dict[str, Any]:
+        """Return what changes values and is not left to the model's own files, but for some of it."""
+        fields = set(Reading.model_fields) - {TRUSTED, *left_out}
         return self._by_content(self.model_dump(mode="json", include=fields, exclude_defaults=True))
 
     def recorded(self, *inputs: str) -> dict[str, Any]:
@@ -53,8 +60,9 @@ class Reading(Frozen):
         return values
 
     def trusting(self) -> "Reading":
-        """Return the reading of a model that says by itself how it reads text; only whose code may run is said here."""
-        return Reading(trust_remote_code=self.trust_remote_code)
+        """Return the reading of a model that says by itself how it reads text; only whose code may run is said here,
+        and where sentences end, which is no matter of the model."""
+        return Reading(trust_remote_code=self.trust_remote_code, sentence_ends=self.sentence_ends)
 
     @model_validator(mode="after")
     def _known(self) -> Self:

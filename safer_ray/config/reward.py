@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config.reading import Reading
+from safer_ray.config.reading import ENDS, Reading
 from safer_ray.config.values import Frozen, LocalName, OrLocalName, Share
 
 
@@ -34,7 +34,7 @@ class TinyLlamaConfig(Frozen):
 class RewardConfig(Reading):
     """How a reward model is trained, after Bradley and Terry, and read."""
 
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards"})
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS})
 
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     """A Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER` (a checkpoint inside an installed

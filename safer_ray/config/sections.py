@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from safer_ray.config.cluster import RayConfig
+from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading
 from safer_ray.config.reward import RewardConfig, TinyLlamaConfig
 from safer_ray.config.sae import SaeConfig
 from safer_ray.config.values import (
@@ -103,6 +104,13 @@ class PairsConfig(Frozen):
     """The run stops where more of a stage's rows than this were refused."""
     duplicates: Literal["quarantine", "keep"] = "quarantine"
     """What becomes of rows that repeat a `pair_id`; they are counted either way."""
+
+
+class DuplicatesConfig(Frozen):
+    """Near duplicates, as far as signatures of texts tell."""
+
+    threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Jaccard index of two texts' shingles from which they are near duplicates."""
 
 
 class CorpusConfig(Frozen):
@@ -361,6 +369,12 @@ class RunConfig(Frozen):
     """The HTML page."""
     ray: RayConfig = RayConfig()
     """The cluster of `--runner ray`; no part of any recipe."""
+
+    @property
+    def reading(self) -> Reading:
+        """How its reward models are read; mode `paper` ends sentences as published."""
+        reading = self.reward.trusting()
+        return reading.model_copy(update={ENDS: ASCII_ENDS}) if self.salience.mode == "paper" else reading
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from safer_ray.config.reading import ENDS
 from safer_ray.config.sections import RewardConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.features.scoring import KIND, OUT_OF_FOLD
@@ -137,7 +138,7 @@ def _write_gathered(train: Artifact, codes: list[Artifact], out: Path) -> Result
         rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
         write_parquet(rows, out / path.name)
         count += len(rows)
-    facts = {name: codes[0].metrics[name] for name in ("latents", "k")}
+    facts = {name: codes[0].metrics[name] for name in ("latents", "k", ENDS)}
     return Result({"written": count}, facts)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
-from safer_ray.config.reading import Reading
+from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading, SentenceEnds
 from safer_ray.config.sections import (
     ContextsConfig,
     CurateConfig,
@@ -88,6 +88,11 @@ def mode_of(salience: Artifact, given: Mode | None, otherwise: Mode | None = Non
     return recorded
 
 
+def ends_of(codes: Artifact) -> SentenceEnds:
+    """Return the rule by which sentences end in codes; older ones do not say it."""
+    return codes.metrics.get(ENDS, ASCII_ENDS)
+
+
 def _width(codes: Artifact, given: int | None) -> int:
     """Latents of the SAE that codes were made with."""
     recorded = codes.metrics.get("latents", given)
@@ -114,6 +119,12 @@ def salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None
 def _write_salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, out: Path) -> Result:
     flatten(read_parquet(part_files(codes.path)[0]).slice(0, 0), "chosen", mode)  # or it says that these are no codes
     width = _width(codes, latents)
+    if mode == "paper" and ends_of(codes) != ASCII_ENDS:
+        log.warning(
+            "%s: its sentences end by the marks of every script; mode `paper` as published knows those of ASCII alone: "
+            "make the codes with --read sentence_ends=ascii for that",
+            codes.path,
+        )
     job = MapJob("salience", read_fragment, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9)
     counts = ctx.map(job, part_fragments(codes.path), out)
     tables = [read_parquet(path) for path in part_files(out / "state" / "sums")]
@@ -153,10 +164,11 @@ def _write_contexts(
     out: Path,
 ) -> Result:
     features = candidates(read_parts(salience.path), config.candidates)
+    reading = ctx.reading.model_copy(update={ENDS: ends_of(codes)})
     job = MapJob(
         "contexts",
         join_parts(codes.path, pairs_of(pairs), ["prompt", "chosen", "rejected"]),
-        partial(FindContexts.load, reward.path, features, mode, config.per_feature, ctx.reading),
+        partial(FindContexts.load, reward.path, features, mode, config.per_feature, reading),
         schema.CONTEXTS,
         folder="state/found",
         batch_rows=10**9,
@@ -284,7 +296,7 @@ def _write_auditor(
     features = read_features(selected.path)
     coder = load_sae(sae.path)
     check_width(features, coder.latents, str(sae.path))
-    facts: dict[str, Any] = {"format": AUDITOR_FORMAT}
+    facts: dict[str, Any] = {"format": AUDITOR_FORMAT, ENDS: ends_of(codes)}
     brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
     if brought:
         facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it

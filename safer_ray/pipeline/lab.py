@@ -160,7 +160,7 @@ def _write_detection(
 
 def clean_heads(config: RunConfig, fold: Fold, corpus: Artifact | None) -> np.ndarray:
     """The judge's exchanges as the reward head reads them, [m, d]: a small set that no error was planted in."""
-    reward = load_reward_model(fold.reward.path, reading=config.reward.trusting())
+    reward = load_reward_model(fold.reward.path, reading=config.reading)
     exchanges = probe_pairs(load_probe(resolve_exchanges(config.judge.exchanges, corpus)[0]))
     return head_differences(reward, reward.pairs(exchanges)).astype(np.float64)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from safer_ray import schema
+from safer_ray.config.reading import ENDS
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.sections import (
     ActivationsConfig,
@@ -321,10 +322,11 @@ def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Arti
     job = _job_on_pairs(ctx, "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, reward)
     counts = ctx.map(job, _fragments_of(pairs), out)
     loaded = load_sae(sae.path)
-    reading = settings_of(load_pair_tokenizer(reward.path, ctx.reading))
+    tokenizer = load_pair_tokenizer(reward.path, ctx.reading)
+    reading = settings_of(tokenizer)
     if ctx.reading.head is not None:
         reading["head"] = ctx.reading.head.model_dump(mode="json", exclude_none=True)
-    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading})
+    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading, ENDS: tokenizer.ends})
 
 
 def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from safer_ray.config.reading import AS_IT_COMES, Reading
+from safer_ray.config.reading import AS_IT_COMES, ENDS, Reading
 from safer_ray.config.sections import RunConfig
 from safer_ray.config.values import Frozen
 from safer_ray.errors import UserError
@@ -26,6 +26,7 @@ VERSIONS = {
     "corpus": 2,
     "pairs": 2,
     "noise": 2,
+    "duplicates": 1,
     "fold": 1,
     "cross_fit": 1,
     "gathered": 1,
@@ -35,12 +36,12 @@ VERSIONS = {
     "suspected": 1,
     "detection": 3,
     "reward": 4,
-    "activations": 3,
+    "activations": 4,
     "sae": 2,
-    "codes": 3,
+    "codes": 4,
     "salience": 1,
     "contexts": 2,
-    "verdicts": 2,
+    "verdicts": 3,
     "select": 1,
     "auditor": 4,
     "scores": 3,
@@ -51,6 +52,7 @@ VERSIONS = {
 }
 
 
+READS_ENDS = frozenset({"activations", "codes", "verdicts"})  # depend on where sentences end
 log = logging.getLogger(__name__)
 
 
@@ -104,8 +106,8 @@ class StageContext:
     @classmethod
     def of(cls, place: Place, runner: Runner, config: RunConfig) -> Self:
         """As the config of a run says."""
-        reward, share = config.reward, config.pairs.max_refused_share
-        return cls(place, runner, config.fragment_rows, reward.shards, reward.trusting(), share)
+        share = config.pairs.max_refused_share
+        return cls(place, runner, config.fragment_rows, config.reward.shards, config.reading, share)
 
     def map(
         self, job: MapJob, fragments: Sequence[Fragment], directory: Path, *, refused_share: float | None = None
@@ -174,5 +176,5 @@ def make(
 
 def with_reading(ctx: StageContext, made: Recipe) -> Recipe:
     """Return the recipe of what is made with a reward model, with what was asked of how that is read."""
-    asked = ctx.reading.asked()
+    asked = ctx.reading.asked(*(() if made.stage in READS_ENDS else (ENDS,)))
     return replace(made, config=made.config | {"reading": asked}) if asked else made

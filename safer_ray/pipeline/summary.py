@@ -275,7 +275,7 @@ def _pair_views(view: RunView, rows: pa.Table) -> list[report.PairView]:
     worst = shown.take(pa.array(np.argsort(shown["score"].to_numpy(), kind="stable")[: view.config.report.pairs]))
     scores = read_parts(view.artifacts["scores"].path)
     by_id = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
-    tokenizer = load_pair_tokenizer(view.artifacts["reward"].path, view.config.reward.trusting())
+    tokenizer = load_pair_tokenizer(view.artifacts["reward"].path, view.config.reading)
     planted = view.planted(worst)
     views = []
     for number, pair in enumerate(worst.to_pylist()):

@@ -10,16 +10,27 @@ from pydantic import ValidationError
 
 from safer_ray.config.head import HeadConfig
 from safer_ray.config.read import explain_validation
-from safer_ray.config.reading import DATE, Reading, is_file_name, template_text
+from safer_ray.config.reading import (
+    ASCII_ENDS,
+    DATE,
+    ENDS,
+    EVERY_SCRIPT,
+    Reading,
+    SentenceEnds,
+    is_file_name,
+    template_text,
+)
 from safer_ray.errors import UserError
 from safer_ray.reward.readable import check_default, check_template, check_tokenizer
 from safer_ray.reward.templates import NO_DAY
 from safer_ray.reward.text import CHAT, TEMPLATES, PairTokenizer, is_encoder
+from safer_ray.storage.marks import MANIFEST
+from safer_ray.storage.recipes import read_manifest
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # the tokenizer's own chat template where it has one
 SETTINGS = "safer_ray.json"  # beside the weights
-SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")  # in that file
+SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class HowItReads:
     truncation: str = "cut"
     text: str | None = None  # a chat template in place of the tokenizer's
     head: HeadConfig | None = None  # which of several outputs is the reward
+    sentence_ends: SentenceEnds = EVERY_SCRIPT
     made_here: bool = False  # trained here, or about to be: any format will do
 
 
@@ -45,12 +57,32 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     """
     file = directory / SETTINGS
     if not file.is_file():
-        return asked_for(reading)
+        return _with_ends(asked_for(reading), directory)
     settings: dict[str, Any] = {}
     try:
         settings |= json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
         raise UserError(f"{file} is not a JSON object; export the model again, or delete the file") from None
+    _check_settings(file, settings)
+    try:
+        settings["head"] = HeadConfig.model_validate(settings["head"]) if settings.get("head") is not None else None
+    except ValidationError as error:
+        raise explain_validation(error, f"{file} (head)") from None
+    found = HowItReads(**{name: settings[name] for name in SAID if name in settings}, made_here=True)
+    asked = asked_for(reading)
+    if found.head is None:
+        found = replace(found, head=asked.head)
+    found = _with_ends(replace(found, sentence_ends=asked.sentence_ends), directory)
+    for name in ("template", "arguments", "system", "truncation", "text", "head", ENDS):
+        value = getattr(asked, name)
+        if value not in (getattr(HowItReads(), name), getattr(found, name)):
+            made = getattr(found, name)
+            raise UserError(f"{directory.name} was made to be read with {name} {made!r}, not {value!r}; leave it out")
+    return found
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError where a value in a model's settings is none that is written there."""
     known = (AUTO, *TEMPLATES)
     if settings.get("template", AUTO) not in known:
         raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(known)}")
@@ -62,20 +94,18 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     for name, kind in checks.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{file}: {name} is {settings[name]!r}; export the model again")
+
+
+def _with_ends(how: HowItReads, directory: Path) -> HowItReads:
+    """Return how a model is read that lies in `directory`: in a bundle, sentences end as they did for its codes; one
+    that does not say how was made before other rules than the published one."""
     try:
-        settings["head"] = HeadConfig.model_validate(settings["head"]) if settings.get("head") is not None else None
-    except ValidationError as error:
-        raise explain_validation(error, f"{file} (head)") from None
-    found = HowItReads(**{name: settings[name] for name in SAID if name in settings}, made_here=True)
-    asked = asked_for(reading)
-    if found.head is None:
-        found = replace(found, head=asked.head)
-    for name in ("template", "arguments", "system", "truncation", "text", "head"):
-        value = getattr(asked, name)
-        if value not in (getattr(HowItReads(), name), getattr(found, name)):
-            made = getattr(found, name)
-            raise UserError(f"{directory.name} was made to be read with {name} {made!r}, not {value!r}; leave it out")
-    return found
+        manifest = read_manifest(directory.parent) if (directory.parent / MANIFEST).is_file() else {}
+    except UserError:  # somebody else's file of that name
+        manifest = {}
+    if manifest.get("stage") != "auditor":
+        return how
+    return replace(how, sentence_ends=manifest.get("metrics", {}).get(ENDS, ASCII_ENDS))
 
 
 def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
@@ -85,7 +115,17 @@ def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
     if is_file_name(template):
         text, template = template_text(template), CHAT
     arguments = dict(reading.template_arguments)
-    return HowItReads(template, 10**9, 0, arguments, reading.system, reading.truncation, text, reading.head, made_here)
+    return HowItReads(
+        template,
+        frozen_layers=0,
+        arguments=arguments,
+        system=reading.system,
+        truncation=reading.truncation,
+        text=text,
+        head=reading.head,
+        sentence_ends=reading.sentence_ends,
+        made_here=made_here,
+    )
 
 
 def settings_of(pairs: PairTokenizer) -> dict[str, Any]:
@@ -119,7 +159,14 @@ def pair_tokenizer(tokenizer: Any, how: HowItReads, limit: int, name: str) -> Pa
     if template == CHAT and how.text is None and not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template; set `template` to pair, plain, raw or a .jinja file")
     pairs = PairTokenizer(
-        tokenizer, template, limit, how.arguments, how.system == "fold", how.truncation == "cut", how.text
+        tokenizer,
+        template,
+        limit,
+        how.arguments,
+        how.system == "fold",
+        how.truncation == "cut",
+        how.text,
+        how.sentence_ends,
     )
     if template != CHAT:
         if how.arguments or pairs.fold:

@@ -9,8 +9,10 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from safer_ray.config.reading import SentenceEnds
+from safer_ray.reward.sentence_ends import sentence_ends
 from safer_ray.reward.templates import Rendered, Span
-from safer_ray.reward.text import PairTokenizer, sentence_ends
+from safer_ray.reward.text import PairTokenizer
 
 APART = "\n\n"  # between messages, where several are shown as one text
 
@@ -35,7 +37,8 @@ class SideSentences:
         self._contents = [message["content"] for message in (*prompt, *response)]
         self._messages_of_prompt = len(prompt)
         self._begins = [span.start for span in self._rendered.spans]
-        self._ends: list[int] = sentence_ends([self._rendered])[1].tolist()
+        self._rule = tokenizer.ends
+        self._ends: list[int] = sentence_ends([self._rendered], self._rule)[1].tolist()
 
     def ending_at(self, end: int) -> Sentence | None:
         """Return the sentence that ends at character `end`; None where `end` is -1, unknown, or no message holds it.
@@ -62,7 +65,7 @@ class SideSentences:
         content = self._contents[span.message]
         place = start - span.start + span.shift if span.shift is not None else content.find(text)
         if place < 0:
-            place, text = _last_sentence(content)
+            place, text = _last_sentence(content, self._rule)
         in_response = span.message >= self._messages_of_prompt
         number = span.message - (self._messages_of_prompt if in_response else 0)
         stop = place + len(text)
@@ -84,11 +87,11 @@ class SideSentences:
         return before, after
 
 
-def _last_sentence(content: str) -> tuple[int, str]:
+def _last_sentence(content: str, rule: SentenceEnds) -> tuple[int, str]:
     """Return where the last sentence of a content begins, and its text."""
     said = content.strip()
     first = content.index(said)
-    ends = sentence_ends([Rendered(content, (Span(first, first + len(said), 0, first),))])[1].tolist()
+    ends = sentence_ends([Rendered(content, (Span(first, first + len(said), 0, first),))], rule)[1].tolist()
     start = max([first, *(end for end in ends if end < first + len(said))])
     text = content[start : first + len(said)]
     return start + len(text) - len(text.lstrip()), text.strip()

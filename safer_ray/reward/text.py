@@ -1,7 +1,6 @@
 """From pairs to tokens: a side is rendered whole and tokenised once, its sentence ends found, and cut where it is
 longer than the model reads."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from safer_ray.config.reading import EVERY_SCRIPT, SentenceEnds
 from safer_ray.errors import UserError
+from safer_ray.reward.sentence_ends import sentence_ends
 from safer_ray.reward.templates import (
     ChatTemplate,
     Conversation,
@@ -20,8 +21,6 @@ from safer_ray.reward.templates import (
     render_raw,
 )
 
-SENTENCE_END = re.compile(r"[.,?!;\n](?:[.,?!;\s]*[.,?!;\n])?")  # [.,?!;\n]+(\s+[.,?!;\n]+)* without a stack
-BETWEEN = "\ue000"  # two texts, no run goes across
 END_GAP = 5  # tokens before the first end and between two
 CHAT = "chat"
 RENDERERS = {"plain": render_plain, "pair": render_pair, "raw": render_raw}  # templates that are no chat template
@@ -49,18 +48,6 @@ class PairTokens(NamedTuple):
 def both_sides(pairs: Sequence[PairTokens]) -> list[Side]:
     """Chosen, then rejected of each pair in turn."""
     return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-
-
-def sentence_ends(texts: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
-    """Return where runs of sentence-ending punctuation end inside the content spans of texts, found in one sweep over
-    all: the number of the text, rising, and the character offset in it one past the run."""
-    spans = [(number, span[0], span[1]) for number, rendered in enumerate(texts) for span in rendered.spans]
-    number, start, stop = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-    joined = BETWEEN.join(texts[n].text[a:b] for n, a, b in spans)
-    at = np.cumsum(stop - start + 1) - (stop - start + 1)  # of each span in `joined`
-    ends = np.fromiter((match.end() for match in SENTENCE_END.finditer(joined)), dtype=np.int64)
-    span = np.searchsorted(at, ends - 1, side="right") - 1
-    return number[span], ends - at[span] + start[span]
 
 
 def thin(indices: np.ndarray) -> np.ndarray:
@@ -98,6 +85,7 @@ class PairTokenizer:
     fold: bool = False  # system messages go before the next user message
     cuts: bool = True  # a side that is too long; else its pair is refused
     text: str | None = None  # a chat template in the place of the tokenizer's own
+    ends: SentenceEnds = EVERY_SCRIPT  # the rule by which sentences end
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -191,7 +179,7 @@ class PairTokenizer:
             """That holds the character before `end`; negative where none does."""
             return np.searchsorted(starts, base[text] + end - 1, side="right") - 1 - first[text]
 
-        text, chars = sentence_ends(rendered)
+        text, chars = sentence_ends(rendered, self.ends)
         ends = token(text, chars)
         text, chars, ends = (values[ends >= 0] for values in (text, chars, ends))
         cuts = np.searchsorted(text, np.arange(1, len(rendered)))

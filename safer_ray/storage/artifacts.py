@@ -40,7 +40,7 @@ from safer_ray.storage.replacing import check_doomed, check_kind, check_outside
 DONE = "done"  # the folder of what is finished of a stage
 SETTINGS_FILE = "audit.json"  # in the folder of an audit
 SETTINGS_KEYS = {"auditor", "source", "scores", "path"}
-PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+PACKAGES = ("safer_ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "regex", "rensa")
 
 
 @dataclass(frozen=True)

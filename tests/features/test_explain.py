@@ -12,8 +12,9 @@ from safer_ray.features.explain import explain
 from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
+from safer_ray.reward.sentence_ends import SENTENCE_END
 from safer_ray.reward.sentences import SideSentences
-from safer_ray.reward.text import SENTENCE_END, PairTokenizer
+from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import train_tokenizer
 from safer_ray.schema import SIDES
 
@@ -142,6 +143,8 @@ def codes():
 
 class Words:
     """Renders a pair as its words, of ten characters each, so that an end at 10 n closes sentence n."""
+
+    ends = "ascii"
 
     def render(self, prompt, response):
         from safer_ray.reward.templates import Rendered, Span

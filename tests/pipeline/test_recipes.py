@@ -17,7 +17,7 @@ from support.tiny_run import tiny_config
 from safer_ray.config import sections as c
 from safer_ray.config.sae import WarmStartConfig
 from safer_ray.config.values import Frozen
-from safer_ray.pipeline import crossfit, detector_stages, feature_stages, lab, model_stages, sweep
+from safer_ray.pipeline import crossfit, detector_stages, duplicate_stage, feature_stages, lab, model_stages, sweep
 from safer_ray.pipeline.crossfit import Fold, OutOfFold
 from safer_ray.pipeline.lab import Planted
 from safer_ray.pipeline.run import run
@@ -101,6 +101,7 @@ def every_stage(tmp_path, place, monkeypatch):
     model_stages.pairs(ctx, CONFIG.pairs, corpus)
     model_stages.pairs(ctx, CONFIG.evaluation, corpus)
     model_stages.noise(ctx, c.NoiseConfig(), pairs)
+    duplicate_stage.duplicates(ctx, c.DuplicatesConfig(), pairs)
     model_stages.rewards(ctx, c.RewardConfig(base=c.TinyLlamaConfig()), [pairs, given("curate")])
     model_stages.reward(ctx, c.RewardConfig(base="hub:some/base"), pairs)
     activations = model_stages.activations(ctx, c.ActivationsConfig(layer=1), pairs, reward)

@@ -19,7 +19,7 @@ from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
 from safer_ray.formats.transcripts import is_transcript
-from safer_ray.reward import parts, templates, text
+from safer_ray.reward import parts, sentence_ends, templates, text
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, request_limits, uploads, web
 from safer_ray.service.api import ScoreRequest
@@ -302,13 +302,14 @@ def test_a_place_among_pieces_is_that_of_the_first_that_holds_it(lengths, start,
 
 
 SENTENCES = [".", ". ", " ", "\n", " \n", ".\n", "a. ", "a", ".  \n\n", "\u2003", "a \n"]
+SENTENCES += ["\u3002", "\u3002 ", "\u4f60", "\u4f60 ", "\u0e01  ", "\u0e01 \u0e2f", "\u3000\u3001"]  # of other scripts
 
 
 @pytest.mark.parametrize("unit", SENTENCES)
 @pytest.mark.parametrize(("head", "tail"), [(".", "x"), ("x", ".")])
 def test_sentence_ends_are_found(head, unit, tail):
     def ends(given):
-        text.sentence_ends([templates.Rendered(given, (templates.Span(0, len(given), 0, 0),))])
+        sentence_ends.sentence_ends([templates.Rendered(given, (templates.Span(0, len(given), 0, 0),))])
 
     assert_linear(ends, unit, head, tail)
 
@@ -320,7 +321,7 @@ def test_all_sentences_of_a_side_are_cut(unit):
     def sentences(given):
         pair = {"prompt": [], "chosen": [{"role": "assistant", "content": given}]}
         cut = SideSentences(plain, pair, "chosen")
-        for end in text.sentence_ends([plain.render([], pair["chosen"])])[1].tolist():
+        for end in sentence_ends.sentence_ends([plain.render([], pair["chosen"])])[1].tolist():
             if sentence := cut.ending_at(end):
                 cut.around(sentence, 100)
 
@@ -357,7 +358,7 @@ def test_contents_that_a_template_rewrites_are_found_by_what_is_around_them(unit
 @given(st.text(".,\n a\u2003?", max_size=14))
 def test_sentence_ends_are_the_same_runs_as_before(said):
     old = re.finditer(r"[.,?!;\n]+(\s+[.,?!;\n]+)*", said)
-    assert [match.span() for match in text.SENTENCE_END.finditer(said)] == [match.span() for match in old]
+    assert [match.span() for match in sentence_ends.SENTENCE_END.finditer(said)] == [match.span() for match in old]
 
 
 @pytest.mark.parametrize("unit", [" ", "\x00", "\u202e", "a", " a"])

@@ -11,8 +11,9 @@ from support.templates import CHAT_TEMPLATE, LONG
 from safer_ray.config import reading
 from safer_ray.reward import text as text_module
 from safer_ray.reward.checkpoints import resolve_base
+from safer_ray.reward.sentence_ends import sentence_ends
 from safer_ray.reward.templates import Rendered, Span
-from safer_ray.reward.text import END_GAP, TEMPLATES, PairTokenizer, sentence_ends, thin
+from safer_ray.reward.text import END_GAP, TEMPLATES, PairTokenizer, thin
 from safer_ray.reward.tiny_llama import train_tokenizer
 
 
@@ -60,7 +61,7 @@ def ends_in(rendered):
         ("end; \n\n next", [7]),
         ("dots. . . and", [9]),
         ("x = [1, 2];\n  y = f(x, 3);\n", [7, 12, 22, 27]),
-        ("\u4f60\u597d\u3002\u518d\u89c1\uff01", []),
+        ("\u4f60\u597d\u3002\u518d\u89c1\uff01", [3, 6]),
         ("\u4f60\u597d,\u518d\u89c1.", [3, 6]),
         ("no: colon - dash (paren)", []),
         (".", [1]),
