@@ -240,13 +240,13 @@ def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bo
 
 
 @functools.lru_cache(maxsize=1024)
-def _format_of_object(uri: str, etag: str, source: SourceConfig) -> str:
+def _format_of(uri: str, etag: str, source: SourceConfig) -> str:
     return _format(as_path(uri), source)
 
 
 def _format_as_stamped(path: Path, etag: str, source: SourceConfig) -> str:
-    """As `_format`, of an object asked once a process."""
-    return _format_of_object(str(path), etag, source) if isinstance(path, Remote) else _format(path, source)
+    """As `_format`, of a file as it was stamped, read once a process."""
+    return _format_of(str(path), etag, source) if etag else _format(path, source)
 
 
 def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
@@ -316,13 +316,15 @@ def _extra(row: dict[str, Any], used: set[str | None]) -> str | None:
     return schema.to_json(columns) if columns else None
 
 
-def normalise_row(row: dict[str, Any], format: str, source: SourceConfig, max_chars: int) -> dict[str, Any]:
+def normalise_row(
+    row: dict[str, Any], format: str, source: SourceConfig, options: Options, max_chars: int
+) -> dict[str, Any]:
     """One row as the fields of `schema.PAIRS`, all but `row_key` and `source`.
 
     Raises:
         Refused: the row is no usable pair; the text says why.
     """
-    pair = read_pair(row, format, source.options())
+    pair = read_pair(row, format, options)
     sides = [sum(map(characters, side)) for side in (pair.prompt, pair.chosen, pair.rejected)]
     length = sides[0] + max(sides[1:])
     if length > max_chars:
@@ -384,6 +386,7 @@ class NormalisePairs:
         self.sources = tuple(sources)
         self.max_chars = max_chars
         self.conditions = [parse_where(source.where) for source in sources]
+        self.options = [source.options() for source in sources]
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         """Return columns `NORMALISED`: those of `schema.PAIRS`, then `refused`, `raw` (of refused rows), `position` and
@@ -410,6 +413,6 @@ class NormalisePairs:
             row = parse_row(raw)
             format = raw_row.get("format") or source.format
             format = (row_format(row) or "canonical") if format == AUTO else format
-            return normalise_row(row, format, source, self.max_chars)
+            return normalise_row(row, format, source, self.options[raw_row["source_index"]], self.max_chars)
         except Refused as refused:
             return {"pair_id": identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}

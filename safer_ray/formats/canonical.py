@@ -13,6 +13,7 @@ PROMPTS = (  # columns that look like the prompt, in the order in which they are
     *("prompt", "instruction", "question", "query", "messages", "conversations", "conversation"),
     *("history", "context", "input"),
 )
+_LOOKS_LIKE_IT = frozenset(PROMPTS)
 SYSTEMS = ("system", "system_prompt", "system_message")
 SIDES = frozenset({"chosen", "rejected"})
 TURN_BREAK = "\n"  # between an instruction and its input, as LLaMA-Factory joins them
@@ -164,8 +165,8 @@ def with_system(row: Row, pair: Pair) -> Pair:
 
 def check_nothing_dropped(row: Row, pair: Pair, carried: frozenset[str]) -> None:
     """Raises Refused where a column that looks like the prompt says what no message of the pair says."""
-    for name in PROMPTS:
-        value = row.get(name)
+    for name in sorted(_LOOKS_LIKE_IT.intersection(row)):
+        value = row[name]
         if name in pair.used or name in carried or value is None or value in ("", []):
             continue
         told = "\n".join(message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side)

@@ -41,7 +41,7 @@ _ANYWHERE = re.compile(
 
 def unwrapped(text: str) -> Messages | None:
     """Return the messages of a text that begins with a template's markup, without empty ones, or None."""
-    if "<" not in text[:200] and "[" not in text[:200]:
+    if text[:200].lstrip()[:1] not in ("<", "["):
         return None
     start = _BEGIN.match(text).end()  # type: ignore[union-attr]  # it matches the empty text
     if text.startswith("[INST]", start):
@@ -85,12 +85,19 @@ def _of_llama(text: str) -> Messages | None:
 
 def without_stops(text: str) -> str:
     """Return a response without the marks behind it at which a model stops."""
+    if text[-1:] != ">" and not text[-1:].isspace():
+        return text
     return _TRAILING.sub("", text) if text.rstrip().endswith(">") else text
 
 
 def markup_in(text: str) -> str | None:
     """Return the first mark of a template that a text holds, or None."""
-    if "<" not in text and "[" not in text and "###" not in text:
+    if "<" not in text and "[" not in text and "#" not in text:
+        return None
+    if not (  # by far most texts have no part of any mark, which is ten times as fast as the search
+        ("<|" in text or "_of_turn>" in text or "INST]" in text or "### " in text)
+        or ("SYS>>" in text or "</s>" in text or "<eos>" in text)
+    ):
         return None
     found = _ANYWHERE.search(text)
     return found[0] if found else None

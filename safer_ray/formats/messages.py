@@ -33,10 +33,12 @@ ROLES = MappingProxyType(  # what other formats call them
         "observation": "tool",
     }
 )
+_COMMON = frozenset({"user", "assistant", "system"})
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
 _REPR = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _KEYS = {*ROLE_KEYS, *CONTENT_KEYS}
+_FIRSTS = frozenset('[{" \n\t\r')  # of texts that may hold messages
 _NESTED = 3  # times that messages may have been written as JSON
 
 
@@ -92,8 +94,9 @@ def _message(item: Any, place: str) -> dict[str, str] | None:
         raise Refused(f"wrong type: {place}.role is null, wanted text")
     if not said.strip() and not any(name in more for name in SPOKEN):
         return None
-    message = {"role": ROLES.get(role.strip().lower(), role), "content": said}
-    return message | {MORE: to_json(more)} if more else message
+    if role not in _COMMON:
+        role = ROLES.get(role.strip().lower(), role)
+    return {"role": role, "content": said, MORE: to_json(more)} if more else {"role": role, "content": said}
 
 
 def _role(item: dict[str, Any], place: str) -> str | None:
@@ -172,7 +175,7 @@ def written_as_json(text: str, name: str) -> Any:
     Raises:
         Refused: it begins as messages do, but is no JSON, say Python's repr of them.
     """
-    if text[:1] not in '[{"a \n\t':
+    if text[:1] not in _FIRSTS and not text.startswith("array("):
         return None
     if _REPR.match(text):
         raise Refused(
@@ -209,7 +212,10 @@ def bare(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
 
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
     """Return what messages say without their incidental fields, ids and times, for comparing prompts."""
-    return [(role, content, _spoken(more) if more else "") for role, content, more in bare(messages)]
+    return [
+        (message["role"], message["content"].strip(), _spoken(more) if (more := message.get(MORE)) else "")
+        for message in messages
+    ]
 
 
 def without_incidents(messages: Messages) -> Messages:

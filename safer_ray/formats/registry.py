@@ -81,6 +81,9 @@ SCORES = (  # of the two sides, under the names that data sets give them
 BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and `rejected` to numbers
 
 
+_EVIDENCE = frozenset((*MARGINS, *BY_SIDE, *(one for one, _ in SCORES)))
+
+
 def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
     """Return the rows that `read_pair` takes of one row of `format`: mostly itself.
 
@@ -121,6 +124,14 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
 def _margin(row: Row, pair: Pair) -> tuple[float | None, set[str]]:
     """Return by how much the row's own numbers prefer the chosen response, and the columns that say it; below 0 they
     contradict the label."""
+    if not _EVIDENCE.isdisjoint(row):
+        margin, columns = _margin_of_columns(row)
+        if margin is not None:
+            return margin, columns
+    return (_margin_of_generations(row, pair) if "generations" in row else None), set()
+
+
+def _margin_of_columns(row: Row) -> tuple[float | None, set[str]]:
     for name in MARGINS:
         if (margin := as_number(row.get(name))) is not None:
             if name == "preference_strength" and margin == 0:
@@ -133,7 +144,7 @@ def _margin(row: Row, pair: Pair) -> tuple[float | None, set[str]]:
         both = row.get(name)
         if isinstance(both, dict) and (margin := _difference(both.get("chosen"), both.get("rejected"))) is not None:
             return margin, {name}
-    return _margin_of_generations(row, pair), set()
+    return None, set()
 
 
 def _difference(one: Any, two: Any) -> float | None:
@@ -153,13 +164,13 @@ def _margin_of_generations(row: Row, pair: Pair) -> float | None:
 
 def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
     """Return what should be known of a pair's texts: template markup that was unwrapped, or that is still in them."""
-    messages: Messages = [*pair.prompt, *pair.chosen, *pair.rejected]
-    left = next((mark for message in messages if (mark := markup_in(message["content"]))), None)
-    if left is not None:
-        return (f"chat markup left in a text: {' '.join(left.split())}",)
-    sent = (row[name] for name in pair.used if isinstance(row.get(name), str))
-    mark = next((mark for text in sent if (mark := markup_in(text))), None)
-    return () if mark is None else (f"chat markup unwrapped: {' '.join(mark.split())}",)
+    contents = [message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
+    for text in contents:
+        if (mark := markup_in(text)) is not None:
+            return (f"chat markup left in a text: {' '.join(mark.split())}",)
+    sent = (value for name in pair.used if isinstance(value := row.get(name), str) and value not in contents)
+    marks = sorted(mark for text in sent if (mark := markup_in(text)) is not None)
+    return (f"chat markup unwrapped: {' '.join(marks[0].split())}",) if marks else ()
 
 
 def row_format(row: Row) -> str | None:
