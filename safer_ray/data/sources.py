@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +17,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
-from safer_ray.formats.declaration import Options, Refused, digest, identity
+from safer_ray.formats.declaration import Options, Refused, digest, identity, parsed_json
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -52,51 +50,21 @@ NORMALISED = pa.schema(
 
 FRAGMENT_BYTES = 32 * 2**20
 HEAD = 100  # rows that the format is detected from
-MAX_DEPTH = 200  # of lists and mappings in each other
 
 
 # Fragments
-
-
-def _finite(text: str) -> float | None:
-    """A number, null where it is too large for one, as infinities are: no JSON can hold it again."""
-    return number if math.isfinite(number := float(text)) else None
-
-
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
 
 
 def parse_row(raw: str) -> dict[str, Any]:
     """A row's JSON text as a mapping; NaN and infinities become null.
 
     Raises:
-        Refused: it is none, or it is nested deeper than `MAX_DEPTH`, which any process can read and write, however deep
-            in calls it is itself.
+        Refused: it is none, or as `parsed_json`.
     """
-    try:
-        row = _DECODER.decode(raw)
-        if raw.count("[") + raw.count("{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
-            raise RecursionError
-        if "\\u" in raw:
-            schema.to_json(row).encode()
-    except UnicodeEncodeError:
-        raise Refused("bad UTF-8: a lone surrogate is escaped in the text") from None
-    except RecursionError:
-        raise Refused(f"nested too deep: more than {MAX_DEPTH} levels") from None
-    except ValueError as error:
-        raise Refused(f"not JSON: {error}") from None
+    row = parsed_json(raw)
     if not isinstance(row, dict):
         raise Refused(f"wrong type: the row is {type(row).__name__}, wanted a mapping of columns")
     return row
-
-
-def _depth(value: Any) -> int:
-    """Return how many lists and mappings lie in each other."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def _head(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-from safer_ray.formats.declaration import Messages, Refused, type_name
+from safer_ray.formats.declaration import Messages, Refused, parsed_json, type_name
 from safer_ray.schema import to_json
 
 MORE = "more"  # the key of a message's other fields
@@ -136,8 +136,8 @@ def _more(item: dict[str, Any], content_key: str | None, place: str) -> dict[str
     fields = {key: _without_nulls(value) for key, value in item.items() if key not in (role_key, content_key)}
     if isinstance(packed := fields.get(MORE), str):
         try:
-            inner = json.loads(packed)
-        except ValueError:
+            inner = parsed_json(packed)
+        except Refused:
             inner = None
         if isinstance(inner, dict):
             fields = {**inner, **{key: value for key, value in fields.items() if key != MORE}}
@@ -180,10 +180,11 @@ def written_as_json(text: str, name: str) -> Any:
     try:
         for _ in range(_NESTED):
             if isinstance(value, str):
-                value = json.loads(value)
-    except ValueError as error:
+                value = parsed_json(value)
+    except Refused as reason:
         if found[1] in _KEYS:
-            raise Refused(f"not JSON: {name} begins as messages in JSON do, but {error}") from None
+            why = str(reason).removeprefix("not JSON: ")
+            raise Refused(f"not JSON: {name} begins as messages in JSON do, but {why}") from None
         return None
     return value if _looks_like_messages(value) else None
 
