@@ -35,7 +35,7 @@ ROLES = MappingProxyType(  # what other formats call them
 )
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
-_REPR = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
+_REPR = re.compile(r"\s*+(?:array\()?\s*+\[?\s*+\{\s*+'(?:role|content|from|value)'\s*:")
 _KEYS = {*ROLE_KEYS, *CONTENT_KEYS}
 _NESTED = 3  # times that messages may have been written as JSON
 
@@ -47,16 +47,14 @@ def as_messages(value: Any, name: str) -> Messages:
         Refused: it is none of these, or says nothing; the text names the place.
     """
     messages = [
-        message
-        for i, item in enumerate(_listed(value, name))
-        if (message := _message(item, f"{name}[{i}]")) is not None
+        message for i, item in enumerate(listed(value, name)) if (message := _message(item, f"{name}[{i}]")) is not None
     ]
     if not messages:
         raise Refused(f"empty text: {name}")
     return messages
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def listed(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
