@@ -178,7 +178,10 @@ def _turns(value: Any, column: str, number: int) -> list[_Turn]:
         messages = listed(value, column)
     except Refused:
         return []
-    return [turn for i, message in enumerate(messages) for turn in _of_message(message, column, i)]
+    turns = [turn for i, message in enumerate(messages) for turn in _of_message(message, column, i)]
+    if messages is value or messages[:1] == [value]:
+        return turns
+    return [_Turn(turn.content, []) for turn in turns]  # a mapping of lists, which have no numbers in the column
 
 
 def _of_message(message: Any, column: str, number: int) -> Iterator[_Turn]:

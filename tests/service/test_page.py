@@ -25,6 +25,8 @@ from safer_ray.service.api import (
 from safer_ray.service.highlighting import STEPS, marked, step_of, visible
 from safer_ray.service.histograms import Spot, reference_figure, sides_figure
 from safer_ray.service.render import error_page, examples, respond, sign_in_page
+from safer_ray.service.request_limits import Limits
+from safer_ray.service.request_parsing import Read, Unread, as_read, read_row
 from safer_ray.service.results import (
     PAGE_BYTES,
     Scored,
@@ -36,8 +38,6 @@ from safer_ray.service.results import (
     show,
     without_score,
 )
-from safer_ray.service.request_limits import Limits
-from safer_ray.service.request_parsing import Read, Unread, as_read, read_row
 from safer_ray.service.uploads import MAX_ROWS, TooManyRows, parse_row, read_lines, read_one, row_json
 from safer_ray.service.verdict import detector_value, number_of, percent, place, signed, verdict_of
 from safer_ray.service.web import chunks_of
