@@ -62,8 +62,15 @@ def read_lines(content: bytes, limits: Limits = LIMITS) -> list[Line]:
 
 
 def turns_in(row: dict[str, Any]) -> int:
-    """Return about how many messages are made of the row's texts, which may hold conversations."""
-    return sum(text.count(mark) for text in texts_in(row) for mark in TURNS)
+    """Return about how many messages are made of the row's texts, which may hold conversations.
+
+    Raises:
+        Unread: more than a request may hold, so that none are made.
+    """
+    turns = sum(text.count(mark) for text in texts_in(row) for mark in TURNS)
+    if turns > LIMITS.values:
+        raise Unread("too_long", f"more than {LIMITS.values:,} turns of a conversation")
+    return turns
 
 
 def read_one(row: dict[str, Any], limits: Limits) -> Read:
@@ -72,6 +79,7 @@ def read_one(row: dict[str, Any], limits: Limits) -> Read:
     Raises:
         Unread: it is no usable pair; the reason says why.
     """
+    turns_in(row)
     return as_read(read_row(row, _id(row, "pair"), limits))
 
 
@@ -140,9 +148,7 @@ def _line(number: int, raw: bytes, limits: Limits) -> tuple[Line, tuple[int, int
     try:
         counts = _counted(raw)
         row = parse_row(raw)
-        if (turns := turns_in(row)) > LIMITS.values:
-            raise Unread("too_long", f"more than {LIMITS.values:,} turns of a conversation")
-        counts = counts[0] + turns, counts[1]
+        counts = counts[0] + turns_in(row), counts[1]
         read = read_row(row, _id(row, f"line {number}"), limits)
         return Line(number, as_read(read), None, columns_besides(read)), counts
     except Unread as error:

@@ -267,6 +267,8 @@ def test_a_text_of_too_many_turns_is_refused_before_messages_are_made_of_it(turn
     row = {"prompt": turn * 50_001, "chosen": "c", "rejected": "r"}
     monkeypatch.setattr("safer_ray.service.request_parsing.read_pair", None)
     assert read_lines(json.dumps(row).encode())[0].error.detail == "more than 50,000 turns of a conversation"
+    with pytest.raises(Unread, match="more than 50,000 turns"):
+        read_one(row, Limits())
 
 
 def test_a_line_may_be_a_row_that_names_its_columns_otherwise():

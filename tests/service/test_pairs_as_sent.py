@@ -206,7 +206,8 @@ def test_whatever_a_column_holds_a_row_is_read_or_refused(unforeseen, name, data
         row[column] = data.draw(
             JSON_VALUES | st.sampled_from([value for other in ROWS.values() for value in other.values()])
         )
-    (found,) = read_pairs(ScoreRequest(pairs=[row]), Limits())
+    format = data.draw(st.just("auto") | st.sampled_from([*FORMATS]))
+    (found,) = read_pairs(ScoreRequest(pairs=[row], format=format), Limits())
     assert isinstance(found, Read) or found.error.code in ("refused", "not_unicode")
     assert unforeseen == []
 
