@@ -379,7 +379,7 @@ def test_contents_that_a_template_rewrites_are_found_by_what_is_around_them(unit
     def spans(given):
         count = len(given) // 16
         messages = [{"role": "user", "content": f"{number:08}"} for number in range(count)]
-        markup = templates._Markup([behind] * (count + 1))
+        markup = templates._Markup([behind] * (count + 1), list(range(count)))
         templates._aligned(given, markup, templates.Conversation(messages[:-1], messages[-1:]))
 
     assert_linear(spans, unit, "x" * 64)
