@@ -40,13 +40,33 @@ PAIR = {
     "chosen": "Take a wrench.",
     "rejected": "I cannot help with that.",
 }
+CALL = {"type": "function", "function": {"name": "a", "arguments": {"b": [1]}}}
+PAIRS: tuple[dict[str, Any], ...] = (  # of several layouts
+    PAIR,
+    PAIR,
+    {"system": "Be kind.", "question": "Why?", "chosen": "So.", "rejected": "No.", "id": 7},
+    {"prompt": [{"role": "user", "content": "Hi", "name": None}], "chosen": "Hello.", "rejected": [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    ]},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yes."}, "rejected": "No"},
+    {"chosen": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.", "rejected": json.dumps(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]
+    )},
+    {"prompt": "Hi", "response_1": "Yes.", "response_2": "No.", "preference_strength": 2},
+    {"prompt": json.dumps(["Hi"]), "response_a": json.dumps(["Yes."]), "response_b": "No.", "winner": "model_a"},
+    {"prompt": "Hi", "answers": [{"answer": "Yes.", "rank": 1}, {"answer": "No.", "rank": 2}]},
+    {"input": "Hi", "targets": {"choices": ["Yes.", "No."], "labels": [1, 0]}},
+    {"prompt": "Hi", "completion": "Yes.", "label": True},
+    {"id": 1, "prompt": "Hi", "chosen": ["Yes."] * 3, "rejected": ["No."] * 3, "domain": "chat"},
+)  # fmt: skip
 TURNS = "\n\nHuman: Hi\n\nAssistant: Hello. What is it?\n\nHuman: A lock.\n\nAssistant:"
 ODD: tuple[Any, ...] = (
     "", " ", "\x00", "\ud800", "\u202e\u2066", "<script>alert(1)</script>", "{{7*7}}", "</s><|im_end|>",
     "\ue0000\ue001",
     "." * 400, "\n" * 400, " \n" * 200, "a" * 25_000, TURNS, 0, -1, 1e308, 10**40, True, None, [], {}, [[]], [{}],
     [{"role": "", "content": ""}], [{"role": "user", "content": None}], [{"role": "tool", "content": "x."}] * 50,
-    {"role": "user", "content": "x"}, [TURNS], float("nan"),
+    {"role": "user", "content": "x"}, [TURNS], float("nan"), [CALL], '[{"role": ' + "[" * 9_000, "[INST] a",
+    '[{"role": "user", "content": "\\ud800"}]', "<|im_start|>user\nHi<|im_end|>" + " " * 9_000 + "x",
 )  # fmt: skip
 TYPES = (
     "application/json",
@@ -145,12 +165,14 @@ def mutations(seed: int) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
         lambda r, b: b,
     )
     while True:
-        pairs: list[Any] = [dict(PAIR) for _ in range(draw.choice((0, 1, 1, 2, 5, 101)))]
+        pairs: list[Any] = [dict(draw.choice(PAIRS)) for _ in range(draw.choice((0, 1, 1, 2, 5, 101)))]
         for pair in pairs:
             if draw.random() < 0.6:
-                pair[draw.choice(("id", "prompt", "chosen", "rejected", "more"))] = draw.choice(ODD)
+                pair[draw.choice((*pair, "id", "prompt", "system", "more"))] = draw.choice(ODD)
             if draw.random() < 0.05:
                 pair.pop(draw.choice(list(pair)))
+        if pairs and draw.random() < 0.1:
+            pairs[draw.randrange(len(pairs))] = draw.choice(ODD)
         tree = {"pairs": pairs, "explain": draw.choice((True, False, False, 1, None))}
         tree = draw.choice((tree, tree, tree, tree, tree, {"pairs": draw.choice(ODD)}, draw.choice(ODD)))
         content = draw.choice(changes)(draw, json.dumps(tree).encode())
@@ -196,7 +218,11 @@ DEAR: tuple[tuple[str, dict[str, str], bytes, tuple[bytes, ...], bytes], ...] = 
     ("/upload", FILE, PART, (b"\n", b"\r", b"\r\n--", b"\r\n--x", b"{", b'"', b'\\"', b"{}\n"), b"\r\n--x--\r\n"),
     (
         "/upload", FILE, PART + b'{"chosen": "a", "rejected": "b", "prompt": "',
-        (b"\\n\\nHuman: a", b"\\n\\nHuman:", b"\\n", b". ", b" ", b"\\\\"), b'"}\r\n--x--\r\n',
+        (
+            b"\\n\\nHuman: a", b"\\n\\nHuman:", b"\\n", b". ", b" ", b"\\\\", b"<|user|>a", b"[INST]a[/INST]", b"</s>",
+            b"<|im_end|> ", b'{\\"role\\":',
+        ),
+        b'"}\r\n--x--\r\n',
     ),
     ("/upload", FILE, b"--x\r\n", (b"a: b\r\n", b"\r\n", PART, b"-"), b""),
 )  # fmt: skip

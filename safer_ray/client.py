@@ -7,7 +7,7 @@ import email.utils
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -15,7 +15,6 @@ import httpx
 
 from safer_ray.errors import SaferError
 
-Text = str | Sequence[Mapping[str, str]]  # or messages, {role, content}
 PASSING = frozenset({429, 500, 502, 503, 504})  # busy, or gone while it answered
 
 
@@ -37,7 +36,8 @@ class Contribution(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A sentence, `[start:end]` of a message's content as it was sent, and what it adds to the score."""
+    """A sentence, and what it adds to the score: `[start:end]` of the text in `column` of the pair as sent, or of
+    the content of its message `message` where the column holds a list."""
 
     side: Literal["chosen", "rejected"]
     part: Literal["prompt", "response"]
@@ -46,6 +46,7 @@ class Span(NamedTuple):
     end: int
     contribution: float
     features: list[int]
+    column: str | None = None  # None: of a service that takes no other layout than prompt, chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Scored:
     truncated: bool
     features: list[Contribution] | None = None
     spans: list[Span] | None = None
+    notes: list[str] = field(default_factory=list)  # on how the texts were read: markup that was unwrapped, or is left
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,27 @@ class Client:
         self.http.close()
 
     def score(
-        self, pairs: Iterable[Mapping[str, Any]], *, explain: bool = False, at_once: int = 32
+        self,
+        pairs: Iterable[Mapping[str, Any]],
+        *,
+        explain: bool = False,
+        at_once: int = 32,
+        format: str = "auto",
+        carried: Sequence[str] = (),
     ) -> list[Scored | Failed]:
-        """The outcome of each pair `{id?, prompt, chosen, rejected}`, in order, by requests of `at_once` pairs.
+        """The outcome of each pair, in order, by requests of `at_once` pairs.
+
+        A pair is `{id?, prompt, chosen, rejected}`, each text or messages, or a row of any other format of one pair a
+        row, recognised by its columns or named by `format`. `carried` are columns that look like a part of the prompt
+        and are none.
 
         Raises:
             ServiceError: a request was refused, or got no answer.
         """
+        asked = ({} if format == "auto" else {"format": format}) | ({"carried": [*carried]} if carried else {})
         outcomes: list[Scored | Failed] = []
         for sent in _chunks(pairs, at_once):
-            answer = self._ask("POST", "/v1/score", {"pairs": sent, "explain": explain})
+            answer = self._ask("POST", "/v1/score", {"pairs": sent, "explain": explain, **asked})
             outcomes += [read_outcome(result) for result in answer["results"]]
         return outcomes
 
@@ -173,7 +186,8 @@ class Client:
 def _chunks(pairs: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     chunk: list[dict[str, Any]] = []
     for number, pair in enumerate(pairs):
-        chunk.append({"id": str(number), **pair})
+        own = {} if pair.get("id") is not None else {"id": str(number)}
+        chunk.append({**pair, **own})
         if len(chunk) == size:
             yield chunk
             chunk = []
@@ -188,7 +202,7 @@ def read_outcome(result: Mapping[str, Any]) -> Scored | Failed:
     known = {name: result[name] for name in Scored.__dataclass_fields__ if name in result}
     for name, kind in (("features", Contribution), ("spans", Span)):
         if known.get(name) is not None:
-            known[name] = [kind(*(row[field] for field in kind._fields)) for row in known[name]]
+            known[name] = [kind(**{key: row[key] for key in kind._fields if key in row}) for row in known[name]]
     return Scored(**known)
 
 

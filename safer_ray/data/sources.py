@@ -30,7 +30,6 @@ from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.columnar import UTF8
 from safer_ray.storage.files import as_path, stamp
 from safer_ray.storage.fingerprints import still_holds
-from safer_ray.storage.remote import Remote
 from safer_ray.storage.rows import BEGIN, MAX_ROW, Cut, RawRow, cut_rows, explained, grows, read_rows
 
 RAW = pa.schema(

@@ -1,8 +1,11 @@
 """The parts of preference formats: the declaration of one, pairs, refusals and values."""
 
 import hashlib
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from safer_ray.schema import to_json
@@ -12,6 +15,7 @@ Row = dict[str, Any]
 Options = Mapping[str, str]  # what a source says of how its rows are read, by option
 REASON_CHARS = 300
 MOST_PAIRS = 10_000  # of one row
+MAX_DEPTH = 200  # of lists and mappings in each other
 NO_PREFERENCE = "no preference"  # how reasons of ties begin: they are left out, and count as no damage of a file
 LARGEST = 3.4028234663852886e38  # number that float32 holds
 
@@ -75,7 +79,11 @@ class PreferenceFormat:
 
     def fits(self, row: Row) -> bool:
         """Return whether a row's columns are those of this format."""
-        return self.detected and row.keys() >= set(self.columns) and (self.holds is None or self.holds(row))
+        return self.detected and row.keys() >= self._wanted and (self.holds is None or self.holds(row))
+
+    @cached_property
+    def _wanted(self) -> frozenset[str]:
+        return frozenset(self.columns)
 
 
 def check_count(pairs: int) -> None:
@@ -85,6 +93,45 @@ def check_count(pairs: int) -> None:
 
 
 # Values
+
+
+def _finite(text: str) -> float | None:
+    """A number, null where it is too large for one, as infinities are: no JSON can hold it again."""
+    return number if math.isfinite(number := float(text)) else None
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
+
+
+def parsed_json(raw: str) -> Any:
+    """Return what a JSON text says; NaN and infinities become null.
+
+    Raises:
+        Refused: it is no JSON, holds half a surrogate pair, or is nested deeper than `MAX_DEPTH`, which any process can
+            read and write, however deep in calls it is itself.
+    """
+    try:
+        value = _DECODER.decode(raw)
+        if raw.count("[") + raw.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        if "\\u" in raw:
+            to_json(value).encode()
+    except UnicodeEncodeError:
+        raise Refused("bad UTF-8: a lone surrogate is escaped in the text") from None
+    except RecursionError:
+        raise Refused(f"nested too deep: more than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise Refused(f"not JSON: {error}") from None
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and mappings lie in each other."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def type_name(value: Any) -> str:

@@ -19,7 +19,10 @@ class _Family(NamedTuple):
 
 
 _BEGIN = re.compile(r"\s*(?:<\|begin_of_text\|>|<bos>|<s>|<\|endoftext\|>)?\s*")
-_STOPS = r"(?:<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<end_of_turn>|<\|end\|>|<\|endoftext\|>|<\|end_of_text\|>|</s>|<eos>)"
+_STOPS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
+    *("</s>", "<eos>"),
+)
 _FAMILIES = (
     _Family(re.compile(r"<\|im_start\|>[ ]?(\w+)(?: name=\S+)?\n"), re.compile(r"<\|im_end\|>")),
     _Family(re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*"), re.compile(r"<\|eo[tm]_id\|>")),
@@ -31,63 +34,87 @@ _LLAMA = re.compile(
     r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?:</s>\s*(?:<s>)?\s*|(?=\[INST\])|\Z)", re.DOTALL
 )
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
-_TRAILING = re.compile(rf"(?:\s*{_STOPS})+\s*\Z")
 _ANYWHERE = re.compile(
-    rf"{_STOPS}|<\|im_start\|>|<\|(?:start|end)_header_id\|>|<\|header_(?:start|end)\|>|<start_of_turn>|\[/?INST\]"
+    "|".join(map(re.escape, _STOPS))
+    + r"|<\|im_start\|>|<\|(?:start|end)_header_id\|>|<\|header_(?:start|end)\|>|<start_of_turn>|\[/?INST\]"
     r"|<</?SYS>>|<\|(?:user|assistant|system)\|>|^### (?:Instruction|Response):",
     re.MULTILINE,
 )
 
 
+class Stretch(NamedTuple):
+    """What one message says, `text[start:stop]`, without the whitespace around it."""
+
+    role: str
+    start: int
+    stop: int
+
+
 def unwrapped(text: str) -> Messages | None:
     """Return the messages of a text that begins with a template's markup, without empty ones, or None."""
+    found = stretches(text)
+    return None if found is None else [{"role": each.role, "content": text[each.start : each.stop]} for each in found]
+
+
+def stretches(text: str) -> list[Stretch] | None:
+    """Return where the messages that `unwrapped` gives stand in the text."""
     if text[:200].lstrip()[:1] not in ("<", "["):
         return None
     start = _BEGIN.match(text).end()  # type: ignore[union-attr]  # it matches the empty text
     if text.startswith("[INST]", start):
-        return _of_llama(text[start:])
+        return _of_llama(text, start)
     for family in _FAMILIES:
         if family.turn.match(text, start):
-            return _turns(text[start:], family)
+            return _turns(text, start, family)
     return None
 
 
-def _turns(text: str, family: _Family) -> Messages:
-    marks = list(family.turn.finditer(text))
+def _said(role: str, text: str, start: int, stop: int) -> list[Stretch]:
+    """Return the stretch without the whitespace around it; none where there is nothing else."""
+    said = text[start:stop]
+    lead = start + len(said) - len(said.lstrip())
+    return [Stretch(role, lead, lead + len(said.strip()))] if said.strip() else []
+
+
+def _turns(text: str, start: int, family: _Family) -> list[Stretch]:
+    marks = list(family.turn.finditer(text, start))
     stops = [*(mark.start() for mark in marks[1:]), len(text)]
-    messages = []
+    found = []
     for mark, stop in zip(marks, stops, strict=True):
         end = family.end.search(text, mark.end(), stop)
         behind = text[end.end() : stop] if end else ""
-        said = text[mark.end() : stop if end is None or _TRAILING.sub("", behind).strip() else end.start()].strip()
-        if said:
-            messages.append({"role": ROLES.get(mark[1].lower(), mark[1].lower()), "content": said})
-    return messages
+        last = stop if end is None or without_stops(behind).strip() else end.start()
+        found += _said(ROLES.get(mark[1].lower(), mark[1].lower()), text, mark.end(), last)
+    return found
 
 
-def _of_llama(text: str) -> Messages | None:
+def _of_llama(text: str, start: int) -> list[Stretch] | None:
     """Return the messages of Llama 2's and Mistral's form; None where it ends within a turn."""
-    messages: Messages = []
-    at = 0
+    stretches: list[Stretch] = []
+    at = start
     while found := _LLAMA.match(text, at):
-        asked, at = found["user"], found.end()
-        if system := _SYSTEM.match(asked):
-            messages.append({"role": "system", "content": system[1].strip()})
-            asked = asked[system.end() :]
-        messages += [
-            {"role": "user", "content": asked.strip()},
-            {"role": "assistant", "content": found["assistant"].strip()},
-        ]
+        asked, at = found.start("user"), found.end()
+        if system := _SYSTEM.match(text, asked, found.end("user")):
+            stretches += _said("system", text, *system.span(1))
+            asked = system.end()
+        stretches += _said("user", text, asked, found.end("user"))
+        stretches += _said("assistant", text, *found.span("assistant"))
         if at == len(text):
             break
-    return [message for message in messages if message["content"]] if at == len(text) else None
+    return stretches if at == len(text) else None
 
 
 def without_stops(text: str) -> str:
     """Return a response without the marks behind it at which a model stops."""
     if text[-1:] != ">" and not text[-1:].isspace():
         return text
-    return _TRAILING.sub("", text) if text.rstrip().endswith(">") else text
+    kept, end = len(text), len(text.rstrip())
+    while stop := next((stop for stop in _STOPS if text.endswith(stop, 0, end)), None):  # no search: it must be linear
+        end -= len(stop)
+        while end and text[end - 1].isspace():
+            end -= 1
+        kept = end
+    return text[:kept]
 
 
 def markup_in(text: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-from safer_ray.formats.declaration import Messages, Refused, type_name
+from safer_ray.formats.declaration import Messages, Refused, parsed_json, type_name
 from safer_ray.schema import to_json
 
 MORE = "more"  # the key of a message's other fields
@@ -36,7 +36,7 @@ ROLES = MappingProxyType(  # what other formats call them
 _COMMON = frozenset({"user", "assistant", "system"})
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
-_REPR = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
+_REPR = re.compile(r"\s*+(?:array\()?\s*+\[?\s*+\{\s*+'(?:role|content|from|value)'\s*:")
 _KEYS = {*ROLE_KEYS, *CONTENT_KEYS}
 _FIRSTS = frozenset('[{" \n\t\r')  # of texts that may hold messages
 _NESTED = 3  # times that messages may have been written as JSON
@@ -49,16 +49,14 @@ def as_messages(value: Any, name: str) -> Messages:
         Refused: it is none of these, or says nothing; the text names the place.
     """
     messages = [
-        message
-        for i, item in enumerate(_listed(value, name))
-        if (message := _message(item, f"{name}[{i}]")) is not None
+        message for i, item in enumerate(listed(value, name)) if (message := _message(item, f"{name}[{i}]")) is not None
     ]
     if not messages:
         raise Refused(f"empty text: {name}")
     return messages
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def listed(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
@@ -139,8 +137,8 @@ def _more(item: dict[str, Any], content_key: str | None, place: str) -> dict[str
     fields = {key: _without_nulls(value) for key, value in item.items() if key not in (role_key, content_key)}
     if isinstance(packed := fields.get(MORE), str):
         try:
-            inner = json.loads(packed)
-        except ValueError:
+            inner = parsed_json(packed)
+        except Refused:
             inner = None
         if isinstance(inner, dict):
             fields = {**inner, **{key: value for key, value in fields.items() if key != MORE}}
@@ -188,10 +186,11 @@ def written_as_json(text: str, name: str) -> Any:
     try:
         for _ in range(_NESTED):
             if isinstance(value, str):
-                value = json.loads(value)
-    except ValueError as error:
+                value = parsed_json(value)
+    except Refused as reason:
         if found[1] in _KEYS:
-            raise Refused(f"not JSON: {name} begins as messages in JSON do, but {error}") from None
+            why = str(reason).removeprefix("not JSON: ")
+            raise Refused(f"not JSON: {name} begins as messages in JSON do, but {why}") from None
         return None
     return value if _looks_like_messages(value) else None
 

@@ -131,7 +131,7 @@ def generations(row: Row, options: Options) -> list[Row]:
     Raises:
         Refused: the lists differ in length, or a rating is missing; or as `ranked_pairs`.
     """
-    column = next(name for name in ("ratings", "rating") if name in row)
+    column = next((name for name in ("ratings", "rating") if name in row), "ratings")
     texts, ratings = _listed(row, "generations"), _listed(row, column)
     names = row.get("generation_models") or row.get("generation_model") or []
     models = names if isinstance(names, list) and len(names) == len(texts) else []

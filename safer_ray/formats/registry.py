@@ -4,7 +4,7 @@ A format is one declaration, `PreferenceFormat`, and one entry here.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,6 @@ from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
 from safer_ray.formats.canonical import PROMPTS, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import (
-    Messages,
     Options,
     Pair,
     PreferenceFormat,
@@ -178,6 +177,31 @@ def row_format(row: Row) -> str | None:
     return next((known.name for known in FORMATS.values() if known.fits(row)), None)
 
 
+def format_of(row: Row) -> str:
+    """Return the format that one row's columns fit.
+
+    Raises:
+        Refused: they fit none; the text says what is missing.
+    """
+    if (name := row_format(row)) is not None:
+        return name
+    if row.keys() >= sides.SIDES:
+        raise Refused(_no_prompt(row.keys()))
+    missing = [column for column in sides.CANONICAL.columns if column not in row]
+    if len(missing) < len(sides.CANONICAL.columns):
+        raise Refused(f"missing column: {missing[0]}")
+    told = ", ".join(sorted(row)[:8]) or "(none)"
+    raise Refused(f"wanted prompt, chosen and rejected, or another preference format; got the keys {told}")
+
+
+def _no_prompt(columns: Collection[str]) -> str:
+    return (
+        f"no column holds the prompt of chosen and rejected (columns: {sorted(columns)}); rename it to one of "
+        f"{', '.join(PROMPTS)}; where both plain texts begin with it, say format: trl_implicit "
+        "(--format trl_implicit)"
+    )
+
+
 def option_values(option: str) -> tuple[str, ...]:
     """Return the values that an option of a source may have, over all formats that know it."""
     return tuple(dict.fromkeys(value for known in FORMATS.values() for value in known.options.get(option, ())))
@@ -205,11 +229,7 @@ def detect_format(rows: Sequence[Row]) -> str:
     if counts:
         return counts.most_common(1)[0][0]
     columns = sorted({column for row in rows for column in row})
-    if {"chosen", "rejected"} <= set(columns):
-        raise UserError(
-            f"no column holds the prompt of chosen and rejected (columns: {columns}); rename it to one of "
-            f"{', '.join(PROMPTS)}; where both plain texts begin with it, say format: trl_implicit "
-            "(--format trl_implicit)"
-        )
+    if set(columns) >= sides.SIDES:
+        raise UserError(_no_prompt(columns))
     supported = "; ".join(f"{known.name} ({known.told})" for known in FORMATS.values())
     raise UserError(f"no preference format fits the columns {columns}; rename them to one of: {supported}")

@@ -4,7 +4,6 @@ What the columns mean stands in the data sets' cards: HelpSteer2's `preference_s
 better, HelpSteer3's `overall_preference` likewise below 0 where response 1 is; SHP's `labels` is 1 where A is.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from safer_ray.formats.declaration import (
     as_mapping,
     as_number,
     as_text,
+    parsed_json,
     type_name,
 )
 from safer_ray.formats.messages import as_messages
@@ -103,8 +103,8 @@ def _one_turn(value: Any, name: str) -> Any:
     turns = value
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            turns = json.loads(value)
-        except ValueError:
+            turns = parsed_json(value)
+        except Refused:
             return value
     if isinstance(turns, list) and all(isinstance(turn, str | None) for turn in turns):
         if len(turns) != 1:

@@ -1,8 +1,11 @@
 """Requests and answers as they go over the wire. No Ray, no torch: clients may import it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictInt, StrictStr, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, WithJsonSchema
+
+from safer_ray.formats.canonical import PROMPTS
+from safer_ray.formats.registry import AUTO, FORMATS
 
 MAX_ID_CHARS = 200
 BIGGEST_ID = 2**53 - 1  # beyond it not every JSON reader keeps a number exactly
@@ -31,45 +34,75 @@ class Answered(BaseModel):
 # Asked
 
 
-class Message(Sent):
-    role: StrictStr
-    content: StrictStr
+def _schema_of(told: str) -> dict[str, Any]:
+    message = {
+        "type": "object",
+        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+        "required": ["role", "content"],
+    }
+    return {"description": told, "anyOf": [{"type": "string"}, {"type": "array", "items": message}]}
 
 
-def _kind(value: object) -> str | None:
-    """Which of the two forms of a text this is, so that an error names one of them."""
-    return "text" if isinstance(value, str) else "messages" if isinstance(value, list | tuple) else None
+# Of a pair nothing refuses the request: what cannot be read is told in its place. So a schema may name what is read,
+# and must let pass what is not.
+PAIR_SCHEMA: dict[str, Any] = {
+    "title": "Pair",
+    "description": "A preference pair. What is no pair is answered in its place, with the reason.",
+    "anyOf": [
+        {
+            "title": "CanonicalPair",
+            "type": "object",
+            "properties": {
+                "id": {
+                    "description": "echoed as text; the pair's position where there is none",
+                    "anyOf": [
+                        {"type": "string", "maxLength": MAX_ID_CHARS},
+                        {"type": "integer", "minimum": -BIGGEST_ID, "maximum": BIGGEST_ID},
+                        {"type": "null"},
+                    ],
+                },
+                "prompt": _schema_of("one user turn, a Human:/Assistant: transcript, or messages"),
+                "chosen": _schema_of("the assistant's answer, or messages that end with it"),
+                "rejected": _schema_of("as chosen"),
+                "system": {"type": ["string", "null"], "description": "a system message before the prompt"},
+            },
+            "required": ["prompt", "chosen", "rejected"],
+        },
+        {
+            "title": "PairOfAnotherLayout",
+            "description": "A row of any format of one pair a row, recognised by its columns, or named by `format`: "
+            + "; ".join(f"{known.name} ({known.told})" for known in FORMATS.values() if not known.several),
+            "type": "object",
+        },
+        {"title": "NoPair"},
+    ],
+}
+FORMAT_NAMES = (AUTO, *FORMATS)
 
 
-Text = Annotated[
-    Annotated[StrictStr, Tag("text")] | Annotated[list[Message], FIRST_ERROR, Tag("messages")],
-    Discriminator(
-        _kind, custom_error_type="type", custom_error_message="wanted text or a list of {role, content} messages"
-    ),
-]
+def _known_format(value: str) -> str:
+    if value not in FORMAT_NAMES:
+        raise ValueError(f"unknown format; wanted one of {', '.join(FORMAT_NAMES)}")
+    return value
 
 
-def _whole(value: object) -> object:
-    """7.0 is the number 7, as JSON has it."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _known_column(value: str) -> str:
+    if value not in PROMPTS:
+        raise ValueError(f"no column that looks like the prompt; these do: {', '.join(PROMPTS)}")
+    return value
 
 
-TextId = Annotated[StrictStr, Field(max_length=MAX_ID_CHARS)]
-NumberId = Annotated[StrictInt, Field(ge=-BIGGEST_ID, le=BIGGEST_ID), BeforeValidator(_whole)]
-
-
-class Pair(Sent):
-    """A text prompt is one user turn or a Human:/Assistant: transcript, a text response the assistant's answer."""
-
-    id: TextId | NumberId | None = Field(None, description="echoed as text; the pair's position where there is none")
-    prompt: Text
-    chosen: Text
-    rejected: Text
+FormatName = Annotated[StrictStr, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*FORMAT_NAMES]})]
+Column = Annotated[StrictStr, AfterValidator(_known_column), Field(json_schema_extra={"enum": [*PROMPTS]})]
 
 
 class ScoreRequest(Sent):
-    pairs: Annotated[list[Pair], FIRST_ERROR] = Field(min_length=1)
+    pairs: list[Annotated[Any, WithJsonSchema(PAIR_SCHEMA)]] = Field(min_length=1)
     explain: bool = Field(False, description="whether to name contributing features and sentences")
+    format: FormatName = Field(AUTO, description="of all pairs; `auto`: of each the one that its columns fit")
+    carried: Annotated[list[Column], FIRST_ERROR] = Field(
+        [], description="columns that look like a part of the prompt and are none"
+    )
 
 
 # Answered
@@ -87,12 +120,16 @@ class Contribution(Answered):
 class Span(Answered):
     """A sentence and what it adds to the pair's score; `text[start:end]` is the sentence.
 
-    `text` is the content of message `message` (0 for a plain text) of that part as it was sent, in Unicode code points.
+    `text` is the text in column `column` of the pair as it was sent, or the content of its message `message` where the
+    column holds a list; positions are in Unicode code points. In the canonical form the column is `prompt` for the part
+    `prompt`, and the side's name for its response. Sentences that no column holds as they were read (in messages
+    written as JSON text, in nested lists) have no span.
     """
 
     side: Side
     part: Part
-    message: int = Field(ge=0)
+    column: str
+    message: int = Field(ge=0, description="its number in the column's list; 0 where that holds a text, or one message")
     start: int = Field(ge=0)
     end: int = Field(ge=0)
     contribution: float
@@ -110,14 +147,18 @@ class ScoredPair(Answered):
     reward_rejected: float
     reward_margin: float
     truncated: bool = Field(description="whether the model read less than was sent")
+    notes: list[str] = Field([], description="what should be known of how the texts were read: markup, and the like")
     features: list[Contribution] | None = None
     spans: list[Span] | None = None
+
+
+ReasonCode = Literal["refused", "too_long", "not_unicode", "unscorable"]
 
 
 class Reason(Answered):
     """Why a pair has no score."""
 
-    code: Literal["refused", "too_long", "not_unicode", "unscorable"]
+    code: ReasonCode
     detail: str
 
 

@@ -4,7 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from safer_ray.service.api import Message, ScoredPair, Span, Text
+from safer_ray.formats.declaration import Messages
+from safer_ray.formats.messages import MORE
+from safer_ray.service.api import ScoredPair, Span
 
 STEPS = 4  # shades of each sign
 FAINT = 0.02  # of the strongest sentence; below it a sentence stays unmarked
@@ -55,12 +57,7 @@ def parted(text: str) -> tuple[str, str, str]:
     return text[:start], said, text[start + len(said) :]
 
 
-def messages_of(text: Text, role: str) -> list[Message]:
-    """A text as messages; a plain one is a single message of `role`."""
-    return [Message(role=role, content=text)] if isinstance(text, str) else list(text)
-
-
-def marked(prompt: Text, chosen: Text, rejected: Text, result: ScoredPair) -> Marked:
+def marked(prompt: Messages, chosen: Messages, rejected: Messages, result: ScoredPair) -> Marked:
     """The texts of a pair with the sentences that its result names.
 
     A sentence of the prompt counts on both sides, and is shown once with the sum.
@@ -70,14 +67,10 @@ def marked(prompt: Text, chosen: Text, rejected: Text, result: ScoredPair) -> Ma
     parts: dict[str, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
     for span in spans:
         parts["prompt" if span.part == "prompt" else span.side][span.message].append(span)
-
-    def turns(name: str, text: Text, role: str) -> tuple[Turn, ...]:
-        return _turns(messages_of(text, role), parts[name], strongest)
-
     return Marked(
-        turns("prompt", prompt, "user"),
-        turns("chosen", chosen, "assistant"),
-        turns("rejected", rejected, "assistant"),
+        _turns(prompt, parts["prompt"], strongest),
+        _turns(chosen, parts["chosen"], strongest),
+        _turns(rejected, parts["rejected"], strongest),
     )
 
 
@@ -90,8 +83,16 @@ def step_of(contribution: float, strongest: float) -> int:
     return step if contribution > 0 else -step
 
 
-def _turns(said: Sequence[Message], spans: Mapping[int, list[Span]], strongest: float) -> tuple[Turn, ...]:
-    return tuple(Turn(m.role, _pieces(m.content, spans.get(i, ()), strongest)) for i, m in enumerate(said))
+def _turns(said: Messages, spans: Mapping[int, list[Span]], strongest: float) -> tuple[Turn, ...]:
+    return tuple(
+        Turn(m["role"], _pieces(m["content"], spans.get(i, ()), strongest) + _beside(m)) for i, m in enumerate(said)
+    )
+
+
+def _beside(message: Mapping[str, str]) -> tuple[Piece, ...]:
+    """Return what a message says beside its content, calls of tools and the like, as JSON."""
+    more = message.get(MORE)
+    return (Piece(f"\n{more}" if message["content"] else more),) if more else ()
 
 
 def _pieces(text: str, spans: Sequence[Span], strongest: float) -> tuple[Piece, ...]:

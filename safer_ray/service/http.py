@@ -26,6 +26,7 @@ from safer_ray.service.problems import (
 from safer_ray.service.rate_limits import Rates, counted_pairs
 from safer_ray.service.render import STATIC
 from safer_ray.service.request_limits import LimitBodies, Limits, LimitsOf, check_sizes, read_json
+from safer_ray.service.request_parsing import read_pairs
 from safer_ray.service.service import Service
 from safer_ray.service.web import pages
 
@@ -112,12 +113,12 @@ def scoring_routes(service: Service, limits: LimitsOf) -> APIRouter:
         openapi_extra=SECURED,
     )
     async def score(request: ScoreRequest, asked: Request) -> Response:
-        """Score each pair; errors stay with the pair that has them."""
+        """Score each pair; what is wrong with one is told in its place."""
         seconds = limits().answer_s
         with counted_pairs(asked.scope, len(request.pairs)):
             try:
                 async with asyncio.timeout(seconds):
-                    results = await service.score(request.pairs, request.explain)
+                    results = await service.score(read_pairs(request, limits()), request.explain)
             except TimeoutError:
                 raise too_late(seconds) from None
         answer = ScoreResponse(auditor=results.auditor, red_team=results.red_team, results=results)

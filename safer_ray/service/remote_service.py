@@ -7,13 +7,13 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from safer_ray.service.api import FailedPair, Pair, ScoredPair
+from safer_ray.service.api import FailedPair, ScoredPair
 from safer_ray.service.arguments import ServiceConfig, Thresholds
 from safer_ray.service.bundle_info import open_auditor, scores_config
 from safer_ray.service.metrics import count_pairs
 from safer_ray.service.problems import overloaded, too_late, unavailable
 from safer_ray.service.request_limits import Limits
-from safer_ray.service.request_parsing import Row, Scored
+from safer_ray.service.request_parsing import Read, Row, Scored
 from safer_ray.service.scorer import Busy
 from safer_ray.service.service import BaseService, Results, answers, rows_of
 
@@ -29,28 +29,28 @@ class RemoteService(BaseService):
         self.under_way = 0
         bundle = open_auditor(config.auditor)
         scores = scores_config(bundle, config.detector, config.flag_quantile, config.reasons)
-        super().__init__(config.auditor, scores, config.limits)
+        self.limits: Limits = config.limits
+        super().__init__(config.auditor, scores)
 
     def use(self, thresholds: Thresholds) -> None:
         """Other thresholds and limits from now on."""
-        self.limits: Limits = thresholds.limits
+        self.limits = thresholds.limits
         chosen = thresholds.detector, thresholds.flag_quantile, thresholds.reasons
         self.configure(scores_config(self.bundle, *chosen))
 
     def full(self) -> bool:
         return self.under_way >= self.room
 
-    async def score(self, pairs: Sequence[Pair], explain: bool) -> Results:
+    async def score(self, pairs: Sequence[Read | FailedPair], explain: bool) -> Results:
         if self.full():
             raise overloaded()
         self.under_way += 1
         try:
-            read = self.read(pairs)
-            rows = rows_of(read, explain)
+            rows = rows_of(pairs, explain)
             scored = await self._ask(rows) if rows else Scored(self.bundle.name, [], {}, self.bundle.red_team)
         finally:
             self.under_way -= 1
-        results = answers(read, scored)
+        results = answers(pairs, scored)
         good = [result for result in results if isinstance(result, ScoredPair)]
         failed = sum(isinstance(result, FailedPair) for result in results)
         count_pairs(len(good), failed, sum(result.flag for result in good))

@@ -33,7 +33,7 @@ class Limits(Frozen):
     pairs: Count = 100
     chars: Count = 500_000  # of all texts
     text_chars: Count = 20_000  # of a prompt or response: of its contents, where it is messages
-    depth: Count = 8  # of JSON; a request has 5 levels
+    depth: Count = 12  # of JSON; a request has 5 levels, and tool calls with their arguments 4 more
     values: Count = 50_000  # lists and objects
     members: Count = 100_000  # items and keys of these; each that is wrong costs an error of its own
     receive_s: Annotated[float, Field(gt=0)] = 20.0  # a body must have come by then
@@ -203,15 +203,24 @@ def check_sizes(tree: Any, limits: Limits) -> None:
         return
     if len(pairs) > limits.pairs:
         raise Problem(413, f"{len(pairs):,} pairs, at most {limits.pairs:,} a request are taken; send fewer")
-    chars = sum(chars_of(text) for pair in pairs if isinstance(pair, dict) for text in pair.values())
+    chars = chars_of(pairs)
     if chars > limits.chars:
         raise Problem(413, f"{chars:,} characters in all, at most {limits.chars:,} are taken; send fewer pairs")
 
 
-def chars_of(text: Any) -> int:
-    """Characters of a text, or of all roles and contents of its messages; 0 of what is neither."""
-    if isinstance(text, str):
-        return len(text)
-    if not isinstance(text, list):
-        return 0
-    return sum(len(said) for m in text if isinstance(m, dict) for said in m.values() if isinstance(said, str))
+def chars_of(value: Any) -> int:
+    """Return the characters of all texts in a value of JSON, however deep they lie."""
+    return sum(map(len, texts_in(value)))
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of JSON, the keys of objects left out."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()

@@ -1,26 +1,39 @@
 """Pairs as sent to rows that a model reads, and outcomes back to what is answered, with places in the texts as sent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from safer_ray.data.places import Pieces, pieces_of, sent_span
 from safer_ray.features.explain import Explanation
+from safer_ray.formats.canonical import SIDES
+from safer_ray.formats.declaration import Messages, Options, Refused, type_name
 from safer_ray.formats.declaration import Pair as ReadPair
-from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import read_pair
-from safer_ray.service.api import Contribution, FailedPair, Pair, Reason, ScoredPair, Span, Text
+from safer_ray.formats.messages import MORE
+from safer_ray.formats.registry import AUTO, CARRIED, FORMATS, NONE, expanded, format_of, read_pair
+from safer_ray.service.api import (
+    BIGGEST_ID,
+    MAX_ID_CHARS,
+    Contribution,
+    FailedPair,
+    Reason,
+    ReasonCode,
+    ScoredPair,
+    ScoreRequest,
+    Span,
+)
+from safer_ray.service.problems import log_without_texts
 from safer_ray.service.request_limits import Limits
 
-TEXTS = ("prompt", "chosen", "rejected")
 ROLE_CHARS = 64
 
 
 class Row(NamedTuple):
-    """A pair as the model reads it; messages are {role, content}."""
+    """A pair as the model reads it: messages of `safer_ray.formats.messages`."""
 
-    prompt: list[dict[str, str]]
-    chosen: list[dict[str, str]]
-    rejected: list[dict[str, str]]
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
     explain: bool
 
 
@@ -46,67 +59,146 @@ class Read(NamedTuple):
 
     id: str
     pair: ReadPair
-    sent: dict[str, str | list[dict[str, str]]]
+    sent: Mapping[str, Any]  # the row as it came
+    row: Mapping[str, Any]  # and as its format expands it
 
 
-def read_pairs(pairs: Sequence[Pair], limits: Limits) -> list[Read | FailedPair]:
-    """Each pair, or why it has no score: what `safer-ray audit` would quarantine, what is too long, what is no text."""
-    return [_read(str(i) if pair.id is None else str(pair.id), pair, limits) for i, pair in enumerate(pairs)]
+class Unread(Exception):  # noqa: N818  # a verdict on a pair, no error
+    """A pair that cannot be scored, and why."""
+
+    def __init__(self, code: ReasonCode, detail: str) -> None:
+        super().__init__(detail)
+        # Details quote names, which may hold half a surrogate pair.
+        self.reason = Reason(code=code, detail=detail.encode("utf-8", "replace").decode())
 
 
-def _read(pair_id: str, pair: Pair, limits: Limits) -> Read | FailedPair:
-    sent = {name: _plain(getattr(pair, name)) for name in TEXTS}
-    for name, text in sent.items():
-        if reason := _unreadable(name, text, limits):
-            return FailedPair(id=pair_id, error=reason)
+def read_pairs(request: ScoreRequest, limits: Limits) -> list[Read | FailedPair]:
+    """Return each pair of a request, or why it has no score: what `safer-ray audit` would quarantine, what is too long,
+    what is no text."""
+    options = {CARRIED: ",".join(request.carried)} if request.carried else {}
+    return [_read(pair, i, limits, request.format, options) for i, pair in enumerate(request.pairs)]
+
+
+def _read(pair: Any, position: int, limits: Limits, format: str, options: Options) -> Read | FailedPair:
+    pair_id = str(position)
     try:
-        return Read(pair_id, read_pair(sent, "canonical"), sent)
+        pair_id = pair_id if (own := id_of(pair, "id")) is None else own
+        return read_row(pair, pair_id, limits, format, options)
+    except Unread as error:
+        return FailedPair(id=pair_id, error=error.reason)
+
+
+def id_of(row: Any, *names: str) -> str | None:
+    """Return the id of a row as text: the first that the columns hold, None where they hold none.
+
+    Raises:
+        Unread: it is no id.
+    """
+    if not isinstance(row, dict):
+        return None
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        return None
+    value = row[name]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 7.0 is the number 7, as JSON has it
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise Unread("refused", f"wrong type: {name} is {type_name(value)}, wanted text or a whole number")
+    if isinstance(value, int) and abs(value) > BIGGEST_ID:
+        raise Unread("refused", f"{name} is a number beyond {BIGGEST_ID:,}; send it as text")
+    text = str(value)
+    if len(text) > MAX_ID_CHARS:
+        raise Unread("refused", f"{name} of {len(text):,} characters, at most {MAX_ID_CHARS} are allowed")
+    if _half_pair(text) is not None:
+        raise Unread("not_unicode", f"{name} is no Unicode text: it holds half a surrogate pair")
+    return text
+
+
+def read_row(row: Any, pair_id: str, limits: Limits, format: str = AUTO, options: Options = NONE) -> Read:
+    """Return a row of any format of one pair a row as a pair.
+
+    Raises:
+        Unread: it is no usable pair; the reason says why.
+    """
+    if not isinstance(row, dict):
+        raise Unread("refused", f"wrong type: the pair is {type_name(row)}, wanted a mapping of columns")
+    try:
+        found = _found(row, pair_id, format, options)
     except Refused as reason:
-        return FailedPair(id=pair_id, error=Reason(code="refused", detail=str(reason)))
+        raise Unread("refused", str(reason)) from None
+    except UnicodeEncodeError:
+        raise Unread("not_unicode", "no Unicode text: a column holds half a surrogate pair") from None
+    except Exception as error:  # noqa: BLE001  # whatever a pair does, the others get their scores
+        log_without_texts(error)
+        raise Unread("refused", f"this pair cannot be read ({type(error).__name__})") from None
+    for name in ("prompt", "chosen", "rejected"):
+        _check(name, getattr(found.pair, name), limits)
+    return found
 
 
-def _plain(text: Text) -> str | list[dict[str, str]]:
-    return text if isinstance(text, str) else [{"role": m.role, "content": m.content} for m in text]
+def _found(row: dict[str, Any], pair_id: str, format: str, options: Options) -> Read:
+    format = format_of(row) if format == AUTO else format
+    known = FORMATS[format]
+    if known.match is not None:
+        raise Refused(f"a row of format {format} holds one response of a pair, wanted both; use safer-ray audit")
+    if known.several:
+        raise Refused(f"a row of format {format} holds several pairs, wanted one; use safer-ray audit")
+    rows = expanded(row, format, options)
+    if len(rows) != 1:
+        raise Refused(f"a row of format {format} that holds {len(rows)} pairs, wanted one; use safer-ray audit")
+    return Read(pair_id, read_pair(rows[0], format, options), row, rows[0])
 
 
-def _unreadable(name: str, text: str | list[dict[str, str]], limits: Limits) -> Reason | None:
-    turns = [{"role": "", "content": text}] if isinstance(text, str) else text
-    role, said = max((len(m["role"]) for m in turns), default=0), sum(len(m["content"]) for m in turns)
+def _check(name: str, messages: Messages, limits: Limits) -> None:
+    """Raises Unread: a part of a pair is longer than the limits, or no Unicode text."""
+    said = sum(len(message["content"]) + len(message.get(MORE, "")) for message in messages)
     if said > limits.text_chars:
-        detail = f"{name} has {said:,} characters, at most {limits.text_chars:,} are taken"
-        return Reason(code="too_long", detail=detail)
+        raise Unread("too_long", f"{name} has {said:,} characters, at most {limits.text_chars:,} are taken")
+    role = max((len(message["role"]) for message in messages), default=0)
     if role > ROLE_CHARS:
-        detail = f"{name} has a role of {role:,} characters, at most {ROLE_CHARS} are taken"
-        return Reason(code="too_long", detail=detail)
+        raise Unread("too_long", f"{name} has a role of {role:,} characters, at most {ROLE_CHARS} are taken")
+    half = _half_pair("".join(text for message in messages for text in message.values()))
+    if half is not None:
+        raise Unread("not_unicode", f"{name} is no Unicode text: half a surrogate pair at character {half}")
+
+
+def _half_pair(text: str) -> int | None:
+    """Return where a text holds half a surrogate pair, which no Unicode text does."""
     try:
-        "".join(m["role"] + m["content"] for m in turns).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        detail = f"{name} is no Unicode text: half a surrogate pair at character {error.start}"
-        return Reason(code="not_unicode", detail=detail)
+        return error.start
     return None
+
+
+def as_read(read: Read) -> Read:
+    """Return a pair such that its places are those in its own messages, as the page shows them."""
+    row = {"prompt": read.pair.prompt, "chosen": read.pair.chosen, "rejected": read.pair.rejected}
+    return Read(read.id, replace(read.pair, used=SIDES | {"prompt"}), row, row)
 
 
 def answer(read: Read, outcome: Outcome, names: Mapping[int, str]) -> ScoredPair | FailedPair:
     """Return what is answered of a pair; `names` are those of the features."""
     if outcome.figures is None:
         return FailedPair(id=read.id, error=Reason(code="unscorable", detail=outcome.error or "no score"))
+    told = outcome.figures | {"notes": list(read.pair.notes)}
     if outcome.explanation is None:
-        return ScoredPair(id=read.id, **outcome.figures)
+        return ScoredPair(id=read.id, **told)
     features = [
         Contribution.model_validate({**part._asdict(), "name": names[part.feature]})
         for part in outcome.explanation.features
     ]
-    return ScoredPair(id=read.id, **outcome.figures, features=features, spans=_spans(read, outcome.explanation))
+    return ScoredPair(id=read.id, **told, features=features, spans=_spans(read, outcome.explanation))
 
 
 def _spans(read: Read, explanation: Explanation) -> list[Span]:
-    """Sentences in the texts as sent; those of a prompt that was not sent as such are left out."""
-    pieces: dict[str, Pieces] = pieces_of(read.sent, read.pair)
+    """Sentences in the texts as sent; those that were not sent as they were read are left out."""
+    pieces: dict[str, Pieces] = pieces_of(read.sent, read.row, read.pair)
     spans = []
     for sentence in explanation.sentences:
         own = pieces["prompt" if sentence.part == "prompt" else sentence.side]
         if found := sent_span(own, sentence.message, sentence.start, sentence.stop):
-            message, start, end = found
             told = {name: getattr(sentence, name) for name in ("side", "part", "contribution", "features")}
-            spans.append(Span.model_validate({**told, "message": message, "start": start, "end": end}))
+            where = dict(zip(("column", "message", "start", "end"), found, strict=True))
+            spans.append(Span.model_validate({**told, **where}))
     return spans

@@ -5,11 +5,16 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from safer_ray.formats.canonical import said
+from safer_ray.formats.declaration import Messages, Refused
+from safer_ray.formats.markup import without_stops
+from safer_ray.formats.messages import fields_of
 from safer_ray.formats.transcripts import is_transcript
 from safer_ray.report.plots import number
-from safer_ray.service.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, Pair, ScoredPair
-from safer_ray.service.highlighting import Marked, Piece, marked, messages_of
+from safer_ray.service.api import AuditorInfo, Contribution, FailedPair, FeatureDetail, ScoredPair
+from safer_ray.service.highlighting import Marked, Piece, marked
 from safer_ray.service.histograms import Spot, reference_figure, sides_figure
+from safer_ray.service.request_parsing import Read
 from safer_ray.service.uploads import Line, row_json
 from safer_ray.service.verdict import DETECTORS, Verdict, detector_value, place, verdict_of
 
@@ -58,15 +63,15 @@ class Carried(NamedTuple):
     whole: bool  # whether these are all
 
 
-def show(pair: Pair, result: ScoredPair, info: AuditorInfo) -> Shown:
+def show(read: Read, result: ScoredPair, info: AuditorInfo) -> Shown:
     """A scored pair with its marked texts, its features and its place among the reference pairs."""
-    said = marked(pair.prompt, pair.chosen, pair.rejected, result)
+    texts = marked(read.pair.prompt, read.pair.chosen, read.pair.rejected, result)
     strongest = sorted(result.features or (), key=lambda feature: (-abs(feature.contribution), feature.feature))
     return Shown(
         result,
         verdict_of(result, info),
-        said,
-        _sentences(said),
+        texts,
+        _sentences(texts),
         strongest,
         abs(strongest[0].contribution) if strongest else 1.0,
         *_figures(result, info),
@@ -86,7 +91,10 @@ def by_suspicion(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPai
 def without_score(lines: Sequence[Line], results: Sequence[ScoredPair | FailedPair | None]) -> list[Unscored]:
     """The rows that have none, in the order of the file."""
     return [
-        Unscored(line.number, result.error.detail if isinstance(result, FailedPair) else line.error or "")
+        Unscored(
+            line.number,
+            result.error.detail if isinstance(result, FailedPair) else line.error.detail if line.error else "",
+        )
         for line, result in zip(lines, results, strict=True)
         if not isinstance(result, ScoredPair)
     ]
@@ -105,7 +113,7 @@ def scored_row(
         said |= result.model_dump(exclude={"features", "spans"})
         said["features"] = [feature.model_dump() for feature in kept]
     elif result is None:
-        said["error"] = {"code": "refused", "detail": line.error}
+        said["error"] = line.error.model_dump() if line.error else None
     else:
         said |= result.model_dump()
     return row | {"safer_ray": said}
@@ -133,18 +141,31 @@ def columns_left_out(lines: Sequence[Line]) -> list[str]:
     return told + ([f"{len(names) - NAMES:,} more"] if len(names) > NAMES else [])
 
 
-def plain(pair: Pair) -> dict[str, Any]:
+def plain(read: Read) -> dict[str, Any]:
     """Return a pair as a row that reads as the same pair; one message of a user or an assistant is a text, and a side
     that does not begin with an assistant's repeats the prompt."""
-    row = pair.model_dump()
-    prompt = row["prompt"]
-    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        turns = messages_of(getattr(pair, name), role)
-        if [turn.role for turn in turns] == [role] and not is_transcript(turns[0].content):
-            row[name] = turns[0].content
-        elif role == "assistant" and turns[0].role != role:
-            row[name] = [*prompt, *row[name]]
+    pair = read.pair
+    row: dict[str, Any] = {"id": read.id}
+    for name, role, turns in (
+        ("prompt", "user", pair.prompt),
+        ("chosen", "assistant", pair.chosen),
+        ("rejected", "assistant", pair.rejected),
+    ):
+        if len(turns) == 1 and turns[0] == {"role": role, "content": turns[0]["content"]} and _is_plain(turns):
+            row[name] = turns[0]["content"]
+        else:
+            lead = pair.prompt if role == "assistant" and turns[0]["role"] != role else []
+            row[name] = [fields_of(turn) for turn in (*lead, *turns)]
     return row
+
+
+def _is_plain(turns: Messages) -> bool:
+    """Return whether the text of the only message reads as that message alone."""
+    text = turns[0]["content"]
+    try:
+        return said(text, "text") == text == without_stops(text) and not is_transcript(text)
+    except Refused:
+        return False
 
 
 def feature_figure(feature: FeatureDetail) -> Markup | None:
@@ -181,8 +202,8 @@ def _figures(result: ScoredPair, info: AuditorInfo) -> tuple[Markup, Markup | No
     return Markup(score), Markup(reference_figure("plot-value", name, histogram, spot, info.threshold, axis))
 
 
-def _excerpt(pair: Pair) -> str:
+def _excerpt(read: Read) -> str:
     """The end of a prompt: its last message in one line."""
-    said = messages_of(pair.prompt, "user")
-    text = " ".join(said[-1].content.split()) if said else ""
+    prompt = read.pair.prompt
+    text = " ".join(prompt[-1]["content"].split()) if prompt else ""
     return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"

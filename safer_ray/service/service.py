@@ -10,10 +10,9 @@ from typing import Protocol
 from safer_ray.config.reading import Reading
 from safer_ray.config.sections import DetectorOf, ScoresConfig
 from safer_ray.features.bundle import check_code
-from safer_ray.service.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, Pair, ScoredPair
+from safer_ray.service.api import AuditorInfo, FailedPair, FeatureDetail, FeatureSummary, ScoredPair
 from safer_ray.service.bundle_info import details_of, info_of, open_auditor, scores_config, summary_of
-from safer_ray.service.request_limits import Limits
-from safer_ray.service.request_parsing import Read, Row, Scored, answer, read_pairs
+from safer_ray.service.request_parsing import Read, Row, Scored, answer
 
 Result = ScoredPair | FailedPair
 
@@ -29,13 +28,13 @@ class Results(list[Result]):
 
 
 class Service(Protocol):
-    """Scores pairs, and tells of the auditor that it scores them by.
+    """Scores pairs that were read, and tells of the auditor that it scores them by.
 
     Raises:
         Problem: 429, 503 or 504 by `score`, where the whole request gets no answer.
     """
 
-    async def score(self, pairs: Sequence[Pair], explain: bool) -> Results: ...
+    async def score(self, pairs: Sequence[Read | FailedPair], explain: bool) -> Results: ...
 
     async def info(self) -> AuditorInfo: ...
 
@@ -57,11 +56,10 @@ class Service(Protocol):
 
 
 class BaseService:
-    """A service without its scoring: it describes its bundle, and reads and answers pairs."""
+    """A service without its scoring: it describes its bundle."""
 
-    def __init__(self, auditor: Path, config: ScoresConfig, limits: Limits) -> None:
+    def __init__(self, auditor: Path, config: ScoresConfig) -> None:
         self.bundle = open_auditor(auditor)
-        self.limits = limits
         self.details = details_of(self.bundle)
         self.names = {feature: detail.name for feature, detail in self.details.items()}
         self.configure(config)
@@ -84,9 +82,6 @@ class BaseService:
 
     async def health(self) -> bool:
         return True
-
-    def read(self, pairs: Sequence[Pair]) -> list[Read | FailedPair]:
-        return read_pairs(pairs, self.limits)
 
 
 def answers(read: Sequence[Read | FailedPair], scored: Scored) -> Results:
@@ -112,7 +107,6 @@ class LocalService(BaseService):
         detector: DetectorOf | None = None,
         flag_quantile: float = 0.05,
         reasons: int = 8,
-        limits: Limits | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         from safer_ray.service.scoring import ScorePairs, score_rows
@@ -123,17 +117,16 @@ class LocalService(BaseService):
         self.scorer = ScorePairs(bundle, config, Reading(trust_remote_code=trust_remote_code))
         self.score_rows = score_rows
         self.thread = ThreadPoolExecutor(max_workers=1)
-        super().__init__(auditor, config, limits or Limits())
+        super().__init__(auditor, config)
 
     def configure(self, config: ScoresConfig) -> None:
         super().configure(config)
         self.scorer.configure(config)
 
-    async def score(self, pairs: Sequence[Pair], explain: bool) -> Results:
-        read = self.read(pairs)
-        loop, rows = asyncio.get_running_loop(), rows_of(read, explain)
+    async def score(self, pairs: Sequence[Read | FailedPair], explain: bool) -> Results:
+        loop, rows = asyncio.get_running_loop(), rows_of(pairs, explain)
         outcomes = await loop.run_in_executor(self.thread, self.score_rows, self.scorer.outcomes, rows)
-        return answers(read, Scored(self.bundle.name, outcomes, self.names, self.bundle.red_team))
+        return answers(pairs, Scored(self.bundle.name, outcomes, self.names, self.bundle.red_team))
 
     async def ready(self) -> bool:
         return True

@@ -5,19 +5,21 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-from pydantic import ValidationError
-
-from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import FORMATS, expanded, read_pair, row_format
-from safer_ray.service.api import MAX_ID_CHARS, Message, Pair
+from safer_ray.formats.canonical import PROMPTS, SIDES, SYSTEMS
+from safer_ray.service.api import Reason
 from safer_ray.service.problems import Problem
-from safer_ray.service.request_limits import Limits, check_nesting
+from safer_ray.service.request_limits import Limits, check_nesting, texts_in
+from safer_ray.service.request_parsing import Read, Unread, as_read, id_of, read_row
 
 MAX_ROWS = 1000
 MAX_LINES = 100 * MAX_ROWS  # blank ones included
 LIMITS = Limits()  # of nesting, and of lists, objects and items in the whole file
-WANTED = "wanted prompt, chosen and rejected, or another preference format"
-READ = {"id", "pair_id", "prompt", "chosen", "rejected", "response_0", "response_1"}  # what a scored row holds, too
+TURNS = (  # each opens a message, of a transcript, of template markup, or of messages as JSON text
+    *("\n\nHuman:", "\n\nAssistant:", "<|im_start|>", "<|start_header_id|>", "<|header_start|>", "<start_of_turn>"),
+    *("[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<|system|>", '"role', '"from'),
+)
+IDS = ("id", "pair_id")
+RESPONSES = ("response_0", "response_1")  # that a format reads without another name for them
 ANSWER_BYTES = 2**16  # of a scored file, that are made at a time
 
 
@@ -25,8 +27,8 @@ class Line(NamedTuple):
     """A line of the file: its pair, or why there is none."""
 
     number: int  # from 1, as editors count
-    pair: Pair | None
-    error: str | None
+    pair: Read | None
+    error: Reason | None
     left_out: tuple[str, ...] = ()  # columns that the scored file lacks
 
 
@@ -34,7 +36,7 @@ class TooManyRows(Exception):  # noqa: N818  # a verdict on a file, no error
     """A file of more rows than one upload may hold."""
 
 
-def read_lines(content: bytes) -> list[Line]:
+def read_lines(content: bytes, limits: Limits = LIMITS) -> list[Line]:
     """The lines of a file that are not blank.
 
     Raises:
@@ -48,7 +50,7 @@ def read_lines(content: bytes) -> list[Line]:
         if raw.strip():
             if len(lines) == MAX_ROWS:
                 raise TooManyRows(f"more than {MAX_ROWS:,} rows; split the file, or use safer-ray audit")
-            line, counts = _line(number, raw)
+            line, counts = _line(number, raw, limits)
             lines.append(line)
             values, members = values + counts[0], members + counts[1]
             if values > LIMITS.values or members > LIMITS.members:
@@ -60,55 +62,57 @@ def read_lines(content: bytes) -> list[Line]:
 
 
 def turns_in(row: dict[str, Any]) -> int:
-    """Return about how many messages are made of the row's texts, which may be transcripts."""
-    texts = [value for value in row.values() if isinstance(value, str)]
-    return sum(text.count(mark) for text in texts for mark in ("\n\nHuman:", "\n\nAssistant:"))
-
-
-def pair_of(row: dict[str, Any], default_id: str) -> Pair:
-    """A row of any preference format as a pair of messages.
+    """Return about how many messages are made of the row's texts, which may hold conversations.
 
     Raises:
-        Refused: it is no usable pair, or one of more messages than a request may hold; the text says why.
+        Unread: more than a request may hold, so that none are made.
     """
-    if turns_in(row) > LIMITS.values:
-        raise Refused(f"more than {LIMITS.values:,} turns of Human: and Assistant:")
-    format = row_format(row)
-    if format is None and not {"prompt", "chosen", "rejected"} & row.keys():
-        raise Refused(f"{WANTED}; got the keys {', '.join(sorted(row)[:8]) or '(none)'}")
-    format = format or "canonical"
-    if FORMATS[format].several:
-        raise Refused(f"a row of format {format} holds several pairs, wanted one a line; use safer-ray audit")
-    (one,) = expanded(row, format)
-    read = read_pair(one, format)
-    said = {"prompt": read.prompt, "chosen": read.chosen, "rejected": read.rejected}
-    texts: dict[str, Any] = {name: [Message(**message) for message in turns] for name, turns in said.items()}
-    try:
-        return Pair(id=_id(row, default_id), **texts)
-    except ValidationError as error:
-        raise Refused(error.errors()[0]["msg"]) from None
+    turns = sum(text.count(mark) for text in texts_in(row) for mark in TURNS)
+    if turns > LIMITS.values:
+        raise Unread("too_long", f"more than {LIMITS.values:,} turns of a conversation")
+    return turns
+
+
+def read_one(row: dict[str, Any], limits: Limits) -> Read:
+    """Return the row that a form holds as a pair, with its places in its own messages.
+
+    Raises:
+        Unread: it is no usable pair; the reason says why.
+    """
+    turns_in(row)
+    return as_read(read_row(row, _id(row, "pair"), limits))
+
+
+def _id(row: dict[str, Any], default: str) -> str:
+    return default if (own := id_of(row, *IDS)) is None else own
+
+
+def columns_besides(read: Read) -> tuple[str, ...]:
+    """Return the columns of a row of which nothing is said in its pair's texts."""
+    texts = {*PROMPTS, *SYSTEMS, *SIDES, *RESPONSES} & read.pair.used
+    return tuple(name for name in read.sent if name in read.row and name not in texts and name not in IDS)
 
 
 def parse_row(text: str | bytes) -> dict[str, Any]:
     """One JSON object.
 
     Raises:
-        Refused: it is something else, or nests deeper or holds more than a request may.
+        Unread: it is something else, or nests deeper or holds more than a request may.
     """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     _counted(raw)
     try:
         row = json.loads(text, parse_constant=_no_number, parse_float=_number)
     except RecursionError:
-        raise Refused("nested too deeply") from None
+        raise Unread("refused", "nested too deeply") from None
     except UnicodeDecodeError:
-        raise Refused("not UTF-8") from None
+        raise Unread("not_unicode", "not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise Refused(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise Unread("refused", f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:
-        raise Refused(f"not JSON: {error}") from None
+        raise Unread("refused", f"not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise Refused("not a JSON object")
+        raise Unread("refused", "not a JSON object")
     return row
 
 
@@ -131,32 +135,24 @@ def scored_lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
 
 
 def _counted(raw: bytes) -> tuple[int, int]:
-    """Return how many lists and objects, and items, a row holds; raises Refused where one row may not hold so many."""
+    """Return how many lists and objects, and items, a row holds; raises Unread where one row may not hold so many."""
     try:
         return check_nesting(raw, LIMITS)
     except Problem as problem:
-        raise Refused(str(problem.detail)) from None
+        raise Unread("refused", str(problem.detail)) from None
 
 
-def _line(number: int, raw: bytes) -> tuple[Line, tuple[int, int]]:
+def _line(number: int, raw: bytes, limits: Limits) -> tuple[Line, tuple[int, int]]:
     """Return a line, and what it counts against the limits of the file; one over them is not parsed, and counts not."""
     counts = (0, 0)
     try:
         counts = _counted(raw)
         row = parse_row(raw)
-        if (turns := turns_in(row)) <= LIMITS.values:
-            counts = counts[0] + turns, counts[1]
-        return Line(number, pair_of(row, f"line {number}"), None, tuple(row.keys() - READ)), counts
-    except Refused as reason:
-        return Line(number, None, str(reason)), counts
-
-
-def _id(row: dict[str, Any], default: str) -> str:
-    found = next((row[name] for name in ("id", "pair_id") if isinstance(row.get(name), str | int)), default)
-    text = str(found)
-    if len(text) > MAX_ID_CHARS:
-        raise Refused(f"id of {len(text):,} characters, at most {MAX_ID_CHARS} are allowed")
-    return text
+        counts = counts[0] + turns_in(row), counts[1]
+        read = read_row(row, _id(row, f"line {number}"), limits)
+        return Line(number, as_read(read), None, columns_besides(read)), counts
+    except Unread as error:
+        return Line(number, None, error.reason), counts
 
 
 def _number(text: str) -> float:

@@ -10,13 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
-from safer_ray.formats.declaration import Refused
-from safer_ray.service.api import FailedPair, Pair, ScoredPair
+from safer_ray.service.api import FailedPair, ScoredPair
 from safer_ray.service.auth import COOKIE
 from safer_ray.service.problems import Problem, overloaded
 from safer_ray.service.rate_limits import RateLimited, counted_pairs, pairs_at_once
 from safer_ray.service.render import error_page, examples, respond
 from safer_ray.service.request_limits import Limits, LimitsOf, chars_of
+from safer_ray.service.request_parsing import Read, Unread
 from safer_ray.service.results import (
     by_suspicion,
     carried,
@@ -27,7 +27,7 @@ from safer_ray.service.results import (
     without_score,
 )
 from safer_ray.service.service import Service
-from safer_ray.service.uploads import MAX_ROWS, Line, TooManyRows, pair_of, parse_row, read_lines, scored_lines
+from safer_ray.service.uploads import MAX_ROWS, Line, TooManyRows, parse_row, read_lines, read_one, scored_lines
 from safer_ray.service.verdict import DETECTORS
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -118,7 +118,7 @@ def pages(service: Service, limits: LimitsOf) -> APIRouter:
 
     @router.post("/")
     async def score(request: Request) -> Response:
-        return await score_form(View(service, request))
+        return await score_form(View(service, request), limits())
 
     @router.post("/upload")
     async def upload(request: Request) -> Response:
@@ -150,7 +150,7 @@ def pages(service: Service, limits: LimitsOf) -> APIRouter:
     return router
 
 
-async def score_form(view: View) -> Response:
+async def score_form(view: View, limits: Limits) -> Response:
     """The result of the pair that was entered, or the form with what is wrong."""
     if (await view.request.body()).count(b"&") > MAX_FIELDS and not view.request.headers.get(
         "content-type", ""
@@ -159,11 +159,12 @@ async def score_form(view: View) -> Response:
     sent = await view.request.form(max_files=0, max_fields=MAX_FIELDS)
     form = BLANK | {name: str(sent[name]) for name in BLANK if name in sent}
     try:
-        pair = pair_of(parse_row(form["row"]) if form["row"].strip() else {name: form[name] for name in FIELDS}, "pair")
+        row = parse_row(form["row"]) if form["row"].strip() else {name: form[name] for name in FIELDS}
+        pair = read_one(row, limits)
         with counted_pairs(view.request.scope, 1):
             [result] = await view.service.score([pair], explain=True)
-    except Refused as reason:
-        return await view.home(form, 422, errors=errors_of(form, str(reason)))
+    except Unread as error:
+        return await view.home(form, 422, errors=errors_of(form, error.reason.detail))
     except Problem as problem:
         return await view.unanswered(form, problem)
     if isinstance(result, FailedPair):
@@ -183,7 +184,7 @@ async def score_file(view: View, limits: Limits) -> Response:
             if not isinstance(file, UploadFile) or not file.filename:
                 return await view.home(BLANK, 422, errors={"file": "No file was chosen."})
             name, as_file = file.filename[:NAME_CHARS], sent.get("answer") == "file"
-            lines = await run_in_threadpool(read_lines, await file.read())
+            lines = await run_in_threadpool(read_lines, await file.read(), limits)
         if not lines:
             return await view.home(BLANK, 422, errors={"file": f"{name} is empty."})
         results = await score_lines(view, lines, limits)
@@ -208,12 +209,12 @@ async def score_lines(view: View, lines: Sequence[Line], limits: Limits) -> list
     return [None if line.pair is None else next(scored) for line in lines]
 
 
-def chunks_of(pairs: Sequence[Pair], most: int, chars: int) -> Iterator[list[Pair]]:
+def chunks_of(pairs: Sequence[Read], most: int, chars: int) -> Iterator[list[Read]]:
     """Return the pairs in order, as many together as a request may hold: `most`, and of `chars` characters in all."""
-    chunk: list[Pair] = []
+    chunk: list[Read] = []
     room = chars
     for pair in pairs:
-        size = sum(chars_of(messages) for messages in pair.model_dump(exclude={"id"}).values())
+        size = chars_of([pair.pair.prompt, pair.pair.chosen, pair.pair.rejected])
         if chunk and (len(chunk) == most or size > room):
             yield chunk
             chunk, room = [], chars
@@ -223,7 +224,7 @@ def chunks_of(pairs: Sequence[Pair], most: int, chars: int) -> Iterator[list[Pai
         yield chunk
 
 
-async def _patiently(view: View, pairs: Sequence[Pair]) -> list[Result]:
+async def _patiently(view: View, pairs: Sequence[Read]) -> list[Result]:
     """Scores a chunk, and comes again as the service asks while it is busy."""
     waited = 0.0
     while True:

@@ -1,17 +1,20 @@
 """What features and sentences add to a score, and where those sentences lie in the texts as they were sent."""
 
+import json
+
 import numpy as np
 import pytest
+from formats.test_layouts import ASKED, BAD, ROWS, USER
 from hypothesis import given
 from hypothesis import strategies as st
 from support.made import make_codes, make_pair, messages
 from support.templates import CHAT_TEMPLATE, LONG
 
-from safer_ray.data.places import pieces_of, sent_span
+from safer_ray.data.places import Piece, pieces_of, sent_span
 from safer_ray.features.explain import explain
 from safer_ray.features.scoring import Features, pair_scores
 from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import read_pair
+from safer_ray.formats.registry import FORMATS, expanded, read_pair, row_format
 from safer_ray.reward.sentence_ends import SENTENCE_END
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import PairTokenizer
@@ -83,17 +86,119 @@ def test_a_span_of_what_was_sent_is_its_sentence(tokenizers, template, prompt, c
     except Refused:
         return
     pair = {"pair_id": "a", "prompt": read.prompt, "chosen": read.chosen, "rejected": read.rejected}
-    pieces = pieces_of(sent, read)
+    pieces = pieces_of(sent, sent, read)
     for side, _, spot in sentences(tokenizers[template], pair):
         if spot is None:
             continue
         name = "prompt" if spot.part == "prompt" else side
         found = sent_span(pieces[name], spot.message, spot.start, spot.stop)
-        assert found is not None
-        message, start, stop = found
+        if found is None:  # it goes over the end of one of several turns that are read as one
+            assert len(pieces[name][spot.message]) > 1
+            continue
+        column, message, start, stop = found
+        assert column == name
         text = sent[name] if isinstance(sent[name], str) else sent[name][message]["content"]
-        assert said(pair, side, spot).startswith(text[start:stop])
-        assert text[start:stop].strip()
+        assert said(pair, side, spot) == text[start:stop]
+
+
+def sent_text(row, column, message):
+    """The text in a column of a row, or of its message of that number."""
+    value = row[column]
+    if isinstance(value, dict):
+        assert message == 0
+        value = [value]
+    item = value if isinstance(value, str) else value[message]
+    return item if isinstance(item, str) else item.get("content", item.get("value"))
+
+
+def replaced(value, texts):
+    """A row with other texts in place of those of the layouts' rows."""
+    if isinstance(value, str):
+        for old, new in zip((ASKED, "Fine, thanks.", "Go away."), texts, strict=True):
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, list):
+        return [replaced(item, texts) for item in value]
+    return {name: replaced(item, texts) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+LAYOUTS = {name: row for name, row in ROWS.items() if not FORMATS[name].several} | {
+    "common beginning": {"chosen": "Well? How are you? Fine, thanks.", "rejected": "Well? How are you? Go away."},
+    "markup": {
+        "prompt": f"<|im_start|>user\n{ASKED}<|im_end|>\n",
+        "chosen": "Fine, thanks.</s>",
+        "rejected": "Go away.",
+    },
+    "system": {"system": "Be kind. Be brief.", "prompt": ASKED, "chosen": "Fine, thanks.", "rejected": "Go away."},
+    "JSON": {"prompt": json.dumps([USER]), "chosen": "Fine, thanks.", "rejected": json.dumps([BAD])},
+    "parts": {
+        "prompt": [USER],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Fine, thanks."}]}],
+        "rejected": "Go away.",
+    },
+    "alpaca with input": {
+        "instruction": ASKED,
+        "input": "Today. Now.",
+        "history": [],
+        "chosen": "Fine, thanks.",
+        "rejected": "Go away.",
+    },
+    "columns": {
+        "chosen": {"role": ["user", "assistant"], "content": [ASKED, "Fine, thanks."]},
+        "rejected": [USER, BAD],
+    },
+    "said twice": {
+        "prompt": [USER, USER],
+        "chosen": [USER, USER, {"role": "assistant", "content": ASKED}],
+        "rejected": "No.",
+    },
+}
+NOWHERE = {  # layouts in which some texts stand in no column as they are read: in nested lists, or as JSON
+    "arena": {"prompt", "chosen", "rejected"},
+    "hhh": {"chosen", "rejected"},
+    "nectar": {"chosen", "rejected"},
+    "ultrafeedback_raw": {"chosen", "rejected"},
+    "JSON": {"prompt", "rejected"},
+    "parts": {"chosen"},
+    "columns": {"prompt", "chosen"},
+}
+
+
+def placed(tokenizer, name, row):
+    """Of each sentence of a row of a layout, its part of the pair and whether it was placed; its text is checked."""
+    format = "trl_implicit" if name == "common beginning" else row_format(LAYOUTS[name])
+    try:
+        (one,) = expanded(row, format)
+        read = read_pair(one, format)
+    except Refused:
+        return
+    pair = {"pair_id": "a", "prompt": read.prompt, "chosen": read.chosen, "rejected": read.rejected}
+    pieces = pieces_of(row, one, read)
+    for side, _, spot in sentences(tokenizer, pair):
+        if spot is not None:
+            part = "prompt" if spot.part == "prompt" else side
+            found = sent_span(pieces[part], spot.message, spot.start, spot.stop)
+            if found is not None:
+                column, message, start, stop = found
+                assert sent_text(row, column, message)[start:stop] == said(pair, side, spot)
+            yield part, found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_sentences_are_placed_in_the_columns_of_every_layout(tokenizers, name):
+    found = [*placed(tokenizers["plain"], name, LAYOUTS[name])]
+    assert {part for part, _ in found} == {"prompt", "chosen", "rejected"}
+    assert {part for part, where in found if where is None} == NOWHERE.get(name, set())
+
+
+@given(st.sampled_from(("plain", "chat")), st.sampled_from([*LAYOUTS]), st.tuples(WORDS, WORDS, WORDS))
+def test_a_span_is_its_sentence_in_every_layout(tokenizers, template, name, texts):
+    assert all(placed(tokenizers[template], name, replaced(LAYOUTS[name], texts)))
+
+
+def test_a_text_that_is_said_twice_is_placed_where_it_was_said(tokenizers):
+    places = {(where[0], where[1]) for part, where in placed(tokenizers["plain"], "said twice", LAYOUTS["said twice"])}
+    assert places == {("prompt", 0), ("prompt", 1), ("chosen", 2), ("rejected", 0)}
 
 
 @given(TEXTS)
@@ -103,7 +208,7 @@ def test_what_a_pair_says_was_sent_piece_by_piece(prompt):
         read = read_pair(sent, "canonical")
     except Refused:
         return
-    for message, pieces in zip(read.prompt, pieces_of(sent, read)["prompt"], strict=True):
+    for message, pieces in zip(read.prompt, pieces_of(sent, sent, read)["prompt"], strict=True):
         assert pieces
         for piece in pieces:
             text = prompt if isinstance(prompt, str) else prompt[piece.message]["content"]
@@ -115,16 +220,16 @@ def test_a_response_behind_a_repeated_prompt_is_found_where_it_was_sent():
     prompt = turns("Hi there.") + "\n\nAssistant:"
     sent = {"prompt": prompt, "chosen": f"{prompt} Hello. ", "rejected": messages("assistant", "Go.")}
     read = read_pair(sent, "canonical")
-    (piece,) = pieces_of(sent, read)["chosen"][0]
+    (piece,) = pieces_of(sent, sent, read)["chosen"][0]
     assert sent["chosen"][piece.start : piece.stop] == "Hello."
 
 
 def test_a_side_that_repeats_the_prompt_as_messages_keeps_its_own_numbers():
     lead = [*messages("system", "Be kind."), *messages("user", "Hi.")]
     sent = {"prompt": "Hi.", "chosen": [*lead, *messages("assistant", "Yes.")], "rejected": "No."}
-    pieces = pieces_of(sent, read_pair(sent, "canonical"))
+    pieces = pieces_of(sent, sent, read_pair(sent, "canonical"))
     assert [piece.message for (piece,) in pieces["chosen"]] == [2]
-    assert pieces["prompt"] == [[], []]  # the side told more of it than was sent as the prompt
+    assert pieces["prompt"] == [[], [Piece(0, "prompt", 0, 0, 3)]]  # the side told more of it than was sent as that
 
 
 @pytest.fixture

@@ -226,6 +226,12 @@ def test_llama_2_has_its_system_message_inside_the_first_turn():
     [
         (repr([USER, GOOD]), "not JSON: chosen holds messages as Python's repr"),
         (json.dumps([USER, GOOD])[:-9], "not JSON: chosen begins as messages in JSON do, but"),
+        ('[{"role": ' + "[" * 100_000, "not JSON: chosen begins as messages in JSON do, but nested too deep"),
+        (
+            '[{"role": "assistant", "x": ' + "[" * 900 + "]" * 900 + "}]",
+            "not JSON: .* but nested too deep: more than 200",
+        ),
+        (json.dumps([{"role": "assistant", "content": "\ud800"}]), "not JSON: .* but bad UTF-8: a lone surrogate"),
         (
             [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "unread content: .*image_url",

@@ -152,12 +152,10 @@ def test_bodies_are_counted_and_parsed(head, unit, tail):
 
 def test_errors_of_a_body_are_counted_no_further_than_the_first_of_a_list():
     def check(given):
-        with pytest.raises(ValueError, match="valid dictionary"):
-            ScoreRequest.model_validate({"pairs": [{"prompt": json.loads(given), "chosen": "a", "rejected": "b"}]})
+        with pytest.raises(ValueError, match="1 validation error"):
+            ScoreRequest.model_validate({"pairs": [0], "carried": json.loads(given)})
 
     assert_linear(check, "0,", "[", "0]")
-    with pytest.raises(ValueError, match="1 validation error"):
-        ScoreRequest.model_validate({"pairs": [0] * 100})
 
 
 OLD_STRINGS, OLD_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(rb"[\[\]{}]")
@@ -263,11 +261,43 @@ def test_transcripts_are_read_and_their_turns_found(head, unit):
     def canonical(given):
         pair = {"prompt": given, "chosen": "a", "rejected": "b"}
         read = read_pair(pair, "canonical")
-        found = pieces_of(pair, read)["prompt"]
+        found = pieces_of(pair, pair, read)["prompt"]
         assert len(found) == len(read.prompt)
 
     assert_linear(refusing(canonical, Refused), unit, head)
     assert_linear(is_transcript, unit, head)
+
+
+MARKUP = [
+    "",
+    "<|im_start|>user\na<|im_end|>",
+    "<|user|>a</s>",
+    "[INST]",
+    "[INST]<<SYS>>",
+    '[{"role":"user","content":"',
+]
+UNITS = [
+    " ",
+    "\n",
+    "</s>",
+    "</s> ",
+    "<|im_start|>user\n",
+    "<|im_start|>a name=",
+    "<|user|>a",
+    "[INST]a[/INST]",
+    "<<SYS>>",
+]
+
+
+@pytest.mark.parametrize("tail", ["x", "x>", "</s>"])
+@pytest.mark.parametrize("unit", [*UNITS, '"},{"role":"user","content":"', "\\n"])
+@pytest.mark.parametrize("head", MARKUP)
+def test_markup_and_json_are_read(head, unit, tail):
+    def read(given):
+        pair = {"prompt": given, "chosen": given, "rejected": "b"}
+        pieces_of(pair, pair, read_pair(pair, "canonical"))
+
+    assert_linear(refusing(read, Refused), unit, head, tail)
 
 
 @pytest.mark.parametrize("unit", TURNS)
@@ -281,7 +311,7 @@ def test_two_texts_are_parted_where_they_begin_to_differ(format, unit):
 
 def test_a_place_among_many_pieces_is_found():
     def every_place(given):
-        own = [Piece(i, 0, 2 * i, 2 * i + 1) for i in range(len(given) // 16)]
+        own = [Piece(i, "prompt", 0, 2 * i, 2 * i + 1) for i in range(len(given) // 16)]
         assert all(sent_span([own], 0, piece.at, piece.at + 1) for piece in own)
 
     assert_linear(every_place, "a")
@@ -291,13 +321,14 @@ def test_a_place_among_many_pieces_is_found():
 def test_a_place_among_pieces_is_that_of_the_first_that_holds_it(lengths, start, length):
     own, at = [], 0
     for number, each in enumerate(lengths):
-        own.append(Piece(at, number, 10 * number, 10 * number + each))
+        own.append(Piece(at, "prompt", number, 10 * number, 10 * number + each))
         at += each + 2
     holds = [piece for piece in own if piece.at <= start < piece.at + piece.stop - piece.start]
     wanted = None
     if holds:
         shift = holds[0].start - holds[0].at
-        wanted = holds[0].message, start + shift, min(start + length, holds[0].stop - shift) + shift
+        if start + length <= holds[0].stop - shift:
+            wanted = "prompt", holds[0].message, start + shift, start + length + shift
     assert sent_span([own], 0, start, start + length) == wanted
 
 
@@ -349,7 +380,7 @@ def test_contents_that_a_template_rewrites_are_found_by_what_is_around_them(unit
     def spans(given):
         count = len(given) // 16
         messages = [{"role": "user", "content": f"{number:08}"} for number in range(count)]
-        markup = templates._Markup([behind] * (count + 1))
+        markup = templates._Markup([behind] * (count + 1), list(range(count)))
         templates._aligned(given, markup, templates.Conversation(messages[:-1], messages[-1:]))
 
     assert_linear(spans, unit, "x" * 64)

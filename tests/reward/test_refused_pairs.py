@@ -33,7 +33,9 @@ from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.sae.formats import save_sae
 from safer_ray.schema import split_refused
-from safer_ray.service.api import FailedPair, Pair, ScoredPair
+from safer_ray.service.api import FailedPair, ScoredPair
+from safer_ray.service.request_limits import Limits
+from safer_ray.service.request_parsing import Read, read_row
 from safer_ray.service.service import LocalService
 from safer_ray.storage.artifacts import Artifact, Place, open_artifact, read_parts
 from safer_ray.storage.contents import artifact_hash
@@ -246,8 +248,8 @@ def test_the_combined_detector_refuses_what_either_reading_refuses(bundle, tmp_p
     assert made["pair_id"].to_pylist() == [f"pair-{i:03}" for i in range(1, 9)]
 
 
-def sent(row: dict) -> Pair:
-    return Pair.model_validate({"id": row["pair_id"]} | {k: row[k] for k in ("prompt", "chosen", "rejected")})
+def sent(row: dict) -> Read:
+    return read_row({k: row[k] for k in ("prompt", "chosen", "rejected")}, row["pair_id"], Limits())
 
 
 @pytest.mark.parametrize("explain", [False, True])

@@ -101,6 +101,14 @@ def test_many_pairs_go_in_requests_of_a_few_and_keep_their_numbers(slept):
     assert ids == ["0", "mine", "2", "3", "4"]
 
 
+def test_a_layout_is_named_and_a_null_id_is_none():
+    told = Told(httpx.Response(200, json={"results": [SCORED]}))
+    with told.client() as client:
+        client.score([PAIR | {"id": None}], format="trl_implicit", carried=["context"])
+    sent = httpx.Response(200, content=told.asked[0].content).json()
+    assert (sent["format"], sent["carried"], sent["pairs"][0]["id"]) == ("trl_implicit", ["context"], "0")
+
+
 def test_a_token_is_sent_as_bearer():
     told = Told(httpx.Response(200, json={"name": "a"}))
     with told.client(token="safer_x") as client:
@@ -111,13 +119,14 @@ def test_a_token_is_sent_as_bearer():
 def test_answers_are_typed_and_what_is_new_in_them_is_left_out():
     span = {"side": "chosen", "part": "response", "message": 0, "start": 0, "end": 3, "contribution": -1.0}
     feature = {"feature": 7, "name": "n", "sign": -1, "contribution": -1.0, "later": 1}
-    result = SCORED | {"features": [feature], "spans": [span | {"features": [7]}], "later": 2}
+    spans = [span | {"features": [7]}, span | {"features": [7], "column": "response_1", "later": 3}]
+    result = SCORED | {"features": [feature], "spans": spans, "later": 2}
     failed = {"id": "1", "error": {"code": "refused", "detail": "equal responses"}}
     told = Told(httpx.Response(200, json={"results": [result, failed]}))
     with told.client() as client:
         scored, error = client.score([PAIR, PAIR], explain=True)
     assert scored.features == [Contribution(7, "n", -1, -1.0)]
-    assert scored.spans == [Span("chosen", "response", 0, 0, 3, -1.0, [7])]
+    assert scored.spans == [Span("chosen", "response", 0, 0, 3, -1.0, [7], column) for column in (None, "response_1")]
     assert error == Failed("1", "refused", "equal responses")
 
 

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_ray.formats.declaration import Refused
+from safer_ray.formats.declaration import Pair
 from safer_ray.report.plots import MINUS
 from safer_ray.service.api import (
     AuditorInfo,
     Contribution,
     FailedPair,
     Histogram,
-    Message,
     Reason,
     Reference,
     ScoredPair,
@@ -26,6 +25,8 @@ from safer_ray.service.api import (
 from safer_ray.service.highlighting import STEPS, marked, step_of, visible
 from safer_ray.service.histograms import Spot, reference_figure, sides_figure
 from safer_ray.service.render import error_page, examples, respond, sign_in_page
+from safer_ray.service.request_limits import Limits
+from safer_ray.service.request_parsing import Read, Unread, as_read, read_row
 from safer_ray.service.results import (
     PAGE_BYTES,
     Scored,
@@ -37,7 +38,7 @@ from safer_ray.service.results import (
     show,
     without_score,
 )
-from safer_ray.service.uploads import MAX_ROWS, TooManyRows, pair_of, parse_row, read_lines, row_json
+from safer_ray.service.uploads import MAX_ROWS, TooManyRows, parse_row, read_lines, read_one, row_json
 from safer_ray.service.verdict import detector_value, number_of, percent, place, signed, verdict_of
 from safer_ray.service.web import chunks_of
 
@@ -51,6 +52,7 @@ def span(start, end, contribution, side="chosen", part="response", message=0, fe
     return Span(
         side=side,
         part=part,
+        column="prompt" if part == "prompt" else side,
         message=message,
         start=start,
         end=end,
@@ -101,6 +103,19 @@ def auditor(detector="reward_margin", **more):
     return AuditorInfo(**values | more)
 
 
+def turns_of(*texts):
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def answer_of(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def pair_of(row, pair_id):
+    return as_read(read_row(row, pair_id, Limits()))
+
+
 def texts(turns):
     return ["".join(piece.text for piece in turn.pieces) for turn in turns]
 
@@ -109,7 +124,7 @@ def texts(turns):
 
 
 def test_a_text_is_cut_at_its_sentences_and_nothing_is_lost():
-    said = marked(PROMPT, CHOSEN, REJECTED, result())
+    said = marked(turns_of(PROMPT), answer_of(CHOSEN), answer_of(REJECTED), result())
     assert texts(said.chosen) == [CHOSEN]
     assert [(p.text, p.step) for p in said.chosen[0].pieces] == [
         ("Sure, here is how.", -2),
@@ -120,9 +135,10 @@ def test_a_text_is_cut_at_its_sentences_and_nothing_is_lost():
 
 
 def test_spans_name_messages_and_sides():
-    turns = [Message(role="user", content="Hi."), Message(role="assistant", content="Hello. You?")]
+    turns = turns_of("Hi.", "Hello. You?")
     spans = [span(0, 6, 0.3, part="prompt", message=1), span(0, 6, -0.1, side="rejected", part="prompt", message=1)]
-    said = marked(turns, CHOSEN, REJECTED, result(spans=[*spans, span(0, 23, 0.2, side="rejected")]))
+    spans.append(span(0, 23, 0.2, side="rejected"))
+    said = marked(turns, answer_of(CHOSEN), answer_of(REJECTED), result(spans=spans))
     assert [turn.role for turn in said.prompt] == ["user", "assistant"]
     assert said.prompt[1].pieces[0].contribution == pytest.approx(0.2)
     assert said.prompt[1].pieces[0].step == said.rejected[0].pieces[0].step > 0
@@ -134,7 +150,7 @@ def test_spans_name_messages_and_sides():
 )
 def test_whatever_spans_come_the_text_stays_whole(text, cuts):
     spans = [span(start, end, amount) for start, end, amount in cuts]
-    assert "".join(texts(marked("q", text, "r", result(spans=spans)).chosen)) == text
+    assert "".join(texts(marked(turns_of("q"), answer_of(text), answer_of("r"), result(spans=spans)).chosen)) == text
 
 
 def test_shades_are_signed_and_the_strongest_is_darkest():
@@ -213,7 +229,7 @@ def test_each_line_gets_a_pair_or_a_reason():
     lines = read_lines(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
     assert [line.number for line in lines] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert [line.pair and line.pair.id for line in lines] == ["a", None, "7", None, None, None, None, None]
-    assert [line.error for line in lines] == [
+    assert [line.error and line.error.detail for line in lines] == [
         None,
         "missing column: rejected",
         None,
@@ -223,13 +239,13 @@ def test_each_line_gets_a_pair_or_a_reason():
         "id of 201 characters, at most 200 are allowed",
         "not a JSON object",
     ]
-    assert lines[2].pair.prompt == [Message(role="user", content="p")]
+    assert lines[2].pair.pair.prompt == turns_of("p")
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 40_000, "nested deeper than 8 levels"),
+        ("[" * 40_000, "nested deeper than 12 levels"),
         ('{"a": [' + "[]," * 60_000 + "0]}", "more than 50,000 lists and objects"),
         ('{"a": [' + "0," * 150_000 + "0]}", "more than 100,000 items and keys"),
         ('{"a": NaN}', "not JSON: NaN is no JSON number"),
@@ -241,28 +257,28 @@ def test_each_line_gets_a_pair_or_a_reason():
     ids=["nesting", "values", "items", "nan", "infinity", "bytes", "digits", "number"],
 )
 def test_what_is_no_row_is_refused(text, reason):
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(Unread, match=reason):
         parse_row(text)
 
 
-@pytest.mark.parametrize("turn", ["\n\nHuman: a", "\n\nAssistant:"])
+@pytest.mark.parametrize("turn", ["\n\nHuman: a", "\n\nAssistant:", "<|user|>a", "[INST]a[/INST]", '{"role":"user"},'])
 def test_a_text_of_too_many_turns_is_refused_before_messages_are_made_of_it(turn, monkeypatch):
     """A file of 16 MB held the service for seconds, to be told that its text is too long."""
     row = {"prompt": turn * 50_001, "chosen": "c", "rejected": "r"}
-    monkeypatch.setattr("safer_ray.service.uploads.read_pair", None)
-    assert read_lines(json.dumps(row).encode())[0].error == "more than 50,000 turns of Human: and Assistant:"
-    with pytest.raises(Refused, match="more than 50,000 turns"):
-        pair_of(row, "a")
+    monkeypatch.setattr("safer_ray.service.request_parsing.read_pair", None)
+    assert read_lines(json.dumps(row).encode())[0].error.detail == "more than 50,000 turns of a conversation"
+    with pytest.raises(Unread, match="more than 50,000 turns"):
+        read_one(row, Limits())
 
 
 def test_a_line_may_be_a_row_that_names_its_columns_otherwise():
     answers = [{"answer": "yes", "model": "a", "rank": 2}, {"answer": "no", "model": "b", "rank": 1}]
     ranked = pair_of({"prompt": "p", "answers": answers}, "1")
-    assert (ranked.chosen[0].content, ranked.rejected[0].content) == ("no", "yes")
+    assert (ranked.pair.chosen, ranked.pair.rejected) == (answer_of("no"), answer_of("yes"))
     judged = pair_of({"input": "p", "output_1": "a", "output_2": "b", "label": 2}, "2")
-    assert (judged.chosen[0].content, judged.rejected[0].content) == ("b", "a")
-    many = {"prompt": "p", "chosen": ["a"] * 20_000, "rejected": ["b"] * 20_000, "subset": "Ties"}
-    with pytest.raises(Refused, match="a row of format rewardbench2 holds several pairs, wanted one a line"):
+    assert (judged.pair.chosen, judged.pair.rejected) == (answer_of("b"), answer_of("a"))
+    many = {"id": 1, "prompt": "p", "chosen": ["a"] * 20_000, "rejected": ["b"] * 20_000, "subset": "Ties"}
+    with pytest.raises(Unread, match="a row of format rewardbench2 holds several pairs, wanted one"):
         pair_of(many, "3")
 
 
@@ -325,9 +341,10 @@ TEXT_AND_MESSAGES = [
 
 @pytest.mark.parametrize("row", TEXT_AND_MESSAGES)
 def test_a_row_of_a_scored_file_reads_as_the_pair_that_was_scored(row):
-    pair = pair_of(row, "a")
-    assert pair_of(plain(pair), "b") == pair
-    assert pair_of(json.loads(row_json(plain(pair))), "b") == pair
+    read = read_one(row, Limits())
+    again = read_one(json.loads(row_json(plain(read))), Limits())
+    for name in ("prompt", "chosen", "rejected"):
+        assert getattr(again.pair, name) == getattr(read.pair, name)
 
 
 def test_half_a_surrogate_pair_goes_out_as_json_says_it():
@@ -361,7 +378,7 @@ def test_a_reason_is_short_whatever_a_row_holds():
         {"prompt": "p", "chosen": [{"role": "x" * 10_000, "content": "c"}], "rejected": "r"},
     ]
     lines = read_lines("\n".join(map(json.dumps, rows)).encode())
-    assert [(line.pair, len(line.error)) for line in lines] == [(None, 300)] * 2
+    assert [(line.pair, len(line.error.detail)) for line in lines] == [(None, 300)] * 2
 
 
 def test_chunks_of_a_file_hold_no_more_than_a_request_may():
@@ -369,7 +386,7 @@ def test_chunks_of_a_file_hold_no_more_than_a_request_may():
     chunks = [*chunks_of(pairs, 32, 300)]
     assert [pair for chunk in chunks for pair in chunk] == pairs
     assert max(map(len, chunks)) <= 32
-    sizes = [[sum(len(turn.content) for turn in pair.prompt) for pair in chunk] for chunk in chunks]
+    sizes = [[sum(len(turn["content"]) for turn in pair.pair.prompt) for pair in chunk] for chunk in chunks]
     assert all(sum(chunk) < 300 for chunk in sizes)
 
 
@@ -412,8 +429,8 @@ def test_examples_are_pairs_that_can_be_scored():
     assert len({example.name for example in examples()}) == len(examples()) >= 4
     for example in examples():
         pair = pair_of({name: getattr(example, name) for name in ("prompt", "chosen", "rejected")}, "pair")
-        assert pair.chosen[-1].role == "assistant"
-    assert len(pair_of(examples()[-1]._asdict() | {"name": ""}, "pair").prompt) == 3
+        assert pair.pair.chosen[-1]["role"] == "assistant"
+    assert len(pair_of(examples()[-1]._asdict() | {"name": ""}, "pair").pair.prompt) == 3
 
 
 def test_errors_and_the_sign_in_are_pages():
@@ -455,9 +472,8 @@ class Tags(HTMLParser):
 def page_of(prompt, chosen, rejected, name):
     """The page with a pair's result, with one sentence a text, and one feature."""
     said = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    pair = pair_of(
-        {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in said.items()}, "p"
-    )
+    texts = {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in said.items()}
+    pair = Read("p", Pair(**texts), texts, texts)  # also of what no service would score
     spans = [span(0, len(chosen), -0.4), span(0, len(rejected), 0.4, side="rejected")]
     features = [Contribution(feature=7, name=name, sign=-1, contribution=-0.4)]
     answer = respond(
