@@ -23,7 +23,7 @@ from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, digest, identity
 from safer_ray.formats.matched import MATCHED
-from safer_ray.formats.messages import characters, without_incidents
+from safer_ray.formats.messages import characters, messages_json, without_incidents
 from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
@@ -333,13 +333,13 @@ def normalise_row(
     own_section = isinstance(section, str) and bool(section)
     used = {*pair.used, key_column} | ({"section"} if own_section else set())
     return {
-        "pair_id": key or digest(schema.to_json([pair.prompt, pair.chosen, pair.rejected]))[:32],
+        "pair_id": key or digest(f"[{','.join(map(messages_json, (pair.prompt, pair.chosen, pair.rejected)))}]")[:32],
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "label_margin": pair.label_margin,
         "section": section if own_section else source.section,
-        "group": digest(schema.to_json(without_incidents(pair.prompt)))[:16],
+        "group": digest(messages_json(without_incidents(pair.prompt)))[:16],
         "labels": sorted(pair.labels.items()),
         "extra": _extra(row, used),
         NOTES: list(pair.notes),
@@ -370,8 +370,10 @@ def lines_of(told: dict[str, Any], pairs: int) -> list[str]:
 
 def in_part(group: str, source: SourceConfig) -> bool:
     """Return whether a prompt group is in the part of the data that the source asks for."""
+    if source.part == "all":
+        return True
     holdout = int(digest(group)[:8], 16) % 10_000 < source.holdout_percent * 100
-    return source.part == "all" or holdout == (source.part == "holdout")
+    return holdout == (source.part == "holdout")
 
 
 class NormalisePairs:
@@ -395,13 +397,14 @@ class NormalisePairs:
             source = self.sources[raw_row["source_index"]]
             row = self._row(raw_row, source)
             if in_part(row.get("group") or row["raw"], source) and self._wanted(raw_row, row):
-                rows.append({name: raw_row[name] for name in ("row_key", "source", "position")} | row)
+                row |= {"row_key": raw_row["row_key"], "source": raw_row["source"], "position": raw_row["position"]}
+                rows.append(row)
         return schema.table(rows, NORMALISED)
 
     def _wanted(self, raw_row: dict[str, Any], row: dict[str, Any]) -> bool:
         """Return whether a row is one of those that its source takes; of a refused one nobody knows, so it is told."""
         wanted = self.conditions[raw_row["source_index"]]
-        return "refused" in row or meets({"source": raw_row["source"]} | row, wanted)
+        return not wanted or "refused" in row or meets({"source": raw_row["source"]} | row, wanted)
 
     def _row(self, raw_row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
         raw = raw_row["raw"] or ""

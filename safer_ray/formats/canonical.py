@@ -1,7 +1,6 @@
 """The reading of `prompt`, `chosen` and `rejected`, each text or messages, which every format comes down to."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
@@ -13,8 +12,10 @@ PROMPTS = (  # columns that look like the prompt, in the order in which they are
     *("prompt", "instruction", "question", "query", "messages", "conversations", "conversation"),
     *("history", "context", "input"),
 )
-_LOOKS_LIKE_IT = frozenset(PROMPTS)
+_USED = {name: frozenset({name, "chosen", "rejected"}) for name in PROMPTS}
 SYSTEMS = ("system", "system_prompt", "system_message")
+_LOOKS_LIKE_IT = frozenset(PROMPTS)
+_SYSTEMS = frozenset(SYSTEMS)
 SIDES = frozenset({"chosen", "rejected"})
 TURN_BREAK = "\n"  # between an instruction and its input, as LLaMA-Factory joins them
 
@@ -88,7 +89,7 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
     if len(leads) == 2 and spoken(leads[0]) != spoken(leads[1]):
         raise Refused("prompts differ")
     longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message or earlier turns
-    return Pair(leads[0] if longer else prompt, chosen, rejected, used=used | SIDES)
+    return Pair(leads[0] if longer else prompt, chosen, rejected, used=used)
 
 
 def canonical(row: Row, options: Options) -> Pair:
@@ -101,6 +102,8 @@ def prompted_by(column: str, row: Row) -> Pair:
     of them what `history` has of earlier turns."""
     value = required(row, column)
     prompt, used = parse_prompt(value, column), {column}
+    if column != "instruction" and "history" not in row:
+        return paired(row, prompt, value, _USED[column])
     if column == "instruction" and "input" in row:
         used.add("input")
         if isinstance(text := row["input"], str) and text.strip():
@@ -112,7 +115,7 @@ def prompted_by(column: str, row: Row) -> Pair:
     if column != "history" and (earlier is None or isinstance(earlier, list)) and "history" in row:
         used.add("history")
         prompt = [*_earlier(earlier or []), *prompt]
-    return paired(row, prompt, value if len(used) == 1 else None, frozenset(used))
+    return paired(row, prompt, value if len(used) == 1 else None, SIDES | used)
 
 
 def prompt_column(row: Row) -> str:
@@ -148,6 +151,8 @@ def with_system(row: Row, pair: Pair) -> Pair:
     Raises:
         Refused: the prompt has another one, or the column is no text.
     """
+    if _SYSTEMS.isdisjoint(row):
+        return pair
     for name in SYSTEMS:
         value = row.get(name)
         if name in pair.used or value is None or value == "":
@@ -156,18 +161,18 @@ def with_system(row: Row, pair: Pair) -> Pair:
             raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text of a system message")
         first = pair.prompt[0] if pair.prompt else {"role": ""}
         if first["role"] not in ("system", "developer"):
-            pair = replace(pair, prompt=[{"role": "system", "content": value}, *pair.prompt]) if value.strip() else pair
+            pair = pair._replace(prompt=[{"role": "system", "content": value}, *pair.prompt]) if value.strip() else pair
         elif value.strip() not in first["content"]:
             raise Refused(f"two system messages: {name} says other than the prompt's first message")
-        pair = replace(pair, used=pair.used | {name})
+        pair = pair._replace(used=pair.used | {name})
     return pair
 
 
-def check_nothing_dropped(row: Row, pair: Pair, carried: frozenset[str]) -> None:
+def check_nothing_dropped(row: Row, pair: Pair, carried: Collection[str]) -> None:
     """Raises Refused where a column that looks like the prompt says what no message of the pair says."""
-    for name in sorted(_LOOKS_LIKE_IT.intersection(row)):
+    for name in sorted(_LOOKS_LIKE_IT.intersection(row) - pair.used):
         value = row[name]
-        if name in pair.used or name in carried or value is None or value in ("", []):
+        if name in carried or value is None or value in ("", []):
             continue
         told = "\n".join(message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side)
         missing = next((text for text in _texts(value) if text.strip() and text.strip() not in told), None)

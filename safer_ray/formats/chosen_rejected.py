@@ -1,7 +1,6 @@
 """Formats of two responses a row named `chosen` and `rejected`, by where data sets put the prompt."""
 
 import re
-from dataclasses import replace
 
 from safer_ray.formats.canonical import SIDES, canonical, holds_messages, prompted_by, said
 from safer_ray.formats.declaration import (
@@ -98,7 +97,7 @@ def skywork(row: Row, options: Options) -> Pair:
     pair = trl_implicit(row, options)
     source = row.get("source")
     labels = {"source": as_text(source)} if source is not None else {}
-    return replace(pair, labels=labels, used=pair.used | {"source"})
+    return pair._replace(labels=labels, used=pair.used | {"source"})
 
 
 def ultrafeedback(row: Row, options: Options) -> Pair:
@@ -114,7 +113,7 @@ def ultrafeedback(row: Row, options: Options) -> Pair:
     if numbers[0] == numbers[1]:
         raise Refused(f"no preference: both scores are {numbers[0]:g}")
     repeats = {"messages"} if row.get("messages") == row["chosen"] else set()
-    return replace(pair, used=pair.used | repeats)
+    return pair._replace(used=pair.used | repeats)
 
 
 def _in_column(name: str, column: str, told: str) -> PreferenceFormat:

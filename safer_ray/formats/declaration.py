@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from safer_ray.schema import to_json
@@ -27,8 +28,7 @@ class Refused(Exception):  # noqa: N818  # a verdict on a row, no error
         super().__init__(reason if len(reason) <= REASON_CHARS else f"{reason[: REASON_CHARS - 1]}…")
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """The pair that a format reads from one row. `used` are the columns it accounts for; the others ride along as
     extras. `notes` say what was done to its texts, or should be known of them."""
 
@@ -36,7 +36,7 @@ class Pair:
     chosen: Messages
     rejected: Messages
     label_margin: float | None = None
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     used: frozenset[str] = frozenset({"prompt", "chosen", "rejected"})
     notes: tuple[str, ...] = ()
 

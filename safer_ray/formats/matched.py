@@ -4,7 +4,6 @@ They were not made as pairs: what a pair of them says is that its two responses 
 """
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Literal
 
 from safer_ray.formats.canonical import canonical
@@ -59,7 +58,7 @@ def _is_label(row: Row) -> bool:
 def matched(row: Row, options: Options) -> Pair:
     """Read what `safer_ray.data.matching` writes: canonical, and the format of its two rows, which becomes a label."""
     pair = canonical(row, options)
-    return replace(pair, labels={MATCHED: as_text(row.get(MATCHED))}, used=pair.used | {MATCHED})
+    return pair._replace(labels={MATCHED: as_text(row.get(MATCHED))}, used=pair.used | {MATCHED})
 
 
 MATCHED_ROWS = PreferenceFormat(

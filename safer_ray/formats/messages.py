@@ -7,6 +7,7 @@ A message is `{role, content}`, with `more` where it has other fields: JSON of t
 import json
 import re
 from collections.abc import Sequence
+from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
 
@@ -160,6 +161,16 @@ def fields_of(message: dict[str, Any]) -> dict[str, Any]:
     """Return all fields of a message as its source had them: role, content, and what `more` packs."""
     packed = message.get(MORE)
     return {"role": message["role"], "content": message["content"], **(json.loads(packed) if packed else {})}
+
+
+def messages_json(messages: Sequence[dict[str, str]]) -> str:
+    """Return what `to_json` does of messages, in a third of its time: ids and groups are hashes of it."""
+    written = []
+    for message in messages:
+        more = f'"more":{encode_basestring(message[MORE])},' if MORE in message else ""
+        said = encode_basestring(message["content"])
+        written.append(f'{{"content":{said},{more}"role":{encode_basestring(message["role"])}}}')
+    return f"[{','.join(written)}]"
 
 
 def characters(message: dict[str, str]) -> int:

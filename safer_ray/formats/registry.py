@@ -69,6 +69,7 @@ FORMATS: dict[str, PreferenceFormat] = {
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
 CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
+NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
 MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
 _MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rm_score")
@@ -100,50 +101,47 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         Refused: the row is no usable pair; the text says why.
     """
     pair = with_system(row, FORMATS[format].read(row, options))
-    check_nothing_dropped(row, pair, frozenset(filter(None, options.get(CARRIED, "").split(","))))
+    check_nothing_dropped(row, pair, options.get(CARRIED, "").split(","))
     if bare(pair.chosen) == bare(pair.rejected):
         raise Refused("equal responses")
-    margin, used = pair.label_margin, set(pair.used)
-    if margin is None:
-        margin, columns = _margin(row, pair)
-        used |= columns
+    margin, used = (pair.label_margin, NOTHING) if pair.label_margin is not None else _margin(row, pair)
     labels = dict(pair.labels)
     for name in ("labels", "meta"):
-        mapping = as_mapping(row.get(name))
+        mapping = as_mapping(row[name]) if name in row else None
         if mapping is None:
             continue
         if name == "labels" or not any(isinstance(value, dict | list) for value in mapping.values()):
-            used.add(name)  # a meta mapping with more than scalars rides along whole, too
+            used = used | {name}  # a meta mapping with more than scalars rides along whole, too
         for key, value in mapping.items():
             if value is not None and (name == "labels" or not isinstance(value, dict | list)):
                 labels.setdefault(key, as_text(value))
-    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, frozenset(used), _notes(row, pair))
+    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, pair.used | used, _notes(row, pair))
 
 
-def _margin(row: Row, pair: Pair) -> tuple[float | None, set[str]]:
+def _margin(row: Row, pair: Pair) -> tuple[float | None, frozenset[str]]:
     """Return by how much the row's own numbers prefer the chosen response, and the columns that say it; below 0 they
     contradict the label."""
     if not _EVIDENCE.isdisjoint(row):
         margin, columns = _margin_of_columns(row)
         if margin is not None:
             return margin, columns
-    return (_margin_of_generations(row, pair) if "generations" in row else None), set()
+    return (_margin_of_generations(row, pair) if "generations" in row else None), NOTHING
 
 
-def _margin_of_columns(row: Row) -> tuple[float | None, set[str]]:
+def _margin_of_columns(row: Row) -> tuple[float | None, frozenset[str]]:
     for name in MARGINS:
         if (margin := as_number(row.get(name))) is not None:
             if name == "preference_strength" and margin == 0:
                 raise Refused("no preference: preference_strength is 0")
-            return margin, {name}
+            return margin, frozenset({name})
     for one, two in SCORES:
         if one in row and (margin := _difference(row[one], row.get(two))) is not None:
-            return margin, {one, two}
+            return margin, frozenset({one, two})
     for name in BY_SIDE:
         both = row.get(name)
         if isinstance(both, dict) and (margin := _difference(both.get("chosen"), both.get("rejected"))) is not None:
-            return margin, {name}
-    return None, set()
+            return margin, frozenset({name})
+    return None, NOTHING
 
 
 def _difference(one: Any, two: Any) -> float | None:

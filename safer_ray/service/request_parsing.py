@@ -1,7 +1,6 @@
 """Pairs as sent to rows that a model reads, and outcomes back to what is answered, with places in the texts as sent."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from safer_ray.data.places import Pieces, pieces_of, sent_span
@@ -174,7 +173,7 @@ def _half_pair(text: str) -> int | None:
 def as_read(read: Read) -> Read:
     """Return a pair such that its places are those in its own messages, as the page shows them."""
     row = {"prompt": read.pair.prompt, "chosen": read.pair.chosen, "rejected": read.pair.rejected}
-    return Read(read.id, replace(read.pair, used=SIDES | {"prompt"}), row, row)
+    return Read(read.id, read.pair._replace(used=SIDES | {"prompt"}), row, row)
 
 
 def answer(read: Read, outcome: Outcome, names: Mapping[int, str]) -> ScoredPair | FailedPair:

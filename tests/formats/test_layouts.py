@@ -12,7 +12,9 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.data.sources import NormalisePairs, plan_file, plan_sources, read_raw
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Refused
+from safer_ray.formats.messages import messages_json
 from safer_ray.formats.registry import FORMATS, detect_format, expanded, read_pair, row_format
+from safer_ray.schema import to_json
 
 USER = {"role": "user", "content": "How are you?"}
 GOOD = {"role": "assistant", "content": "Fine, thanks."}
@@ -351,6 +353,17 @@ def test_an_audit_asks_for_the_pairs(tmp_path):
     path = written(tmp_path / "rows.jsonl", KTO)
     with pytest.raises(UserError, match=r"one response a row \(format kto\), which only `safer-ray pairs"):
         plan_file(path, SourceConfig(path=str(path)), 100)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_messages_are_hashed_by_the_one_form_of_json(seed):
+    rng = random.Random(seed)
+    letters = [chr(i) for i in (*range(0x80), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0xFEFF, 0xFFFF, 0x1F600)]
+    texts = ["".join(rng.choices(letters, k=40)) for _ in range(30)]
+    messages = [{"role": rng.choice(texts), "content": text} for text in texts]
+    messages += [message | {"more": to_json({"name": message["content"]})} for message in messages]
+    assert messages_json(messages) == to_json(messages)
+    assert messages_json([]) == to_json([])
 
 
 # Preferences that other columns say
