@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.stats import rankdata
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CURVE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, *(round(0.05 * i, 2) for i in range(2, 21)))  # budgets of a recall curve
@@ -39,6 +38,8 @@ class Interval(NamedTuple):
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """P(positive > negative) + P(equal) / 2 of each column; 0.5 is chance and what an empty side gives."""
+    from scipy.stats import rankdata  # here, since it takes half a second, and most stages rank nothing
+
     n, m = len(positive), len(negative)
     if not n or not m:
         return np.full(positive.shape[1:], 0.5)

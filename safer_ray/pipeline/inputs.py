@@ -15,7 +15,6 @@ from safer_ray.data.hub import PREFIX, pinned, split_name
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
-from safer_ray.reward.checkpoints import resolve_base
 from safer_ray.reward.folder import check_weights
 from safer_ray.storage.artifacts import Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
@@ -137,6 +136,8 @@ def base_input(base: str) -> Artifact | Input:
     Raises:
         UserError: a local one lacks weights, or holds such as are not read.
     """
+    from safer_ray.reward.checkpoints import resolve_base  # here, since it imports torch
+
     path = Path(resolve_base(base)[0])
     if base.startswith(PREFIX) and not path.exists():
         return Input(base)
