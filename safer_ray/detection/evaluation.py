@@ -73,6 +73,8 @@ def effective_count(right: np.ndarray, groups: np.ndarray) -> float:
     sums = np.bincount(group, weights=right - share)
     if count == 1:
         return 1.0
+    # Linearised variance of a ratio of sums over clusters (Cochran 1977, 2.11), with count / (count - 1) for few of
+    # them.
     variance = float((sums**2).sum()) / n**2 * count / (count - 1)
     return float(np.clip(share * (1 - share) / variance, 1, n)) if variance > 0 else float(n)
 
