@@ -161,6 +161,7 @@ def fit_combined(read: Readings, fold: np.ndarray, pair_id: Sequence[str]) -> tu
     n = len(pair_id)
     parts = np.zeros((n, len(PARTS)))
     for train, held in splits(fold):
+        # Stacking (Wolpert 1992): the weights of the parts are learned from values of pairs that no part was fitted on.
         parts[held] = _fit_parts(read.take(train), sign[train]).parts(read.take(held))
     scale = np.maximum(parts.std(axis=0), 1e-12)
     values = np.zeros(n)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import binomtest, norm
+from scipy.special import ndtri
 
 from safer_ray.config.sections import StrategyName
 from safer_ray.detection.quality import auroc
@@ -40,7 +40,7 @@ def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, f
     """Wilson's score interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = float(ndtri(0.5 + confidence / 2))
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -73,6 +73,8 @@ def effective_count(right: np.ndarray, groups: np.ndarray) -> float:
     sums = np.bincount(group, weights=right - share)
     if count == 1:
         return 1.0
+    # Linearised variance of a ratio of sums over clusters (Cochran 1977, 2.11), with count / (count - 1) for few of
+    # them.
     variance = float((sums**2).sum()) / n**2 * count / (count - 1)
     return float(np.clip(share * (1 - share) / variance, 1, n)) if variance > 0 else float(n)
 
@@ -109,6 +111,8 @@ def mcnemar(rewards: pa.Table, base: pa.Table) -> dict[str, McNemar]:
 
 def paired_test(here: np.ndarray, there: np.ndarray) -> McNemar:
     """McNemar's exact test on two vectors of right and wrong answers to the same pairs."""
+    from scipy.stats import binomtest  # here, since it takes half a second, and most stages test nothing
+
     gained, lost = int((here & ~there).sum()), int((~here & there).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return McNemar(len(here), gained, lost, p)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.stats import rankdata
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CURVE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, *(round(0.05 * i, 2) for i in range(2, 21)))  # budgets of a recall curve
@@ -39,6 +38,8 @@ class Interval(NamedTuple):
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """P(positive > negative) + P(equal) / 2 of each column; 0.5 is chance and what an empty side gives."""
+    from scipy.stats import rankdata  # here, since it takes half a second, and most stages rank nothing
+
     n, m = len(positive), len(negative)
     if not n or not m:
         return np.full(positive.shape[1:], 0.5)
@@ -70,6 +71,8 @@ def weighted_measures(
     n_bad = r.found[:, -1]
     clean = r.every - r.bad
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Clean weight below each group, and half of that in it: ties count half, as in the rank statistic of Mann and
+        # Whitney.
         cleaner_below = (r.n - n_bad)[:, None] - np.cumsum(clean, axis=1) + clean / 2
         auroc = (r.bad * cleaner_below).sum(axis=1) / (n_bad * (r.n - n_bad))
         auprc = np.nansum(r.bad * r.found / r.seen, axis=1) / n_bad
@@ -104,6 +107,7 @@ def _ranked(suspicion: np.ndarray, planted: np.ndarray, weights: np.ndarray) -> 
 
 def _found_within(r: _Ranking, budget: np.ndarray) -> np.ndarray:
     """Planted weight among the first `budget` [draws] of the ranking; of the tied group at its edge, its share."""
+    # The group at which the budget ends; 1e-9 is for sums of weights that are whole numbers but for rounding.
     edge = np.minimum((r.seen < budget[:, None] - 1e-9).sum(axis=1), r.seen.shape[1] - 1)
     row = np.arange(len(r.seen))
     bad, width = r.bad[row, edge], r.every[row, edge]
@@ -115,6 +119,7 @@ def group_weights(groups: Sequence[str], draws: int = DRAWS, seed: int = 0) -> F
     """Bootstrap draws of prompts: how often each pair counts when as many groups as there are come with replacement."""
     _, index = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
     count = int(index.max(initial=-1)) + 1
+    # How often each prompt comes in a draw with replacement is multinomial; so no draw is ever written out.
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
     return drawn[:, index].astype(np.float32)
 

@@ -109,6 +109,7 @@ def _in_pool(
     return rows.map(
         step,  # type: ignore[arg-type]
         fn_constructor_args=(*arguments, pool.threads),
+        # Two in flight: one that is worked on, and one that is there when it ends; more would wait while another idles.
         compute=ActorPoolStrategy(
             min_size=min(pool.min_actors, largest), max_size=largest, max_tasks_in_flight_per_actor=2
         ),

@@ -13,7 +13,6 @@ from ray.exceptions import UserCodeException
 
 from safer_ray.config.sections import RayConfig
 from safer_ray.distributed.ray_data import map_fragments
-from safer_ray.distributed.ray_train import train
 from safer_ray.distributed.session import check_shared
 from safer_ray.errors import SaferError
 from safer_ray.pipeline.runner import OnProgress, no_progress, plan
@@ -92,6 +91,8 @@ class RayRunner:
         return number
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
+        from safer_ray.distributed.ray_train import train  # here, since a driver that only maps needs no torch
+
         check_shared(jobs[0].out)
         return train(jobs, self.config, self.on_progress)
 

@@ -237,6 +237,7 @@ def room(need: Need, nodes: list[dict[str, float]]) -> int:
 
 
 def _fit(need: Need, node: dict[str, float]) -> int:
+    # Shares are fractions in binary: 0.3 / 0.1 is a little less than 3.
     fits = [node.get(kind, 0) / share for kind, share in (("CPU", need.cpus), ("GPU", need.gpus)) if share]
     return int(min(fits) + 1e-6)
 

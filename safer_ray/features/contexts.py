@@ -9,7 +9,6 @@ import pyarrow as pa
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import Mode
 from safer_ray.features.codes import flatten
-from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.schema import CONTEXTS, SIDES, table
@@ -70,6 +69,8 @@ class FindContexts:
     def load(
         cls, reward: Path, features: Sequence[int], mode: Mode, limit: int, reading: Reading = AS_IT_COMES
     ) -> "FindContexts":
+        from safer_ray.reward.checkpoints import load_pair_tokenizer  # here, since it imports torch
+
         return cls(load_pair_tokenizer(reward, reading), features, mode, limit)
 
     def __call__(self, rows: pa.Table) -> pa.Table:

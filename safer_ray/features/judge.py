@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,10 @@ from safer_ray.config.sections import JudgeConfig
 from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
 from safer_ray.features.codes import flatten
-from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.schema import VERDICTS, table, to_json
+
+if TYPE_CHECKING:
+    from safer_ray.features.encoder import Encoder
 
 
 class Exchange(BaseModel):
@@ -109,15 +111,17 @@ class Judge(Protocol):
 class MakeJudge(Protocol):
     """An entry of `JUDGES`: the class of a judge, given the models at work and what the config says."""
 
-    def __call__(self, encoder: Encoder, probe: Probe, config: JudgeConfig) -> Judge: ...
+    def __call__(self, encoder: "Encoder", probe: Probe, config: JudgeConfig) -> Judge: ...
 
 
 class ProbeJudge:
     """Rates features 1-5 by |AUROC - 0.5| of their maximum over response ends on matched exchanges."""
 
-    def __init__(self, encoder: Encoder, probe: Probe, config: JudgeConfig) -> None:
+    def __init__(self, encoder: "Encoder", probe: Probe, config: JudgeConfig) -> None:
         self.probe = probe
         self.config = config
+        from safer_ray.features.encoder import codes_table  # here, since ratings are read without torch
+
         self.codes = codes_table(encoder.encode(probe_pairs(probe)))
 
     @property

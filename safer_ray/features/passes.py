@@ -139,6 +139,7 @@ def _to_bytes(tensor: Tensor) -> dict[str, Any]:
 
 def _from_bytes(row: dict[str, Any]) -> Tensor:
     dtype = getattr(torch, row["dtype"])
+    # A copy that can be written to: torch warns of tensors over the bytes of Arrow, which cannot.
     flat = torch.frombuffer(bytearray(row["data"]), dtype=dtype) if row["data"] else torch.empty(0, dtype=dtype)
     return flat.reshape(row["shape"])
 
@@ -221,6 +222,7 @@ def vector_rows(
 
 
 def _half(x: Tensor) -> np.ndarray:
+    # The largest finite float16, beyond which values would become infinite.
     return x.clamp(-65504, 65504).to(torch.float16).numpy()
 
 

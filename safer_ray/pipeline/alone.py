@@ -103,6 +103,7 @@ def _tried(work: Callable[[], Any]) -> End | None:
     """Do the work in a copy of this process; how that ended, None where it could not be made or took too long."""
     memory, kills, parent = memory_of_this_process(), _kills(), psutil.Process()
     info = parent.memory_info()
+    # Pages of files that both map (libraries, weights) are not taken by the work.
     base, libc = info.rss - getattr(info, "shared", 0), ctypes.CDLL(None)
     try:
         with warnings.catch_warnings():
@@ -177,6 +178,7 @@ def _groups() -> Iterator[Memory]:
         )
         total, current = _number(group / limit), _number(group / used)
         if total is not None and current is not None:
+            # Pages of files count as used, and are given back as soon as memory is wanted.
             held = sum(int(words[1]) for words in map(str.split, _lines(group / "memory.stat")) if words[0] == cache)
             yield Memory(total, max(0, total - current + held))
 

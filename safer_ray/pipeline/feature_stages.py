@@ -1,7 +1,7 @@
 """The stages that are arithmetic on codes: salience, contexts, verdicts, selection, auditor, scores, curation.
 
 Each is a function of the context and of artifacts, and returns one; the `_write_…` below it says what is in it. Only
-the judge runs the model.
+the judge runs the model; what imports torch is imported where it is used, and the other stages do without.
 """
 
 import logging
@@ -33,7 +33,6 @@ from safer_ray.features.cards import FILE as CARDS_FILE
 from safer_ray.features.cards import FeatureEvidence, make_cards
 from safer_ray.features.codes import flatten
 from safer_ray.features.contexts import FindContexts, merge_contexts
-from safer_ray.features.encoder import Encoder
 from safer_ray.features.judge import JUDGES, load_probe, ratings_of, read_ratings
 from safer_ray.features.salience import SUMS, SumFeatures, candidates, reduce_sums, salience_table
 from safer_ray.features.salience import select as select_features
@@ -49,10 +48,8 @@ from safer_ray.features.scoring import (
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
-from safer_ray.sae.formats import load_sae
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
@@ -206,6 +203,8 @@ def _write_verdicts(
     count: int,
     out: Path,
 ) -> Result:
+    from safer_ray.features.encoder import Encoder
+
     rows = read_parts(salience.path)
     features = candidates(rows, count)
     known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
@@ -293,6 +292,9 @@ def _write_auditor(
     known: Mapping[str, Artifact],
     out: Path,
 ) -> Result:
+    from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
+    from safer_ray.sae.formats import load_sae
+
     features = read_features(selected.path)
     coder = load_sae(sae.path)
     check_width(features, coder.latents, str(sae.path))

@@ -17,7 +17,6 @@ from safer_ray.data.sources import NOTES, lines_of
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
 from safer_ray.formats.declaration import NO_PREFERENCE
-from safer_ray.reward.checkpoints import resolve_base
 from safer_ray.reward.folder import check_weights
 from safer_ray.storage.accounts import read_entry
 from safer_ray.storage.artifacts import DONE, Artifact, Place, Result, foreign, part_files
@@ -140,6 +139,8 @@ def base_input(base: str) -> Artifact | Input:
     Raises:
         UserError: a local one lacks weights, or holds such as are not read.
     """
+    from safer_ray.reward.checkpoints import resolve_base  # here, since it imports torch
+
     path = Path(resolve_base(base)[0])
     if base.startswith(PREFIX) and not path.exists():
         return Input(base)

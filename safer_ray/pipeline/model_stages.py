@@ -1,6 +1,7 @@
 """The stages that read texts or run models: corpus, pairs, noise, reward, activations, SAE, codes, evaluation.
 
-Each is a function of the context and of artifacts, and returns one; the `_write_…` below it says what is in it.
+Each is a function of the context and of artifacts, and returns one; the `_write_…` below it says what is in it. What
+imports torch is imported there: stages that are found, planned or only read texts do without.
 """
 
 import logging
@@ -42,7 +43,6 @@ from safer_ray.data.sources import (
 )
 from safer_ray.detection.evaluation import section_accuracy
 from safer_ray.errors import UserError
-from safer_ray.features.passes import EncodeActivations, EncodePairs, EncodeTexts, HeadPairs, MeanVectors, RewardPairs
 from safer_ray.pipeline.inputs import (
     base_input,
     close_pairs,
@@ -53,13 +53,8 @@ from safer_ray.pipeline.inputs import (
     with_lasting_base,
 )
 from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe, with_reading
-from safer_ray.reward.checkpoints import hidden_size, load_pair_tokenizer
-from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
 from safer_ray.reward.reading import settings_of
 from safer_ray.reward.tokens import TokenisePairs
-from safer_ray.reward.train import train_reward
-from safer_ray.sae.formats import load_sae
-from safer_ray.sae.train import SpliceEvaluation, train_sae
 from safer_ray.storage.artifacts import (
     Artifact,
     Fragment,
@@ -175,6 +170,8 @@ def rewards(ctx: StageContext, config: RewardConfig, variants: Sequence[Artifact
 def _write_rewards(
     ctx: StageContext, config: RewardConfig, pairs: dict[str, Artifact], partials: dict[str, Path]
 ) -> dict[str, Result]:
+    from safer_ray.reward.train import train_reward
+
     jobs = [
         TrainJob("reward", train_reward, {"pairs": pairs_of(pairs[name]), "config": config}, out)
         for name, out in partials.items()
@@ -218,6 +215,8 @@ def _fragments_of(pairs: Artifact) -> list[Fragment]:
 
 
 def _width(ctx: StageContext, reward: Artifact) -> int:
+    from safer_ray.reward.checkpoints import hidden_size
+
     return hidden_size(reward.path, ctx.reading.trust_remote_code)
 
 
@@ -230,6 +229,8 @@ def activations(ctx: StageContext, config: ActivationsConfig, pairs: Artifact, r
 def _write_activations(
     ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact, out: Path
 ) -> Result:
+    from safer_ray.features.passes import EncodeActivations
+
     load = partial(EncodeActivations, reward.path, config.layer, config.tokens)
     written, rows = schema.activations(_width(ctx, reward)), schema.GROUP_ROWS
     job = _job_on_pairs(ctx, "activations", load, written, reward, blocks=config.layer, group_rows=rows)
@@ -247,6 +248,9 @@ def text_activations(ctx: StageContext, config: WarmStartConfig, layer: int, rew
 def _write_text_activations(
     ctx: StageContext, text: Path, limit: int | None, layer: int, reward: Artifact, out: Path
 ) -> Result:
+    from safer_ray.features.passes import EncodeTexts
+    from safer_ray.reward.plain_text import TokeniseTexts, read_texts, text_fragments
+
     job = MapJob(
         "activations",
         read_texts,
@@ -285,6 +289,8 @@ def sae(
 def _write_sae(
     ctx: StageContext, config: SaeConfig, activations: Artifact, layer: int, given: dict[str, Artifact], out: Path
 ) -> Result:
+    from safer_ray.sae.train import SpliceEvaluation, train_sae
+
     judged = None
     if "reward" in given:
         judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.reading)
@@ -319,6 +325,10 @@ def codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact) -
 
 
 def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Artifact, out: Path) -> Result:
+    from safer_ray.features.passes import EncodePairs
+    from safer_ray.reward.checkpoints import load_pair_tokenizer
+    from safer_ray.sae.formats import load_sae
+
     job = _job_on_pairs(ctx, "codes", partial(EncodePairs, reward.path, sae.path), schema.CODES, reward)
     counts = ctx.map(job, _fragments_of(pairs), out)
     loaded = load_sae(sae.path)
@@ -335,6 +345,8 @@ def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
 
 
 def _write_heads(ctx: StageContext, reward: Artifact, pairs: Artifact, out: Path) -> Result:
+    from safer_ray.features.passes import HeadPairs
+
     job = _job_on_pairs(ctx, "heads", partial(HeadPairs, reward.path), schema.heads(_width(ctx, reward)), reward)
     return Result(ctx.map(job, _fragments_of(pairs), out))
 
@@ -346,6 +358,8 @@ def vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: A
 
 
 def _write_vectors(ctx: StageContext, layers: Sequence[int], reward: Artifact, pairs: Artifact, out: Path) -> Result:
+    from safer_ray.features.passes import MeanVectors
+
     load, written = partial(MeanVectors, reward.path, layers), schema.vectors(_width(ctx, reward) * len(layers))
     job = _job_on_pairs(ctx, "vectors", load, written, reward, blocks=max(layers))
     return Result(ctx.map(job, _fragments_of(pairs), out))
@@ -366,6 +380,8 @@ def evaluations(ctx: StageContext, rewards: Sequence[Artifact], pairs: Artifact)
 def _write_evaluations(
     ctx: StageContext, models: dict[str, Artifact], pairs: Artifact, partials: dict[str, Path]
 ) -> dict[str, Result]:
+    from safer_ray.features.passes import RewardPairs
+
     fragments = _fragments_of(pairs)
     works = []
     for name, out in partials.items():
@@ -382,6 +398,8 @@ def _write_evaluations(
 
 def _measured(ctx: StageContext, reward: Artifact, out: Path) -> dict[str, Any]:
     """Return what the rewards in `out` say of their model."""
+    from safer_ray.reward.checkpoints import load_pair_tokenizer
+
     rewards = read_parts(out)
     pairs = load_pair_tokenizer(reward.path, ctx.reading)
     return {

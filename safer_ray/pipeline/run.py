@@ -16,7 +16,6 @@ from safer_ray.pipeline.inputs import check_file, place_of_run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.pipeline.summary import RunView, write_report, write_summary
-from safer_ray.reward.checkpoints import layer_count
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.lock import locked
 
@@ -68,6 +67,8 @@ def preflight(config: RunConfig) -> None:
     if not config.judge.exchanges.startswith("corpus:"):
         load_probe(config.judge.exchanges)
     if isinstance(config.reward.base, str):
+        from safer_ray.reward.checkpoints import layer_count  # here, since it imports torch
+
         count = layer_count(config.reward.base, config.reward.trust_remote_code)
         if config.activations.layer > count:
             raise UserError(

@@ -269,6 +269,7 @@ def commit(job: MapJob, directory: Path, mapped: Mapped) -> dict[str, Any]:
         remove(quarantine)  # of an attempt that did not come to its end
     counted = {"tokens": mapped.tokens, "seconds": round(mapped.seconds, 3), "restarts": mapped.restarts}
     done = entry(mapped.read, len(rows), mapped.refused["reason"].to_pylist(), **counted, **facts)
+    # Last: an entry says that all else of the fragment is on the disk.
     write_json(done, directory / DONE / entry_name(mapped.fragment))
     return done
 

@@ -15,7 +15,6 @@ from safer_ray.data.curation import JOINED, have_scores, join_scores
 from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.report import run_report as report
-from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.storage.artifacts import Artifact, read_parts
 from safer_ray.storage.files import write_json, write_text
@@ -275,6 +274,8 @@ def _pair_views(view: RunView, rows: pa.Table) -> list[report.PairView]:
     worst = shown.take(pa.array(np.argsort(shown["score"].to_numpy(), kind="stable")[: view.config.report.pairs]))
     scores = read_parts(view.artifacts["scores"].path)
     by_id = {key: i for i, key in enumerate(scores["pair_id"].to_pylist())}
+    from safer_ray.reward.checkpoints import load_pair_tokenizer  # here, since it imports torch
+
     tokenizer = load_pair_tokenizer(view.artifacts["reward"].path, view.config.reading)
     planted = view.planted(worst)
     views = []

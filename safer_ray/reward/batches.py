@@ -20,6 +20,7 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     start = 0
     while start < len(order):
         stop = start + 1
+        # In rising order the next length is the width, so that the padded size is known without a look back.
         while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= budget:
             stop += 1
         yield order[start:stop]
@@ -89,6 +90,7 @@ def _unless_too_large(run: Callable[[list[int]], Result], chunk: list[int]) -> R
     try:
         return run(chunk)
     except (torch.OutOfMemoryError, MemoryError):
+        # What the failed pass held in pieces is given back, or the halves might not find room in one piece.
         torch.cuda.empty_cache()
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_MEMORY):

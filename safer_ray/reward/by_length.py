@@ -34,6 +34,8 @@ def forget_last_sequence(model: nn.Module) -> None:
             set_attention(kind)
         first = getattr(module, "original_max_seq_len", None)
         for name, buffer in list(module.named_buffers(recurse=False)):
+            # Names of transformers' `dynamic_rope_update` (5.x): it keeps the first frequencies under this one, and the
+            # length that the present ones are for under `max_seq_len_cached`.
             start = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
             changing = name.endswith("inv_freq") and "original" not in name and first is not None
             if changing and isinstance(start, Tensor):

@@ -149,6 +149,7 @@ def _limit(config: Any, max_length: int) -> int:
 
 def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: str, before: int = 0) -> RewardModel:
     pairs = pair_tokenizer(tokenizer, how, _limit(model.config, max_length), name)
+    # By the greatest id, not by the size: vocabularies have holes.
     largest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows and not before:  # a later part looks nothing up

@@ -65,6 +65,8 @@ def run_micro_batch(
         if given is not None:  # the first block here is handed them; some models scale embeddings before it
             states = pad_sequence(list(given), batch_first=True).to(reward.device, reward.model.dtype)
             del batch["input_ids"]
+            # For its shape, dtype and device, by which backbones make masks and positions; the hook puts the very
+            # states in.
             batch["inputs_embeds"] = states
             stack.enter_context(hooks.before(reward.blocks()[0], lambda inputs: (states, *inputs[1:])))
         if is_known(reward.model.config):
@@ -211,6 +213,7 @@ def _looked_at(request: ForwardRequest, last: int, read: Index | None, ends: Ind
     # The next part of the model attends to every token, so none may be left out.
     if request.states or not found:
         return None
+    # A token may come twice, read and at an end: it is computed twice, and written twice with the same value.
     rows, columns = zip(*found, strict=True)
     return torch.cat(rows), torch.cat(columns)
 

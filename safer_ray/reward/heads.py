@@ -95,6 +95,7 @@ def _adopt(
         missing.clear()
         strange.discard(f"{VALUE_HEAD}.weight")
         setattr(model.config, HEAD_BIAS, f"{VALUE_HEAD}.bias" in strange)
+    # transformers 5 drops a bias that the class does not have, and says only that it was unexpected.
     bias = f"{prefix}.bias"
     if bias in strange and getattr(model.config, HEAD_BIAS, None) is True and model.score.bias is None:
         values, layer = read(bias), model.score
@@ -145,6 +146,7 @@ def _fold(name: str, model: Any, head: HeadConfig) -> None:
             f"{name}: the outputs of a {type(model).__name__} go through {type(behind).__name__}, behind which they "
             "cannot be weighed; choose one, with head: {output: 0}"
         )
+    # In float64: a difference of two like rows in a lower precision would lose digits, and be rounded twice.
     weights = torch.tensor([weighed], dtype=torch.float64, device=layer.weight.device)
     one = nn.Linear(layer.in_features, 1, bias=layer.bias is not None, dtype=layer.weight.dtype, device="meta")
     one.weight = nn.Parameter((weights @ layer.weight.detach().double()).to(layer.weight.dtype))

@@ -39,6 +39,7 @@ def with_states(output: Any, states: Tensor) -> Any:
 @contextmanager
 def before(module: nn.Module, change: Callable[[tuple[Any, ...]], tuple[Any, ...] | None]) -> Iterator[None]:
     """Inside, `change` sees what `module` is given by place; what it returns, if anything, is given instead."""
+    # The thread that sets the hook is the one whose passes it is for.
     mine = get_ident()
     handle = module.register_forward_pre_hook(
         lambda _module, inputs: change(inputs) if get_ident() == mine else None  # with names, threads would race

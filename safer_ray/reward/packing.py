@@ -84,6 +84,8 @@ def pack_batch(packed: Sequence[Packed], pad: int, device: torch.device, dtype: 
     of_chosen = (column >= fork) & ~of_rejected  # the chosen side's own
     causal = column[:, None] >= column
     seen = causal & ~(of_rejected[:, :, None] & of_chosen[:, None, :])
+    # Not minus infinity: a row that sees nothing would be NaN under softmax. No row here does, but a backbone may add
+    # its own mask to this one.
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
     return {
         "input_ids": torch.from_numpy(ids).to(device),

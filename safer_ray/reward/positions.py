@@ -16,6 +16,8 @@ def longest_sequence(config: Any) -> int | None:
     if not isinstance(positions, int) or positions < 1:  # XLNet says -1
         return None
     if counts_positions_from_pad(text):
+        # RoBERTa's embeddings begin at pad_token_id + 1, so that many of `max_position_embeddings` are no position of a
+        # text.
         positions -= 1 + (text.pad_token_id if text.pad_token_id is not None else -1)
     return positions
 
@@ -35,6 +37,7 @@ def counts_positions_from_pad(config: Any) -> bool:
         return False
     found = MODEL_MAPPING[type(config)]
     (model, *_) = found if isinstance(found, tuple | list) else (found,)
+    # MODEL_MAPPING has imported it. What counts is in the code: no key of the config says how positions are counted.
     module = sys.modules[model.__module__]
     return any(hasattr(member, FROM_PAD) for member in (module, *vars(module).values()) if _own(member, module))
 

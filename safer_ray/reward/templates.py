@@ -221,6 +221,7 @@ class ChatTemplate:
                 return _Text(f"the chat template {what} message {number + 1} of {len(messages)}, of role {role!r}")
         if seen != sorted(seen):
             return _Text("the chat template puts the messages into another order")
+        # The pattern has a group, so that the split gives texts and numbers in turn.
         return _Markup(MARK.split(found.text)[0::2], numbers)
 
     def _texts_or_reasons(self, conversations: Sequence[Sequence[Message]]) -> list["_Text"]:
@@ -232,6 +233,7 @@ class ChatTemplate:
             if len(conversations) == 1:
                 words = " ".join(str(error).split())[:300] or type(error).__name__
                 return [_Text(f"the chat template refuses it: {words}", failed=True)]
+        # Not one by one at once: a batch with one refused conversation costs a few calls more, not one each.
         half = len(conversations) // 2
         return self._texts_or_reasons(conversations[:half]) + self._texts_or_reasons(conversations[half:])
 

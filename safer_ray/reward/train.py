@@ -53,6 +53,7 @@ class Progress:
 
 def validation_split(groups: list[str], percent: float, seed: int) -> np.ndarray:
     """True for held-out rows; all rows of a prompt group fall on the same side."""
+    # By a hash of the prompt, not by drawing: a pair stays on its side when others are added or left out.
     digests = [int(hashlib.sha256(f"{seed}:{g}".encode()).hexdigest()[:8], 16) % 10_000 for g in groups]
     return np.array(digests, dtype=np.int64) < percent * 100
 
@@ -140,6 +141,8 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     right = loss = 0.0
     for number in range(-(-len(chunks) // workers.size)):
         mine = number * workers.size + workers.rank
+        # Where weights are partitioned (ZeRO 3), a forward pass is a collective: a worker without a chunk runs
+        # another's, and does not count it.
         margin = _pass(training, batches, chunks[mine if mine < len(chunks) else 0]).margin
         if mine < len(chunks):
             right += float((margin > 0).sum())
@@ -237,6 +240,8 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
 def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) -> Progress:
     config, workers, engine = training.config, training.workers, training.engine
     per_epoch, total = _schedule(config, len(train.tokens))
+    # Another stream for each worker, since dropout of the same places would tie their gradients together; a checkpoint,
+    # which holds its own, overrides it.
     torch.manual_seed(config.seed + 1 + workers.rank)
     checkpoint = workers.load(engine)
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
@@ -246,6 +251,7 @@ def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) 
             break
         engine.model.train()
         loss = _one_step(training, train, rows)
+        # Before the step: the weights, and what is exported of them, are still good.
         if not np.isfinite(loss):
             raise SaferError(f"reward: the loss is {loss} at step {progress.step}; lower reward.learning_rate")
         engine.step(warmup_cosine(progress.step, total, config.warmup))

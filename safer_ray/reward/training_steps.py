@@ -39,6 +39,8 @@ class RewardStep(NamedTuple):
 
 def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """-log sigmoid(r_chosen - r_rejected), the mean over pairs."""
+    # Bradley and Terry 1952: P(chosen > rejected) = sigmoid(margin). `logsigmoid` stays finite where log(sigmoid) would
+    # be that of 0.
     return -nn.functional.logsigmoid(margin).mean()
 
 
@@ -103,10 +105,12 @@ def bucketed_batches(lengths: np.ndarray, size: int, seed: int, epoch: int, wind
     """
     order = permutation(len(lengths), seed, epoch)
     batches = []
+    # Lengths alike in a batch save padding; sorted over the whole epoch, long texts would all come together.
     for start in range(0, len(order), size * window):
         chunk = order[start : start + size * window]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    # A stream of its own, or the batches would be shuffled by the numbers that made the order of rows.
     for i in np.random.default_rng([seed, epoch, 1]).permutation(len(batches)):
         yield batches[i]
 
@@ -314,6 +318,7 @@ class Checkpoints:
         self.saved = time.monotonic()
         if self.rank != 0:
             return
+        # Listed before the rename, and removed after it: at every moment one whole checkpoint is there.
         older = self._all()
         target = self.state / f"step-{step:08}"
         shutil.rmtree(target, ignore_errors=True)
@@ -341,9 +346,11 @@ class Checkpoints:
                 f"the unfinished training in {self.state} was made with {group}, this run has {self.group}; go on with "
                 f"the same, or delete {self.state} to train anew"
             )
+        # Before anything of it is read: DeepSpeed unpickles its files.
         check_digests(path, workers.rank, workers.size, lambda found: workers.sum(torch.tensor(found)).tolist())
         with _torn_named(path):
             engine.load(path)
+            # Last, since building an engine and loading weights may draw from it.
             torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
             return torch.load(path / "loop.pt", weights_only=True, map_location="cpu")
 

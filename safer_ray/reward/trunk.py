@@ -126,6 +126,8 @@ def _note(block: nn.Module, _inputs: Any, output: Any) -> None:
     elif all(value is None for value in output[1:]):
         _seen[kind] = type(output)([None] * len(output))
     else:
+        # A block gave more than states: from now on blocks of its class run, also where one had been seen to give
+        # nothing else.
         _seen.pop(kind, None)
 
 
@@ -142,6 +144,7 @@ def _without_computing(block: nn.Module, states: Tensor) -> Iterator[None]:
         hidden = inputs[0] if inputs else named["hidden_states"]
         return with_states(hidden if form is None else type(form)([hidden, *form[1:]]), states)
 
+    # In the instance alone: the class's own method comes back when the attribute is gone.
     patched = vars(block).get("forward")  # by whoever wrapped the model
     block.forward = hand_on
     try:

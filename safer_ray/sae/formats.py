@@ -85,10 +85,13 @@ def _k(directory: Path, config: dict[str, Any]) -> int:
 
 def _sae_of(variant: type[TopKSae], config: dict[str, Any], weights: dict[str, Tensor], k: int) -> TopKSae:
     if config.get("rescale_acts_by_decoder_norm", config["architecture"] == "batchtopk"):
+        # The same map with directions of unit norm: activations times the norms that these had, by which SAELens ranks
+        # them.
         norm = weights["W_dec"].norm(dim=-1)
         weights |= {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm}
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
     if not config.get("apply_b_dec_to_input", True):
+        # x W + b is (x - b_dec) W + (b + b_dec W).
         weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
     sae = variant.restored(weights, k)
     _check_finite(weights)

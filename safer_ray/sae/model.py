@@ -143,6 +143,7 @@ class TopKSae(nn.Module):
         centred = sample - self.b_dec
         codes = largest(centred, self.W_enc.T, self.b_enc, self.k)
         guess = gathered_sum(Entries.of(codes.features, self.latents), codes.values.relu().view(-1), self.W_dec)
+        # Least squares: the factor c that minimises |c guess - centred|^2.
         self.W_enc.mul_((guess * centred).sum() / guess.square().sum().clamp_min(1e-12))
 
     @torch.no_grad()
@@ -179,6 +180,7 @@ def geometric_median(sample: Float[Tensor, "n d"], rounds: int = 100, tolerance:
     """
     point = sample.mean(0)
     for _ in range(rounds):
+        # A sample that the point has come to lie on would weigh infinitely much, and hold it there.
         distance = torch.cdist(sample, point[None])[:, 0].clamp_min(1e-12)
         weight = 1 / distance
         moved = (weight @ sample) / weight.sum()

@@ -55,6 +55,7 @@ class SaeOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         normalise_rows(self.decoder)
         self.sae.project()
+        # Transposed it is contiguous, [latents, d], so that a worker's latents are one block of memory to send.
         self.workers.all_gather([self.sae.W_enc.T, self.sae.W_dec])
 
     def _limit(self) -> None:

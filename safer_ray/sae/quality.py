@@ -66,6 +66,8 @@ def sae_quality(sae: TopKSae, blocks: Iterable[np.ndarray]) -> Quality:
             active += len(on)
             fired += torch.bincount(on.flatten(), minlength=sae.latents)
             n += len(x)
+    # SS about the mean is the sum of squares less n |mean|^2, in float64: it cancels where vectors have a large mean in
+    # common.
     spread = squares - float(total.square().sum()) / n
     dead = 1 - float((fired > 0).double().mean())
     return Quality(ratio / n, 1 - errors / spread, active / n, dead, fired.cpu().numpy(), n)
@@ -95,6 +97,7 @@ def decoder_clusters(sae: TopKSae, cosine: float = ALIKE, compared: int = COMPAR
     chosen = torch.linspace(0, sae.latents - 1, min(compared, sae.latents), device=directions.device).long()
     near = 0
     rows, columns = [], []
+    # By parts: all cosines of 4,096 latents with 65,536 at once would be a gigabyte.
     for part in chosen.split(1024):
         alike = directions[part] @ directions.T > cosine
         alike[torch.arange(len(part), device=part.device), part] = False
@@ -161,6 +164,7 @@ def _reconstructed(sae: TopKSae, raw: Float[Tensor, "m d"], at: np.ndarray) -> F
     if len(places):
         made = standardise(raw[places], sae.epsilon)
         x = sae.decode(sae.encode(made.x.to(sae.W_dec.device))).cpu()
+        # What the standardisation took away is given back: the blocks behind read raw states.
         states[places] = x * (made.std[:, None] + sae.epsilon) + made.mean[:, None]
     return states
 

@@ -71,7 +71,10 @@ class Screened:
         """As `Products` says; the bound is Cauchy and Schwarz's, before the products are rounded themselves."""
         rounded = x.bfloat16()
         size, moved = x.norm(dim=1), (x - rounded).norm(dim=1)
+        # A sum of d products in float32 errs by at most d u |x| |w| with u = 2^-24 (Higham 2002, 3.1); twice that is
+        # allowed.
         summing = size * x.shape[1] * 2.0**-23
+        # |x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|, with |x'| <= size + moved and |w - w'| <= ROUNDING |w|.
         error = (moved + (size + moved) * ROUNDING + summing) * self.norm + self.moved_bias
         return torch.addmm(self.rounded_bias, rounded, self.rounded.T), error
 
@@ -166,6 +169,8 @@ def _bests(pre: Float[Tensor, "n latents"], groups: int) -> Float[Tensor, "n gro
     """The largest of every `groups`-th latent; those left over at the end are in none."""
     n, latents = pre.shape
     size = latents // groups
+    # Negative floats come out as negative integers, in reverse order but below every positive one: the greatest is
+    # right where it is positive, which is all that a floor is used for.
     bits = pre.view(BITS[pre.dtype])
     return bits[:, : size * groups].view(n, size, groups).amax(1).view(pre.dtype).float()
 
@@ -178,6 +183,7 @@ def survivors(
     Rows whose floor is not positive are not sure, since only positive numbers order as their bits, nor is any if more
     than `most` entries are left.
     """
+    # The bound is of exact products; those in bfloat16 were rounded once more when written, the floor's and the others.
     if pre.dtype == torch.bfloat16:
         floor = floor * (1 - 4 * ROUNDING)
     # Twice: the floor may be too high by the error, and a product too low by it. The rest is for rounding of the bound.

@@ -369,6 +369,7 @@ class Place:
         path = self.path(recipe)
         for scratch in SCRATCH:
             shutil.rmtree(partial / scratch, ignore_errors=True)
+        # A rename takes the place of nothing that holds files; `find` has seen that what is here may go.
         if path.exists():
             shutil.rmtree(path)
         move(partial, path)

@@ -26,6 +26,7 @@ def heartbeat(seconds: float, work: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        # A beat that is under way may write: nothing of it comes after the body.
         thread.join()
 
 
@@ -53,6 +54,7 @@ def prefetch(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
         except BaseException as error:  # noqa: BLE001  # raised again where it is taken
             tell(error)
         finally:
+            # Here, in the thread that ran it: a generator cannot be closed from another while it runs.
             if isinstance(iterator, Generator):
                 iterator.close()
 
@@ -65,6 +67,7 @@ def prefetch(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            # Only when the next one is asked for: until then the one taken is in memory, too.
             room.release()
 
     thread = threading.Thread(target=make, daemon=True)
@@ -72,6 +75,7 @@ def prefetch(items: Iterable[Item], count: int) -> Iterator[Iterator[Item]]:
     try:
         yield taken()
     finally:
+        # In this order: what waits for room sees that it is to end, and does not make one more.
         stop.set()
         room.release()
         thread.join()

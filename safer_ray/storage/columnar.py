@@ -59,6 +59,7 @@ def columnar_rows(path: Path, start: int, stop: int, kind: str) -> Iterator[RawR
 
 def _batch_rows(batch: pa.RecordBatch, first: int, path: str) -> Iterator[RawRow]:
     check_names(batch.schema.names, path)
+    # By hundreds: where one has bad bytes, few others are read once more, one by one.
     for i in range(0, batch.num_rows, 100):
         piece = batch.slice(i, 100)
         try:
@@ -126,6 +127,8 @@ class _Parquet(_Tables):
     def enter(self, position: int, start: int) -> int:
         if start < self.begun:
             return position
+        # From the right: a row at which a group ends is the first of the next, and groups without rows are stepped
+        # over.
         self.group = int(np.searchsorted(self.ends, start, "right"))
         self.begun = int(self.ends[self.group - 1]) if self.group else 0
         self.batches, self.rest = iter(()), None

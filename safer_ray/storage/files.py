@@ -114,12 +114,15 @@ def make_folder(path: Path) -> None:
         raise _in_the_way(path) from None
     except PermissionError:
         raise UserError(f"{path} cannot be made: no permission to write there; choose another folder") from None
+    # A name is kept in the folder above it: outermost first, so that no name on the disk hangs below one that is not.
     for folder in reversed(missing):
         sync(folder.parent)
 
 
 def move(source: Path, target: Path) -> None:
     """Rename a file or folder, once what is in it is on the disk; so is its new name when this returns."""
+    # What is in it before its name: a rename may reach the disk first, and after a power cut the name stands over an
+    # empty file.
     sync_tree(source) if source.is_dir() else sync(source)
     os.replace(source, target)
     sync(target.parent)
@@ -187,6 +190,7 @@ def parquet_footer(path: Path) -> Footer:
 def _footer_in(stream: Any) -> Footer:
     size = stream.seek(0, os.SEEK_END)
     tail = _tail(stream, size, TAIL)
+    # A Parquet file ends with the footer, its length in 4 bytes and the letters PAR1.
     length = 8 + int.from_bytes(tail[-8:-4], "little")
     if TAIL < length <= size:
         tail = _tail(stream, size, length)
@@ -214,6 +218,8 @@ def beside(path: Path, *, durable: bool = True) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise _in_the_way(path)
+    # Named by the process, so that two do not write into one file, and with a dot, so that no reader takes it for a
+    # part.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explain_disk_errors(path.parent):
         try:

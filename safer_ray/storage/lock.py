@@ -138,6 +138,7 @@ def _beats(path: Path) -> bool:
     if owner is None or _lives(owner) is not None:
         return False
     seconds = OBJECT_HEARTBEAT_SECONDS if isinstance(path, Remote) else HEARTBEAT_SECONDS
+    # Twice as long as its beat: a beat may be late, but not missing.
     age, end = _changed(path), time.monotonic() + 2 * seconds
     while time.monotonic() < end:
         time.sleep(seconds / 10)

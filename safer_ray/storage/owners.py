@@ -51,6 +51,8 @@ def start_of(pid: int) -> float | None:
         except psutil.NoSuchProcess:
             return None
     fields = _said(PROC / str(pid) / "stat").rpartition(")")[2].split()  # a name may hold spaces and brackets
+    # A zombie (Z) or a dead one (X) has ended, and waits for its parent. `starttime` is field 22 of proc(5), the state
+    # the third.
     return None if not fields or fields[0] in "ZX" else int(fields[19])
 
 

@@ -41,6 +41,7 @@ def cached_reader(
     """A reader of `path` that stands at row `start` or before it; kept if it has come to `stop`, else closed. A new one
     stands at row `entry`. Readers of another `variant` read the same bytes otherwise."""
     key = (str(path), *stamp(path), variant)
+    # Taken out while it is used: nobody else moves it, and what fails on the way is not kept.
     found = _kept.pop(key, None)
     if found is not None and not entry <= found.position <= start:
         found.reader.close()

@@ -137,6 +137,7 @@ class Remote:
             size, told = file.size(), {name.lower(): value for name, value in (file.metadata() or {}).items()}
         etag = told.get("etag", b"")
         text = etag.decode() if isinstance(etag, bytes) else str(etag)
+        # In quotation marks by RFC 9110, 8.8.3, which not every store writes.
         return size, text.strip('"') or str(self.stat().st_mtime_ns)
 
     def _listed(self, recursive: bool) -> Iterator[tuple["Remote", bool]]:

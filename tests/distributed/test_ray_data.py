@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import ray
 import torch
@@ -249,13 +251,12 @@ def local(pairs_dir, reward_dir, sae_dir, tmp_path_factory):
 
 
 def harvest(runner, folder: Path, pairs_dir, reward_dir, sae_dir):
-    """Everything that is mapped by a model, and one stage that is not."""
+    """What is mapped by a model, and one stage that is not; `evaluate` has a test of its own."""
     ctx = StageContext(Place(folder), runner)
     pairs, reward, sae = (open_artifact(p) for p in (pairs_dir, reward_dir, sae_dir))
     made = {
         "activations": model_stages.activations(ctx, ActivationsConfig(layer=2), pairs, reward),
         "codes": model_stages.codes(ctx, pairs, reward, sae),
-        "evaluate": model_stages.evaluate(ctx, reward, pairs),
     }
     return made | {"salience": feature_stages.salience(ctx, made["codes"], "response")}
 
@@ -300,7 +301,7 @@ def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_t
         assert all(before == ["gone", was] for before, was in zip(what[1::2], built, strict=False))  # one at a time
 
 
-def test_several_models_are_evaluated_as_each_alone(local, tmp_path, pairs_dir, reward_dir, other_reward_dir):
+def test_several_models_are_evaluated_as_each_alone(tmp_path, pairs_dir, reward_dir, other_reward_dir):
     pairs, models = open_artifact(pairs_dir), [open_artifact(reward_dir), open_artifact(other_reward_dir)]
     began = time.monotonic()
     found = model_stages.evaluations(StageContext(Place(tmp_path / "ray"), RayRunner(TWO)), [*models, models[0]], pairs)
@@ -333,16 +334,21 @@ def test_what_the_product_counts_is_on_the_prometheus_endpoint(fragments, tmp_pa
     assert all('run="' in line for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["Llama 3 without a pad token", "Gemma 2", "RoBERTa"])
-def test_three_workers_give_the_rewards_that_models_give_by_themselves(kind, tmp_path):
-    reward = save_reward_model_of(kind, tmp_path / "model")
-    own = own_sides(reward)
-    made = [make_pair(name, "", "", "") | PAIRS[name] for name in own] * 3
-    for number, row in enumerate(made):
-        row["pair_id"] = row["row_key"] = f"{number}"
-    pairs = write_parts(schema.table(made, schema.PAIRS), tmp_path / "pairs", len(own) // 2)
-    ctx = StageContext(Place(tmp_path), RayRunner(RayConfig(min_actors=3, max_actors=3)))
-    found = read_parts(model_stages.evaluate(ctx, open_artifact(reward), open_artifact(pairs)).path)
-    assert found["pair_id"].to_pylist() == [row["pair_id"] for row in made]
-    sides = torch.tensor([found["reward_chosen"].to_pylist(), found["reward_rejected"].to_pylist()]).T.flatten()
-    assert_exact(sides, own_rewards(reward, [inputs for both in own.values() for inputs in both]).repeat(3))
+def test_three_workers_give_the_rewards_that_models_give_by_themselves(tmp_path):
+    """Of every kind what its card says how to read; pairs that its template refuses are left out."""
+    kinds = ["Llama 3 without a pad token", "Gemma 2", "RoBERTa"]
+    rewards = [save_reward_model_of(kind, tmp_path / f"model-{number}") for number, kind in enumerate(kinds)]
+    names = [*PAIRS] * 3
+    made = [make_pair(str(number), "", "", "") | PAIRS[name] for number, name in enumerate(names)]
+    pairs = open_artifact(write_parts(schema.table(made, schema.PAIRS), tmp_path / "pairs", len(PAIRS) // 2))
+    runner = RayRunner(RayConfig(min_actors=3, max_actors=3))
+    ctx = StageContext(Place(tmp_path), runner, max_refused_share=1.0)
+    for reward, artifact in zip(
+        rewards, model_stages.evaluations(ctx, [*map(open_artifact, rewards)], pairs), strict=True
+    ):
+        own, rows = own_sides(reward), read_parts(artifact.path)
+        told = [str(number) for number, name in enumerate(names) if name in own]
+        found = rows.filter(pc.is_in(rows["pair_id"], pa.array(told)))
+        assert found["pair_id"].to_pylist() == told
+        sides = torch.tensor([found["reward_chosen"].to_pylist(), found["reward_rejected"].to_pylist()]).T.flatten()
+        assert_exact(sides, own_rewards(reward, [inputs for both in own.values() for inputs in both]).repeat(3))

@@ -132,6 +132,15 @@ def test_help_imports_neither_torch_nor_ray():
     assert told.stderr.strip() == "set()"
 
 
+@pytest.mark.parametrize(
+    "module", ["safer_ray.pipeline.run", "safer_ray.distributed.ray_runner", "safer_ray.audit.run"]
+)
+def test_stages_that_run_no_model_and_drivers_that_only_map_start_without_torch(module):
+    code = f"import sys, {module}; sys.exit(str({{'torch', 'transformers', 'scipy.stats'}} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], check=False, cwd=LIBRARY.parent, capture_output=True, text=True)
+    assert told.stderr.strip() == "set()"
+
+
 def test_no_module_pickles(tree):
     assert {"pickle", "dill", "cloudpickle", "joblib", "shelve"}.isdisjoint(imported(tree))
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 LOADED = ["safer_ray.cli.app", "safer_ray.pipeline.run", "safer_ray.reward.train", "safer_ray.sae.train"]
-LOADED += ["transformers.models.llama.modeling_llama"]
+LOADED += ["safer_ray.features.passes", "safer_ray.reward.plain_text", "transformers.models.llama.modeling_llama"]
+LOADED += ["scipy.stats"]
 forks = multiprocessing.get_context("forkserver")  # not this process: it has threads
 forks.set_forkserver_preload(LOADED)
 

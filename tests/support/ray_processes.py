@@ -127,7 +127,11 @@ def _works(process: psutil.Process) -> bool:
 def wait_until(condition: Callable[[], object], seconds: float, process: subprocess.Popen | None = None) -> None:
     """Until a condition holds, as long as the process goes on."""
     until = time.monotonic() + seconds
-    while not condition():
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
         assert process is None or process.poll() is None, f"the process ended with {process.returncode}"
         assert time.monotonic() < until, f"not so after {seconds} s"
-        time.sleep(0.02)
+        # A look through all processes takes long: it is not to hold a core that they need.
+        time.sleep(min(0.5, max(0.02, 9 * (time.monotonic() - began))))

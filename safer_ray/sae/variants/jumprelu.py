@@ -51,11 +51,14 @@ class JumpReluSae(ThresholdSae):
         """Return what fires, and latents within the rectangle below their threshold with the value 0; then the
         penalty."""
         with torch.no_grad():
+            # Latents below their threshold by less give no activation, but the threshold learns from them.
             reach = self.threshold - self.bandwidth / 2
             entries, pre = above(x - self.b_dec, self.W_enc.T, self.b_enc, reach, budget)
         threshold = self.threshold.index_select(0, entries.features)
         distance = pre - threshold.detach()
         on = (distance > 0).to(pre.dtype)
+        # Section 3 of the paper: the derivative of H(z) by the threshold is -K((pre - threshold) / bandwidth)
+        # / bandwidth, and that of z is threshold times it; K is 1 within a half of 0.
         slope = (distance.abs() < self.bandwidth / 2).to(pre.dtype) / self.bandwidth
         gate = on + through(-threshold * slope)
         l0 = x.new_zeros(len(x)).index_add(0, entries.rows, gate)
