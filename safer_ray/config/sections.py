@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from safer_ray.config.cluster import RayConfig
 from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading
@@ -36,6 +36,14 @@ Encoding = Annotated[str | None, AfterValidator(lambda name: None if name is Non
 Pairing = Annotated[str, known("pairs", lambda: option_values("pairs"))]
 
 
+def _names(value: object) -> object:
+    """Names joined by commas as several."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
 class SourceConfig(Frozen):
     """A place where preference pairs come from."""
 
@@ -62,7 +70,7 @@ class SourceConfig(Frozen):
     """Which PKU-SafeRLHF label decides what is chosen."""
     pairs: Pairing | None = Field(default=None, exclude_if=lambda value: value is None)
     """Which pairs are made of a row with several ranked answers, or of the rows of one prompt."""
-    carried: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
+    carried: Names = Field(default=(), exclude_if=lambda value: not value)
     """Columns that look like a part of the prompt and are none: they ride along."""
     limit: Annotated[int, Field(gt=0)] | None = None
     """Only so many first rows of each file. Default: all."""

@@ -5,11 +5,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safer_ray.formats.canonical import PROMPTS, SYSTEMS, TURN_BREAK
+from safer_ray.formats.canonical import ANSWERED, PROMPTS, SYSTEMS, TURN_BREAK
 from safer_ray.formats.declaration import Pair, Refused
 from safer_ray.formats.markup import stretches, without_stops
 from safer_ray.formats.messages import CONTENT_KEYS, as_messages, listed, written_as_json
-from safer_ray.formats.transcripts import TURN, is_transcript
+from safer_ray.formats.transcripts import is_transcript, marks_of
 from safer_ray.schema import SIDES
 
 
@@ -112,6 +112,8 @@ def _of_prompt(columns: _Columns, pair: Pair) -> Pieces:
     turns = [*(turn for name in before for turn in columns.turns(name)), *columns.turns(first)]
     if first == "instruction" and "input" in names:
         turns[-1:] = [_joined(turns[-1], turn) for turn in columns.turns("input")[:1]]
+    if ANSWERED in pair.notes:
+        turns = turns[:-1]
     return _aligned(turns, pair.prompt)
 
 
@@ -215,7 +217,7 @@ def _of_transcript(text: str, column: str, number: int) -> list[_Turn]:
 
 def _spoken(text: str) -> Iterator[tuple[str, int, int]]:
     """Role, start and stop of what each turn says, without the whitespace around it."""
-    marks = list(TURN.finditer(text))
+    marks = marks_of(text)
     starts = [("", 0), *((mark[1], mark.end()) for mark in marks)]
     stops = [*(mark.start() for mark in marks), len(text)]
     for (role, start), stop in zip(starts, stops, strict=True):

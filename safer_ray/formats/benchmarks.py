@@ -127,7 +127,7 @@ def llmbar(row: Row, options: Options) -> list[Row]:
     """LLMBar: an `input`, two outputs, and the number (1 or 2) of the better one."""
     label = as_number(row.get("label"))
     if label not in (1, 2):
-        raise Refused(f"no preference: label is {as_text(row.get('label'))}")
+        raise Refused(f"unknown label: label is {as_text(row.get('label'))}, wanted 1 or 2 for the better one")
     places = {"prompt": "input", "chosen": f"output_{int(label)}", "rejected": f"output_{3 - int(label)}"}
     kept = {name: value for name, value in row.items() if name not in (*places.values(), "label")}
     return [kept | {name: row.get(place) for name, place in places.items()}]

@@ -13,10 +13,14 @@ PROMPTS = (  # columns that look like the prompt, in the order in which they are
     *("history", "context", "input"),
 )
 _USED = {name: frozenset({name, "chosen", "rejected"}) for name in PROMPTS}
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns that models of text do not read
 SYSTEMS = ("system", "system_prompt", "system_message")
-_LOOKS_LIKE_IT = frozenset(PROMPTS)
+_LOOKS_LIKE_IT = frozenset((*PROMPTS, *MEDIA))
 _SYSTEMS = frozenset(SYSTEMS)
 SIDES = frozenset({"chosen", "rejected"})
+ANSWERS = ("assistant", "tool")  # roles of a response
+ANSWERED = "the prompt ended with one of the responses, which was cut"
+EMPTY: tuple[Any, ...] = (None, "", [])
 TURN_BREAK = "\n"  # between an instruction and its input, as LLaMA-Factory joins them
 
 
@@ -26,6 +30,11 @@ def said(value: Any, name: str) -> Messages | str:
         parsed = written_as_json(value, name)
         return (unwrapped(value) or value) if parsed is None else as_messages(parsed, name)
     return as_messages(value, name)
+
+
+def has_sides(row: Row) -> bool:
+    """Return whether a row says itself which response is which, whatever other columns say."""
+    return row.keys() >= SIDES
 
 
 def holds_messages(value: Any) -> bool:
@@ -49,25 +58,27 @@ def parse_prompt(value: Any, name: str = "prompt") -> Messages:
     return messages
 
 
-def _response(value: Any, name: str, prompt: Messages, prompt_text: Any) -> tuple[Messages, Messages]:
+def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> tuple[Messages, Messages]:
     """Return the prompt that a side repeats (empty where it does not) and its response."""
     messages = said(value, name)
     if isinstance(messages, str):
-        text = without_stops(messages)
-        if isinstance(prompt_text, str) and is_transcript(prompt_text) and text.startswith(prompt_text):
-            text = text[len(prompt_text) :].strip()
+        text = without_stops(messages) if stopped else messages
         if not text.strip():
             raise Refused(f"empty text: {name}")
-        return [], [{"role": "assistant", "content": text}]
+        told = _told(text, prompt, name) if "Assistant:" in text else None
+        if told is None:
+            return [], [{"role": "assistant", "content": text}]
+        messages = told
     if not messages:
         raise Refused(f"empty text: {name}")
     if messages[-1]["role"] != "assistant":
         raise Refused(f"wrong type: {name} ends with {messages[-1]['role']}, wanted assistant")
-    own = spoken(messages)
-    asked = spoken(prompt)
-    cut = len(prompt) if own[: len(prompt)] == asked else 0
-    if cut == 0 and messages[0]["role"] not in ("assistant", "tool"):
-        cut = max(i for i, message in enumerate(messages) if message["role"] not in ("assistant", "tool")) + 1
+    own, asked = spoken(messages), spoken(prompt)
+    repeats = own[: len(prompt)] == asked
+    cut = max((i + 1 for i, message in enumerate(messages) if message["role"] not in ANSWERS), default=0)
+    if repeats:
+        cut = max(cut, len(prompt))  # the sides may go on before the last answer
+    elif cut:
         shorter = min(cut, len(prompt))  # either may lack a system message that the other has
         if own[:cut][-shorter:] != asked[-shorter:]:
             raise Refused("prompts differ")
@@ -76,25 +87,59 @@ def _response(value: Any, name: str, prompt: Messages, prompt_text: Any) -> tupl
     return messages[:cut], messages[cut:]
 
 
+def _told(text: str, prompt: Messages, name: str) -> Messages | None:
+    """Return the messages of a response that is a transcript: the assistant's turn alone, or behind the turns of the
+    prompt; None where it is an answer that has the form of one."""
+    if not is_transcript(text):
+        return None
+    messages = tidied(turns_of(text))
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Refused(f"empty text: {name}")
+    if messages[0]["role"] == "assistant":
+        return messages if len(messages) == 1 and text[:1] in ("\n", "\r") else None
+    own, asked = spoken(messages), spoken(prompt)
+    same = own[: len(asked)] == asked or own[:-1] == asked[-len(own) + 1 :]
+    return messages if same else None
+
+
+def _stop(value: Any) -> str:
+    """Return the marks behind a text at which a model stops."""
+    return value[len(without_stops(value)) :].strip() if isinstance(value, str) else ""
+
+
 def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -> Pair:
     """Return the pair of a prompt and of the row's `chosen` and `rejected`; sides that repeat the prompt are cut to
-    their end.
+    their end, and so are marks at which a model stops where both sides have them, or the prompt is marked up.
 
     Raises:
         Refused: the sides are of different prompts, or one says nothing.
     """
-    chosen_lead, chosen = _response(required(row, "chosen"), "chosen", prompt, prompt_text)
-    rejected_lead, rejected = _response(required(row, "rejected"), "rejected", prompt, prompt_text)
+    sides = required(row, "chosen"), required(row, "rejected")
+    marked = isinstance(prompt_text, str) and unwrapped(prompt_text) is not None
+    stopped = marked or _stop(sides[0]) == _stop(sides[1])
+    chosen_lead, chosen = _response(sides[0], "chosen", prompt, stopped=stopped)
+    rejected_lead, rejected = _response(sides[1], "rejected", prompt, stopped=stopped)
     leads = [lead for lead in (chosen_lead, rejected_lead) if lead]
     if len(leads) == 2 and spoken(leads[0]) != spoken(leads[1]):
         raise Refused("prompts differ")
-    longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message or earlier turns
-    return Pair(leads[0] if longer else prompt, chosen, rejected, used=used)
+    longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message, or more turns
+    prompt = leads[0] if longer else prompt
+    pair = Pair(prompt, chosen, rejected, used=used)
+    if len(prompt) == 1 or prompt[-1]["role"] != "assistant":
+        return pair
+    if spoken(prompt[-1:]) in (spoken(chosen), spoken(rejected)):
+        return pair._replace(prompt=prompt[:-1], notes=(ANSWERED,))
+    return pair
 
 
 def canonical(row: Row, options: Options) -> Pair:
-    """Read `prompt`, `chosen`, `rejected`, each text or messages."""
-    return prompted_by("prompt", row)
+    """Read `prompt`, `chosen`, `rejected`, each text or messages; where the prompt is empty, the next column that looks
+    like one is taken for it."""
+    return prompted_by("prompt" if row.get("prompt") not in EMPTY else _other_prompt(row), row)
+
+
+def _other_prompt(row: Row) -> str:
+    return next((name for name in PROMPTS if row.get(name) not in EMPTY), "prompt")
 
 
 def prompted_by(column: str, row: Row) -> Pair:
@@ -169,19 +214,33 @@ def with_system(row: Row, pair: Pair) -> Pair:
 
 
 def check_nothing_dropped(row: Row, pair: Pair, carried: Collection[str]) -> None:
-    """Raises Refused where a column that looks like the prompt says what no message of the pair says."""
+    """Raises Refused where a column that looks like a part of the prompt says what the prompt does not: a text that is
+    none of its messages or their lines, messages that are none of the pair's, or an image."""
     for name in sorted(_LOOKS_LIKE_IT.intersection(row) - pair.used):
         value = row[name]
-        if name in carried or value is None or value in ("", []):
+        if name in carried or value in EMPTY:
             continue
-        told = "\n".join(message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side)
-        missing = next((text for text in _texts(value) if text.strip() and text.strip() not in told), None)
-        if missing is not None:
+        if name in MEDIA:
+            raise Refused(
+                f"unread column: {name}; pairs hold text alone; set `carried: [{name}]` (--set carried={name}) where "
+                "it is no part of a prompt"
+            )
+        if not _is_told(value, pair):
             used = next((other for other in PROMPTS if other in pair.used), "chosen and rejected")
             raise Refused(
                 f"two prompts: {name} says what the prompt, read from {used}, does not; rename it, or set "
-                f"`carried: [{name}]` where it is no part of the prompt"
+                f"`carried: [{name}]` (--set carried={name}) where it is no part of the prompt"
             )
+
+
+def _is_told(value: Any, pair: Pair) -> bool:
+    asked = [message["content"] for message in pair.prompt]
+    if isinstance(value, str) and isinstance(said(value, "text"), str):
+        text = value.strip()
+        return not text or any(f"\n{text}\n" in f"\n{content.strip()}\n" for content in asked)
+    known = {content.strip() for content in asked}
+    known |= {message["content"].strip() for side in (pair.chosen, pair.rejected) for message in side}
+    return all(text.strip() in known for text in _texts(value) if text.strip())
 
 
 def _texts(value: Any) -> Iterator[str]:

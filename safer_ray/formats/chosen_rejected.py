@@ -17,14 +17,14 @@ from safer_ray.formats.declaration import (
     type_name,
 )
 from safer_ray.formats.messages import spoken
-from safer_ray.formats.transcripts import is_transcript, tidied, turns_of
+from safer_ray.formats.transcripts import is_dialogue, tidied, turns_of
 
 # Up to the last turn marker, else to the last space.
 _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|Response):\s|.*\s", re.DOTALL)
 
 
 def _split_transcript(text: str, name: str) -> tuple[Messages, Messages]:
-    if not is_transcript(text):
+    if not is_dialogue(text):
         raise Refused(f"wrong type: {name} is plain text, wanted a Human:/Assistant: transcript")
     *before, last = turns_of(text)
     if last["role"] != "assistant":
@@ -49,7 +49,7 @@ def trl_implicit(row: Row, options: Options) -> Pair:
     """Read `chosen` and `rejected` that begin with the prompt: the messages before the assistant's last ones, or the
     common beginning of two texts."""
     values = {name: required(row, name) for name in ("chosen", "rejected")}
-    if any(isinstance(value, str) and is_transcript(value) for value in values.values()):
+    if any(isinstance(value, str) and is_dialogue(value) for value in values.values()):
         return hh_rlhf(row, options)
     sides = {name: said(value, name) for name, value in values.items()}
     chosen, rejected = sides.values()
@@ -126,7 +126,7 @@ def _in_column(name: str, column: str, told: str) -> PreferenceFormat:
 
 
 def _has_transcript(row: Row) -> bool:
-    return any(isinstance(row[side], str) and is_transcript(row[side]) for side in SIDES)
+    return any(isinstance(row[side], str) and is_dialogue(row[side]) for side in SIDES)
 
 
 def _has_messages(row: Row) -> bool:

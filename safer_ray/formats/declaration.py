@@ -147,7 +147,7 @@ def as_text(value: Any) -> str:
 
 def as_number(value: Any) -> float | None:
     """A finite number that float32 can hold, also one written as text (CSV), else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or (isinstance(value, str) and "_" in value):
         return None
     try:
         number = float(value)

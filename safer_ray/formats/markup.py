@@ -30,6 +30,7 @@ _FAMILIES = (
     _Family(re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>")),
     _Family(re.compile(r"<\|(user|assistant|system)\|>\n?"), re.compile(r"<\|end\|>|<\|endoftext\|>|</s>")),
 )
+_NEMO = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # between turns of HelpSteer 2, the user's first
 _LLAMA = re.compile(
     r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?:</s>\s*(?:<s>)?\s*|(?=\[INST\])|\Z)", re.DOTALL
 )
@@ -37,8 +38,10 @@ _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _ANYWHERE = re.compile(
     "|".join(map(re.escape, _STOPS))
     + r"|<\|im_start\|>|<\|(?:start|end)_header_id\|>|<\|header_(?:start|end)\|>|<start_of_turn>|\[/?INST\]"
-    r"|<</?SYS>>|<\|(?:user|assistant|system)\|>|^### (?:Instruction|Response):",
-    re.MULTILINE,
+    r"|<</?SYS>>|<\|(?:user|assistant|system)\|>|^### (?:Instruction|Response|Human|Assistant):|<extra_id_\d>"
+    r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|<\uff5c(?:User|Assistant)\uff5c>|\bGPT4 Correct (?:User|Assistant):"
+    r"|\bUSER: (?=.*\bASSISTANT:)|<\|(?i:im_(?:start|end))\|>",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -58,6 +61,14 @@ def unwrapped(text: str) -> Messages | None:
 
 def stretches(text: str) -> list[Stretch] | None:
     """Return where the messages that `unwrapped` gives stand in the text."""
+    if "<extra_id_1>" in text and (marks := list(_NEMO.finditer(text))):
+        stops = [*(mark.start() for mark in marks[1:]), len(text)]
+        first = _said("user", text, 0, marks[0].start())
+        return first + [
+            each
+            for mark, stop in zip(marks, stops, strict=True)
+            for each in _said(mark[1].lower(), text, mark.end(), stop)
+        ]
     if text[:200].lstrip()[:1] not in ("<", "["):
         return None
     start = _BEGIN.match(text).end()  # type: ignore[union-attr]  # it matches the empty text
@@ -119,11 +130,12 @@ def without_stops(text: str) -> str:
 
 def markup_in(text: str) -> str | None:
     """Return the first mark of a template that a text holds, or None."""
-    if "<" not in text and "[" not in text and "#" not in text:
+    if "<" not in text and "[" not in text and "#" not in text and ":" not in text:
         return None
     if not (  # by far most texts have no part of any mark, which is ten times as fast as the search
         ("<|" in text or "_of_turn>" in text or "INST]" in text or "### " in text)
-        or ("SYS>>" in text or "</s>" in text or "<eos>" in text)
+        or ("SYS>>" in text or "</s>" in text or "<eos>" in text or "<\uff5c" in text or "<extra_id_" in text)
+        or ("GPT4 Correct" in text or ("USER: " in text and "ASSISTANT:" in text))
     ):
         return None
     found = _ANYWHERE.search(text)

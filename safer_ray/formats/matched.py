@@ -3,32 +3,49 @@
 They were not made as pairs: what a pair of them says is that its two responses have different labels, no more.
 """
 
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
-from safer_ray.formats.canonical import canonical
+from safer_ray.formats.canonical import SIDES, canonical, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import Half, Options, Pair, PreferenceFormat, Refused, Row, as_number, as_text
 
 Side = Literal["chosen", "rejected"]
 KTO_COLUMNS = ("prompt", "completion", "label")
 WILDGUARDMIX_COLUMNS = ("prompt", "response", "prompt_harm_label", "response_refusal_label")
+UNMATCHED = "unmatched"  # of such a row: why it is no pair
 MATCHED = "matched"  # the column that names the format of the rows that a pair was matched from
 PAIRS = ("one", "all")  # pairs of a prompt: its first two responses of different labels, or all that differ
 
 
 def kto(row: Row) -> Half:
-    """Read KTO's rows: a `completion` that is desirable (`label` true) or not."""
-    label = row.get("label")
-    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
-        label = label.strip().lower() == "true"  # CSV
-    if label not in (True, False):
-        raise Refused(f"no preference: label is {as_text(row.get('label'))}")
-    side: Side = "chosen" if label else "rejected"
-    return Half(row.get("prompt"), side, row.get("completion"), {}, frozenset(), _rest(row, KTO_COLUMNS))
+    """Read KTO's rows: a `completion` that is desirable (`label` true or 1) or not (false or 0)."""
+    if (label := _label(row.get("label"))) is None:
+        raise Refused(f"unknown label: label is {as_text(row.get('label'))}, wanted true or false")
+    return _half(row, "completion", "chosen" if label else "rejected", KTO_COLUMNS, {}, frozenset())
 
 
-def _rest(row: Row, used: Collection[str]) -> Row:
-    return {name: value for name, value in row.items() if name not in used}
+def _label(value: Any) -> bool | None:
+    words = {"true": True, "false": False, "desirable": True, "undesirable": False}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    number = int(value) if isinstance(value, bool) else as_number(value)
+    return bool(number) if number in (0, 1) else None
+
+
+def _half(
+    row: Row, column: str, side: Side, columns: Collection[str], labels: Mapping[str, str], shared: frozenset[str]
+) -> Half:
+    """Return a row as a side: its prompt with all columns that are a part of it, as in rows of two responses.
+
+    Raises:
+        Refused: the prompt or the response says nothing, or a column that looks like the prompt would be dropped.
+    """
+    sides = {"chosen": row.get(column), "rejected": row.get(column)}
+    rest = {name: value for name, value in row.items() if name not in (column, *SIDES)}
+    pair = with_system(rest, canonical(rest | sides, {}))
+    check_nothing_dropped(rest, pair, ())
+    gone = {*pair.used, *columns, *labels, *(("prompt",) if "prompt" in row else ())}
+    return Half(pair.prompt, side, pair.chosen, labels, shared, {k: v for k, v in row.items() if k not in gone})
 
 
 def wildguardmix(row: Row) -> Half:
@@ -36,27 +53,24 @@ def wildguardmix(row: Row) -> Half:
 
     The label `prompt_harm_label` says which (`where: labels.prompt_harm_label == harmful`).
     """
-    asked, answered = (
-        as_text(row.get(name)).strip().lower() for name in ("prompt_harm_label", "response_refusal_label")
-    )
+    asked, answered = (as_text(row.get(name)).strip().lower() for name in WILDGUARDMIX_COLUMNS[2:])
     if asked not in ("harmful", "unharmful") or answered not in ("refusal", "compliance"):
         raise Refused(f"no preference: prompt_harm_label is {asked}, response_refusal_label {answered}")
     good = (asked == "harmful") == (answered == "refusal")
     names = ("prompt_harm_label", "subcategory", "adversarial")
     labels = {name: as_text(row[name]) for name in (*names, "response_harm_label") if row.get(name) is not None}
-    rest = _rest(row, (*WILDGUARDMIX_COLUMNS, *names, "response_harm_label"))
     side: Side = "chosen" if good else "rejected"
-    return Half(row.get("prompt"), side, row.get("response"), labels, frozenset(names), rest)
-
-
-def _is_label(row: Row) -> bool:
-    label = row["label"]
-    text = isinstance(label, str) and label.strip().lower() in ("true", "false")
-    return isinstance(label, bool) or text or as_number(label) in (0, 1)
+    return _half(row, "response", side, WILDGUARDMIX_COLUMNS, labels, frozenset(names))
 
 
 def matched(row: Row, options: Options) -> Pair:
-    """Read what `safer_ray.data.matching` writes: canonical, and the format of its two rows, which becomes a label."""
+    """Read what `safer_ray.data.matching` writes: canonical, and the format of its two rows, which becomes a label.
+
+    Raises:
+        Refused: the row had no partner, or was none of the format's rows.
+    """
+    if isinstance(reason := row.get(UNMATCHED), str):
+        raise Refused(reason)
     pair = canonical(row, options)
     return pair._replace(labels={MATCHED: as_text(row.get(MATCHED))}, used=pair.used | {MATCHED})
 
@@ -73,7 +87,7 @@ KTO = PreferenceFormat(
     KTO_COLUMNS,
     "prompt, completion, label true or false; rows of one prompt are matched",
     matched,
-    holds=_is_label,
+    holds=lambda row: _label(row["label"]) is not None,
     match=kto,
     several=True,
     options={"pairs": PAIRS},

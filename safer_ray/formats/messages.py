@@ -11,7 +11,7 @@ from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
 
-from safer_ray.formats.declaration import Messages, Refused, parsed_json, type_name
+from safer_ray.formats.declaration import Messages, Refused, as_mapping, parsed_json, type_name
 from safer_ray.schema import to_json
 
 MORE = "more"  # the key of a message's other fields
@@ -32,12 +32,15 @@ ROLES = MappingProxyType(  # what other formats call them
         "model": "assistant",
         "ai": "assistant",
         "observation": "tool",
+        "ipython": "tool",
     }
 )
 _COMMON = frozenset({"user", "assistant", "system"})
+_KNOWN = frozenset({*_COMMON, "developer", "tool", "function", "function_call", *ROLES})
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
-_REPR = re.compile(r"\s*+(?:array\()?\s*+\[?\s*+\{\s*+'(?:role|content|from|value)'\s*:")
+_REPR = re.compile(r"\s*+(?:array\()?\s*+\[?\s*+\{\s*+'\w+'\s*:")
+_REPR_ROLE = re.compile(r"'(?:role|from)': *'")
 _KEYS = {*ROLE_KEYS, *CONTENT_KEYS}
 _FIRSTS = frozenset('[{" \n\t\r')  # of texts that may hold messages
 _NESTED = 3  # times that messages may have been written as JSON
@@ -80,21 +83,26 @@ def _transposed(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _message(item: Any, place: str) -> dict[str, str] | None:
     """Return a message; None of one that says nothing."""
+    if isinstance(item, list) and item:
+        item = as_mapping(item)  # as Arrow gives maps
     if not isinstance(item, dict):
         raise Refused(f"wrong type: {place} is {type_name(item)}, wanted a message with role and content")
     if len(item) == 2 and isinstance(role := item.get("role"), str) and isinstance(said := item.get("content"), str):
         more: dict[str, Any] = {}  # by far the most frequent form
     else:
         role = _role(item, place)
-        key = next((key for key in CONTENT_KEYS if item.get(key) is not None), None)
+        key = next((key for key in (*CONTENT_KEYS, "parts") if item.get(key) not in (None, "", [])), None)
         said = "" if key is None else _content(item[key], f"{place}.{key}")
         more = _more(item, key, place)
     if not role:
         raise Refused(f"wrong type: {place}.role is null, wanted text")
     if not said.strip() and not any(name in more for name in SPOKEN):
-        return None
-    if role not in _COMMON:
-        role = ROLES.get(role.strip().lower(), role)
+        if more and role.strip().lower() not in ("tool", "function", "observation", "ipython"):
+            raise Refused(f"message without content: {place} has {', '.join(more)} alone")
+        if not more:
+            return None
+    if role not in _COMMON and (known := role.strip().lower()) in _KNOWN:
+        role = ROLES.get(known, known)
     return {"role": role, "content": said, MORE: to_json(more)} if more else {"role": role, "content": said}
 
 
@@ -186,7 +194,7 @@ def written_as_json(text: str, name: str) -> Any:
     """
     if text[:1] not in _FIRSTS and not text.startswith("array("):
         return None
-    if _REPR.match(text):
+    if _REPR.match(text) and _REPR_ROLE.search(text, 0, 5000):
         raise Refused(
             f"not JSON: {name} holds messages as Python's repr writes them; write them by json.dumps, or as a list"
         )
@@ -199,7 +207,7 @@ def written_as_json(text: str, name: str) -> Any:
             if isinstance(value, str):
                 value = parsed_json(value)
     except Refused as reason:
-        if found[1] in _KEYS:
+        if found[1] in _KEYS and "Extra data" not in str(reason):  # else it is JSON that more text follows
             why = str(reason).removeprefix("not JSON: ")
             raise Refused(f"not JSON: {name} begins as messages in JSON do, but {why}") from None
         return None
@@ -210,14 +218,10 @@ def _looks_like_messages(value: Any) -> bool:
     if isinstance(value, dict) and len(value) == 1:
         value = next((value[key] for key in _LISTS if key in value), value)
     first = value[0] if isinstance(value, list) and value else value
-    return (
-        isinstance(first, dict) and any(key in first for key in ROLE_KEYS) and any(key in first for key in CONTENT_KEYS)
-    )
-
-
-def bare(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
-    """Return what messages say, for comparing responses: role, content without the whitespace around it, the rest."""
-    return [(message["role"], message["content"].strip(), message.get(MORE) or "") for message in messages]
+    if not isinstance(first, dict) or first.keys().isdisjoint((*CONTENT_KEYS, *SPOKEN)):
+        return False
+    role = next((first[key] for key in ROLE_KEYS if first.get(key) is not None), None)
+    return isinstance(role, str) and role.strip().lower() in _KNOWN
 
 
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
@@ -236,8 +240,9 @@ def without_incidents(messages: Messages) -> Messages:
 def _without_incidents(message: dict[str, str]) -> dict[str, str]:
     said = _spoken(message[MORE])
     bare_message = {name: text for name, text in message.items() if name != MORE}
-    return bare_message | {MORE: said} if said != "{}" else bare_message
+    return bare_message | {MORE: said} if said else bare_message
 
 
 def _spoken(more: str) -> str:
-    return to_json({key: value for key, value in json.loads(more).items() if key in SPOKEN})
+    said = {key: value for key, value in json.loads(more).items() if key in SPOKEN}
+    return to_json(said) if said else ""

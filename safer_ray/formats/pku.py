@@ -1,6 +1,6 @@
 """PKU-SafeRLHF."""
 
-from safer_ray.formats.canonical import parse_prompt
+from safer_ray.formats.canonical import has_sides, parse_prompt
 from safer_ray.formats.declaration import (
     Options,
     Pair,
@@ -14,18 +14,26 @@ from safer_ray.formats.declaration import (
 )
 
 
+def _other(column: str) -> str:
+    return "better" if column.startswith("safer") else "safer"
+
+
 def pku_saferlhf(row: Row, options: Options) -> Pair:
     """Two responses and the number of the safer or the better one; harm categories and severities become labels."""
     prompt = parse_prompt(required_text(row, "prompt"))
     responses = [required_text(row, "response_0"), required_text(row, "response_1")]
     column = f"{options.get('prefer', 'safer')}_response_id"
     if column not in row:
-        raise Refused(f"missing column: {column}")
+        raise Refused(
+            f"missing column: {column}; the other one decides with `prefer: {_other(column)}` (--set prefer=…)"
+        )
     number = as_number(row[column])
     if number is None and row[column] not in (None, ""):
         raise Refused(f"wrong type: {column} is {type_name(row[column])}, wanted 0 or 1")
-    if number not in (0, 1):
+    if number in (None, -1):
         raise Refused(f"no preference: {column} is {as_text(row[column])}")
+    if number not in (0, 1):
+        raise Refused(f"unknown label: {column} is {as_text(row[column])}, wanted 0 or 1")
     chosen = int(number)
     labels: dict[str, str] = {}
     used = {"prompt", "response_0", "response_1", column}
@@ -49,6 +57,6 @@ PKU_SAFERLHF = PreferenceFormat(
     ("prompt", "response_0", "response_1"),
     "prompt, response_0, response_1, safer_response_id or better_response_id",
     pku_saferlhf,
-    holds=lambda row: bool(row.keys() & {"safer_response_id", "better_response_id"}),
+    holds=lambda row: bool(row.keys() & {"safer_response_id", "better_response_id"}) and not has_sides(row),
     options={"prefer": ("safer", "better")},
 )

@@ -119,7 +119,9 @@ def completions(row: Row, options: Options) -> list[Row]:
     for i, item in enumerate(_listed(row, "completions")):
         place = f"completions[{i}]"
         text = _text_of(item, "response", place, "response and overall_score")
-        score = _number(item.get("overall_score"), place, "overall_score")
+        if item.get("overall_score") is None:
+            continue  # not ranked; the others are
+        score = _number(item["overall_score"], place, "overall_score")
         model = {"model": as_text(item["model"])} if item.get("model") is not None else {}
         answers.append(Ranked(text, -score, model | {"score": f"{score:g}"}))
     return _with_margins(ranked_pairs(row, answers, options, frozenset({"completions"})))
@@ -141,6 +143,8 @@ def generations(row: Row, options: Options) -> list[Row]:
     for i, (text, rating) in enumerate(zip(texts, ratings, strict=True)):
         if not isinstance(text, str | list) or not text:
             raise Refused(f"empty text: generations[{i}]")
+        if rating is None:
+            continue  # not ranked; the others are
         score = _number(rating, f"{column}[{i}]", "number")
         model = {"model": as_text(models[i])} if models else {}
         answers.append(Ranked(text, -score, model | {"score": f"{score:g}"}))

@@ -4,7 +4,7 @@ A format is one declaration, `PreferenceFormat`, and one entry here.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,10 +24,18 @@ from safer_ray.formats.declaration import (
 )
 from safer_ray.formats.markup import markup_in
 from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
-from safer_ray.formats.messages import bare
+from safer_ray.formats.messages import spoken
 from safer_ray.formats.pku import PKU_SAFERLHF
 from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
-from safer_ray.formats.two_responses import ARENA, ARENA_CONVERSATIONS, HELPSTEER2, HELPSTEER3, SHP, STACK_EXCHANGE
+from safer_ray.formats.two_responses import (
+    ARENA,
+    ARENA_CONVERSATIONS,
+    HELPSTEER2,
+    HELPSTEER3,
+    NAMED_RESPONSES,
+    SHP,
+    STACK_EXCHANGE,
+)
 
 FORMATS: dict[str, PreferenceFormat] = {
     known.name: known
@@ -44,6 +52,7 @@ FORMATS: dict[str, PreferenceFormat] = {
         ARENA_CONVERSATIONS,
         SHP,
         STACK_EXCHANGE,
+        NAMED_RESPONSES,
         MATCHED_ROWS,
         sides.ULTRAFEEDBACK,
         sides.CANONICAL,
@@ -69,6 +78,7 @@ FORMATS: dict[str, PreferenceFormat] = {
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
 CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
+REPEATED = 8  # characters of a prompt that a response would not begin with by chance
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
 MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
@@ -82,6 +92,9 @@ BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and 
 
 
 _EVIDENCE = frozenset((*MARGINS, *BY_SIDE, *(one for one, _ in SCORES)))
+
+
+_NUMBERS = frozenset((*MARGINS, *(name for both in SCORES for name in both)))
 
 
 def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
@@ -102,7 +115,7 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
     """
     pair = with_system(row, FORMATS[format].read(row, options))
     check_nothing_dropped(row, pair, options.get(CARRIED, "").split(","))
-    if bare(pair.chosen) == bare(pair.rejected):
+    if spoken(pair.chosen) == spoken(pair.rejected):
         raise Refused("equal responses")
     margin, used = (pair.label_margin, NOTHING) if pair.label_margin is not None else _margin(row, pair)
     labels = dict(pair.labels)
@@ -115,7 +128,11 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         for key, value in mapping.items():
             if value is not None and (name == "labels" or not isinstance(value, dict | list)):
                 labels.setdefault(key, as_text(value))
-    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, pair.used | used, _notes(row, pair))
+    notes = (*pair.notes, *_notes(row, pair))
+    for name in sorted(_NUMBERS.intersection(row)):
+        if row[name] not in (None, "") and as_number(row[name]) is None:
+            notes = (*notes, f"{name} is no number, and not read")
+    return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, pair.used | used, notes)
 
 
 def _margin(row: Row, pair: Pair) -> tuple[float | None, frozenset[str]]:
@@ -129,19 +146,24 @@ def _margin(row: Row, pair: Pair) -> tuple[float | None, frozenset[str]]:
 
 
 def _margin_of_columns(row: Row) -> tuple[float | None, frozenset[str]]:
+    """Return the first margin that is below 0, which contradicts the label; else the first there is."""
+    found = list(_margins(row))
+    return next((each for each in found if each[0] < 0), found[0] if found else (None, NOTHING))
+
+
+def _margins(row: Row) -> Iterator[tuple[float, frozenset[str]]]:
     for name in MARGINS:
         if (margin := as_number(row.get(name))) is not None:
             if name == "preference_strength" and margin == 0:
                 raise Refused("no preference: preference_strength is 0")
-            return margin, frozenset({name})
+            yield margin, frozenset({name})
     for one, two in SCORES:
         if one in row and (margin := _difference(row[one], row.get(two))) is not None:
-            return margin, frozenset({one, two})
+            yield margin, frozenset({one, two})
     for name in BY_SIDE:
         both = row.get(name)
         if isinstance(both, dict) and (margin := _difference(both.get("chosen"), both.get("rejected"))) is not None:
-            return margin, frozenset({name})
-    return None, NOTHING
+            yield margin, frozenset({name})
 
 
 def _difference(one: Any, two: Any) -> float | None:
@@ -160,7 +182,17 @@ def _margin_of_generations(row: Row, pair: Pair) -> float | None:
 
 
 def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
-    """Return what should be known of a pair's texts: template markup that was unwrapped, or that is still in them."""
+    """Return what should be known of a pair's texts: template markup that was unwrapped, or that is still in them;
+    definitions of tools, and responses that begin with the prompt."""
+    if row.get("tools") or row.get("functions"):
+        return (*_of_markup(row, pair), "definitions of tools ride along, and no model reads them")
+    asked = pair.prompt[-1]["content"] if pair.prompt else ""
+    if len(asked) > REPEATED and all(side[0]["content"].startswith(asked) for side in (pair.chosen, pair.rejected)):
+        return (*_of_markup(row, pair), "both responses begin with the prompt")
+    return _of_markup(row, pair)
+
+
+def _of_markup(row: Row, pair: Pair) -> tuple[str, ...]:
     contents = [message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
     for text in contents:
         if (mark := markup_in(text)) is not None:

@@ -6,17 +6,40 @@ import re
 from safer_ray.formats.declaration import Messages
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
+TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):[ \t]*")
+_LINE_TURN = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):[ \t]*")
+_ASKS = ("\n\nAssistant:", "\r\n\r\nAssistant:")
+
+
+def marks_of(text: str) -> list[re.Match[str]]:
+    """Return the marks that open the turns of a transcript: behind empty lines; at the beginning of lines where the
+    text opens with one and no other comes behind an empty line."""
+    marks = list(TURN.finditer(text))
+    if len(marks) == 1 and not text[: marks[0].start(1)].strip():
+        lines = list(_LINE_TURN.finditer(text))
+        return lines if len(lines) > 1 else marks
+    return marks
 
 
 def is_transcript(text: str) -> bool:
-    """Return whether a text is a dialogue: it opens with a turn, or asks for the next one at its end."""
-    return bool(TURN.match(text)) or ("\n\nHuman:" in text and text.rstrip().endswith("\n\nAssistant:"))
+    """Return whether a text is a dialogue: it opens with a turn of several, or one behind empty lines, or asks for the
+    next one at its end."""
+    if TURN.match(text):
+        return text[:1] in ("\n", "\r") or len(marks_of(text)) > 1
+    return "Human:" in text and text.rstrip().endswith(_ASKS) and len(marks_of(text)) > 1
+
+
+def is_dialogue(text: str) -> bool:
+    """Return whether a text is a dialogue to its last answer, also behind words of its own: as sides of pairs are."""
+    if is_transcript(text):
+        return True
+    roles = [mark[1] for mark in marks_of(text)] if "Human:" in text else []
+    return len(roles) > 1 and roles[0] == "Human" and roles[-1] == "Assistant"
 
 
 def turns_of(text: str) -> Messages:
     """Return all turns of a transcript, empty ones too; text before the first is a system message."""
-    marks = list(TURN.finditer(text))
+    marks = marks_of(text)
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     lead = text[: marks[0].start()].strip()
     turns = [{"role": "system", "content": lead}] if lead else []

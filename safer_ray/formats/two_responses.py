@@ -7,7 +7,7 @@ better, HelpSteer3's `overall_preference` likewise below 0 where response 1 is; 
 from collections.abc import Mapping
 from typing import Any
 
-from safer_ray.formats.canonical import by_any_prompt, canonical
+from safer_ray.formats.canonical import by_any_prompt, canonical, has_sides
 from safer_ray.formats.declaration import (
     Options,
     PreferenceFormat,
@@ -22,6 +22,14 @@ from safer_ray.formats.declaration import (
 from safer_ray.formats.messages import as_messages
 
 Names = tuple[str, str]
+NAME_CHARS = 12  # of a label that names a response
+STRONGEST = 3  # of HelpSteer's preferences
+TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both", "neither", "none", "draw", "")
+
+
+def has_no_sides(row: Row) -> bool:
+    """Return whether a row does not say itself which response is which."""
+    return not has_sides(row)
 
 
 def _preferred(row: Row, responses: Names, better: int, used: tuple[str, ...], sides: Mapping[str, Names]) -> Row:
@@ -47,6 +55,8 @@ def _signed(row: Row, column: str) -> float:
         raise Refused(f"wrong type: {column} is {type_name(value)}, wanted a number")
     if number == 0:
         raise Refused(f"no preference: {column} is 0")
+    if abs(number) > STRONGEST:
+        raise Refused(f"unknown label: {column} is {number:g}, wanted -{STRONGEST} to {STRONGEST}")
     return number
 
 
@@ -67,8 +77,10 @@ def helpsteer3(row: Row, options: Options) -> list[Row]:
 def shp(row: Row, options: Options) -> list[Row]:
     """Read Stanford Human Preferences: a post with two comments; `labels` is 1 where A is better, 0 where B is."""
     label = as_number(row.get("labels"))
+    if row.get("labels") is None:
+        raise Refused("no preference: labels is null")
     if label not in (0, 1):
-        raise Refused(f"no preference: labels is {as_text(row.get('labels'))}")
+        raise Refused(f"unknown label: labels is {as_text(row['labels'])}, wanted 1 where A is better, 0 where B is")
     row = {name: value for name, value in row.items() if name != "labels"}
     sides = {"score": ("score_A", "score_B")}
     scores = [as_number(row.get(name)) for name in sides["score"]]
@@ -86,16 +98,22 @@ def stack_exchange(row: Row, options: Options) -> list[Row]:
 
 def _winner(row: Row) -> int:
     """Return which of two models won: 0 for the first. A tie is no preference."""
-    if "winner" in row:
-        names = {"model_a": 0, "model_b": 1, "a": 0, "b": 1, "model_1": 0, "model_2": 1}
-        said = as_text(row["winner"]).strip().lower()
-        if said not in names:
-            raise Refused(f"no preference: winner is {said[:40]}")
+    if "winner" not in row:
+        won = [as_number(row.get(f"winner_model_{name}")) for name in ("a", "b")]
+        if sorted(number or 0 for number in won) != [0, 1]:
+            raise Refused("no preference: winner_tie, or no winner")
+        return int(won[1] == 1)
+    said = "" if row["winner"] is None else as_text(row["winner"]).strip().lower()
+    names: dict[str, int] = {}
+    for number, letter in enumerate("ab"):
+        names |= dict.fromkeys((f"model_{letter}", f"model {letter}", f"response_{letter}", letter), number)
+        if isinstance(model := row.get(f"model_{letter}"), str) and row.get("model_a") != row.get("model_b"):
+            names.setdefault(model.strip().lower(), number)
+    if said in names:
         return names[said]
-    won = [as_number(row.get(f"winner_model_{name}")) for name in ("a", "b")]
-    if sorted(number or 0 for number in won) != [0, 1]:
-        raise Refused("no preference: winner_tie, or no winner")
-    return int(won[1] == 1)
+    if said in TIES:
+        raise Refused(f"no preference: winner is {said or 'null'}")
+    raise Refused(f"unknown label: winner is {said[:40]}, wanted model_a, model_b, a model's name, or tie")
 
 
 def _one_turn(value: Any, name: str) -> Any:
@@ -148,12 +166,55 @@ def arena_conversations(row: Row, options: Options) -> list[Row]:
 _WINNERS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
 
 
+# Pairs of columns that hold two responses, and what a label calls them, the first and the second.
+_NAMED: tuple[tuple[Names, Names], ...] = tuple(
+    ((f"{kind}{break_}{one}", f"{kind}{break_}{two}"), (one, two))
+    for kind in ("response", "answer", "output", "completion")
+    for break_ in ("_", "")
+    for one, two in (("a", "b"), ("0", "1"), ("1", "2"))
+)
+
+
+def _named(row: Row) -> tuple[Names, int] | None:
+    """Return the columns of two responses that `chosen` and `rejected` name, and which is chosen."""
+    sides = [as_text(row.get(side)).strip().lower() for side in ("chosen", "rejected")]
+    if max(map(len, sides)) > NAME_CHARS:
+        return None
+    for columns, names in _NAMED:
+        if set(columns) <= row.keys():
+            known = {
+                text: i for i in (0, 1) for text in (names[i], columns[i], f"model_{names[i]}", f"response {names[i]}")
+            }
+            places = [known.get(side, -1) for side in sides]
+            if sorted(places) == [0, 1]:
+                return columns, places[0]
+    return None
+
+
+def named_responses(row: Row, options: Options) -> list[Row]:
+    """Read `chosen` and `rejected` that name two other columns, which hold the responses."""
+    found = _named(row)
+    if found is None:
+        raise Refused("unknown label: chosen and rejected name no two columns of responses")
+    columns, better = found
+    return [_preferred(row, columns, better, (), {})]
+
+
+NAMED_RESPONSES = PreferenceFormat(
+    "named_responses",
+    ("chosen", "rejected"),
+    "response_a, response_b, and chosen, rejected that name them",
+    by_any_prompt,
+    named_responses,
+    holds=lambda row: _named(row) is not None,
+)
 HELPSTEER2 = PreferenceFormat(
     "helpsteer2",
     ("prompt", "response_1", "response_2", "preference_strength"),
     "prompt, response_1, response_2, preference_strength (above 0: the second is better)",
     canonical,
     helpsteer2,
+    holds=has_no_sides,
 )
 HELPSTEER3 = PreferenceFormat(
     "helpsteer3",
@@ -161,6 +222,7 @@ HELPSTEER3 = PreferenceFormat(
     "context, response1, response2, overall_preference (below 0: the first is better)",
     by_any_prompt,
     helpsteer3,
+    holds=has_no_sides,
 )
 SHP = PreferenceFormat(
     "shp",
@@ -168,6 +230,7 @@ SHP = PreferenceFormat(
     "history, human_ref_A, human_ref_B, labels (1: A is better)",
     by_any_prompt,
     shp,
+    holds=has_no_sides,
 )
 STACK_EXCHANGE = PreferenceFormat(
     "stack_exchange",
@@ -175,6 +238,7 @@ STACK_EXCHANGE = PreferenceFormat(
     "question, response_j (the better one), response_k",
     by_any_prompt,
     stack_exchange,
+    holds=has_no_sides,
 )
 ARENA = PreferenceFormat(
     "arena",
@@ -182,7 +246,7 @@ ARENA = PreferenceFormat(
     "prompt, response_a, response_b, winner or winner_model_a and winner_model_b",
     canonical,
     arena,
-    holds=lambda row: "winner" in row or {"winner_model_a", "winner_model_b"} <= row.keys(),
+    holds=lambda row: has_no_sides(row) and ("winner" in row or {"winner_model_a", "winner_model_b"} <= row.keys()),
 )
 ARENA_CONVERSATIONS = PreferenceFormat(
     "arena_conversations",
@@ -190,4 +254,5 @@ ARENA_CONVERSATIONS = PreferenceFormat(
     "conversation_a, conversation_b, winner",
     canonical,
     arena_conversations,
+    holds=has_no_sides,
 )

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from formats.test_layouts import ASKED, BAD, ROWS, USER
 from hypothesis import given
 from hypothesis import strategies as st
+from support.layout_rows import ASKED, BAD, ROWS, USER
 from support.made import make_codes, make_pair, messages
 from support.templates import CHAT_TEMPLATE, LONG
 
@@ -93,7 +93,7 @@ def test_a_span_of_what_was_sent_is_its_sentence(tokenizers, template, prompt, c
         name = "prompt" if spot.part == "prompt" else side
         found = sent_span(pieces[name], spot.message, spot.start, spot.stop)
         if found is None:  # it goes over the end of one of several turns that are read as one
-            assert len(pieces[name][spot.message]) > 1
+            assert len(pieces[name][spot.message]) > 1, (sent, pair)
             continue
         column, message, start, stop = found
         assert column == name

@@ -238,4 +238,4 @@ def test_hhh_and_llmbar_are_read_by_their_own_columns(tmp_path):
     pairs, refused = read(path)
     assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs] == [("one", "two"), ("two", "one")]
     assert [json.loads(pair["extra"]) for pair in pairs] == [{"why": "x"}] * 2
-    assert refused == ["no preference: label is 3"]
+    assert refused == ["unknown label: label is 3, wanted 1 or 2 for the better one"]

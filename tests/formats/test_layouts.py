@@ -6,6 +6,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.layout_rows import ASKED, BAD, GOOD, MARGINS, MATCHED, ROWS, SIDES, SYSTEM, USER
 from support.messages import short
 
 from safer_ray.config.sections import SourceConfig
@@ -15,107 +16,6 @@ from safer_ray.formats.declaration import Refused
 from safer_ray.formats.messages import messages_json
 from safer_ray.formats.registry import FORMATS, detect_format, expanded, read_pair, row_format
 from safer_ray.schema import to_json
-
-USER = {"role": "user", "content": "How are you?"}
-GOOD = {"role": "assistant", "content": "Fine, thanks."}
-BAD = {"role": "assistant", "content": "Go away."}
-SYSTEM = {"role": "system", "content": "Be kind."}
-ASKED = "How are you?"
-SIDES = {"chosen": "Fine, thanks.", "rejected": "Go away."}
-HH = "\n\nHuman: How are you?\n\nAssistant: "
-MATCHED = ("kto", "wildguardmix")
-
-# Of each format a row that holds the pair of USER, GOOD and BAD.
-ROWS = {
-    "llmbar": {"input": ASKED, "output_1": "Go away.", "output_2": "Fine, thanks.", "label": 2},
-    "hhh": {"input": ASKED, "targets": {"choices": ["Fine, thanks.", "Go away."], "labels": [1, 0]}},
-    "pku_saferlhf": {
-        "prompt": ASKED,
-        "response_0": "Go away.",
-        "response_1": "Fine, thanks.",
-        "safer_response_id": 1,
-        "better_response_id": 0,
-    },
-    "rewardbench2": {
-        "id": "7",
-        "prompt": ASKED,
-        "chosen": ["Fine, thanks."],
-        "rejected": ["Go away."],
-        "subset": "Focus",
-    },
-    "rm_bench": {
-        "id": "7",
-        "prompt": ASKED,
-        "chosen": ["Fine, thanks."] * 3,
-        "rejected": ["Go away."] * 3,
-        "domain": "chat",
-    },
-    "rewardbench": {"id": 7, "prompt": ASKED, **SIDES, "subset": "hep-go", "chosen_model": "a", "rejected_model": "b"},
-    "helpsteer2": {"prompt": ASKED, "response_1": "Go away.", "response_2": "Fine, thanks.", "preference_strength": 2},
-    "helpsteer3": {"context": [USER], "response1": "Fine, thanks.", "response2": "Go away.", "overall_preference": -1},
-    "arena": {
-        "prompt": json.dumps([ASKED]),
-        "response_a": json.dumps(["Go away."]),
-        "response_b": json.dumps(["Fine, thanks."]),
-        "winner_model_a": 0,
-        "winner_model_b": 1,
-        "winner_tie": 0,
-        "model_a": "x",
-        "model_b": "y",
-    },
-    "arena_conversations": {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD], "winner": "model_a"},
-    "shp": {
-        "history": ASKED,
-        "human_ref_A": "Go away.",
-        "human_ref_B": "Fine, thanks.",
-        "labels": 0,
-        "score_A": 2,
-        "score_B": 5,
-    },
-    "stack_exchange": {"question": ASKED, "response_j": "Fine, thanks.", "response_k": "Go away."},
-    "matched": {"prompt": ASKED, **SIDES, "matched": "kto"},
-    "ultrafeedback": {
-        "prompt": ASKED,
-        "chosen": [USER, GOOD],
-        "rejected": [USER, BAD],
-        "score_chosen": 8,
-        "score_rejected": 5,
-    },
-    "canonical": {"prompt": ASKED, **SIDES},
-    "hh_rlhf": {"chosen": f"{HH}Fine, thanks.", "rejected": f"{HH}Go away."},
-    "skywork": {"chosen": [USER, GOOD], "rejected": [USER, BAD], "source": "magpie"},
-    "trl_implicit": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-    "alpaca": {"instruction": ASKED, "input": "", **SIDES},
-    "question": {"question": ASKED, **SIDES},
-    "query": {"query": ASKED, **SIDES},
-    "messages": {"messages": [USER], **SIDES},
-    "sharegpt": {
-        "conversations": [{"from": "human", "value": ASKED}],
-        "chosen": {"from": "gpt", "value": "Fine, thanks."},
-        "rejected": {"from": "gpt", "value": "Go away."},
-    },
-    "conversation": {"conversation": [USER], **SIDES},
-    "history": {"history": ASKED, **SIDES},
-    "context": {"context": ASKED, **SIDES},
-    "input": {"input": ASKED, **SIDES},
-    "nectar": {
-        "prompt": HH,
-        "answers": [
-            {"answer": "Go away.", "model": "c", "rank": 7},
-            {"answer": "Fine, thanks.", "model": "a", "rank": 1},
-        ],
-    },
-    "ultrafeedback_raw": {
-        "instruction": ASKED,
-        "models": ["a", "b"],
-        "completions": [
-            {"response": "Go away.", "model": "b", "overall_score": 2.0},
-            {"response": "Fine, thanks.", "model": "a", "overall_score": 8.5},
-        ],
-    },
-    "distilabel": {"input": ASKED, "generations": ["Go away.", "Fine, thanks."], "ratings": [1.0, 5.0]},
-}
-MARGINS = {"helpsteer2": 2, "helpsteer3": 1, "shp": 3, "ultrafeedback": 3, "ultrafeedback_raw": 6.5, "distilabel": 4}
 
 
 def written(path, rows):
@@ -317,18 +217,42 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", ["auto", "kto"])
 def test_rows_of_one_prompt_and_two_labels_are_a_pair(tmp_path, caplog, suffix, format):
     path = written(tmp_path / f"rows{suffix}", KTO)
-    (pair,) = read(path, format=format)
+    found = read(path, format=format)
+    (pair,) = [row for row in found if row["refused"] is None]
     assert [pair[side] for side in ("prompt", "chosen", "rejected")] == [[USER], [GOOD], [BAD]]
     assert dict(pair["labels"]) == {"matched": "kto", "chosen_position": "2", "rejected_position": "1"}
     assert json.loads(pair["extra"]) == {"chosen_by": "p3", "rejected_by": "p2"}
-    assert "5 rows of one response each (format kto) give 1 pairs" in caplog.text
-    assert "2 have no partner, 1 are no such rows (no preference: 1)" in caplog.text
-    assert len(read(path, format=format, pairs="all")) == 2
-    assert len(read(path, format=format, limit=3)) == 1
+    reasons = sorted(row["refused"].partition(":")[0] for row in found if row["refused"])
+    assert reasons == ["no preference", "no preference", "unknown label"]  # nothing is lost
+    assert any("p4" in row["raw"] for row in found if row["refused"])
+    assert "rows of one response each (format kto)" in caplog.text
+    assert len([row for row in read(path, format=format, pairs="all") if row["refused"] is None]) == 2
+    assert len([row for row in read(path, format=format, limit=3) if row["refused"] is None]) == 1
+
+
+def test_what_belongs_to_the_prompt_tells_prompts_apart(tmp_path):
+    rows = [
+        {"prompt": "Sum up.", "completion": text, "label": label, "system": system}
+        for text, label, system in (("a", True, "Be kind."), ("b", False, "Be kind."), ("c", False, "Be rude."))
+    ]
+    found = read(written(tmp_path / "rows.jsonl", rows))
+    (pair,) = [row for row in found if row["refused"] is None]
+    assert [m["content"] for m in pair["prompt"]] == ["Be kind.", "Sum up."]
+    assert pair["rejected"][0]["content"] == "b"
+    dropped = [{"prompt": "Sum up.", "completion": "a", "label": True, "context": "The text."}]
+    (row,) = read(written(tmp_path / "dropped.jsonl", dropped))
+    assert row["refused"].startswith("two prompts: context")
+
+
+@pytest.mark.parametrize("label", [(1, 0), ("1", "0"), (True, False), ("true", "false"), (1.0, 0.0)])
+def test_labels_of_kto_in_every_spelling(tmp_path, label):
+    rows = [{"prompt": ASKED, "completion": text, "label": one} for text, one in zip(("a", "b"), label, strict=True)]
+    (pair,) = read(written(tmp_path / "rows.jsonl", rows))
+    assert pair["chosen"][0]["content"] == "a"
 
 
 def test_a_refusal_is_chosen_where_the_prompt_is_harmful_alone(tmp_path):
-    pairs = read(written(tmp_path / "rows.jsonl", WILDGUARD))
+    pairs = [row for row in read(written(tmp_path / "rows.jsonl", WILDGUARD)) if row["refused"] is None]
     found = {pair["prompt"][0]["content"]: pair["chosen"][0]["content"] for pair in pairs}
     assert found == {"bad?": "refusal bad?", "good?": "compliance good?"}
     labels = dict(pairs[0]["labels"])
@@ -338,7 +262,7 @@ def test_a_refusal_is_chosen_where_the_prompt_is_harmful_alone(tmp_path):
 def test_many_rows_are_matched_as_one_by_one(tmp_path):
     rng = random.Random(0)
     rows = [{"prompt": f"p{rng.randrange(20)}", "completion": f"c{i}", "label": rng.random() < 0.5} for i in range(200)]
-    pairs = read(written(tmp_path / "rows.jsonl", rows), pairs="all")
+    pairs = [row for row in read(written(tmp_path / "rows.jsonl", rows), pairs="all") if row["refused"] is None]
     wanted = {
         (one["completion"], other["completion"])
         for one in rows

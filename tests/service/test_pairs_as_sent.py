@@ -4,9 +4,9 @@ import json
 
 import pytest
 from fastapi.testclient import TestClient
-from formats.test_layouts import ASKED, BAD, GOOD, ROWS, SIDES, SYSTEM, USER
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.layout_rows import ASKED, BAD, GOOD, ROWS, SIDES, SYSTEM, USER
 from support.served import alike, bundle_of
 
 from safer_ray.formats.registry import FORMATS

@@ -1,0 +1,145 @@
+"""Rows in odd forms: read as what they say, refused by name, or noted."""
+
+import contextlib
+import time
+
+import pytest
+from support.layout_rows import ASKED, GOOD, ROWS, SIDES
+
+from safer_ray.formats.declaration import Refused
+from safer_ray.formats.registry import expanded, read_pair, row_format
+
+
+def row_of(prompt="q", chosen="g", rejected="b", **others):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **others}
+
+
+def dialogue(*texts):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def told(answer):
+    """A transcript that repeats the prompt."""
+    return f"\n\nHuman: q\n\nAssistant: {answer}"
+
+
+ADDRESS, PARSED = '{"from": "alice@x", "value": "5 USD"}', '{"role": "user", "content": "hi"} Parse it'
+TOOL = {"role": "tool", "content": "", "tool_call_id": "c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        (row_of("q1", dialogue("q1", "a1", "q2", "g"), dialogue("q1", "a1", "q2", "b")), ["q1", "a1", "q2"], "g"),
+        (row_of(dialogue("q", "g")), ["q"], "g"),
+        (row_of("q", told("g"), told("b")), ["q"], "g"),
+        (row_of("\n\nHuman: q", "\n\nAssistant: g", "\n\nAssistant: b"), ["q"], "g"),
+        (row_of("Human: q1\nAssistant: a1\nHuman: q2\nAssistant:"), ["q1", "a1", "q2"], "g"),
+        (row_of("\r\n\r\nHuman: q1\r\n\r\nAssistant: a1\r\n\r\nHuman: q2"), ["q1", "a1", "q2"], "g"),
+        (row_of("Assistant: is that a good title?"), ["Assistant: is that a good title?"], "g"),
+        (row_of("Human: The Musical - whose?"), ["Human: The Musical - whose?"], "g"),
+        (row_of(chosen="It is </s>", rejected="It is <eos>"), ["q"], "It is </s>"),
+        (row_of(chosen="It is so</s>", rejected="It is not</s>"), ["q"], "It is so"),
+        (row_of(ADDRESS), [ADDRESS], "g"),
+        (row_of(PARSED), [PARSED], "g"),
+        (row_of("q1<extra_id_1>Assistant\na1\n<extra_id_1>User\nq2"), ["q1", "a1", "q2"], "g"),
+        (row_of(None, question="q"), ["q"], "g"),
+        (row_of([{"role": "User", "content": "q"}], [{"role": "Assistant", "content": "g"}]), ["q"], "g"),
+        (row_of([{"role": "user", "content": "", "value": "q"}]), ["q"], "g"),
+        (row_of([*dialogue("q", "a"), TOOL]), ["q", "a", ""], "g"),
+        (row_of([{"role": "user", "parts": [{"text": "q"}]}]), ["q"], "g"),
+    ],
+)
+def test_texts_in_odd_forms_are_read_as_what_they_say(row, prompt, chosen):
+    pair = read_pair(row, "canonical")
+    assert [m["content"] for m in pair.prompt] == prompt
+    assert [m["content"] for m in pair.chosen] == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (row_of("Fix the spelling", "Hello world", "Hello wrld", input="Hello wrld"), "two prompts: input"),
+        (row_of("Is this a prime?", input="a"), "two prompts: input"),
+        (row_of("Copy it.", "Shake it", context="Shake"), "two prompts: context"),
+        (row_of(image="a.png"), "unread column: image"),
+        (row_of("q1", dialogue("q1", "a1", "q2", "g"), dialogue("q1", "b1", "q3", "b")), "prompts differ"),
+        (row_of([{"role": "user", "text_id": 3}]), "message without content"),
+        (row_of("[{'id': 1, 'role': 'user', 'content': 'q'}]"), "not JSON: prompt holds"),
+        (row_of(chosen=[{**GOOD, "id": 1}], rejected=[{**GOOD, "id": 2}]), "equal responses"),
+    ],
+)
+def test_what_would_be_dropped_is_refused_by_name(row, reason):
+    with pytest.raises(Refused, match=reason):
+        read_pair(row, "canonical")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("llmbar", {"label": 0}, "unknown label: label is 0"),
+        ("pku_saferlhf", {"safer_response_id": 2}, "unknown label: safer_response_id is 2"),
+        ("shp", {"labels": 2}, "unknown label: labels is 2"),
+        ("arena_conversations", {"winner": "left"}, "unknown label: winner is left"),
+        ("helpsteer2", {"preference_strength": -100}, "unknown label: preference_strength is -100"),
+    ],
+)
+def test_labels_that_are_not_known_are_damage_and_no_ties(name, changes, reason):
+    with pytest.raises(Refused, match=reason):
+        [read_pair(row, name) for row in expanded(ROWS[name] | changes, name)]
+
+
+def test_sides_that_are_named_decide_whatever_else_a_row_says():
+    row = ROWS["arena"] | {"prompt": ASKED, **SIDES}
+    assert row_format(row) == "canonical"
+    assert row_format(ROWS["pku_saferlhf"] | SIDES) == "canonical"
+    named = ROWS["arena_conversations"] | {"winner": "gpt-4", "model_a": "gpt-4", "model_b": "other"}
+    assert read_pair(expanded(named, "arena_conversations")[0], "arena_conversations").chosen == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("columns", "note"),
+    [
+        ({"score_chosen": "4,5", "score_rejected": "2,0"}, "score_chosen is no number, and not read"),
+        ({"tools": [{"name": "f"}]}, "definitions of tools ride along, and no model reads them"),
+        (
+            {"prompt": "What is 1+1?", "chosen": "What is 1+1? It is 2.", "rejected": "What is 1+1? 3."},
+            "both responses begin with the prompt",
+        ),
+        ({"prompt": "### Human: hi\n### Assistant:"}, "chat markup left in a text: ### Human:"),
+        ({"prompt": "USER: hi ASSISTANT:"}, "chat markup left in a text: USER:"),
+        ({"chosen": "<\uff5cUser\uff5c>hi"}, "chat markup left in a text: <\uff5cUser\uff5c>"),
+    ],
+)
+def test_what_should_be_known_is_noted(columns, note):
+    assert note in read_pair({"prompt": ASKED, **SIDES, **columns}, "canonical").notes
+
+
+def test_of_two_margins_that_which_contradicts_the_label_is_told():
+    row = {"prompt": ASKED, **SIDES, "margin": 2, "score_chosen": 1, "score_rejected": 5}
+    assert read_pair(row, "canonical").label_margin == -4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 50_000 + "x",
+        " " * 50_000 + "x",
+        "</s>" * 20_000 + "x>",
+        "</s> " * 20_000 + "x>",
+        "<|im_start|>user\na" + "<|im_end|>" * 20_000 + "x",
+        "<|im_start|>user\n" + " " * 100_000 + "x<|im_end|>" + " " * 100_000 + "y",
+        "USER: " * 20_000,
+        "Human: " * 20_000,
+        "\n\nHuman:" * 20_000,
+        '[{"role":' * 1_200,
+        "[INST]" * 20_000,
+    ],
+    ids=range(11),
+)
+def test_no_text_takes_more_than_its_length(text):
+    began = time.process_time()
+    with contextlib.suppress(Refused):
+        read_pair({"prompt": text, "chosen": text + "a", "rejected": text + "b"}, "canonical")
+    assert time.process_time() - began < 5  # seconds; what is quadratic takes minutes
