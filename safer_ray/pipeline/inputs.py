@@ -169,7 +169,7 @@ def _take_duplicates(path: Path, seen: set[str], quarantine: Path | None) -> tup
     mask = pa.array(twice)
     refused = [
         {**row, "position": int(row["row_key"].rpartition("#")[2]), "stage": "pairs"}
-        | {"reason": f"duplicate id: {row['pair_id']}"}
+        | {"reason": f"duplicate id: an earlier row is {row['pair_id']}, too; `pairs.duplicates: keep` keeps both"}
         for row in rows.filter(mask).select(["row_key", "pair_id", "source"]).to_pylist()
     ]
     write_parquet(schema.table(refused, schema.QUARANTINE), quarantine / f"duplicates-{path.name}")

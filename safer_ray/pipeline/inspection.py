@@ -135,7 +135,7 @@ def inspect_source(
         columns.used,
         columns.carried,
         columns.empty,
-        (*found.told, *several_formats(formats), *lines_of(told_of(good), len(good))),
+        (*found.told, *several_formats(formats), *lines_of(told_of(good), len(good)), *_repeated(good)),
         tuple(examples),
         _rendered(examples, reward, reading) if reward is not None else (),
         *means,
@@ -146,6 +146,13 @@ def _why(name: str, asked: str) -> str:
     if asked != AUTO:
         return "asked for"
     return f"known by {FORMATS[name].told}"
+
+
+def _repeated(good: pa.Table) -> list[str]:
+    """Return that ids stand in several rows, as a line; nothing where they do not."""
+    count = len(good) - len(pc.unique(good["pair_id"]))
+    told = f"{count:,} of {len(good):,} pairs repeat an id, or all that another says: `pairs` quarantines these"
+    return [told] if count else []
 
 
 class _Columns(NamedTuple):

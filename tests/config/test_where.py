@@ -1,5 +1,6 @@
 """Row filters."""
 
+import pyarrow as pa
 import pytest
 from support.made import make_pair
 
@@ -59,3 +60,25 @@ def test_an_empty_condition_is_no_condition_that_all_rows_meet(text):
 def test_an_unknown_column_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown column 'score'.*section.*labels\.KEY"):
         parse_where("score == 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("label_margin < 0", ["a"]),
+        ("label_margin <= 0", ["a", "b"]),
+        ("label_margin > 0.5", ["c"]),
+        ("label_margin >= 1 and section == chat", ["c"]),
+        ("label_margin == 0", ["b"]),
+        ("label_margin != 0", ["a", "c", "d"]),
+    ],
+)
+def test_a_number_is_compared_as_one_and_a_null_is_in_no_order(text, kept):
+    table = pa.table({"pair_id": ["a", "b", "c", "d"], "label_margin": [-1.5, 0, 1, None], "section": ["chat"] * 4})
+    assert table.filter(pa.array(where_mask(table, text)))["pair_id"].to_pylist() == kept
+
+
+@pytest.mark.parametrize(("text", "told"), [("section < chat", "section is text"), ("label_margin < low", "no number")])
+def test_what_cannot_be_ordered_is_refused(text, told):
+    with pytest.raises(ValueError, match=told):
+        parse_where(text)

@@ -248,3 +248,14 @@ def test_messages_of_several_turns_are_swapped_whole():
     row["chosen"] = [*row["chosen"], {"role": "user", "content": "and?"}, {"role": "assistant", "content": "c2"}]
     swapped = swap_sides(schema.table([row], schema.PAIRS), np.array([True])).to_pylist()[0]
     assert [m["content"] for m in swapped["rejected"]] == ["c", "and?", "c2"]
+
+
+def test_rows_whose_own_numbers_contradict_their_label_are_the_most_suspicious(some, joined):
+    margins = [None, -3.0, 2.0, *[0.5] * (N - 3)]
+    place = joined.schema.get_field_index("label_margin")
+    told = joined.set_column(place, "label_margin", pa.array(margins, pa.float32()))
+    suspicion = STRATEGIES["label_margin"](StrategyInput(told, 0))
+    assert suspicion[:4].tolist() == [0.0, 3.0, -2.0, -0.5]
+    none = joined.set_column(place, "label_margin", pa.nulls(N, pa.float32()))
+    with pytest.raises(UserError, match="no pair has a label_margin"):
+        STRATEGIES["label_margin"](StrategyInput(none, 0))
