@@ -17,7 +17,8 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.storage.columnar import UTF8, RawRow, check_names, checked, columnar_rows, extent
+from safer_ray.storage.columnar import UTF8, RawRow, checked, columnar_rows, extent
+from safer_ray.storage.csv_rows import CsvRows
 from safer_ray.storage.heads import HEAD, Recoded, check_head, encoding_of, explain_head
 from safer_ray.storage.json_values import JsonValues, layout_of
 from safer_ray.storage.reader_cache import OpenReader, cached_reader
@@ -203,28 +204,20 @@ class _Csv:
         stream = _open(path, encoding)
         self.encoding = _encoding(stream)
         self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        self.rows = csv.reader(self.text)
-        self.header = next(self.rows, [])
-        check_names(self.header, path)
+        rows = CsvRows(self.text, path)
+        self.header, self.rows = rows.header, iter(rows)
         self.close = self.text.close
 
 
 def _csv_rows(path: Path, start: int, stop: int, encoding: str | None) -> Iterator[RawRow]:
     with cached_reader(path, start, stop, partial(_Csv, encoding=encoding), variant=encoding) as at:
         header = at.reader.header
-        while at.position < stop:
-            try:
-                cells = next(at.reader.rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield at.position, "", f"not CSV: {error}"
-                cells = []
-            if cells and at.position >= start:
-                raw, refused = checked(schema.to_json(dict(zip(header, cells, strict=False))), at.reader.encoding)
-                if len(cells) > len(header) and refused is None:
-                    refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
-                yield at.position, raw, refused
+        while at.position < stop and (record := next(at.reader.rows, None)) is not None:
+            cells, text, refused = record
+            if at.position >= start and (cells or refused):
+                whole = schema.to_json(dict(zip(header, cells, strict=False))) if cells else text[:RAW_LIMIT]
+                raw, bad = checked(whole, at.reader.encoding)
+                yield at.position, raw, bad or refused
             at.position += 1
 
 

@@ -74,14 +74,14 @@ def test_a_row_that_is_nested_too_deeply_stands_in_its_place(tmp_path, block):
     (tmp_path / "a.json").write_text(f"[{LINE},{deep},\n{LINE}]")
     assert [raw for _, raw, _ in read_rows(tmp_path / "a.json", 0, 10)] == [LINE, deep, LINE]
     (tmp_path / "a.json").write_text(f"[{LINE},{deep[:-3]}")
-    with pytest.raises(UserError, match="row 1 .*nested too deep, and not closed"):
+    with pytest.raises(UserError, match=r"row 1 .*nested too deep, and not closed"):
         list(read_rows(tmp_path / "a.json", 0, 10))
 
 
 def test_a_row_that_is_too_long_refuses_its_array(tmp_path, monkeypatch):
     monkeypatch.setattr("safer_ray.storage.rows.MAX_ROW", 2**21)
     (tmp_path / "a.json").write_text(f'[{LINE},{{"a": "{"long " * 2**20}"}},{LINE}]')
-    with pytest.raises(UserError, match="row 1 .*longer than 2,097,152 characters"):
+    with pytest.raises(UserError, match=r"row 1 .*longer than 2,097,152 characters"):
         list(read_rows(tmp_path / "a.json", 0, 10))
 
 
