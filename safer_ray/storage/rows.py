@@ -17,12 +17,13 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.storage.columnar import UTF8, RawRow, checked, columnar_rows, extent
+from safer_ray.storage.columnar import UTF8, RawRow, checked, columnar_rows, extent, source_of
 from safer_ray.storage.csv_rows import CsvRows
 from safer_ray.storage.heads import HEAD, Recoded, check_head, encoding_of, explain_head
 from safer_ray.storage.json_values import JsonValues, layout_of
 from safer_ray.storage.reader_cache import OpenReader, cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
+from safer_ray.storage.unpacked import Unpacked
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
@@ -88,11 +89,9 @@ def _open(path: Path, encoding: str | None, offset: int = 0) -> io.BufferedReade
         UserError: it holds no text.
     """
     kind, compression = kind_of(path)
-    if isinstance(path, Remote):
-        source = path.native()
-        opened = io.BufferedReader(pa.CompressedInputStream(source, compression) if compression else source, BUFFER)
-    else:
-        opened = io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**20)
+    source: Any = Unpacked(path, compression) if compression else source_of(path)
+    in_store = isinstance(path, Remote) and not compression
+    opened = io.BufferedReader(pa.OSFile(str(source)) if source is path else source, BUFFER if in_store else 2**20)
     if encoding or not offset:
         head = opened.peek(HEAD)[:HEAD]
         check_head(head, path, rows=kind is not None)
