@@ -125,6 +125,7 @@ def test_files_of_several_formats_are_read_and_told_with_one_of_each(tmp_path):
     found = inspect(str(tmp_path))
     assert (found.rows, found.good) == (3, 3)
     assert found.told == (
+        f"no rows in {tmp_path}/d.jsonl",
         f"files of 2 formats are read, each by its own: canonical ({tmp_path}/a.jsonl), hh_rlhf ({tmp_path}/b.jsonl)",
     )
     assert inspect(str(tmp_path / "[acd].jsonl")).told == ()
