@@ -12,6 +12,7 @@ from safer_ray.storage.columnar import check_names
 
 MISSING = frozenset({"nan", "NaN", "None", "NULL", "<NA>"})  # what programs write for an empty cell
 FEWEST = 2  # whole lines in a cell that look like rows, from which on they are taken for some
+_SPACE = "; write no blanks behind commas (pandas reads such a file by skipinitialspace=True)"
 _BLANKS = frozenset(" \t")
 DELIMITERS = {";": "';'", "\t": "tabs", "|": "'|'"}
 _TEXT_COLUMN = re.compile(  # names of columns that hold what is said
@@ -40,7 +41,7 @@ class CsvRows:
         except csv.Error as error:
             raise UserError(f"{path}: its header is no CSV: {error}; mend it") from None
         _check_header(self.header, path)
-        self.told = {i for i, name in enumerate(self.header) if _TEXT_COLUMN.fullmatch(name)}
+        self.spoken = {i for i, name in enumerate(self.header) if _TEXT_COLUMN.fullmatch(name)}
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the rows, blank ones without cells; of a refused one that goes over several lines each line, since
@@ -98,13 +99,10 @@ class CsvRows:
             if cell[:1] in _BLANKS and cell.lstrip(" \t")[:1] == '"' and f",{cell}" in "".join(self.lines):
                 return f"not CSV: a space before a quote{_SPACE}"
         if not MISSING.isdisjoint(cells):
-            for i in self.told:
+            for i in self.spoken:
                 if i < len(cells) and cells[i] in MISSING:
                     return f"empty text: {self.header[i]}, written as {cells[i]!r}"
         return None
-
-
-_SPACE = "; write no blanks behind commas (pandas reads such a file by skipinitialspace=True)"
 
 
 def _remedy(lines: list[str]) -> str:
