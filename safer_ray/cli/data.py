@@ -75,7 +75,8 @@ def _show(found: "Inspection") -> None:
     console.print(f"files     {len(found.files)}")
     for folder, count in found.left_out.items():
         console.print(f"left out  {count:,} data files in {folder}")
-    console.print(f"rows      {found.rows} read, {found.good} good, {found.rows - found.good} refused")
+    of = "" if not found.more else f" of {found.total:,}" if found.total is not None else ", the first ones"
+    console.print(f"rows      {found.rows} read{of}, {found.good} good, {found.rows - found.good} refused")
     for line in found.told:
         console.print(f"note      {line}")
     for refusal in found.refusals.values():

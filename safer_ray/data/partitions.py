@@ -1,13 +1,29 @@
 """Columns that the folders of a file tell (`lang=en/year=2024/part.parquet`), as Hive, Spark and Arrow write them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from safer_ray.errors import UserError
+from safer_ray.formats.canonical import PROMPTS, SIDES, SYSTEMS
+from safer_ray.formats.declaration import identity
+
+_SAID = frozenset({*PROMPTS, *SYSTEMS, *SIDES})
 NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Columns = Mapping[str, str | None]
+
+
+def check_partitions(names: Iterable[str]) -> None:
+    """Raises UserError where the name of a file tells a column that only a row can: its id, or what is said in it."""
+    for name in names:
+        for column in partition_columns(name):
+            if column in _SAID or identity({column: "1"})[1]:
+                raise UserError(
+                    f"{name}: a folder's name cannot hold the {column} of all its rows; rename the folder, say "
+                    f"by_{column}=…"
+                )
 
 
 def partition_columns(name: str) -> dict[str, str | None]:

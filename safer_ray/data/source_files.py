@@ -18,6 +18,7 @@ from typing import NamedTuple
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.audit_files import OWN_FILES, REVIEWS
 from safer_ray.data.hub import hub_splits, load_dataset
+from safer_ray.data.partitions import check_partitions
 from safer_ray.data.side_files import ALWAYS, side_files, some
 from safer_ray.data.splits import USUAL, choose, of_split
 from safer_ray.errors import UserError
@@ -31,7 +32,6 @@ from safer_ray.storage.rows import ENDINGS, kind_of
 ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
 WRITTEN = {*OWN_FILES, REVIEWS}  # by audits, beside which data may lie
-OF_WRITERS = {"_delta_log", "_temporary", "_spark_metadata", "__MACOSX"}  # folders that are no data of anybody
 log = logging.getLogger(__name__)
 
 
@@ -89,8 +89,8 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
     """Find the files of a source, sorted by path, without what lies in folders `apart` below it; a hub name is fetched.
 
     Raises:
-        UserError: a path that is missing, empty or of an unknown kind, a hub name that cannot be loaded, or a split
-            that is not there.
+        UserError: a path that is missing, empty or of an unknown kind, a hub name that cannot be loaded, a split that
+            is not there, a saved data set of which a selection is to be read, or a folder as of `check_partitions`.
     """
     if source.path.startswith("hub:"):
         return _on_hub(source)
@@ -120,6 +120,7 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
         where = f", other than those in {next(iter(left_out))}, which is left out" if left_out else ""
         raise UserError("; ".join([f"{source.path}: no data files there{where}", *told, f"supported are {ENDINGS}"]))
     names = [file.relative_to(below.root).as_posix() for file in kept]
+    check_partitions(names)
     wanted, of_splits = of_split(names, source.asked_split(), source.path)
     return Found([file for file, is_one in zip(kept, wanted, strict=True) if is_one], left_out, (*told, *of_splits))
 
@@ -140,7 +141,7 @@ class _Below:
     def __init__(self, place: Path, apart: Sequence[Path]) -> None:
         self.root = place if place.is_dir() else _before_magic(place)
         pattern = self.pattern = place.relative_to(self.root).parts
-        self.hidden = not any(part.startswith(".") for part in pattern)  # else a glob names hidden folders
+        self.hidden = not any(part.startswith((".", "_")) for part in pattern)  # else a glob names hidden folders
         self.apart = {real_path(path) for path in apart}
         self.known: dict[Path, Path | None] = {}
         self.files: list[Path]
@@ -218,7 +219,7 @@ class _Below:
         return self.known[folder]
 
     def _is_apart(self, folder: Path) -> bool:
-        hidden = self.hidden and (folder.name.startswith(".") or folder.name in OF_WRITERS)
+        hidden = self.hidden and _is_hidden(folder) and "=" not in folder.name  # `_a=1` is a partition, as for Spark
         if hidden or real_path(folder) in self.apart:
             return True
         return self._is_audit(folder) or is_artifact(folder, self.is_there)
@@ -256,9 +257,14 @@ def _saved(folder: Path, asked: str | None) -> Found:
             folder = folder / choice.split
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / file["filename"] for file in state["_data_files"]]
-        own = state.get("_split")
+        own, chosen = state.get("_split"), state.get("_indices_data_files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is a damaged save_to_disk folder ({error!r}); save it again") from error
+    if chosen:
+        raise UserError(
+            f"{folder} holds a selection of its rows (_indices_data_files in state.json), which is not read; write the "
+            "rows themselves: load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
+        )
     if choice is None and asked is not None:
         choose(asked, [own if isinstance(own, str) else USUAL], str(folder))
     return Found(files, {}, choice.told if choice else ())

@@ -19,6 +19,7 @@ from safer_ray.config.where import meets, parse_where
 from safer_ray.data.matching import matched_file
 from safer_ray.data.partitions import Columns, contradiction, partition_columns
 from safer_ray.data.rows import parse_row
+from safer_ray.data.shapes import shape_of
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, digest, identity
@@ -79,6 +80,8 @@ def _format(path: Path, source: SourceConfig) -> str:
     if source.format != AUTO:
         return source.format
     head = _head(path, source.encoding)
+    if instead := shape_of(head):
+        raise UserError(f"{path}: {instead}")
     try:
         found = detect_format(head) if head else "canonical"
     except UserError as error:

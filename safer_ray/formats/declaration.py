@@ -100,15 +100,25 @@ def _finite(text: str) -> float | None:
     return number if math.isfinite(number := float(text)) else None
 
 
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
+def _with_keys_apart(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping. Of a key that stands twice json would keep the last value without a word."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Refused(f"key twice: {twice} stands twice in a mapping; leave one of them")
+    return made
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite, object_pairs_hook=_with_keys_apart)
 
 
 def parsed_json(raw: str) -> Any:
     """Return what a JSON text says; NaN and infinities become null.
 
     Raises:
-        Refused: it is no JSON, holds half a surrogate pair, or is nested deeper than `MAX_DEPTH`, which any process can
-            read and write, however deep in calls it is itself.
+        Refused: it is no JSON, has a key twice, holds half a surrogate pair, or is nested deeper than `MAX_DEPTH`,
+            which any process can read and write, however deep in calls it is itself.
     """
     try:
         value = _DECODER.decode(raw)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,17 @@ from safer_ray import schema
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.rows import parse_row
+from safer_ray.data.side_files import some
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import RAW, NormalisePairs, lines_of, plan_sources, read_raw, several_formats, told_of
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.messages import fields_of
 from safer_ray.formats.registry import AUTO, FORMATS
+from safer_ray.storage.columnar import extent
+from safer_ray.storage.rows import explained, kind_of, read_rows
 
 EXAMPLES = 3
+BLANK = 1000  # lines in which a row is looked for
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -53,6 +57,8 @@ class Inspection:
     files: tuple[str, ...]
     left_out: dict[str, int]  # folder -> data files in it that are no part of the source
     rows: int
+    more: bool  # whether there are rows behind those
+    total: int | None  # rows that there are, where it is known without reading them
     good: int
     refused: dict[str, int]  # kind of reason -> rows, most frequent first
     refusals: dict[str, Refusal]
@@ -106,12 +112,15 @@ def inspect_source(
     found = find_files(source)
     formats: dict[Path, str] = {}
     fragments = plan_sources([source], found=[found], formats=[formats])
-    tables, left = [], rows
+    tables, left, more = [], rows, False
     for fragment in fragments:
-        tables.append(read_raw(fragment, source).slice(0, left))
-        left -= tables[-1].num_rows
-        if left <= 0:
+        if more := left <= 0:
             break
+        read = read_raw(fragment, source)
+        more = read.num_rows > left
+        tables.append(read.slice(0, left))
+        left -= tables[-1].num_rows
+    more = more or any(_has_more(file, rows, source.encoding) for file in found.files)
     raw = pa.concat_tables(tables) if tables else RAW.empty_table()
     pairs = NormalisePairs([source], max_chars=2**62)(raw)
     good = pairs.filter(pc.is_null(pairs["refused"]))
@@ -128,6 +137,8 @@ def inspect_source(
         tuple(dict.fromkeys(fragment.path for fragment in fragments)),
         found.left_out,
         raw.num_rows,
+        more,
+        _total(found.files, formats),
         good.num_rows,
         {kind: refusal.rows for kind, refusal in refusals.items()},
         refusals,
@@ -135,11 +146,40 @@ def inspect_source(
         columns.used,
         columns.carried,
         columns.empty,
-        (*found.told, *several_formats(formats), *lines_of(told_of(good), len(good)), *_repeated(good)),
+        (
+            *found.told,
+            *_without_rows(found.files, formats),
+            *several_formats(formats),
+            *lines_of(told_of(good), len(good)),
+            *_repeated(good),
+        ),
         tuple(examples),
         _rendered(examples, reward, reading) if reward is not None else (),
         *means,
     )
+
+
+def _has_more(file: Path, rows: int, encoding: str | None) -> bool:
+    """Return whether a file has a row behind its first ones, over some blank lines, too."""
+    return next(read_rows(file, rows, rows + BLANK, encoding=encoding), None) is not None
+
+
+def _total(files: Sequence[Path], formats: Mapping[Path, str]) -> int | None:
+    """Return how many rows files have that say it themselves, and of which a row makes one pair."""
+    total = 0
+    for file in files:
+        kind = kind_of(file)[0]
+        layout = FORMATS[formats[file]] if file in formats else None
+        if kind not in ("parquet", "arrow") or (layout and (layout.expand or layout.match)):
+            return None
+        with explained(file):
+            total += extent(file, kind)[0]
+    return total
+
+
+def _without_rows(files: Sequence[Path], formats: Mapping[Path, str]) -> tuple[str, ...]:
+    empty = [str(file) for file in files if file not in formats]
+    return (f"no rows in {some(empty)}",) if empty else ()
 
 
 def _why(name: str, asked: str) -> str:

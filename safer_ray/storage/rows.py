@@ -17,10 +17,13 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.schema import RAW_LIMIT
-from safer_ray.storage.columnar import UTF8, RawRow, check_names, checked, columnar_rows, extent
+from safer_ray.storage.columnar import UTF8, RawRow, checked, columnar_rows, extent, source_of
+from safer_ray.storage.csv_rows import CsvRows
 from safer_ray.storage.heads import HEAD, Recoded, check_head, encoding_of, explain_head
+from safer_ray.storage.json_values import JsonValues, layout_of
 from safer_ray.storage.reader_cache import OpenReader, cached_reader
 from safer_ray.storage.remote import BUFFER, Remote
+from safer_ray.storage.unpacked import Unpacked
 
 MAX_ROW = 32 * 2**20  # bytes; a longer line is refused unread
 MAX_SKIPPED = 2**30  # bytes of such a line, behind which nothing of its file is read
@@ -31,7 +34,6 @@ _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 _BETWEEN_ROWS = re.compile(rb"\}[ \t]{0,9}\r[ \t]{0,9}\{")  # stands in no line of JSON
 _BARE_RETURN = re.compile(rb"\r[^\r\n]")
 _UNPACKING = re.compile(r"\b(zlib|ZSTD|compressed)\b")  # what failed, where an object cannot be unpacked
-_JSON_SPACE = re.compile(r"[\s,]*")
 
 
 def kind_of(path: Path) -> tuple[str | None, str | None]:
@@ -87,11 +89,9 @@ def _open(path: Path, encoding: str | None, offset: int = 0) -> io.BufferedReade
         UserError: it holds no text.
     """
     kind, compression = kind_of(path)
-    if isinstance(path, Remote):
-        source = path.native()
-        opened = io.BufferedReader(pa.CompressedInputStream(source, compression) if compression else source, BUFFER)
-    else:
-        opened = io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**20)
+    source: Any = Unpacked(path, compression) if compression else source_of(path)
+    in_store = isinstance(path, Remote) and not compression
+    opened = io.BufferedReader(pa.OSFile(str(source)) if source is path else source, BUFFER if in_store else 2**20)
     if encoding or not offset:
         head = opened.peek(HEAD)[:HEAD]
         check_head(head, path, rows=kind is not None)
@@ -119,20 +119,30 @@ def _skip_lines(stream: io.BufferedReader, count: int) -> None:
 
 
 class _Array:
-    """The elements of a file that is one JSON array."""
+    """The rows of a file that is JSON over several lines: arrays, or objects."""
 
-    def __init__(self, stream: io.BufferedReader) -> None:
+    def __init__(self, stream: io.BufferedReader, path: Path) -> None:
         self.encoding = _encoding(stream)
         self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
-        self.elements = _elements(self.text)
+        self.rows = JsonValues(self.text, path, MAX_ROW).rows()
         self.close = self.text.close
 
 
 def _begin_json(path: Path, offset: int, encoding: str | None) -> io.BufferedReader | _Array:
     stream = _open(path, encoding, offset)
-    if not offset and kind_of(path)[0] == "json" and stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        return _Array(stream)
+    if not offset:
+        head = stream.peek()
+        _check_lines(head, path)
+        is_array = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        if kind_of(path)[0] == "json" and (is_array or layout_of(head)):
+            return _Array(stream, path)
     return stream
+
+
+def _check_lines(head: bytes, path: Path) -> None:
+    """Raises UserError where a file whose name says that it holds a row a line begins otherwise."""
+    if kind_of(path)[0] == "jsonl" and (found := layout_of(head)):
+        raise UserError(f"{path} is {found}, and not a row a line; give it a name that ends in .json")
 
 
 def _json_rows(path: Path, start: int, stop: int, offset: int, encoding: str | None) -> Iterator[RawRow]:
@@ -148,11 +158,9 @@ def _json_rows(path: Path, start: int, stop: int, offset: int, encoding: str | N
 
 
 def _array_rows(at: OpenReader[Any], array: _Array, start: int, stop: int) -> Iterator[RawRow]:
-    while at.position < stop and (element := next(array.elements, None)) is not None:
+    while at.position < stop and (text := next(array.rows, None)) is not None:
         if at.position >= start:
-            text, refused = element
-            whole, bad = checked(text, array.encoding)
-            yield at.position, whole, refused or bad
+            yield at.position, *checked(text, array.encoding)
         at.position += 1
 
 
@@ -187,27 +195,6 @@ def _lines(at: OpenReader[Any], stream: io.BufferedReader, name: str, stop: int)
         at.position += 1
 
 
-def _elements(text: io.TextIOWrapper) -> Iterator[tuple[str, str | None]]:
-    """The elements of an array as they are written; after one that is no JSON nothing more can be told apart."""
-    decoder = json.JSONDecoder()
-    buffer, at, chunk = text.read(2**20).lstrip()[1:], 0, 2**20
-    while True:
-        at = _JSON_SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # it matches the empty text
-        if buffer.startswith("]", at):
-            return
-        try:
-            _, end = decoder.raw_decode(buffer, at)
-        except (ValueError, RecursionError) as error:
-            more = text.read(chunk) if len(buffer) - at <= MAX_ROW else ""
-            if not more:
-                yield buffer[at : at + RAW_LIMIT], f"not JSON: {error}"
-                return
-            buffer, at, chunk = buffer[at:] + more, 0, chunk * 2
-            continue
-        yield buffer[at:end], None
-        at, chunk = end, 2**20
-
-
 class _Csv:
     """The rows of a CSV file behind its header."""
 
@@ -216,28 +203,20 @@ class _Csv:
         stream = _open(path, encoding)
         self.encoding = _encoding(stream)
         self.text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        self.rows = csv.reader(self.text)
-        self.header = next(self.rows, [])
-        check_names(self.header, path)
+        rows = CsvRows(self.text, path)
+        self.header, self.rows = rows.header, iter(rows)
         self.close = self.text.close
 
 
 def _csv_rows(path: Path, start: int, stop: int, encoding: str | None) -> Iterator[RawRow]:
     with cached_reader(path, start, stop, partial(_Csv, encoding=encoding), variant=encoding) as at:
         header = at.reader.header
-        while at.position < stop:
-            try:
-                cells = next(at.reader.rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield at.position, "", f"not CSV: {error}"
-                cells = []
-            if cells and at.position >= start:
-                raw, refused = checked(schema.to_json(dict(zip(header, cells, strict=False))), at.reader.encoding)
-                if len(cells) > len(header) and refused is None:
-                    refused = f"wrong type: the row is {len(cells)} cells, wanted {len(header)} as in the header"
-                yield at.position, raw, refused
+        while at.position < stop and (record := next(at.reader.rows, None)) is not None:
+            cells, text, refused = record
+            if at.position >= start and (cells or refused):
+                whole = schema.to_json(dict(zip(header, cells, strict=False))) if cells else text[:RAW_LIMIT]
+                raw, bad = checked(whole, at.reader.encoding)
+                yield at.position, raw, bad or refused
             at.position += 1
 
 
@@ -354,6 +333,7 @@ def cut_rows(
             head = stream.read(HEAD)
             check_head(head, path)
             if encoding_of(head) is None:
+                _check_lines(head, path)
                 length = path.stat().st_size if length is None else length
                 whole = whole_lines and not isinstance(path, Remote)
                 yield from _cut_lines(stream, rows, size, limit, after, length, whole_lines=whole, encoding=encoding)

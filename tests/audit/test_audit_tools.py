@@ -701,7 +701,7 @@ def two_audits(tmp_path: Path) -> tuple[Artifact, Artifact]:
         {f"p{i:03}": s[f"p{i:03}"] for i in some} for s, some in zip(said, (range(30), range(10, 40)), strict=True)
     ]
     return make_audit(tmp_path / "a", path, shown[0]), make_audit(
-        tmp_path / "b", path, shown[1], rows=7, prefer="better"
+        tmp_path / "b", path, shown[1], rows=7, section="chat"
     )
 
 
@@ -723,7 +723,7 @@ def test_a_difference_is_what_counting_by_hand_finds(tmp_path):
         assert found.spearman[name] == pytest.approx(wanted)
     assert found.suspicion_change == pytest.approx(np.mean([other[key][0] - one[key][0] for key in both]))
     assert found.quarantine == ({"no sentence": 10}, {"no sentence": 10})
-    assert found.config == {"fragment_rows": (4, 7), "source.prefer": ("safer", "better")}
+    assert found.config == {"fragment_rows": (4, 7), "source.section": (None, "chat")}
     tree = json.loads((tmp_path / "d.json").read_text())
     assert [row["pair_id"] for row in tree["gained"]] == gained
     assert [row["pair_id"] for row in tree["lost"]] == lost
@@ -788,7 +788,7 @@ def test_the_diff_command_shows_a_table_and_writes_the_lists(ok, tmp_path):
     assert rows["pairs"] == ["30", "30"]
     assert rows["in both, by row key and pair id"] == ["20", "20"]
     assert rows["no sentence"] == ["10", "10"]
-    assert rows["source.prefer"] == ["safer", "better"]
+    assert rows["source.section"] == ["None", "chat"]
     assert "Spearman" in out
     tree = json.loads((tmp_path / "new/d.json").read_text())
     assert rows["flagged only here"] == [str(len(tree["lost"])), str(len(tree["gained"]))]

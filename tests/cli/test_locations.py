@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 # Text that names no file. A new option of text stands here or is declared by `path_option` or `place_option`.
 NO_PATHS = {
+    "split",
+    "encoding",
+    "settings",  # of a source, key=value
     "action",
     "actors",
     "address",
@@ -63,6 +66,8 @@ NO_PATH_FIELDS = {
     "LabConfig.noises",  # names of kinds
     "RunConfig.curate",  # names of variants
     "RayConfig.address",  # of a cluster
+    "SourceConfig.carried",  # names of columns
+    "SourceConfig.encoding",
     "SourceConfig.format",  # these four: names in a registry
     "SourceConfig.pairs",
     "CurateConfig.strategy",

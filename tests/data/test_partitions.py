@@ -9,6 +9,7 @@ import pytest
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.partitions import partition_columns
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
+from safer_ray.errors import UserError
 from safer_ray.pipeline.inspection import inspect
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -119,11 +120,21 @@ def test_files_of_several_formats_are_read_and_told_with_one_of_each(tmp_path):
     turns = "\n\nHuman: Hi\n\nAssistant:"
     put(tmp_path / "a.jsonl", ROW)
     put(tmp_path / "b.jsonl", {"chosen": f"{turns} Yes.", "rejected": f"{turns} No."})
-    put(tmp_path / "c.jsonl", ROW)
+    put(tmp_path / "c.jsonl", ROW | {"prompt": "Hm?"})
     put(tmp_path / "d.jsonl")
     found = inspect(str(tmp_path))
     assert (found.rows, found.good) == (3, 3)
     assert found.told == (
+        f"no rows in {tmp_path}/d.jsonl",
         f"files of 2 formats are read, each by its own: canonical ({tmp_path}/a.jsonl), hh_rlhf ({tmp_path}/b.jsonl)",
     )
-    assert inspect(str(tmp_path / "[acd].jsonl")).told == ()
+    assert inspect(str(tmp_path / "[ac].jsonl")).told == ()
+
+
+@pytest.mark.parametrize("folder", ["system=gpt4", "id=7", "uid=7", "pair_id=7", "prompt=hi", "chosen=a", "messages=a"])
+def test_a_folder_cannot_say_what_only_a_row_can(tmp_path, folder):
+    put(tmp_path / folder / "lang=en/a.jsonl", ROW)
+    name = folder.partition("=")[0]
+    with pytest.raises(UserError, match=f"a folder's name cannot hold the {name} of all its rows; rename the folder"):
+        pairs(tmp_path)
+    assert pairs(tmp_path / folder)[0]["extra"] == '{"lang":"en"}'

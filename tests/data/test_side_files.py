@@ -84,13 +84,22 @@ def test_where_nothing_holds_rows_what_is_there_is_named(tmp_path):
         find(tmp_path)
 
 
-@pytest.mark.parametrize("name", [".cache", ".ipynb_checkpoints", "_delta_log", "__MACOSX", "more/_temporary"])
+@pytest.mark.parametrize("name", [".cache", ".ipynb_checkpoints", "_delta_log", "_x", "__MACOSX", "more/_temporary"])
 def test_folders_of_tools_are_left_out_and_told(data, name):
     (data / name).mkdir()
     (data / name / "0.json").write_text(json.dumps([ROW]))
     found = find_files(SourceConfig(path=str(data)))
     assert [file.name for file in found.files] == ["rows.jsonl"]
     assert found.left_out == {str(data / name): 1}
+
+
+def test_a_folder_of_tools_that_is_named_itself_is_read_and_so_is_a_partition(data):
+    for name in ("_x", "_lang=en"):
+        (data / name).mkdir()
+        (data / name / "0.json").write_text(json.dumps([ROW]))
+    assert find(data)[0] == ["0.json", "rows.jsonl"]
+    for place in (data / "_x", data / "_x/*.json", data / "_*/0.json"):
+        assert find(place)[0]
 
 
 def test_a_link_that_leads_nowhere_is_refused_by_name(data):

@@ -435,11 +435,6 @@ def test_parquet_text_that_is_no_utf8_refuses_only_its_row(tmp_path):
     assert two.startswith("bad UTF-8")
 
 
-def test_an_array_cut_short_refuses_what_is_left(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(many(3))[:-20])
-    assert [(row["refused"] or "good")[:8] for row in pairs_of(tmp_path / "a.json")] == ["good", "good", "not JSON"]
-
-
 def test_folders_are_read_recursively_in_order_and_keys_hold_the_path_inside(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/x.jsonl", "a.jsonl"):

@@ -1,5 +1,7 @@
 """Which split is read, and what is said of the others."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -167,3 +169,12 @@ def test_a_config_that_says_no_split_is_recorded_as_before():
     assert plain.recorded() == said.recorded()
     assert (plain.asked_split(), said.asked_split()) == (None, "train")
     assert plain.model_copy(update={"path": "b"}).asked_split() is None
+
+
+def test_a_saved_selection_of_rows_is_refused_with_the_remedy(tmp_path):
+    """Old versions of `datasets` saved all rows, and the numbers of those that were selected beside them."""
+    (tmp_path / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "0.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]})
+    )
+    with pytest.raises(UserError, match=r"selection of its rows .*flatten_indices\(\)"):
+        find_files(SourceConfig(path=str(tmp_path)))

@@ -6,6 +6,7 @@ import time
 import pytest
 from support.layout_rows import ASKED, GOOD, ROWS, SIDES
 
+from safer_ray.data.rows import parse_row
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import expanded, read_pair, row_format
 
@@ -143,3 +144,9 @@ def test_no_text_takes_more_than_its_length(text):
     with contextlib.suppress(Refused):
         read_pair({"prompt": text, "chosen": text + "a", "rejected": text + "b"}, "canonical")
     assert time.process_time() - began < 5  # seconds; what is quadratic takes minutes
+
+
+def test_a_key_that_stands_twice_is_refused():
+    with pytest.raises(Refused, match="key twice: chosen"):
+        parse_row('{"prompt": "q", "chosen": "x", "chosen": "y", "rejected": "z"}')
+    assert parse_row('{"prompt": "the \\"prompt\\"", "chosen": {"chosen": 1}}')["chosen"] == {"chosen": 1}
