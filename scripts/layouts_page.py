@@ -40,7 +40,7 @@ messages or transcripts; of two plain texts only by `format: trl_implicit`.
 A text, or a list of `{{role, content}}`; also `{{from, value}}`, one mapping, a mapping of lists, JSON of any of these
 as text, and parts of type `text` (joined by newlines; other parts are refused). Roles are named as chat templates name
 them; {_names(ROLES)} are known. Template markup at the beginning of a text (ChatML, Llama 2, 3 and 4, Gemma, Zephyr,
-Phi) is unwrapped, and told; elsewhere it is left, and told. Other fields of a message are kept in `more` as JSON,
+Phi) is unwrapped, elsewhere it is left; both are reported. Other fields of a message are kept in `more` as JSON,
 compared, given to the model's chat template, and written back by exports. A model whose template does not write one of
 {_names(SPOKEN)} refuses the row.
 Several messages of one assistant, and its tools', are one response.
@@ -50,7 +50,9 @@ Several messages of one assistant, and its tools', are one response.
 `label_margin` is the first of {_names(MARGINS)}, or the difference of two numbers of the sides:
 {_names(one for one, _ in SCORES)}, each less its other. Below 0 it contradicts the label: `inspect`, `pairs` and the
 summary of an audit count such rows, `where: label_margin < 0` takes them, and the curation strategy `label_margin`
-orders by it. Ties are left out with their reason, and do not count as damage of a file.
+orders by it. Ties that a layout's own label tells, and equal scores of `ultrafeedback`, are left out with
+their reason and do not count as damage of a file; labels that a layout does not know do. Other equal numbers beside
+`chosen` and `rejected` leave the label as it is.
 
 This page is written by `python scripts/layouts_page.py`, from `safer_ray/formats`.
 """
