@@ -19,6 +19,8 @@ VALUE_OPTIONS = (
     "--auditor",
     "--pairs",
     "--format",
+    "--split",
+    "--encoding",
     "--flag-quantile",
     "--detector",
     "--max-chars",

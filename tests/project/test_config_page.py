@@ -10,7 +10,7 @@ def test_the_page_is_what_the_config_says():
     assert config_page.PAGE.read_text(encoding="utf-8") == config_page.Page().text()
 
 
-KINDS = [kind for kind in config_page.sections().values() if kind.__module__.startswith("safer_ray.")]
+KINDS = [kind for kind in config_page.sections().values() if kind.__module__.startswith("safer_ray.config.")]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

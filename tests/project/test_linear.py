@@ -28,7 +28,7 @@ from safer_ray.service.http import create_api
 from safer_ray.service.problems import Problem
 from safer_ray.service.request_limits import Limits, check_nesting, read_json
 from safer_ray.service.service import LocalService
-from safer_ray.storage import rows
+from safer_ray.storage import json_values
 from safer_ray.storage.rows import read_rows
 
 SMALL, LARGE = 2**16, 2**20
@@ -426,7 +426,7 @@ def test_rows_of_a_file_are_told_apart(tmp_path, name, head, unit):
             path.write_text(given, encoding="utf-8")
         return sum(1 for _ in read_rows(path, 0, 2**40))
 
-    assert_linear(read, unit, head)
+    assert_linear(refusing(read, UserError), unit, head)
 
 
 @pytest.mark.parametrize("unit", ["layer.", "layers.1", "layer.1.", "1", "\n", "layer.1.\n"])
@@ -471,6 +471,9 @@ def test_names_and_headers_are_read(unit):
         leftovers.NAME.fullmatch,
         leftovers.TORN.fullmatch,
         refusing(lambda given: keys.parse_keys(given, "keys"), UserError),
-        rows._JSON_SPACE.match,
+        json_values._SPACE.match,
+        json_values._MARKS.match,
+        lambda given: json_values._ARRAY_OF_ROWS.match(given.encode()),
+        lambda given: json_values._OPEN_LINE.match(given.encode()),
     ):
         assert_linear(call, unit)

@@ -24,6 +24,7 @@ from safer_ray.config.sections import (
     ActivationsConfig,
     CrossFitConfig,
     CurateConfig,
+    DuplicatesConfig,
     JudgeConfig,
     LabConfig,
     NoiseConfig,
@@ -37,6 +38,7 @@ from safer_ray.config.sections import (
     SweepGrid,
 )
 from safer_ray.pipeline import feature_stages, model_stages
+from safer_ray.pipeline.duplicate_stage import duplicates
 from safer_ray.pipeline.lab import run_lab
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
@@ -160,6 +162,8 @@ def reads(config):
         whole = run(config, LocalRunner())
         run_lab(config, LocalRunner())
         run_sweep(config, LocalRunner())
+        ctx = StageContext(Place(config.root / config.name), LocalRunner())
+        duplicates(ctx, DuplicatesConfig(), whole.artifacts["pairs"])
     return whole, found
 
 
