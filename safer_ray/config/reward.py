@@ -32,7 +32,7 @@ class TinyLlamaConfig(Frozen):
 
 
 class RewardConfig(Reading):
-    """How a reward model is trained, after Bradley and Terry, and read."""
+    """Choose how a reward model is trained, after Bradley and Terry, and read."""
 
     unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS})
 

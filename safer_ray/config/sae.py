@@ -30,7 +30,7 @@ class WarmStartConfig(Frozen):
 
 
 class SaeConfig(Frozen):
-    """How the autoencoder is trained."""
+    """Choose how the autoencoder is trained."""
 
     # What `warm_start` makes is an input.
     unrecorded: ClassVar = frozenset({"micro_batch_size", "tensorboard", "warm_start"})

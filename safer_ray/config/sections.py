@@ -178,7 +178,7 @@ class ActivationsConfig(Frozen):
 
 
 class SalienceConfig(Frozen):
-    """How strongly each feature tells chosen from rejected responses."""
+    """Measure how strongly each feature tells chosen from rejected responses."""
 
     mode: Mode = "response"
     """`response`: mean over sentence ends of the responses; `paper`: sums, and over those of the prompts too."""
@@ -224,7 +224,7 @@ class SelectConfig(Frozen):
 
 
 class ScoresConfig(Frozen):
-    """How pairs are scored and flagged."""
+    """Choose how pairs are scored and flagged."""
 
     detector: DetectorOf = "safer"
     """What a pair is suspected by: the SAFER score, the reward margin, or both and more, weighed as `cross_fit` finds
@@ -263,7 +263,7 @@ class CurateConfig(Frozen):
 
 
 class EvaluateConfig(Frozen):
-    """How models are compared."""
+    """Choose how models are compared."""
 
     base: str = "clean"
     """The model that McNemar's test compares the others with: `clean`, or a name in `curate`."""
@@ -380,7 +380,7 @@ class RunConfig(Frozen):
 
     @property
     def reading(self) -> Reading:
-        """How its reward models are read; mode `paper` ends sentences as published."""
+        """Return how its reward models are read; mode `paper` ends sentences as published."""
         reading = self.reward.trusting()
         return reading.model_copy(update={ENDS: ASCII_ENDS}) if self.salience.mode == "paper" else reading
 

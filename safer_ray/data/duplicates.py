@@ -29,7 +29,7 @@ class Clusters(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found among pairs, by their number."""
+    """Hold what was found among pairs, by their number."""
 
     pairs: int
     clusters: list[Clusters]

@@ -27,7 +27,7 @@ Pieces = list[list[Piece]]  # of each message of a prompt or a response, in orde
 
 
 class _Turn(NamedTuple):
-    """What a column says as one message; no pieces where it does not hold it as it is read."""
+    """Hold what a column says as one message; no pieces where it does not hold it as it is read."""
 
     content: str
     pieces: list[Piece]

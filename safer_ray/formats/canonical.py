@@ -135,11 +135,7 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
 def canonical(row: Row, options: Options) -> Pair:
     """Read `prompt`, `chosen`, `rejected`, each text or messages; where the prompt is empty, the next column that looks
     like one is taken for it."""
-    return prompted_by("prompt" if row.get("prompt") not in EMPTY else _other_prompt(row), row)
-
-
-def _other_prompt(row: Row) -> str:
-    return next((name for name in PROMPTS if row.get(name) not in EMPTY), "prompt")
+    return prompted_by(next((name for name in PROMPTS if row.get(name) not in EMPTY), "prompt"), row)
 
 
 def prompted_by(column: str, row: Row) -> Pair:
@@ -169,7 +165,7 @@ def prompt_column(row: Row) -> str:
     Raises:
         Refused: there is none.
     """
-    name = next((name for name in PROMPTS if row.get(name) not in (None, "", [])), None)
+    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
     if name is None:
         raise Refused(f"missing column: prompt (or one of {', '.join(PROMPTS[1:])})")
     return name

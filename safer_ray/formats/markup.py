@@ -46,7 +46,7 @@ _ANYWHERE = re.compile(
 
 
 class Stretch(NamedTuple):
-    """What one message says, `text[start:stop]`, without the whitespace around it."""
+    """Mark what one message says, `text[start:stop]`, without the whitespace around it."""
 
     role: str
     start: int

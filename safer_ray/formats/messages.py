@@ -61,6 +61,11 @@ def as_messages(value: Any, name: str) -> Messages:
 
 
 def listed(value: Any, name: str) -> list[Any]:
+    """Return the items of a list of messages, of one message, or of a mapping that holds or is such a list.
+
+    Raises:
+        Refused: it is none of these.
+    """
     if isinstance(value, list):
         return value
     if isinstance(value, dict):

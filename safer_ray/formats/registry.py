@@ -92,8 +92,6 @@ BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and 
 
 
 _EVIDENCE = frozenset((*MARGINS, *BY_SIDE, *(one for one, _ in SCORES)))
-
-
 _NUMBERS = frozenset((*MARGINS, *(name for both in SCORES for name in both)))
 
 
@@ -193,6 +191,7 @@ def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
 
 
 def _of_markup(row: Row, pair: Pair) -> tuple[str, ...]:
+    """Return that markup is left in a text, or else that it was unwrapped."""
     contents = [message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
     for text in contents:
         if (mark := markup_in(text)) is not None:

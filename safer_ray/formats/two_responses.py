@@ -48,30 +48,27 @@ def _preferred(row: Row, responses: Names, better: int, used: tuple[str, ...], s
     return kept | picked | ({"labels": own | labels} if own or labels else {})
 
 
-def _signed(row: Row, column: str) -> float:
+def _by_strength(row: Row, column: str, responses: Names) -> list[Row]:
+    """Return the row of a preference of -3 to 3, above 0 where the second response is better."""
     value = row.get(column)
-    number = as_number(value)
-    if number is None:
+    strength = as_number(value)
+    if strength is None:
         raise Refused(f"wrong type: {column} is {type_name(value)}, wanted a number")
-    if number == 0:
+    if strength == 0:
         raise Refused(f"no preference: {column} is 0")
-    if abs(number) > STRONGEST:
-        raise Refused(f"unknown label: {column} is {number:g}, wanted -{STRONGEST} to {STRONGEST}")
-    return number
+    if abs(strength) > STRONGEST:
+        raise Refused(f"unknown label: {column} is {strength:g}, wanted -{STRONGEST} to {STRONGEST}")
+    return [_preferred(row, responses, int(strength > 0), (column,), {}) | {"label_margin": abs(strength)}]
 
 
 def helpsteer2(row: Row, options: Options) -> list[Row]:
-    """Read HelpSteer2's preferences: a strength of -3 to 3, above 0 where response 2 is better."""
-    strength = _signed(row, "preference_strength")
-    picked = _preferred(row, ("response_1", "response_2"), int(strength > 0), ("preference_strength",), {})
-    return [picked | {"label_margin": abs(strength)}]
+    """Read HelpSteer2's preferences by their strength."""
+    return _by_strength(row, "preference_strength", ("response_1", "response_2"))
 
 
 def helpsteer3(row: Row, options: Options) -> list[Row]:
-    """Read HelpSteer3's: the `context` as messages, and a preference of -3 to 3, below 0 where response 1 is better."""
-    preference = _signed(row, "overall_preference")
-    picked = _preferred(row, ("response1", "response2"), int(preference > 0), ("overall_preference",), {})
-    return [picked | {"label_margin": abs(preference)}]
+    """Read HelpSteer3's preferences by their strength; the `context` is messages."""
+    return _by_strength(row, "overall_preference", ("response1", "response2"))
 
 
 def shp(row: Row, options: Options) -> list[Row]:

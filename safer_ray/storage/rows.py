@@ -83,7 +83,7 @@ def _head(path: Path) -> bytes:
 
 
 def _open(path: Path, encoding: str | None, offset: int = 0) -> io.BufferedReader:
-    """What a file holds, unpacked and in UTF-8, from byte `offset` on.
+    """Open what a file holds, unpacked and in UTF-8, from byte `offset` on.
 
     Raises:
         UserError: it holds no text.
