@@ -25,6 +25,7 @@ def count(path, content):
         (gzip.compress(LINE) + bytes(7), 1),
         (gzip.compress(b"") + bytes(7), 0),
     ],
+    ids=["end", "zeros", "two members", "one row", "no row"],
 )
 def test_zeros_behind_gzip_are_no_damage(tmp_path, content, rows):
     assert count(tmp_path / "a.jsonl.gz", content) == rows
