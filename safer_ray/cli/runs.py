@@ -51,7 +51,9 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
     sae = summary["sae"]
     selected = summary["selected_features"]
     facts.add_row("pairs", f"{summary['pairs']:,} ({summary['quarantined']} rows quarantined)")
-    facts.add_row("reward model", f"validation accuracy {summary['reward']['accuracy']:.3f}")
+    trained = summary["reward"].get("accuracy")
+    said = f"agrees with {summary['reward']['agreement']:.1%} of the labels" if trained is None else f"{trained:.3f}"
+    facts.add_row("reward model", said if trained is None else f"validation accuracy {said}")
     facts.add_row(
         "SAE",
         f"nmse {sae['nmse']:.3f}, explained variance {sae['explained_variance']:.3f}, "
@@ -68,7 +70,8 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
         for name, auroc in found["auroc"].items():
             table.add_row(name, f"{auroc:.3f}", f"{found['precision_at_planted'][name]:.3f}")
         console.print(table)
-    console.print(_accuracy_table(summary, base))
+    if summary["sections"]:
+        console.print(_accuracy_table(summary, base))
 
 
 def _accuracy_table(summary: dict[str, Any], base: str) -> Table:

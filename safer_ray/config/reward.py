@@ -34,8 +34,13 @@ class TinyLlamaConfig(Frozen):
 class RewardConfig(Reading):
     """Choose how a reward model is trained, after Bradley and Terry, and read."""
 
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS})
+    # `use` is what a model is made of that is not trained, an input.
+    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS, "use"})
 
+    use: LocalName | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A finished reward model, named as `base` is, which is read as it is and not trained. The settings of training
+    are then of the heads that `cross_fit`, `lab`, `sweep` and `curate` train on its blocks: `frozen_layers` is all of
+    these unless you say less, `learning_rate` 1e-3 unless you say otherwise, and `new_head` holds."""
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     """A Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER` (a checkpoint inside an installed
     package), or the sizes of a tiny Llama."""
@@ -69,6 +74,8 @@ class RewardConfig(Reading):
     """Of the forward and backward pass."""
     shards: Annotated[int, Field(gt=0)] = 1
     """Ranges of blocks, each in processes of its own, to read activations."""
+    new_head: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Begin with a new reward head in the place of the base's own."""
     seed: int = 0
     """Seed of the weights that are new, of the order of pairs and of what is held out."""
 
@@ -78,6 +85,12 @@ class RewardConfig(Reading):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.use is not None and "base" in self.model_fields_set:
+            raise ValueError("use names a finished model, base one that is trained on; keep one of both")
+        if self.use is not None:
+            return self
+        if self.new_head and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("new_head needs a pretrained base; the head of a model made on the spot is new")
         if self.head is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("head needs a pretrained base; a model made on the spot has one output")
         if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):

@@ -345,8 +345,8 @@ class RunConfig(Frozen):
     """What is trained on and scored."""
     noise: NoiseConfig | None = None
     """Label errors to plant."""
-    evaluation: PairsConfig
-    """The pairs that all models are measured on."""
+    evaluation: PairsConfig | None = None
+    """The pairs that all models are measured on. Default: none are measured."""
     reward: RewardConfig = RewardConfig()
     """The reward model."""
     activations: ActivationsConfig = ActivationsConfig()
@@ -379,6 +379,11 @@ class RunConfig(Frozen):
     """The cluster of `--runner ray`; no part of any recipe."""
 
     @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """Return all sources of pairs, those of the evaluation last."""
+        return (*self.pairs.sources, *(self.evaluation.sources if self.evaluation else ()))
+
+    @property
     def reading(self) -> Reading:
         """Return how its reward models are read; mode `paper` ends sentences as published."""
         reading = self.reward.trusting()
@@ -387,7 +392,7 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         base = self.reward.base
-        if isinstance(base, TinyLlamaConfig) and self.activations.layer > base.layers:
+        if isinstance(base, TinyLlamaConfig) and self.reward.use is None and self.activations.layer > base.layers:
             raise ValueError(
                 f"activations.layer {self.activations.layer} lies past the model's {base.layers} layers; "
                 f"choose 1..{base.layers}"
@@ -401,10 +406,13 @@ class RunConfig(Frozen):
             )
         if self.scores.detector == "combined" and self.cross_fit is None:
             raise ValueError("scores.detector: combined is fitted across folds; add `cross_fit`")
-        if "clean" in self.curate:
-            raise ValueError("curate: 'clean' names the model trained on the uncurated pairs; choose another name")
+        for name, what in (("clean", "trained on the uncurated pairs"), ("used", "that `reward.use` names")):
+            if name in self.curate:
+                raise ValueError(f"curate: {name!r} names the model {what}; choose another name")
+        if self.evaluation is None and self.sweep is not None:
+            raise ValueError("sweep measures models; add `evaluation`")
         if self.corpus is None:
-            for path in [s.path for s in (*self.pairs.sources, *self.evaluation.sources)] + [self.judge.exchanges]:
+            for path in [s.path for s in self.sources] + [self.judge.exchanges]:
                 if path.startswith("corpus:"):
                     raise ValueError(f"{path!r} needs a `corpus` section in the config")
         return self

@@ -12,6 +12,7 @@ from safer_ray.strategies import STRATEGIES, StrategyInput
 
 log = logging.getLogger(__name__)
 CLEAN = "clean"  # the pairs as they are, and the model trained on them
+USED = "used"  # the finished model that a run does not train
 WITHOUT_NOISE = "without_noise"  # the pairs before errors were planted in them
 JOINED = ("score", "reward_margin", "suspicion")  # what strategies know of a pair's scores
 

@@ -139,6 +139,14 @@ def suspect(values: np.ndarray, reference: np.ndarray, flag_quantile: float) -> 
     return {"suspicion": suspicions, "flag": flags, "decision": np.where(flags, "review", "keep")}
 
 
+def with_columns(rows: pa.Table, columns: dict[str, np.ndarray]) -> pa.Table:
+    """Return rows in which columns have other values, of the same types."""
+    for name, values in columns.items():
+        index = rows.schema.get_field_index(name)
+        rows = rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))
+    return rows
+
+
 Value = Callable[[pa.Table, np.ndarray], np.ndarray]  # codes and their scores -> float64 [n], low: suspicious
 
 

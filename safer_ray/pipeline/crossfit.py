@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray.config.reading import ENDS
-from safer_ray.config.sections import RewardConfig, RunConfig
+from safer_ray.config.sections import RewardConfig, RunConfig, ScoresConfig
 from safer_ray.errors import UserError
-from safer_ray.features.scoring import KIND, OUT_OF_FOLD
+from safer_ray.features.scoring import KIND, OUT_OF_FOLD, suspect, with_columns
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.stage import StageContext, make, pairs_of
 from safer_ray.schema import rows_of
@@ -93,7 +93,7 @@ def cross_fit(
     for i, (train, held, reward) in enumerate(zip(*sides, rewards, strict=True)):
         seen = gathered(ctx, train, codes) if shared else model_stages.codes(ctx, train, reward, saes[i])
         folds.append(fit_fold(ctx, config, train, held, reward, saes[i], seen, codes[i], corpus))
-    return OutOfFold(folds, scores_of_folds(ctx, pairs, folds, shared), shared)
+    return OutOfFold(folds, scores_of_folds(ctx, pairs, folds, shared, config.scores), shared)
 
 
 def _fold_sae(ctx: StageContext, config: RunConfig, train: Artifact, reward: Artifact) -> Artifact:
@@ -142,15 +142,21 @@ def _write_gathered(train: Artifact, codes: list[Artifact], out: Path) -> Result
     return Result({"written": count}, facts)
 
 
-def scores_of_folds(ctx: StageContext, pairs: Artifact, folds: list[Fold], shared: bool) -> Artifact:
-    """Return the folds' scores in the order of the pairs, marked as out of fold."""
+def scores_of_folds(
+    ctx: StageContext, pairs: Artifact, folds: list[Fold], shared: bool, config: ScoresConfig
+) -> Artifact:
+    """Return the folds' scores in the order of the pairs, marked as out of fold; each pair is suspected among what all
+    folds say of the pairs that they held out."""
     inputs = {f"scores{i}": fold.scores for i, fold in enumerate(folds)}
-    write = partial(_write_scores, pairs, folds, shared)
+    write = partial(_write_scores, pairs, folds, shared, config)
     return make(ctx, "cross_fit", {"shared_sae": shared}, write, pairs=pairs, **inputs)
 
 
-def _write_scores(pairs: Artifact, folds: list[Fold], shared: bool, out: Path) -> Result:
+def _write_scores(pairs: Artifact, folds: list[Fold], shared: bool, config: ScoresConfig, out: Path) -> Result:
     scores = pa.concat_tables([read_parts(fold.scores.path) for fold in folds])
+    # A fold's own reference is of pairs that its models saw, which are rarely as low as new ones.
+    values = scores["reward_margin" if config.detector == "reward_margin" else "score"].to_numpy()
+    scores = with_columns(scores, suspect(values, values, config.flag_quantile))
     missing = 0
     for number, path in enumerate(part_files(pairs_of(pairs))):
         rows, without = rows_of(scores, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())

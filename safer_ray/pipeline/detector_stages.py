@@ -17,7 +17,7 @@ from safer_ray.detection.combined import Readings, fit_combined
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import VALUES, read_features
 from safer_ray.features.codes import contrasts, matrix_of
-from safer_ray.features.scoring import margins, pair_scores, suspect
+from safer_ray.features.scoring import margins, pair_scores, suspect, with_columns
 from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.crossfit import Fold, OutOfFold, frozen_below
 from safer_ray.pipeline.stage import StageContext, make
@@ -69,10 +69,7 @@ def _write_suspected(config: ScoresConfig, scores: Artifact, detector: Artifact,
         rows = pq.read_table(path)
         values, _ = rows_of(known, rows["pair_id"].to_pylist())
         said = suspect(values["combined"].to_numpy(), reference, config.flag_quantile)
-        for name, column in said.items():
-            index = rows.schema.get_field_index(name)
-            rows = rows.set_column(index, rows.schema.field(index), pa.array(column))
-        write_parquet(rows, out / path.name)
+        write_parquet(with_columns(rows, said), out / path.name)
     facts = {**scores.metrics, "detector": "combined"}
     return Result({"written": len(known)}, facts)
 

@@ -7,7 +7,7 @@ the judge runs the model; what imports torch is imported where it is used, and t
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,17 @@ from safer_ray.features.scoring import (
     Features,
     ScoreCodes,
     check_width,
-    margins,
     pair_scores,
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
+from safer_ray.pipeline.reference import Reference, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
+    Fragment,
     Result,
     part_files,
     part_fragments,
@@ -102,18 +103,26 @@ def _width(codes: Artifact, given: int | None) -> int:
     return int(recorded)
 
 
-def salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None = None) -> Artifact:
+def salience(
+    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None = None, reference: Reference | None = None
+) -> Artifact:
     """Return the salience of every feature: sums per fragment, reduced in order. `latents` is the SAE's width where the
-    codes do not record it.
+    codes do not record it. Pairs that are held out as a `reference` are not among those it is of, where they are enough
+    to be one.
 
     Raises:
         UserError: the width is neither recorded nor given, or a feature lies past it.
     """
-    write = partial(_write_salience, ctx, codes, mode, latents)
-    return make(ctx, "salience", {"mode": mode, "latents": latents}, write, codes=codes)
+    write = partial(_write_salience, ctx, codes, mode, latents, reference)
+    shown: dict[str, Any] = {"mode": mode, "latents": latents}
+    if reference is None or reference.held is None:
+        return make(ctx, "salience", shown, write, codes=codes)
+    return make(ctx, "salience", shown | reference.recorded, write, reference.pairs, codes=codes)
 
 
-def _write_salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, out: Path) -> Result:
+def _write_salience(
+    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, reference: Reference | None, out: Path
+) -> Result:
     flatten(read_parquet(part_files(codes.path)[0]).slice(0, 0), "chosen", mode)  # or it says that these are no codes
     width = _width(codes, latents)
     if mode == "paper" and ends_of(codes) != ASCII_ENDS:
@@ -122,7 +131,10 @@ def _write_salience(ctx: StageContext, codes: Artifact, mode: Mode, latents: int
             "make the codes with --read sentence_ends=ascii for that",
             codes.path,
         )
-    job = MapJob("salience", read_fragment, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9)
+    read: Callable[[Fragment], pa.Table] = read_fragment
+    if reference is not None and (split := reference.split):
+        read = without_held_out(codes.path, pairs_of(split[0]), split[1])
+    job = MapJob("salience", read, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9)
     counts = ctx.map(job, part_fragments(codes.path), out)
     tables = [read_parquet(path) for path in part_files(out / "state" / "sums")]
     largest = max(int(t["feature"].to_numpy().max(initial=-1)) for t in tables)
@@ -270,16 +282,17 @@ def auditor(
     codes: Artifact,
     detector: Artifact | None = None,
     known: Mapping[str, Artifact] | None = None,
+    reference: Reference | None = None,
 ) -> Artifact:
     """Return the deployable bundle: `reward/ sae/ features.json reference.parquet`, `detector/` if one was fitted, and
     `features.parquet`, which shows people its features, where `salience` is `known`, and better where `verdicts` and
-    `contexts` are."""
-    known = known or {}
+    `contexts` are. Its reference is of all pairs in `codes` where no other is given."""
+    known, reference = known or {}, reference or Reference()
     inputs = {"reward": reward, "sae": sae, "features": selected, "codes": codes}
     inputs |= {"detector": detector} if detector else {}
-    inputs |= known
-    write = partial(_write_auditor, ctx.reading, reward, sae, selected, codes, detector, known)
-    return make(ctx, "auditor", {"format": AUDITOR_FORMAT}, write, **inputs)
+    inputs |= {**known, **reference.inputs}
+    write = partial(_write_auditor, ctx.reading, reward, sae, selected, codes, detector, known, reference)
+    return make(ctx, "auditor", {"format": AUDITOR_FORMAT, **reference.recorded}, write, **inputs)
 
 
 def _write_auditor(
@@ -290,6 +303,7 @@ def _write_auditor(
     codes: Artifact,
     detector: Artifact | None,
     known: Mapping[str, Artifact],
+    reference: Reference,
     out: Path,
 ) -> Result:
     from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
@@ -315,17 +329,16 @@ def _write_auditor(
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
         facts["vector_layers"] = detector.metrics["vector_layers"]
-    parts = [read_parquet(path) for path in part_files(codes.path)]
-    reference = {
-        "score": np.sort(np.concatenate([pair_scores(part, features) for part in parts])),
-        "reward_margin": pa.array(np.sort(np.concatenate([margins(part) for part in parts])), from_pandas=True),
-    }
-    write_parquet(pa.table(reference), out / "reference.parquet")
+    kind, values = reference.values(codes, features)
+    facts["reference"] = facts_of(kind, values)
+    ordered = {name: np.sort(values[name].to_numpy()) for name in ("score", "reward_margin")}
+    columns = {name: pa.array(column, pa.float64(), from_pandas=True) for name, column in ordered.items()}
+    write_parquet(pa.table(columns), out / "reference.parquet")
     if known:
         found = FeatureEvidence(**{name: read_parts(artifact.path) for name, artifact in known.items()})
+        parts = [read_parquet(path) for path in part_files(codes.path)]
         write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
-    rows = {"reference": sum(map(len, parts))}
-    return Result(rows, facts)
+    return Result({"reference": len(values)}, facts)
 
 
 def scores(ctx: StageContext, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:

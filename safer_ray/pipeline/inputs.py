@@ -109,9 +109,15 @@ def place_of_run(config: RunConfig, *, fresh: bool = False, **options: Any) -> P
     in."""
     reads: list[Path] = []
     if fresh:
-        sources = [*config.pairs.sources, *config.evaluation.sources]
-        reads += [file for s in sources if not s.path.startswith(("corpus:", PREFIX)) for file in find_files(s).files]
-        named = (config.judge.exchanges, config.reward.base, config.sae.warm_start and config.sae.warm_start.text)
+        reads += [
+            file for s in config.sources if not s.path.startswith(("corpus:", PREFIX)) for file in find_files(s).files
+        ]
+        named = (
+            config.judge.exchanges,
+            config.reward.base,
+            config.reward.use,
+            config.sae.warm_start and config.sae.warm_start.text,
+        )
         reads += [Path(name) for name in named if isinstance(name, str)]
     return Place(durable_path(config.root) / config.name, fresh=fresh, reads=reads, **options)
 

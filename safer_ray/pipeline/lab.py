@@ -19,6 +19,7 @@ from safer_ray.features.passes import head_differences
 from safer_ray.pipeline import model_stages
 from safer_ray.pipeline.crossfit import Fold, cross_fit, fit_fold
 from safer_ray.pipeline.detector_stages import check_shared_trunk, read_folds, trunk_vectors
+from safer_ray.pipeline.finished_model import settled
 from safer_ray.pipeline.inputs import place_of_run, resolve_exchanges
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, pairs_of, recipe
@@ -206,6 +207,7 @@ def run_lab(config: RunConfig, runner: Runner, *, fresh: bool = False, on_stage:
     if config.lab is None or config.cross_fit is None:
         raise UserError("lab: the config needs a `lab` and a `cross_fit` section; configs/lab_pku.yaml has both")
     need_extra("lab", "cleanlab", "matplotlib")
+    config = settled(config)
     check_shared_trunk(config, "lab")
     place = place_of_run(config, fresh=fresh, on_stage=on_stage or (lambda name, artifact: None))
     with locked(place.root), cached_trunk():

@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safer_ray.config.sections import RunConfig
-from safer_ray.data.curation import CLEAN
+from safer_ray.config.sections import RewardConfig, RunConfig
+from safer_ray.data.curation import CLEAN, USED
 from safer_ray.data.source_files import source_files
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
 from safer_ray.pipeline import detector_stages, feature_stages, model_stages
 from safer_ray.pipeline.crossfit import cross_fit
+from safer_ray.pipeline.finished_model import finished, settled
 from safer_ray.pipeline.inputs import check_file, place_of_run
+from safer_ray.pipeline.reference import Reference, held_out_of
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.pipeline.summary import RunView, write_report, write_summary
@@ -46,6 +48,7 @@ class Run:
 
     config: RunConfig
     directory: Path
+    asked: RewardConfig  # the section `reward` as the user wrote it
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     models: dict[str, Artifact] = field(default_factory=dict)
     evaluations: dict[str, Artifact] = field(default_factory=dict)
@@ -58,7 +61,7 @@ def preflight(config: RunConfig) -> None:
     Raises:
         UserError: a missing source, text or probe, or a layer past the model.
     """
-    sources = (*config.pairs.sources, *config.evaluation.sources)
+    sources = config.sources
     local = [s for s in sources if not s.path.startswith(("corpus:", "hub:"))]
     for source in local:
         source_files(source)
@@ -98,10 +101,11 @@ def run(
     wanted = {"corpus": config.corpus, "noise": config.noise, "detector": config.scores.detector == "combined"}
     if until in wanted and not wanted[until]:
         raise UserError(f"--until {until}: this config makes none; choose another stage")
+    asked, config = config, settled(config)
     preflight(config)
     place = place_of_run(config, fresh=fresh, dry=dry, on_stage=on_stage)
     ctx = StageContext.of(place, runner, config)
-    outcome = Run(config, place.root)
+    outcome = Run(config, place.root, asked.reward)
     with contextlib.nullcontext() if dry else locked(place.root):
         for stage in _stages(ctx, outcome):
             if stage == until:
@@ -133,7 +137,11 @@ def _train(ctx: StageContext, run: Run) -> Iterator[str]:
         pairs = made["noise"] = model_stages.noise(ctx, config.noise, pairs)
         yield "noise"
     made["training_pairs"] = pairs
-    reward = made["reward"] = run.models[CLEAN] = model_stages.reward(ctx, config.reward, pairs)
+    if config.reward.use is not None:
+        reward = run.models[USED] = finished(ctx, config.reward, run.asked)
+    else:
+        reward = run.models[CLEAN] = model_stages.reward(ctx, config.reward, pairs)
+    made["reward"] = reward
     yield "reward"
     activations = made["activations"] = model_stages.activations(ctx, config.activations, pairs, reward)
     yield "activations"
@@ -149,7 +157,8 @@ def _find(ctx: StageContext, run: Run) -> Iterator[str]:
     config, made, corpus = run.config, run.artifacts, run.artifacts.get("corpus")
     pairs, reward, sae, codes = (made[name] for name in ("training_pairs", "reward", "sae", "codes"))
     mode, candidates = config.salience.mode, config.select.candidates
-    salience = made["salience"] = feature_stages.salience(ctx, codes, mode)
+    reference = Reference(pairs, held_out_of(config))
+    salience = made["salience"] = feature_stages.salience(ctx, codes, mode, reference=reference)
     yield "salience"
     made["contexts"] = feature_stages.contexts(ctx, config.contexts, salience, codes, pairs, reward, mode)
     yield "contexts"
@@ -163,7 +172,10 @@ def _find(ctx: StageContext, run: Run) -> Iterator[str]:
         detector = made["detector"] = detector_stages.detector(ctx, config, pairs, fitted)
         yield "detector"
     known = {name: made[name] for name in ("salience", "verdicts", "contexts")}
-    auditor = made["auditor"] = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known)
+    if fitted and config.reward.use is None:
+        reference = Reference(pairs, scores=fitted.scores)
+    auditor = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known, reference)
+    made["auditor"] = auditor
     yield "auditor"
     if fitted and detector:
         made["scores"] = detector_stages.suspected(ctx, config.scores, fitted.scores, detector)
@@ -180,7 +192,11 @@ def _change(ctx: StageContext, run: Run) -> Iterator[str]:
     for name, curate in config.curate.items():
         run.curated[name] = feature_stages.curate(ctx, curate, made["training_pairs"], made["scores"])
     yield "curate"
-    run.models |= zip(run.curated, model_stages.rewards(ctx, config.reward, list(run.curated.values())), strict=True)
-    held = made["evaluation_pairs"] = model_stages.pairs(ctx, config.evaluation, made.get("corpus"))
-    run.evaluations |= zip(run.models, model_stages.evaluations(ctx, list(run.models.values()), held), strict=True)
+    variants = dict(run.curated)
+    if variants and CLEAN not in run.models:  # heads on a finished model are compared with a head of their own kind
+        variants = {CLEAN: made["training_pairs"], **variants}
+    run.models |= zip(variants, model_stages.rewards(ctx, config.reward, list(variants.values())), strict=True)
+    if config.evaluation is not None:
+        held = made["evaluation_pairs"] = model_stages.pairs(ctx, config.evaluation, made.get("corpus"))
+        run.evaluations |= zip(run.models, model_stages.evaluations(ctx, list(run.models.values()), held), strict=True)
     yield "evaluate"

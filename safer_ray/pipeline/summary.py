@@ -68,6 +68,8 @@ class RunView:
 
     def tests(self) -> dict[str, dict[str, McNemar]]:
         """McNemar's tests of every model against the base, by model and section."""
+        if self.config.evaluate.base not in self.evaluations:  # a finished model alone, or nothing is measured
+            return {}
         base = read_parts(self.evaluations[self.config.evaluate.base].path)
         others = {k: v for k, v in self.evaluations.items() if k != self.config.evaluate.base}
         return {name: mcnemar(*on_the_same(read_parts(artifact.path), base)) for name, artifact in others.items()}
@@ -115,7 +117,7 @@ def summarise(view: RunView) -> dict[str, Any]:
         "pairs": made["pairs"].manifest["rows"]["pairs"],
         "quarantined": made["pairs"].manifest["rows"]["quarantined"],
         "truncated": view.truncated(),
-        "reward": {"accuracy": made["reward"].metrics["validation_accuracy"]},
+        "reward": _reward(view, rows),
         "sae": {name: made["sae"].metrics[name] for name in SAE_METRICS},
         "selected_features": {"safe": len(selected["safe"]), "unsafe": len(selected["unsafe"])},
         "detection": {
@@ -130,6 +132,16 @@ def summarise(view: RunView) -> dict[str, Any]:
         "licences": list(together(*(artifact.marks for artifact in view.every().values())).licence),
         "red_team": [name for name, artifact in view.every().items() if artifact.red_team],
     }
+
+
+def _reward(view: RunView, rows: pa.Table) -> dict[str, float]:
+    """Return the accuracy on held-out pairs of a model that was trained here; of a finished one, the share of the pairs
+    whose label it agrees with."""
+    metrics = view.artifacts["reward"].metrics
+    if "validation_accuracy" in metrics:
+        return {"accuracy": metrics["validation_accuracy"]}
+    margins = rows["reward_margin"].to_numpy()
+    return {"agreement": float((margins > 0).mean()) if len(margins) else 0.0}
 
 
 def write_summary(view: RunView, path: Path) -> None:
@@ -147,7 +159,7 @@ def conclusions(summary: dict[str, Any], base: str) -> list[str]:
             f"with AUROC {auroc['safer']:.3f}; the best strategy here is {best} with {auroc[best]:.3f}."
         )
     for name, sections in summary["sections"].items():
-        if name == base:
+        if f"{name} vs {base}" not in summary["tests"]:
             continue
         for section, accuracy in sections.items():
             test = summary["tests"][f"{name} vs {base}"][section]
@@ -170,7 +182,6 @@ def report_data(view: RunView) -> report.ReportData:
     rows = view.rows()
     salience = read_parts(made["salience"].path)
     order = np.argsort(salience["feature"].to_numpy())
-    history = ("history",)
     return report.ReportData(
         title=config.report.title,
         run=config.name,
@@ -179,8 +190,8 @@ def report_data(view: RunView) -> report.ReportData:
         conclusions=tuple(conclusions(summary, config.evaluate.base)),
         stages=tuple(_stage_views(view)),
         quarantine=made["pairs"].metrics["reasons"],
-        reward={k: v for k, v in made["reward"].metrics.items() if k not in history},
-        reward_history=tuple(made["reward"].metrics["history"]),
+        reward={k: v for k, v in made["reward"].metrics.items() if isinstance(v, int | float)} | summary["reward"],
+        reward_history=tuple(made["reward"].metrics.get("history", ())),
         sae=_sae_figures(made["sae"].metrics),
         sae_history=tuple(made["sae"].metrics["history"]),
         salience=salience["salience"].to_numpy()[order],
@@ -206,7 +217,7 @@ def _sae_figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
     config = view.config
-    base = config.reward.base
+    base = config.reward.use or config.reward.base
     first = f", first trained on {config.sae.warm_start.text}" if config.sae.warm_start else ""
     return (
         ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),

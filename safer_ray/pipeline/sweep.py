@@ -11,6 +11,7 @@ from safer_ray.config.sections import CurateConfig, RunConfig, SweepConfig
 from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
 from safer_ray.errors import UserError, need_extra
 from safer_ray.pipeline import feature_stages, model_stages
+from safer_ray.pipeline.finished_model import settled
 from safer_ray.pipeline.inputs import place_of_run
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import Runner
@@ -184,8 +185,10 @@ def run_sweep(
     need_extra("lab", "matplotlib")
     with cached_trunk():
         made = run(config, runner, until="scores", fresh=fresh, on_stage=on_stage).artifacts
+        config = settled(config)
         place = place_of_run(config, fresh=fresh, on_stage=on_stage)
         with locked(place.root):
             ctx = StageContext.of(place, runner, config)
+            assert config.evaluation is not None  # a config with a sweep has one
             evaluation = model_stages.pairs(ctx, config.evaluation, made.get("corpus"))
             return sweep(ctx, config, made["training_pairs"], made["pairs"], made["scores"], evaluation)

@@ -22,7 +22,7 @@ from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
 from safer_ray.reward.folder import check_config, check_weights, read_tensor
 from safer_ray.reward.forward import check_padding
-from safer_ray.reward.heads import chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
+from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
@@ -187,9 +187,13 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         return _wrap(model, tokenizer, HowItReads("plain"), config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
     model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False)
+    if config.new_head:
+        begin_anew(config.base, model)
     if config.disable_dropout:
         disable_dropout(model)
     how = asked_for(config, made_here=True)
+    if config.use is not None:  # as the finished model reads
+        how = how_it_reads(folder_of(checkpoint_of(config.base, config.trust_remote_code)), config)
     wrapped = _wrap(model, tokenizer, how, config.max_length, config.base)
     return check_padding(with_named_pad(_with_outputs(wrapped, config.head)))
 

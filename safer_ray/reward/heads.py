@@ -157,6 +157,22 @@ def _fold(name: str, model: Any, head: HeadConfig) -> None:
     model.num_labels = 1
 
 
+def begin_anew(name: str, model: Any) -> None:
+    """Draw new weights for the layers behind the blocks, as for a model that has no head yet.
+
+    Raises:
+        UserError: there are none.
+    """
+    layers = _linear(model)
+    if not layers:
+        raise UserError(f"{name}: cannot find the head of a {type(model).__name__}, in whose place a new one is to be")
+    spread = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
+    for _, layer in layers:
+        nn.init.normal_(layer.weight, std=spread)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 def _activation_behind(model: Any, place: str) -> nn.Module | None:
     """Return the activation through which the output of a layer goes in the module that it is a part of."""
     parent, _, own = place.rpartition(".")

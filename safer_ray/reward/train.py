@@ -1,6 +1,5 @@
 """The loop that trains a reward model on pairs: split by prompt, resume exactly, keep the best, export."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, s
 from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.reward.training_steps import (
     KnownStates,
@@ -49,13 +49,6 @@ class Progress:
     best_loss: float = float("inf")
     best_step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-def validation_split(groups: list[str], percent: float, seed: int) -> np.ndarray:
-    """True for held-out rows; all rows of a prompt group fall on the same side."""
-    # By a hash of the prompt, not by drawing: a pair stays on its side when others are added or left out.
-    digests = [int(hashlib.sha256(f"{seed}:{g}".encode()).hexdigest()[:8], 16) % 10_000 for g in groups]
-    return np.array(digests, dtype=np.int64) < percent * 100
 
 
 def pair_texts(pairs: pa.Table) -> Iterator[str]:

@@ -23,7 +23,7 @@ import torch
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.reward.train import validation_split
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.training_steps import permutation, share
 from safer_ray.sae.model import standardise
 from safer_ray.storage.artifacts import part_files

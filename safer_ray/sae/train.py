@@ -13,8 +13,8 @@ from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.reward.checkpoints import load_reward_model, quiet_transformers
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.tokens import TEXTS
-from safer_ray.reward.train import validation_split
 from safer_ray.reward.training_steps import Workers, permutation
 from safer_ray.sae.data import Order, Vectors, held_out_vectors, open_vectors, sample
 from safer_ray.sae.formats import load_sae, save_sae

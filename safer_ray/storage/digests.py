@@ -52,7 +52,10 @@ def _files(checkpoint: Path) -> list[str]:
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file; empty where there is none."""
-    if not path.is_file():
-        return ""
+    return sha256_of(path) if path.is_file() else ""
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

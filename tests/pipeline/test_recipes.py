@@ -132,7 +132,7 @@ def every_stage(tmp_path, place, monkeypatch):
     codes_of = [given("codes"), Artifact(WHERE, "codes-ba9876543210")]
     crossfit.gathered(ctx, given("fold"), codes_of)
     fold = Fold(given("fold"), given("fold"), reward, sae, codes, auditor, scores)
-    together = crossfit.scores_of_folds(ctx, pairs, [fold, fold], True)
+    together = crossfit.scores_of_folds(ctx, pairs, [fold, fold], True, c.ScoresConfig())
     crossed = CONFIG.model_copy(update={"cross_fit": c.CrossFitConfig(folds=2)})
     detector = detector_stages.detector(ctx, crossed, pairs, OutOfFold([fold, fold], together, True))
     detector_stages.suspected(ctx, c.ScoresConfig(detector="combined"), scores, detector)

@@ -19,6 +19,7 @@ from safer_ray.reward import train as module
 from safer_ray.reward import training_steps as training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.train import (
     _Batches,
     _one_step,
@@ -27,7 +28,6 @@ from safer_ray.reward.train import (
     held_out,
     pair_texts,
     train_reward,
-    validation_split,
 )
 from safer_ray.reward.training_steps import (
     Checkpoints,

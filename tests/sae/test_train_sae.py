@@ -16,7 +16,7 @@ from support.sae_vectors import CONFIG, WIDTH, activations, dictionary_vectors, 
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import training_steps as training
-from safer_ray.reward.train import validation_split
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.training_steps import OneProcess
 from safer_ray.sae import data as sae_data
 from safer_ray.sae import training_loop as sae_fit

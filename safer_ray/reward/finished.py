@@ -1,0 +1,160 @@
+"""Finished reward models: where their files lie, whether they give rewards, and a folder that keeps them."""
+
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safer_ray.config.reward import RewardConfig
+from safer_ray.data.hub import PREFIX
+from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.checkpoints import TRIED, load_reward_model, resolve_base, save_reward_model
+from safer_ray.reward.folder import ADAPTER, INDEX, READ, VOCABULARIES, WEIGHTS, weight_files
+from safer_ray.reward.forward import forward_pairs
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.reading import SETTINGS, how_it_reads, settings_of
+from safer_ray.storage.digests import sha256_of
+from safer_ray.storage.files import write_json
+
+FETCHED = [*READ, *VOCABULARIES, "*.safetensors", "additional_chat_templates/*"]
+log = logging.getLogger(__name__)
+
+
+def model_path(base: str) -> Path:
+    """Return where the files of a model lie; one that is named `hub:OWNER/NAME[@REVISION]` is fetched where it is not
+    here yet.
+
+    Raises:
+        UserError: no such model, or none that may be fetched.
+    """
+    name, revision = resolve_base(base)
+    if not base.startswith(PREFIX) or Path(name).exists():
+        return Path(name)
+    return Path(_fetched(base, name, revision))
+
+
+def _fetched(base: str, name: str, revision: str | None) -> str:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=FETCHED)
+    except hub.GatedRepoError:
+        raise UserError(
+            f"{base}: its owner lets in those alone who asked; ask on its page, and give your token in HF_TOKEN"
+        ) from None
+    except hub.RepositoryNotFoundError:
+        raise UserError(
+            f"{base}: the hub knows no such model, or shows it to nobody without a token; check the name, and give "
+            "your token in HF_TOKEN if it is a private one"
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise UserError(f"{base}: the model has no revision {revision!r} (any more); name another") from None
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.HFValidationError, OSError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot fetch {base}: {words}; check the name and the network, or give a folder") from None
+
+
+def is_read_as_it_is(folder: Path) -> bool:
+    """Return whether the weights in a folder are those that are read: safetensors of the whole model."""
+    return (
+        folder.is_dir()
+        and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+        and not (folder / ADAPTER).is_file()
+    )
+
+
+def check_gives_rewards(reward: RewardModel) -> None:
+    """Put a short pair to a model.
+
+    Raises:
+        UserError: its rewards are not finite.
+    """
+    tokens = reward.pairs.read([TRIED])[0]
+    if isinstance(tokens, str):
+        raise UserError(f"{reward.name}: it cannot read a short pair: {tokens}")
+    found = forward_pairs(reward, [tokens], rewards=True).rewards
+    if found is None or not np.isfinite(found.numpy()).all():
+        raise UserError(f"{reward.name}: its reward of a short pair is not finite; copy the model again")
+
+
+def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
+    """Write a folder that reads as the model `base` does, by what `config` asks where the model's own files leave that
+    open; returns what the model is.
+
+    Weights that are read as they are are not copied: the folder holds links to a local model's, and shares the files
+    of one from the hub or a package. Others (of an adapter, or in another format) are written out as safetensors.
+
+    Raises:
+        UserError: no such model, or none that gives a reward.
+    """
+    source = model_path(base)
+    reward = load_reward_model(source, reading=config)
+    check_gives_rewards(reward)
+    how = how_it_reads(source, config) if source.is_dir() else None
+    settings = settings_of(reward.pairs)
+    if "max_length" in config.model_fields_set:
+        settings["max_length"] = min(settings["max_length"], config.max_length)
+    if how is not None and how.frozen_layers:
+        settings["frozen_layers"] = how.frozen_layers
+    head = config.head if config.head is not None else how.head if how is not None else None
+    with explain_disk_errors(out):
+        if is_read_as_it_is(source):
+            copy_small_files(source, out)
+            for file in weight_files(source):
+                _place(file, out / file.name, linked=not base.startswith((PREFIX, "package:")))
+            if head is not None:
+                settings["head"] = head.model_dump(mode="json", exclude_none=True)
+        else:
+            save_reward_model(reward, out)
+    write_json(settings, out / SETTINGS)
+    text = reward.model.config.get_text_config()
+    return {
+        "architecture": type(reward.model).__name__,
+        "layers": int(text.num_hidden_layers),
+        "hidden": int(text.hidden_size),
+        "parameters": sum(p.numel() for p in reward.model.parameters()),
+        "files": {file.name: file_facts(file) for file in sorted(out.glob("*.safetensors"))},
+    }
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Return what a file of weights is known by."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def copy_small_files(source: Path, out: Path) -> None:
+    """Copy all of a model but its weights: config, tokenizer, templates, and code of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    small = {file for pattern in (*READ, *VOCABULARIES) for file in source.glob(pattern) if file.is_file()}
+    for file in sorted(small):
+        if file.name != "manifest.json":
+            shutil.copyfile(file, out / file.name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", out / "additional_chat_templates", dirs_exist_ok=True)
+
+
+def _place(file: Path, where: Path, *, linked: bool) -> None:
+    """Put a file of weights where it is looked for: as a link, or as the file itself, which takes no room where both
+    are on one file system."""
+    where.unlink(missing_ok=True)
+    if linked:
+        where.symlink_to(file.absolute())
+        return
+    real = Path(os.path.realpath(file))
+    try:
+        os.link(real, where)
+    except OSError:
+        shutil.copyfile(real, where)
+
+
+def mend_links(folder: Path, base: str) -> None:
+    """Point the links of a folder of `keep_finished` to where the model lies now, which is the same by content."""
+    for link in sorted(folder.glob("*.safetensors")):
+        if link.is_symlink() and not link.exists():
+            with contextlib.suppress(UserError):
+                _place(model_path(base) / link.name, link, linked=True)
