@@ -18,11 +18,11 @@ from support.made import TINY, make_pairs, random_sae, write_parts
 from safer_ray.cli import app as cli
 from safer_ray.cli.shared import console, state
 from safer_ray.config.sections import RewardConfig
+from safer_ray.reward.bases import resolve_base
 from safer_ray.reward.checkpoints import (
     load_reward_model,
     new_reward_model,
     quiet_transformers,
-    resolve_base,
     save_reward_model,
 )
 from safer_ray.reward.model import RewardModel

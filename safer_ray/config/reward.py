@@ -43,7 +43,10 @@ class RewardConfig(Reading):
     these unless you say less, `learning_rate` 1e-3 unless you say otherwise, and `new_head` holds."""
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     """A Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER` (a checkpoint inside an installed
-    package), or the sizes of a tiny Llama."""
+    package), a GGUF file (FILE.gguf, `hub:OWNER/NAME/FILE.gguf[@REVISION]`, `package:MODULE/FILE.gguf`), or the sizes
+    of a tiny Llama."""
+    blocks: Annotated[int | None, Field(gt=0, exclude_if=lambda value: value is None)] = None
+    """Of a pretrained base, only the first so many blocks are kept; the reward head stands behind the last of them."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of a side; see `truncation` for longer ones."""
     epochs: Annotated[float, Field(gt=0)] = 1
@@ -87,12 +90,18 @@ class RewardConfig(Reading):
             )
         if self.use is not None and "base" in self.model_fields_set:
             raise ValueError("use names a finished model, base one that is trained on; keep one of both")
+        if self.use is not None and self.blocks is not None:
+            raise ValueError("blocks cuts a base that is trained on; a finished model is read whole")
         if self.use is not None:
             return self
         if self.new_head and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("new_head needs a pretrained base; the head of a model made on the spot is new")
         if self.head is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("head needs a pretrained base; a model made on the spot has one output")
+        if self.blocks is not None and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("blocks needs a pretrained base; of a model made on the spot, choose base.layers")
+        if self.blocks is not None and self.frozen_layers > self.blocks:
+            raise ValueError(f"frozen_layers {self.frozen_layers} lies past the {self.blocks} blocks that are kept")
         if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
         return self

@@ -397,6 +397,11 @@ class RunConfig(Frozen):
                 f"activations.layer {self.activations.layer} lies past the model's {base.layers} layers; "
                 f"choose 1..{base.layers}"
             )
+        if self.reward.blocks is not None and self.activations.layer > self.reward.blocks:
+            raise ValueError(
+                f"activations.layer {self.activations.layer} lies past the {self.reward.blocks} blocks that "
+                f"reward.blocks keeps; choose 1..{self.reward.blocks}"
+            )
         pools = len(self.ray.shard_pools)
         if pools not in (0, self.reward.shards):
             raise ValueError(f"ray.shard_pools has {pools} entries, but reward.shards is {self.reward.shards}")

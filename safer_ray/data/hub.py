@@ -30,6 +30,11 @@ def split_name(name: str) -> tuple[str, str | None]:
     return owner, revision or None
 
 
+def repository_of(name: str) -> str:
+    """Return OWNER/NAME of a name that may go on to a file in it."""
+    return "/".join(name.split("/")[:2])
+
+
 def pinned(name: str, kind: Literal["dataset", "model"]) -> str:
     """Return `hub:OWNER/NAME@COMMIT`, with the commit that the name stands for now.
 
@@ -39,9 +44,9 @@ def pinned(name: str, kind: Literal["dataset", "model"]) -> str:
     if Path(bare).exists() or COMMIT.fullmatch(revision or ""):
         return name
     try:
-        return f"{PREFIX}{bare}@{_commit(bare, revision, kind)}"
+        return f"{PREFIX}{bare}@{_commit(repository_of(bare), revision, kind)}"
     except Exception as error:  # noqa: BLE001  # no network, no such name, no such revision: told, or found elsewhere
-        known = _cached_commit(bare, revision) if kind == "model" else None
+        known = _cached_commit(repository_of(bare), revision) if kind == "model" else None
         if known is not None:
             return f"{PREFIX}{bare}@{known}"
         cause = " ".join(str(error).split())[:200]

@@ -17,7 +17,6 @@ from safer_ray.data.sources import NOTES, lines_of
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
 from safer_ray.formats.declaration import NO_PREFERENCE
-from safer_ray.reward.folder import check_weights
 from safer_ray.storage.accounts import read_entry
 from safer_ray.storage.artifacts import DONE, Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
@@ -145,12 +144,12 @@ def base_input(base: str) -> Artifact | Input:
     Raises:
         UserError: a local one lacks weights, or holds such as are not read.
     """
-    from safer_ray.reward.checkpoints import resolve_base  # here, since it imports torch
+    if base.startswith(PREFIX) and not Path(split_name(base)[0]).exists():
+        return Input(base)
+    from safer_ray.reward.bases import check_weights_of, resolve_base  # here, since it imports transformers
 
     path = Path(resolve_base(base)[0])
-    if base.startswith(PREFIX) and not path.exists():
-        return Input(base)
-    check_weights(path)
+    check_weights_of(path)
     return foreign(path, _hashed(path))
 
 

@@ -75,12 +75,15 @@ def _check_folder(path: Path, role: str) -> None:
 
 
 def _check_reward(path: Path) -> None:
-    """Raises UserError unless a folder holds a checkpoint: its config, and every file of weights, none of them torn."""
-    _check_folder(path, "a reward model")
-    from safer_ray.reward.folder import check_config, check_weights
+    """Raises UserError unless a folder holds a checkpoint (its config, and every file of weights, none of them torn),
+    or a file is a GGUF one."""
+    from safer_ray.reward.bases import check_config_of, check_weights_of
+    from safer_ray.reward.gguf import is_gguf
 
-    check_config(path, "pass the directory that stage `reward` wrote")
-    check_weights(path)
+    if not is_gguf(path):
+        _check_folder(path, "a reward model")
+    check_config_of(path, "pass the directory that stage `reward` wrote")
+    check_weights_of(path)
 
 
 def _check_sae(path: Path) -> None:

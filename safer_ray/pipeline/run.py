@@ -72,12 +72,14 @@ def preflight(config: RunConfig) -> None:
     if isinstance(config.reward.base, str):
         from safer_ray.reward.checkpoints import layer_count  # here, since it imports torch
 
-        count = layer_count(config.reward.base, config.reward.trust_remote_code)
-        if config.activations.layer > count:
-            raise UserError(
-                f"activations.layer {config.activations.layer} lies past the {count} layers of "
-                f"{config.reward.base}; choose 1..{count}"
-            )
+        reward = config.reward
+        count = layer_count(config.reward.base, reward.trust_remote_code, blocks=reward.blocks)
+        for name, layer in (
+            ("activations.layer", config.activations.layer),
+            ("reward.frozen_layers", reward.frozen_layers),
+        ):
+            if layer > count:
+                raise UserError(f"{name} {layer} lies past the {count} layers of {reward.base}; choose 1..{count}")
     if config.scores.detector == "combined":
         detector_stages.check_shared_trunk(config, "scores.detector: combined")
 

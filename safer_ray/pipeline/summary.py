@@ -218,9 +218,13 @@ def _sae_figures(metrics: dict[str, Any]) -> dict[str, float]:
 def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
     config = view.config
     base = config.reward.use or config.reward.base
+    kept = f", its first {config.reward.blocks} blocks" if config.reward.blocks else ""
     first = f", first trained on {config.sae.warm_start.text}" if config.sae.warm_start else ""
     return (
-        ("Reward model", base if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}"),
+        (
+            "Reward model",
+            f"{base}{kept}" if isinstance(base, str) else f"tiny Llama, {base.layers} layers of {base.hidden}",
+        ),
         ("Layer read", str(config.activations.layer)),
         ("Autoencoder", f"{config.sae.variant.title}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),

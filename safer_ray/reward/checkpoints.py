@@ -1,6 +1,5 @@
 """Reward models on disk: find, load, check, export."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -18,16 +17,17 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
+from safer_ray.reward.bases import check_files, checkpoint_of, folder_of
 from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
-from safer_ray.reward.folder import check_config, check_weights, read_tensor
+from safer_ray.reward.folder import read_tensor
 from safer_ray.reward.forward import check_padding
 from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
-from safer_ray.reward.parts import load_part, splits_up
+from safer_ray.reward.parts import check_blocks, load_part, splits_up
 from safer_ray.reward.positions import longest_sequence
 from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer, runs_own_code
 from safer_ray.reward.reading import SETTINGS, HowItReads, asked_for, how_it_reads, pair_tokenizer, settings_of
@@ -54,45 +54,17 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def resolve_base(base: str) -> tuple[str, str | None]:
-    """A checkpoint's folder or hub name, and its revision.
-
-    Raises:
-        UserError: no such package, or no model in that folder.
-    """
-    if base.startswith("hub:"):
-        name, _, revision = base.removeprefix("hub:").partition("@")
-        return name, revision or None
-    if base.startswith("package:"):
-        module, _, folder = base.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise UserError(f"{base}: package {module!r} is not installed; install the extra that carries it (`real`)")
-        path = Path(spec.origin).parent / folder
-        check_config(path, "name a folder of the package that holds one")
-        return str(path), None
-    check_config(Path(base), "write hub:OWNER/NAME for one on the hub")
-    return base, None
-
-
-def checkpoint_of(base: str, trust_remote_code: bool = False) -> Checkpoint:
-    """A checkpoint by its folder or hub name; raises as `resolve_base`."""
-    return Checkpoint(base, *resolve_base(base), trust_remote_code)
-
-
-def check_files(checkpoint: Checkpoint) -> None:
-    """Raises UserError where a checkpoint on this machine lacks weights, or holds such as are not read."""
-    if Path(checkpoint.path).is_dir():
-        check_weights(Path(checkpoint.path))
-
-
-def _load_pretrained(base: str, dtype: torch.dtype, reading: Reading, *, whole: bool) -> tuple[Any, Any]:
-    """A model and its tokenizer; `whole` refuses a checkpoint that lacks the reward head's weights, too."""
+def _load_pretrained(
+    base: str, dtype: torch.dtype, reading: Reading, *, whole: bool, blocks: int | None = None
+) -> tuple[Any, Any]:
+    """A model, of its first `blocks` alone if they are given, and its tokenizer; `whole` refuses a checkpoint that
+    lacks the reward head's weights, too."""
     quiet_transformers()
     checkpoint, head = checkpoint_of(base, reading.trust_remote_code), reading.head
     check_files(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     config = open_config(checkpoint)
+    check_blocks(base, config, blocks)
     if runs_own_code(config):  # it may read its config's number of outputs as it likes
         model, found = open_classifier(checkpoint, None if whole or head is not None else 1, dtype=dtype)
         tell_other_outputs(base, model, found, whole=whole)
@@ -100,22 +72,13 @@ def _load_pretrained(base: str, dtype: torch.dtype, reading: Reading, *, whole: 
         return model, tokenizer
     model = open_with_head(
         base,
-        partial(open_classifier, checkpoint, dtype=dtype),
+        partial(open_classifier, checkpoint, dtype=dtype, blocks=blocks),
         lambda name: read_tensor(folder_of(checkpoint), name),
         head,
         outputs=int(config.num_labels),
         whole=whole,
     )
     return model, tokenizer
-
-
-def folder_of(checkpoint: Checkpoint) -> Path:
-    """Return where the files of a checkpoint lie on this machine."""
-    from transformers.utils import cached_file
-
-    if Path(checkpoint.path).is_dir():
-        return Path(checkpoint.path)
-    return Path(str(cached_file(checkpoint.path, "config.json", revision=checkpoint.revision))).parent
 
 
 def _with_outputs(reward: RewardModel, head: HeadConfig | None) -> RewardModel:
@@ -186,7 +149,7 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
         return _wrap(model, tokenizer, HowItReads("plain"), config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
-    model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False)
+    model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False, blocks=config.blocks)
     if config.new_head:
         begin_anew(config.base, model)
     if config.disable_dropout:
@@ -274,15 +237,16 @@ def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
     return int(open_config(checkpoint_of(str(directory), trust_remote_code)).get_text_config().hidden_size)
 
 
-def layer_count(base: str, trust_remote_code: bool = False) -> int:
-    """Number of blocks of a checkpoint, from its config, beside which its weights are seen to lie.
+def layer_count(base: str, trust_remote_code: bool = False, *, blocks: int | None = None) -> int:
+    """Number of blocks of a model trained from a checkpoint, of which the first `blocks` are kept (None: all); read in
+    its config, beside which its weights are seen to lie.
 
     Raises:
-        UserError: there is no model, or it cannot be read.
+        UserError: there is no model, it cannot be read, or has no such blocks.
     """
     checkpoint = checkpoint_of(base, trust_remote_code)
     check_files(checkpoint)
-    return int(open_config(checkpoint).get_text_config().num_hidden_layers)
+    return check_blocks(base, open_config(checkpoint), blocks)
 
 
 def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> PairTokenizer:

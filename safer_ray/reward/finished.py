@@ -12,7 +12,8 @@ import numpy as np
 from safer_ray.config.reward import RewardConfig
 from safer_ray.data.hub import PREFIX
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.reward.checkpoints import TRIED, load_reward_model, resolve_base, save_reward_model
+from safer_ray.reward.bases import resolve_base
+from safer_ray.reward.checkpoints import TRIED, load_reward_model, save_reward_model
 from safer_ray.reward.folder import ADAPTER, INDEX, READ, VOCABULARIES, WEIGHTS, weight_files
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel

@@ -40,7 +40,7 @@ OTHER_FORMATS = (  # the first that is there is told
     Format(
         "consolidated*", "weights in their maker's own layout", "convert them with transformers' script for the family"
     ),
-    Format("*.gguf", "weights for llama.cpp", "pass the model that they were made from"),
+    Format("*.gguf", "weights for llama.cpp", "pass that file itself"),
     Format(
         "tf_model*.h5",
         "TensorFlow weights",
@@ -264,6 +264,14 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{path} has no {lacks[0]}, which {INDEX} says is in it; copy both files again")
 
 
+def check_file_is_here(path: Path) -> None:
+    """Raises UserError where a file is missing, or is a pointer of Git LFS."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; copy the model again, or export it with safetensors")
+    if is_pointer(path):
+        raise UserError(_of_pointer(path, 1))
+
+
 def check_file_of_weights(path: Path) -> set[str]:
     """Return the names of the tensors in a file.
 
@@ -272,10 +280,7 @@ def check_file_of_weights(path: Path) -> set[str]:
     """
     from safetensors import SafetensorError, safe_open  # slow to import
 
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}; copy the model again, or export it with safetensors")
-    if is_pointer(path):
-        raise UserError(_of_pointer(path, 1))
+    check_file_is_here(path)
     try:
         with safe_open(path, framework="numpy") as tensors:
             return set(tensors.keys())

@@ -1,6 +1,5 @@
 """A part of a reward model: the blocks of a range, and no weight of any other is read."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import safe_open
 
 from safer_ray.config.head import HeadConfig
 from safer_ray.errors import UserError
+from safer_ray.reward.blocks import BLOCK, keep_blocks
 from safer_ray.reward.folder import weight_files
 from safer_ray.reward.heads import open_with_head
 from safer_ray.reward.pretrained import (
@@ -30,12 +30,32 @@ def splits_up(config: Any, start: int = 0) -> bool:
     return known and not runs_own_code(config) and not getattr(config, "quantization_config", None)
 
 
+def check_blocks(name: str, config: Any, blocks: int | None) -> int:
+    """Return how many blocks a model has of which the first `blocks` are kept; None: all.
+
+    Raises:
+        UserError: it has fewer, or is not known to be a model still when the others are left out.
+    """
+    count = int(config.get_text_config().num_hidden_layers)
+    if blocks is None:
+        return count
+    if blocks > count:
+        raise UserError(f"reward.blocks {blocks} lies past the {count} layers of {name}; choose 1..{count}")
+    if not splits_up(config):
+        raise UserError(
+            f"reward.blocks: a {config.model_type} ({name}) is not known to split up by layers, as {_known()} are; "
+            "leave it out"
+        )
+    return blocks
+
+
+def _known() -> str:
+    return ", ".join(sorted((*DECODERS, *ENCODERS)))
+
+
 def part_config(config: Any, start: int, stop: int) -> Any:
     """The config of a model that is blocks start+1..stop of this one."""
-    part = type(config)(**config.to_dict())
-    part.num_hidden_layers = stop - start
-    if getattr(part, "layer_types", None):
-        part.layer_types = list(config.layer_types[start:stop])
+    part = keep_blocks(config, start, stop)
     if start:  # it is handed states, and looks nothing up
         part.vocab_size, part.pad_token_id = 1, None
     return part
@@ -87,7 +107,7 @@ def load_part(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        here = [name for name in loaded["missing_keys"] if _BLOCK.match(name) or _renamed(name, start, stop, count)]
+        here = [name for name in loaded["missing_keys"] if BLOCK.match(name) or _renamed(name, start, stop, count)]
         return model, {**loaded, "missing_keys": here}
 
     head = head if stop == count else None
@@ -95,12 +115,9 @@ def load_part(
     return model.eval()
 
 
-_BLOCK = re.compile(r"\blayers?\.(\d{1,9}+)(?=\.)")  # model.layers.3.…, bert.encoder.layer.3.…
-
-
 def _renamed(name: str, start: int, stop: int, count: int) -> str | None:
     """Return what a tensor of the whole model is called in its part; None where it is not in it."""
-    block = _BLOCK.search(name)
+    block = BLOCK.search(name)
     if block:
         number = int(block[1])
         return f"{name[: block.start(1)]}{number - start}{name[block.end(1) :]}" if start <= number < stop else None

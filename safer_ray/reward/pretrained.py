@@ -6,27 +6,35 @@ else: no other module calls `from_pretrained` of transformers' Auto classes, whi
 
 import logging
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
+from safer_ray.reward.blocks import keep_blocks, lies_behind
 from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary
+from safer_ray.reward.gguf import gguf_config, gguf_options, is_gguf, open_gguf, strange_tensors
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
 ANY_MODEL = "AutoModel"
+NO_ADAPTER = {"subfolder": "no-adapter"}  # where transformers looks for one of peft, which it loads unasked
 PAIRWISE = re.compile(r"PairRM|PairRanker|[Pp]airwise")  # classes of models that read two responses at once
 log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A folder or a name on the hub, what errors call it, and whether its user trusts the code in it."""
+    """A folder, a GGUF file or a name on the hub, what errors call it, and whether its user trusts the code in it."""
 
     name: str
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        return is_gguf(self.path)
 
 
 class OwnCode(NamedTuple):
@@ -44,6 +52,8 @@ def open_config(checkpoint: Checkpoint, failed: str = "cannot read the config of
         UserError: there is none that can be read, which begins with `failed`; or the checkpoint brings code that is not
             trusted.
     """
+    if checkpoint.is_gguf:
+        return _explained(checkpoint, failed, lambda: gguf_config(Path(checkpoint.path)))
     from transformers import AutoConfig
 
     return _open(AutoConfig, checkpoint, failed, bool(check_trusted(checkpoint).config))
@@ -60,15 +70,19 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     return _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
 
 
-def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The classifier of so many outputs in a checkpoint (None: as many as its config says), and what transformers says
-    of loading it.
+def open_classifier(
+    checkpoint: Checkpoint, outputs: int | None = 1, *, blocks: int | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The classifier of so many outputs in a checkpoint (None: as many as its config says), of its first `blocks` alone
+    if they are given, and what transformers says of loading it.
 
-    Weights are safetensors alone; raises as `open_config`.
+    Weights are safetensors, or a GGUF file's; raises as `open_config`.
     """
     import transformers
 
     config, own = open_config(checkpoint), check_trusted(checkpoint)
+    if blocks is not None:
+        config = keep_blocks(config, 0, blocks)
     if outputs is not None:
         set_outputs(config, outputs)
     check_config_runs(checkpoint.name, config)
@@ -78,15 +92,16 @@ def open_classifier(checkpoint: Checkpoint, outputs: int | None = 1, **options: 
             f"cannot load a reward model from {checkpoint.name}: transformers has no {_auto_class(config)} of a "
             f"{config.model_type}; pass a model of another family, or one whose own code is one (trust_remote_code)"
         )
-    options |= {"config": config, "use_safetensors": True}
+    options |= {"config": config, "use_safetensors": True, "adapter_kwargs": NO_ADAPTER}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
-    return _open(
-        auto,
-        checkpoint,
-        "cannot load a reward model from",
-        bool(own.classifier),
-        **options,
-    )
+    options |= gguf_options() if checkpoint.is_gguf else {}
+    model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
+    strange = set(found["unexpected_keys"])
+    if checkpoint.is_gguf:
+        strange |= strange_tensors(Path(checkpoint.path), model)
+    if blocks is not None:
+        strange = {tensor for tensor in strange if not lies_behind(tensor, blocks)}
+    return model, {**found, "unexpected_keys": strange}
 
 
 def set_outputs(config: Any, outputs: int) -> None:
@@ -164,14 +179,23 @@ def _own_classifier(auto_map: Any, known: bool) -> tuple[str, str] | None:
 
 def own_code(checkpoint: Checkpoint) -> list[str]:
     """The classes of its own without which a checkpoint cannot be opened, as `module.Class`; nothing is run."""
-    return [name for name in _own_code(checkpoint.name, checkpoint.path, checkpoint.revision) if name]
+    return [name for name in _own_code(checkpoint) if name]
 
 
 def _open(auto: Any, checkpoint: Checkpoint, failed: str, own_code: bool, **options: Any) -> Any:
-    try:
+    def opened() -> Any:
+        if checkpoint.is_gguf:
+            return open_gguf(auto, Path(checkpoint.path), **options)
         return auto.from_pretrained(
             checkpoint.path, revision=checkpoint.revision, trust_remote_code=own_code, **options
         )
+
+    return _explained(checkpoint, failed, opened)
+
+
+def _explained(checkpoint: Checkpoint, failed: str, opened: Callable[[], Any]) -> Any:
+    try:
+        return opened()
     except Exception as error:  # code of a checkpoint's own may raise anything
         first = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{failed} {checkpoint.name}: {first}") from error
@@ -183,7 +207,7 @@ def check_trusted(checkpoint: Checkpoint) -> OwnCode:
     Raises:
         UserError: there is some, and its user did not say that it may run.
     """
-    own = _own_code(checkpoint.name, checkpoint.path, checkpoint.revision)
+    own = _own_code(checkpoint)
     if any(own) and not checkpoint.trust_remote_code:
         names = ", ".join(filter(None, own))
         raise UserError(
@@ -193,16 +217,19 @@ def check_trusted(checkpoint: Checkpoint) -> OwnCode:
     return own
 
 
-def _own_code(name: str, path: str, revision: str | None) -> OwnCode:
+def _own_code(checkpoint: Checkpoint) -> OwnCode:
     """Return what the JSON of a checkpoint says; nothing of it is run.
 
     A class that transformers has itself is preferred to one of the same family in the checkpoint, whether that is
     trusted or not, so that trust never changes a number; but a classifier or a tokenizer of its own is another one.
     """
+    if checkpoint.is_gguf:  # which holds none
+        return OwnCode(None, None, None)
     from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    name, path, revision = checkpoint.name, checkpoint.path, checkpoint.revision
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         tokenizer = get_tokenizer_config(path, revision=revision)

@@ -68,7 +68,7 @@ def empty(name):
     ("instead", "told"),
     [
         (of_torch, r"no model\.safetensors, but pytorch_model\.bin \(PyTorch weights\); convert .*save_pretrained"),
-        (empty("model-q4.gguf"), r"but model-q4\.gguf \(weights for llama\.cpp\); pass the model"),
+        (empty("model-q4.gguf"), r"but model-q4\.gguf \(weights for llama\.cpp\); pass that file itself"),
         (empty("tf_model.h5"), r"but tf_model\.h5 \(TensorFlow weights\); convert them .*from_tf=True"),
         (empty("flax_model.msgpack"), r"flax_model\.msgpack \(Flax weights\)"),
         (empty("model.onnx"), r"model\.onnx \(an ONNX graph\)"),

@@ -14,12 +14,12 @@ from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.encoder import Encoder, codes_table
 from safer_ray.reward import execution
+from safer_ray.reward.bases import resolve_base
 from safer_ray.reward.checkpoints import (
     SETTINGS,
     load_pair_tokenizer,
     load_reward_model,
     new_reward_model,
-    resolve_base,
     save_reward_model,
 )
 from safer_ray.reward.execution import rewards_of

@@ -10,7 +10,7 @@ from support.templates import CHAT_TEMPLATE, LONG
 
 from safer_ray.config import reading
 from safer_ray.reward import text as text_module
-from safer_ray.reward.checkpoints import resolve_base
+from safer_ray.reward.bases import resolve_base
 from safer_ray.reward.sentence_ends import sentence_ends
 from safer_ray.reward.templates import Rendered, Span
 from safer_ray.reward.text import END_GAP, TEMPLATES, PairTokenizer, thin
