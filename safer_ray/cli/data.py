@@ -1,7 +1,6 @@
 """A look at data on the command line: inspect, duplicates."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from safer_ray.cli.options import (
     count_option,
     jaccard_option,
-    path_option,
+    model_option,
     source_argument,
     text_option,
 )
@@ -29,6 +28,7 @@ from safer_ray.cli.shared import (
     console,
     one_stage,
     open_input,
+    open_model,
     reading_of,
     show_artifact,
 )
@@ -49,7 +49,9 @@ def inspect(
     split: Split = None,
     encoding: Encoding = None,
     settings: SourceSettings = None,
-    reward: Annotated[Path | None, path_option(help="A model, to show the examples as it reads them.")] = None,
+    reward: Annotated[
+        str | None, model_option("--reward", help="A model, to show the examples as it reads them.")
+    ] = None,
     read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
@@ -59,7 +61,7 @@ def inspect(
     reading = reading_of(read, trust_remote_code)
     from safer_ray.pipeline.inspection import inspect_source
 
-    found = inspect_source(source, rows, reward=reward, reading=reading)
+    found = inspect_source(source, rows, reward=open_model(reward).path if reward else None, reading=reading)
     if as_json:
         typer.echo(json.dumps(found.to_tree(), ensure_ascii=False))
         return

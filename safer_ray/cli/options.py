@@ -8,7 +8,7 @@ import typer
 
 from safer_ray.config.sae import MOST_LATENTS
 from safer_ray.errors import UserError
-from safer_ray.storage.locations import a_config, a_source, anywhere, on_disk
+from safer_ray.storage.locations import a_config, a_model, a_source, anywhere, on_disk
 
 MOST = 2**53  # of a whole number: as many as a JSON number tells apart
 
@@ -48,6 +48,7 @@ config_option = partial(typer.Option, parser=a_config, metavar="PATH|NAME")
 config_argument = partial(typer.Argument, parser=a_config)
 place_option = partial(typer.Option, parser=anywhere, metavar="PATH|URI")
 place_argument = partial(typer.Argument, parser=anywhere)
+model_option = partial(typer.Option, parser=a_model, metavar="PATH|hub:NAME|package:NAME")
 source_option = partial(typer.Option, parser=a_source, metavar="PATH|URI|hub:NAME")
 source_argument = partial(typer.Argument, parser=a_source)
 

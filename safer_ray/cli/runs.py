@@ -11,9 +11,22 @@ from rich.text import Text
 from safer_ray.cli.options import (
     config_argument,
     path_argument,
+    path_option,
+    source_option,
     text_option,
 )
-from safer_ray.cli.shared import Assignments, Fresh, RunnerName, at_work, console
+from safer_ray.cli.shared import (
+    Assignments,
+    Encoding,
+    Fresh,
+    Model,
+    RunnerName,
+    Split,
+    TrustRemoteCode,
+    at_work,
+    check_out,
+    console,
+)
 from safer_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +55,48 @@ def run_command(
     if until in (None, "report"):
         _closing_table(json.loads(summary.read_text(encoding="utf-8")), loaded.evaluate.base)
         console.print(f"\nreport   {result.directory / 'report.html'}\nsummary  {summary}")
+
+
+@app.command("fit")
+def fit_command(
+    reward: Model,
+    pairs: Annotated[
+        list[str],
+        source_option("--pairs", help="A file, folder, glob, also s3://BUCKET/…, or hub:NAME; may be repeated."),
+    ],
+    out: Annotated[Path, path_option(help="The folder of the run: bundle, report, and what they are made of.")],
+    format: Annotated[str, text_option()] = "auto",
+    split: Split = None,
+    encoding: Encoding = None,
+    assignments: Assignments = None,
+    until: Annotated[str | None, text_option(help="Stop after this stage.")] = None,
+    runner: RunnerName = "local",
+    trust_remote_code: TrustRemoteCode = False,
+    fresh: Fresh = False,
+) -> None:
+    """From a finished reward model and preference pairs to a bundle and a report; run again, it goes on."""
+    from safer_ray.pipeline.fit import Estimate, fit, fit_config
+
+    out = check_out(out.absolute())
+    given = {"format": format, "split": split, "encoding": encoding}
+    sources = [{"path": path} | {k: v for k, v in given.items() if v is not None} for path in pairs]
+    told = [*(assignments or []), *(["reward.trust_remote_code=true"] if trust_remote_code else [])]
+    config = fit_config(reward, sources, out, told)
+
+    def show(found: Estimate) -> None:
+        table = Table(title="What it will take, in one process of this machine", title_justify="left", box=None)
+        table.show_header = False
+        for name, value in found.lines():
+            table.add_row(name, value)
+        console.print(table)
+
+    with at_work(runner, config.ray, config.reward.shards) as (where, report):
+        made = fit(config, where, until=until, fresh=fresh, on_stage=report.stage, on_estimate=show)
+    if until in (None, "report"):
+        summary = made.directory / "summary.json"
+        _closing_table(json.loads(summary.read_text(encoding="utf-8")), made.config.evaluate.base)
+        console.print(f"\nbundle   {made.artifacts['auditor'].path}\nreport   {made.directory / 'report.html'}")
+        console.print(f"next     safer-ray audit --auditor {made.artifacts['auditor'].path} --pairs DATA --out OUT")
 
 
 def _closing_table(summary: dict[str, Any], base: str) -> None:

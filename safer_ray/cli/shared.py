@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from safer_ray.cli.options import config_option, path_option, text_option
+from safer_ray.cli.options import config_option, model_option, path_option, text_option
 from safer_ray.errors import UserError
 from safer_ray.storage.locations import check_utf8
 
@@ -25,6 +25,9 @@ console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and te
 state = {"verbose": False}
 
 ExistingPath = Annotated[Path, path_option()]
+Model = Annotated[
+    str, model_option("--reward", help="A reward model: a folder, hub:OWNER/NAME, package:MODULE/FOLDER.")
+]
 Out = Annotated[Path, path_option(help="The directory to write; it becomes the artifact.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and start again.")]
 
@@ -140,6 +143,22 @@ def open_input(role: str, path: Path) -> "Artifact":
     from safer_ray.pipeline.roles import open_as
 
     return open_as(role, path.absolute())  # workers may have another current directory
+
+
+def open_model(name: str) -> "Artifact":
+    """Return the reward model that an option names: a folder or file, or one that is looked up, on the hub or in a
+    package, by its content.
+
+    Raises:
+        UserError: there is none.
+    """
+    from safer_ray.storage.locations import is_name
+
+    if not is_name(name):
+        return open_input("reward", Path(name))
+    from safer_ray.reward.finished import model_path
+
+    return open_input("reward", model_path(name))
 
 
 def build_config(model: type, **values: Any) -> Any:

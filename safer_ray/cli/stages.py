@@ -11,6 +11,7 @@ import typer
 from safer_ray.cli.options import (
     count_option,
     latents_option,
+    model_option,
     path_option,
     percent_option,
     share_option,
@@ -24,6 +25,7 @@ from safer_ray.cli.shared import (
     Encoding,
     ExistingPath,
     Fresh,
+    Model,
     Out,
     ReadOptions,
     RunnerName,
@@ -36,6 +38,7 @@ from safer_ray.cli.shared import (
     console,
     one_stage,
     open_input,
+    open_model,
     reading_of,
     show_artifact,
 )
@@ -97,6 +100,11 @@ def reward(
 ) -> None:
     """Stage 2: train a reward model on pairs."""
     settings = config_section(config, "reward", assignments)
+    if settings.use is not None:
+        raise UserError(
+            f"reward: a finished model is not trained; pass --reward {settings.use} to the other stages, or run all of "
+            "them: safer-ray fit"
+        )
     if trust_remote_code:
         settings = settings.model_copy(update={"trust_remote_code": True})
     from safer_ray.pipeline import model_stages
@@ -107,7 +115,7 @@ def reward(
 
 @app.command()
 def activations(
-    reward: ExistingPath,
+    reward: Model,
     out: Out,
     pairs: Annotated[Path | None, path_option(help="Pairs, of which sentence ends are read.")] = None,
     text: Annotated[Path | None, path_option(help="General text, a text a line: all tokens are read.")] = None,
@@ -123,7 +131,7 @@ def activations(
 
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")
-    settings, model = config_section(config, "activations", assignments), open_input("reward", reward)
+    settings, model = config_section(config, "activations", assignments), open_model(reward)
     source = open_input("pairs", pairs) if pairs else None
     from safer_ray.pipeline import model_stages
 
@@ -140,7 +148,7 @@ def sae(
     out: Out,
     start: Annotated[Path | None, path_option(help="An SAE to go on from, say one trained on general text.")] = None,
     pairs: Annotated[Path | None, path_option(help="With --reward: measure what reconstructions cost it.")] = None,
-    reward: Annotated[Path | None, path_option(help="The model that the activations are of.")] = None,
+    reward: Annotated[str | None, model_option("--reward", help="The model that the activations are of.")] = None,
     layer: Annotated[int | None, count_option(help="Of vectors from outside, which do not say it.")] = None,
     config: ConfigPath = None,
     assignments: Assignments = None,
@@ -158,8 +166,8 @@ def sae(
         raise UserError(f"{activations} are of layer {known}, not {layer}; leave --layer out")
     if known is None:
         raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
-    roles = {"sae": start, "pairs": pairs, "reward": reward}
-    first, judged, model = (open_input(role, path) if path else None for role, path in roles.items())
+    first, judged = (open_input(role, path) if path else None for role, path in (("sae", start), ("pairs", pairs)))
+    model = open_model(reward) if reward else None
     settings = config_section(config, "sae", assignments)
     from safer_ray.pipeline import model_stages
 
@@ -170,7 +178,7 @@ def sae(
 @app.command()
 def codes(
     pairs: ExistingPath,
-    reward: ExistingPath,
+    reward: Model,
     sae: ExistingPath,
     out: Out,
     config: ConfigPath = None,
@@ -183,9 +191,7 @@ def codes(
     from safer_ray.pipeline import model_stages
 
     with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
-        show_artifact(
-            model_stages.codes(ctx, open_input("pairs", pairs), open_input("reward", reward), open_input("sae", sae))
-        )
+        show_artifact(model_stages.codes(ctx, open_input("pairs", pairs), open_model(reward), open_input("sae", sae)))
 
 
 @app.command()
@@ -211,7 +217,7 @@ def contexts(
     salience: ExistingPath,
     codes: ExistingPath,
     pairs: ExistingPath,
-    reward: ExistingPath,
+    reward: Model,
     out: Out,
     mode: SalienceMode = None,
     assignments: Assignments = None,
@@ -233,7 +239,7 @@ def contexts(
                 ranked,
                 open_input("codes", codes),
                 open_input("pairs", pairs),
-                open_input("reward", reward),
+                open_model(reward),
                 counted,
             )
         )
@@ -242,7 +248,7 @@ def contexts(
 @app.command()
 def verdicts(
     salience: ExistingPath,
-    reward: ExistingPath,
+    reward: Model,
     sae: ExistingPath,
     out: Out,
     candidates: Annotated[int, count_option()] = 256,
@@ -261,7 +267,7 @@ def verdicts(
                 ctx,
                 config,
                 open_input("salience", salience),
-                open_input("reward", reward),
+                open_model(reward),
                 open_input("sae", sae),
                 candidates,
                 None,
@@ -302,7 +308,7 @@ def select(
 
 @app.command()
 def auditor(
-    reward: ExistingPath,
+    reward: Model,
     sae: ExistingPath,
     features: Annotated[Path, path_option(help="The directory of stage select, or a features.json.")],
     codes: ExistingPath,
@@ -311,6 +317,9 @@ def auditor(
     salience: Annotated[Path | None, path_option(help="Of stage salience: the bundle then shows its features.")] = None,
     verdicts: Annotated[Path | None, path_option(help="Of stage verdicts, to show ratings and reasons.")] = None,
     contexts: Annotated[Path | None, path_option(help="Of stage contexts, to show where features fire.")] = None,
+    held_out: Annotated[
+        Path | None, path_option(help="Codes of pairs that neither model nor features were made by: the reference.")
+    ] = None,
     fresh: Fresh = False,
 ) -> None:
     """Stage 10: the deployable bundle."""
@@ -318,10 +327,12 @@ def auditor(
         raise UserError("auditor: --verdicts and --contexts need --salience, which the features' cards begin with")
     given = {"salience": salience, "verdicts": verdicts, "contexts": contexts}
     known = {name: open_input(name, path) for name, path in given.items() if path}
-    needed = {"reward": reward, "sae": sae, "features": features, "codes": codes}
-    model, coder, selected, reference = (open_input(role, path) for role, path in needed.items())
+    needed = {"sae": sae, "features": features, "codes": codes}
+    coder, selected, reference = (open_input(role, path) for role, path in needed.items())
+    model = open_model(reward)
     fitted = open_input("detector", detector) if detector else None
     made_with = reference.manifest.get("inputs", {})
+    apart = open_input("codes", held_out) if held_out else None
     for role, artifact in (("reward", model), ("sae", coder)):
         if made_with.get(role, artifact.name) != artifact.name:
             raise UserError(
@@ -329,9 +340,11 @@ def auditor(
                 "they were made with, or make codes with this one"
             )
     from safer_ray.pipeline import feature_stages
+    from safer_ray.pipeline.reference import Reference
 
     with one_stage(out, fresh) as ctx:
-        show_artifact(feature_stages.auditor(ctx, model, coder, selected, reference, fitted, known))
+        taken = Reference(codes=apart)
+        show_artifact(feature_stages.auditor(ctx, model, coder, selected, reference, fitted, known, taken))
 
 
 @app.command()
@@ -400,7 +413,7 @@ def curate(
 
 @app.command()
 def evaluate(
-    reward: ExistingPath,
+    reward: Model,
     pairs: ExistingPath,
     out: Out,
     config: ConfigPath = None,
@@ -413,7 +426,7 @@ def evaluate(
     from safer_ray.pipeline import model_stages
 
     with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
-        artifact = model_stages.evaluate(ctx, open_input("reward", reward), open_input("pairs", pairs))
+        artifact = model_stages.evaluate(ctx, open_model(reward), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():
         interval = f"[{values['low']:.3f}, {values['high']:.3f}]"

@@ -235,6 +235,14 @@ class ScoresConfig(Frozen):
     """Contributing features named per pair."""
 
 
+class AuditorConfig(Frozen):
+    """The bundle that audits are made with."""
+
+    weights: Literal["copy", "reference"] = "copy"
+    """`copy`: it holds the reward model. `reference`: of a finished model (`reward.use`) it holds name, commit and the
+    hash of each file of weights, which are looked for where they were, on the hub, or in `SAFER_RAY_MODEL`."""
+
+
 class CurateConfig(Frozen):
     """Pairs to leave out, to swap or to poison; a model is trained on what comes of it."""
 
@@ -361,6 +369,8 @@ class RunConfig(Frozen):
     """What rates features."""
     select: SelectConfig = SelectConfig()
     """Which features the score is made of."""
+    auditor: AuditorConfig = AuditorConfig()
+    """The bundle."""
     scores: ScoresConfig = ScoresConfig()
     """How pairs are scored."""
     cross_fit: CrossFitConfig | None = None

@@ -17,6 +17,7 @@ VALUE_OPTIONS = (
     "--until",
     "--out",
     "--auditor",
+    "--reward",
     "--pairs",
     "--format",
     "--split",
@@ -51,7 +52,7 @@ def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:
     except argparse.ArgumentError as error:
         raise UserError(f"{shlex.join(args)}: {error}") from None
     command = given.words[0] if given.words else None
-    if command not in (*OF_CONFIGS, "audit"):
+    if command not in (*OF_CONFIGS, "audit", "fit"):
         return list(args)
     runner = [] if given.runner else ["--runner", "ray"]
     if command in OF_CONFIGS:
@@ -59,7 +60,7 @@ def complete(args: Sequence[str], working_dir: Path, local: bool) -> list[str]:
         kept = _kept(root, working_dir, local, "--set root=DIR")
         return [*args, *runner, *([] if kept == root else ["--set", f"root={kept}"])]
     paths = [("--out", _kept(given.out, working_dir, local, "--out DIR"))] if given.out else []
-    for name, path in (("--auditor", given.auditor), ("--pairs", given.pairs)):
+    for name, path in (("--auditor", given.auditor), ("--pairs", given.pairs), ("--reward", given.reward)):
         if local and path and (working_dir / a_source(path)).exists():  # perhaps where nothing is uploaded from
             paths.append((name, str(working_dir / a_source(path))))
     return [*args, *runner, *(word for pair in paths for word in pair)]

@@ -1,8 +1,9 @@
 """Locations: paths of this machine, and URIs; the one place that decides which of them an option takes.
 
-Every option and config field that names a file or a folder is declared by one of four functions: `on_disk`, which
+Every option and config field that names a file or a folder is declared by one of five functions: `on_disk`, which
 understands `file://` and refuses every other URI, `anywhere`, which lets URIs of object stores through, `a_source`,
-which lets names through that are looked up, too, or `a_config`, which knows the shipped configs by name. All expand
+which lets names through that are looked up, too, `a_model`, which takes these or a path, or `a_config`, which knows the
+shipped configs by name. All expand
 `~`, and refuse what can be no path.
 """
 
@@ -88,6 +89,16 @@ def a_source(path: str) -> str:
     if "://" not in path:
         raise UserError(f"{path} is no URI; write {scheme}://BUCKET/NAME")
     return path
+
+
+def a_model(path: str) -> str:
+    """Return where a model lies on this machine, or a name that is looked up (`hub:`, `package:`) as it is.
+
+    Raises:
+        UserError: as for `on_disk`.
+    """
+    _refuse_empty(path)
+    return path if is_name(path) else str(on_disk(path))
 
 
 def _refuse_empty(path: str | Path) -> None:

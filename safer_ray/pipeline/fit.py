@@ -1,0 +1,259 @@
+"""From a finished reward model and pairs to a bundle and a report: a run whose config is made from the model."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from safer_ray.config.read import assigned, explain_validation
+from safer_ray.config.sections import RunConfig, SaeConfig
+from safer_ray.errors import UserError
+from safer_ray.pipeline.run import Run, run
+from safer_ray.pipeline.runner import Runner
+from safer_ray.pipeline.stage import pairs_of
+from safer_ray.reward.bases import checkpoint_of
+from safer_ray.reward.checkpoints import layer_count, load_reward_model, quiet_transformers
+from safer_ray.reward.finished import model_path
+from safer_ray.reward.forward import forward_pairs
+from safer_ray.reward.model import RewardModel
+from safer_ray.reward.pretrained import open_config
+from safer_ray.reward.text import PairTokens
+from safer_ray.storage.artifacts import Artifact, read_parts
+
+DEPTH = 0.75  # share of the blocks below the layer that is read
+WIDTH = 8  # latents by hidden size
+K = 64
+PASSES = 2  # over the vectors, in the training of the autoencoder
+LEAST_STEPS = 1000  # of that training
+BATCH = 1024  # vectors a step; of fewer vectors, a sixteenth of them
+HELD_OUT = 20  # percent of the prompts, the bundle's reference
+RATINGS = (5, 4, 3)  # of the features that are chosen, the first that enough have
+ENOUGH = 4
+SAMPLE = 64  # pairs that are tokenised for the estimate
+TIMED = 8  # pairs that are read for it
+OnStage = Callable[[str, Artifact | None], None]
+log = logging.getLogger(__name__)
+
+
+class Estimate(NamedTuple):
+    """What a fit will take, in one process of this machine."""
+
+    layer: int
+    layers: int
+    latents: int
+    k: int
+    pairs: int
+    vectors: int  # about
+    steps: int
+    hours: float
+    memory_gb: float
+    disk_gb: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return what is said of it: names and values."""
+        minutes = self.hours * 60
+        return [
+            ("layer", f"{self.layer} of {self.layers}"),
+            ("autoencoder", f"{self.latents:,} latents, k {self.k}, {self.steps:,} steps"),
+            ("pairs", f"{self.pairs:,}, about {self.vectors:,} vectors at sentence ends"),
+            ("time", f"about {self.hours:.1f} hours" if self.hours > 2 else f"about {max(1, round(minutes))} minutes"),
+            ("memory", f"about {self.memory_gb:.1f} GB"),
+            ("disk", f"about {self.disk_gb:.1f} GB"),
+        ]
+
+
+def fit_config(
+    model: str, sources: Sequence[dict[str, Any]], out: Path, assignments: list[str] | None = None
+) -> RunConfig:
+    """Return the config of a fit: what is derived from the model, with `key=value` assignments laid over it.
+
+    Raises:
+        UserError: no such model, `out` names no run, or a value that does not fit.
+    """
+    quiet_transformers()
+    trusted = assigned({}, assignments).get("reward", {})
+    trust = isinstance(trusted, dict) and trusted.get("trust_remote_code") is True
+    layers = layer_count(model, trust)
+    hidden = int(open_config(checkpoint_of(model, trust)).get_text_config().hidden_size)
+    tree: dict[str, Any] = {
+        "name": out.name,
+        "root": str(out.parent),
+        "pairs": {"sources": list(sources)},
+        "reward": {"use": model, "validation_percent": HELD_OUT},
+        "activations": {"layer": max(1, round(DEPTH * layers))},
+        "sae": {"latents": WIDTH * hidden, "k": min(K, WIDTH * hidden)},
+        "report": {"title": f"SAFER on {model}"},
+    }
+    tree = assigned(tree, assignments)
+    if (tree["name"], tree["root"]) != (out.name, str(out.parent)):
+        raise UserError("--set name and root: a fit lies in the folder that --out names; leave them out")
+    if tree["reward"].get("use") != model:
+        raise UserError("--set reward.use: --reward names the model; leave it out")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        if error.errors()[0]["loc"] == ("name",):
+            raise UserError(
+                f"--out {tree['name']}: a run is called by letters, digits, `.`, `_` and `-`; choose another folder"
+            ) from None
+        raise explain_validation(error, f"fit {model}") from None
+
+
+def fit(
+    config: RunConfig,
+    runner: Runner,
+    *,
+    until: str | None = None,
+    fresh: bool = False,
+    on_stage: OnStage,
+    on_estimate: Callable[[Estimate], None],
+) -> Run:
+    """Make the bundle and the report of a config of `fit_config`; what is there already is not made again.
+
+    What the config leaves open is chosen on the way: the steps of the autoencoder by its vectors, the rating of the
+    features by how many have it.
+
+    Raises:
+        UserError: anything in the config or the inputs that cannot work.
+    """
+    found = run(config, runner, until="pairs", fresh=fresh, on_stage=on_stage)
+    if until == "pairs":
+        return found
+    if not _is_there(config, runner, "activations"):
+        on_estimate(estimate(config, found.artifacts["pairs"]))
+    found = run(config, runner, until=_first(until, "activations"), fresh=fresh, on_stage=on_stage)
+    if until in ("reward", "activations"):
+        return found
+    vectors = int(found.artifacts["activations"].manifest["rows"]["written"])
+    config = config.model_copy(update={"sae": with_steps(config.sae, vectors)})
+    quiet = _quiet_after("activations", on_stage)
+    found = run(config, runner, until=_first(until, "verdicts"), on_stage=quiet)
+    if until in ("sae", "codes", "salience", "contexts", "verdicts"):
+        return found
+    if "rating" not in config.select.model_fields_set:
+        rating = rating_of(found.artifacts["verdicts"])
+        config = config.model_copy(update={"select": config.select.model_copy(update={"rating": rating})})
+    return run(config, runner, until=until, on_stage=_quiet_after("verdicts", on_stage))
+
+
+def _first(until: str | None, stage: str) -> str:
+    """Return the earlier of two stages in the order of a run."""
+    from safer_ray.pipeline.run import STAGES
+
+    return stage if until is None or STAGES.index(until) > STAGES.index(stage) else until
+
+
+def _quiet_after(stage: str, on_stage: OnStage) -> OnStage:
+    """Return what reports stages behind one alone: those before it were reported."""
+    from safer_ray.pipeline.run import STAGES
+
+    known = STAGES[: STAGES.index(stage) + 1]
+
+    def report(name: str, artifact: Artifact | None) -> None:
+        if name.rpartition("-")[0] not in known:
+            on_stage(name, artifact)
+
+    return report
+
+
+def _is_there(config: RunConfig, runner: Runner, stage: str) -> bool:
+    seen: dict[str, bool] = {}
+    run(config, runner, until=stage, dry=True, on_stage=lambda name, made: seen.update({name: made is not None}))
+    return all(seen.values())
+
+
+def with_steps(config: SaeConfig, vectors: int) -> SaeConfig:
+    """Return how an autoencoder is trained on so many vectors: what the config leaves open is chosen."""
+    said, chosen = config.model_fields_set, {}
+    trained = max(1, int(vectors * (1 - config.validation_percent / 100)))
+    if "batch_size" not in said:
+        chosen["batch_size"] = int(np.clip(trained // 16, 32, BATCH))
+    if "steps" not in said:
+        chosen["steps"] = max(LEAST_STEPS, -(-PASSES * trained // chosen.get("batch_size", config.batch_size)))
+    return config.model_copy(update=chosen)
+
+
+def rating_of(verdicts: Artifact) -> int:
+    """Return the rating of the features to choose: the highest that a few have, or else that any has.
+
+    Raises:
+        UserError: none is rated 3 or better.
+    """
+    ratings = read_parts(verdicts.path, ["rating"])["rating"].to_pylist()
+    counts = {rating: sum(found == rating for found in ratings) for rating in RATINGS}
+    rating = next((r for r in RATINGS if counts[r] >= ENOUGH), max(RATINGS, key=lambda r: (counts[r] > 0, r)))
+    if not counts[rating]:
+        raise UserError(
+            f"fit: of {len(ratings)} features that tell chosen from rejected, none is rated {RATINGS[-1]} or better by "
+            "the probe: this layer shows no feature of safety; try another (--set activations.layer=N) or more pairs, "
+            "or a probe of your own concept (--set judge.exchanges=FILE)"
+        )
+    log.warning("fit: %d features are rated %d by the probe, and make the score", counts[rating], rating)
+    return rating
+
+
+def estimate(config: RunConfig, pairs: Artifact) -> Estimate:
+    """Return what a fit takes, by reading a few of its pairs.
+
+    Raises:
+        UserError: the model cannot be loaded, or cannot read them.
+    """
+    assert config.reward.use is not None
+    table = read_parts(pairs_of(pairs), ["pair_id", "prompt", "chosen", "rejected"])
+    spread = np.unique(np.linspace(0, len(table) - 1, SAMPLE).astype(int))
+    source = model_path(config.reward.use)
+    reward = load_reward_model(source, reading=config.reward)
+    read = reward.pairs.read(table.take(spread).to_pylist())
+    tokens = [pair for pair in read if not isinstance(pair, str)]
+    if not tokens:
+        raise UserError(f"fit: {config.reward.use} can read none of {len(read)} pairs; the first: {read[0]}")
+    pair_seconds = _seconds_of_a_pair(reward, tokens)
+    ends = np.mean([len(pair.chosen.token) + len(pair.rejected.token) for pair in tokens])
+    text = reward.model.config.get_text_config()
+    d, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    vectors = int(ends * len(table))
+    sae = with_steps(config.sae, vectors)
+    step = _seconds_of_a_step(d, sae)
+    passes = config.activations.layer / layers + 1
+    seconds = passes * len(table) * pair_seconds + 3 * sae.spliced_pairs * pair_seconds + sae.steps * step
+    size = sum(p.numel() * p.element_size() for p in reward.model.parameters())
+    coder = 2 * d * sae.latents * 4
+    held = np.mean([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in tokens]) * d * 4 * 16
+    disk = vectors * (4 * d + 6 * sae.k) + 2 * coder + size * (config.auditor.weights == "copy")
+    return Estimate(
+        layer=config.activations.layer,
+        layers=layers,
+        latents=sae.latents,
+        k=sae.k,
+        pairs=len(table),
+        vectors=vectors,
+        steps=sae.steps,
+        hours=seconds / 3600,
+        memory_gb=(max(size + held, 4 * coder) + 1e9) / 1e9,
+        disk_gb=disk / 1e9,
+    )
+
+
+def _seconds_of_a_pair(reward: RewardModel, tokens: Sequence[PairTokens]) -> float:
+    """Return how long a pair of mean length takes, by reading a few."""
+    few = tokens[:TIMED]
+    forward_pairs(reward, few[:1])  # what is set up once
+    began = time.monotonic()
+    forward_pairs(reward, few)
+    lengths = [len(pair.chosen.ids) + len(pair.rejected.ids) for pair in tokens]
+    return (time.monotonic() - began) / max(1, sum(lengths[: len(few)])) * float(np.mean(lengths))
+
+
+def _seconds_of_a_step(d: int, sae: SaeConfig) -> float:
+    """Return how long a step of the autoencoder takes: the products that are most of it, on a few rows."""
+    rows = 64
+    x, weight = torch.randn(rows, d), torch.randn(d, sae.latents)
+    began = time.monotonic()
+    for _ in range(3):
+        x @ weight
+    return (time.monotonic() - began) / 3 / rows * sae.batch_size * 4
