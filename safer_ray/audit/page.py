@@ -33,7 +33,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     said = [
         f"{rows['read']:,} rows were read: {rows['scored']:,} are scored, {rows['quarantined']:,} are in quarantine.",
         f"{found['flagged']:,} pairs ({_percent(found['rate'])}) are flagged by {summary['detector']}; "
-        f"of pairs like the auditor's reference, {_percent(quantile)} would be.",
+        f"of pairs like the auditor's reference, {_percent(quantile)} would be{_expected(summary)}.",
         f"The reward model contradicts the label of {_percent(summary['against_label'])} of the pairs.",
     ]
     drift = summary["drift"]
@@ -55,6 +55,19 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     if summary["red_team"]:
         said.append("Red team: these pairs, or those that the auditor was built from, were poisoned on purpose.")
     return said
+
+
+def _expected(summary: dict[str, Any]) -> str:
+    """Return what the reference is, and how far the share of flags goes that its size allows."""
+    found = summary["reference"]
+    if found["kind"] == "in sample":
+        return ", and more of new ones, since the model or its features were made by the reference itself"
+    if found["low"] is None:
+        return ""
+    return (
+        f" ({_percent(found['low'])} to {_percent(found['high'])} by chance alone: the reference is "
+        f"{found['pairs']:,} pairs, {found['kind']})"
+    )
 
 
 def _histogram(bins: Sequence[int]) -> Markup:

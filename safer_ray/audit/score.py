@@ -17,6 +17,7 @@ from safer_ray.features.bundle import scorer, vector_layers
 from safer_ray.features.passes import EncodePairs, MeanVectors
 from safer_ray.formats.messages import fields_of
 from safer_ray.reward.forward import Forward
+from safer_ray.reward.referred import reward_folder
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.reward.text import PairTokens
 from safer_ray.reward.tokens import TEXTS, TokenisePairs
@@ -34,7 +35,7 @@ class PreparePairs:
         self, auditor: Artifact, sources: Sequence[SourceConfig], max_chars: int, reading: Reading = AS_IT_COMES
     ) -> None:
         self.normalise = NormalisePairs(sources, max_chars)
-        self.tokenise = TokenisePairs(auditor.path / "reward", reading)
+        self.tokenise = TokenisePairs(reward_folder(auditor.path), reading)
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         rows = self.normalise(raw)
@@ -51,7 +52,7 @@ class AuditPairs(EncodePairs):
     def __init__(
         self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE, reading: Reading = AS_IT_COMES
     ) -> None:
-        super().__init__(auditor.path / "reward", auditor.path / "sae", part, reading)
+        super().__init__(reward_folder(auditor.path), auditor.path / "sae", part, reading)
         self.auditor = auditor
         self.reading = reading
         self.vectors: MeanVectors | None = None
@@ -70,7 +71,7 @@ class AuditPairs(EncodePairs):
                 "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"
             )
         if layers and self.vectors is None:
-            self.vectors = MeanVectors(self.auditor.path / "reward", layers, reading=self.reading)
+            self.vectors = MeanVectors(reward_folder(self.auditor.path), layers, reading=self.reading)
         elif not layers:
             self.vectors = None
         self.score = score

@@ -18,6 +18,7 @@ from safer_ray.audit.run import Audit, AuditCounts
 from safer_ray.data.audit_files import FLAGGED, FLAGGED_FILE, PAGE, SCORES, SUMMARY
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
+from safer_ray.features.bundle_facts import expected_flags
 from safer_ray.schema import to_json
 from safer_ray.storage.accounts import entry_name, read_entry
 from safer_ray.storage.artifacts import DONE, MANIFEST, PLAN, Fragment, part_name, read_plan, versions
@@ -194,6 +195,9 @@ def summarise(audit: Audit, figures: Figures, counts: AuditCounts, duplicates: i
         "duplicates": duplicates,
         "flagged": figures.flagged,
         "flag_rate": _rate(Group(figures.pairs, figures.flagged)),
+        "reference": expected_flags(
+            audit.auditor, audit.scores.detector, audit.scores.flag_quantile, _reference(audit)
+        ),
         "score": _mean_std(figures.score),
         "reward_margin": _mean_std(figures.margin),
         "against_label": figures.wrong / max(1, figures.margin[0]),

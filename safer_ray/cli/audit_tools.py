@@ -1,5 +1,6 @@
 """Commands on finished audits and runs: export, review, diff, gc."""
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from safer_ray.cli.options import (
     days_option,
@@ -34,6 +36,26 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 AuditFolder = Annotated[str, place_option("--audit", help="The folder of a finished audit, also s3://BUCKET/FOLDER.")]
+
+
+@app.command()
+def show(
+    bundle: Annotated[str, place_argument(help="The folder of stage `auditor`, also s3://BUCKET/FOLDER.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Show what a bundle is: its model, how that reads text, features, reference, data, licences and versions."""
+    from safer_ray.features.bundle_facts import bundle_facts, in_lines
+
+    facts = bundle_facts(bundle)
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in in_lines(facts):
+        table.add_row(name, Text(value))
+    console.print(table)
 
 
 @app.command("export")

@@ -18,6 +18,7 @@ import pyarrow as pa
 from safer_ray import schema
 from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading, SentenceEnds
 from safer_ray.config.sections import (
+    AuditorConfig,
     ContextsConfig,
     CurateConfig,
     JudgeConfig,
@@ -46,10 +47,11 @@ from safer_ray.features.scoring import (
     pair_scores,
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
-from safer_ray.pipeline.reference import Reference, facts_of, without_held_out
+from safer_ray.pipeline.reference import Reference, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.pretrained import Checkpoint, own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
+from safer_ray.reward.referred import refer_to
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
@@ -283,16 +285,18 @@ def auditor(
     detector: Artifact | None = None,
     known: Mapping[str, Artifact] | None = None,
     reference: Reference | None = None,
+    config: AuditorConfig | None = None,
 ) -> Artifact:
     """Return the deployable bundle: `reward/ sae/ features.json reference.parquet`, `detector/` if one was fitted, and
     `features.parquet`, which shows people its features, where `salience` is `known`, and better where `verdicts` and
     `contexts` are. Its reference is of all pairs in `codes` where no other is given."""
-    known, reference = known or {}, reference or Reference()
+    known, reference, config = known or {}, reference or Reference(), config or AuditorConfig()
     inputs = {"reward": reward, "sae": sae, "features": selected, "codes": codes}
     inputs |= {"detector": detector} if detector else {}
     inputs |= {**known, **reference.inputs}
-    write = partial(_write_auditor, ctx.reading, reward, sae, selected, codes, detector, known, reference)
-    return make(ctx, "auditor", {"format": AUDITOR_FORMAT, **reference.recorded}, write, **inputs)
+    write = partial(_write_auditor, ctx.reading, reward, sae, selected, codes, detector, known, reference, config)
+    shown = {"format": AUDITOR_FORMAT, **reference.recorded, **config.model_dump(exclude_defaults=True)}
+    return make(ctx, "auditor", shown, write, **inputs)
 
 
 def _write_auditor(
@@ -304,6 +308,7 @@ def _write_auditor(
     detector: Artifact | None,
     known: Mapping[str, Artifact],
     reference: Reference,
+    config: AuditorConfig,
     out: Path,
 ) -> Result:
     from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
@@ -318,8 +323,11 @@ def _write_auditor(
         facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
     elif (width := hidden_size(reward.path)) != coder.d:
         raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
-    for name, artifact in (("reward", reward), ("sae", sae)):
-        shutil.copytree(artifact.path, out / name, dirs_exist_ok=True)
+    shutil.copytree(sae.path, out / "sae", dirs_exist_ok=True)
+    if config.weights == "reference":
+        refer_to(reward, out / "reward")
+    else:
+        shutil.copytree(reward.path, out / "reward", dirs_exist_ok=True)
     if not (out / "reward" / SETTINGS).is_file():  # a model from elsewhere is read in audits as it was for its codes
         known_reading = codes.metrics.get("reading") or settings_of(load_pair_tokenizer(reward.path, reading))
         write_json(known_reading, out / "reward" / SETTINGS)
@@ -330,7 +338,7 @@ def _write_auditor(
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
         facts["vector_layers"] = detector.metrics["vector_layers"]
     kind, values = reference.values(codes, features)
-    facts["reference"] = facts_of(kind, values)
+    facts["reference"], facts["data"] = facts_of(kind, values), data_of(codes)
     ordered = {name: np.sort(values[name].to_numpy()) for name in ("score", "reward_margin")}
     columns = {name: pa.array(column, pa.float64(), from_pandas=True) for name, column in ordered.items()}
     write_parquet(pa.table(columns), out / "reference.parquet")

@@ -16,8 +16,9 @@ from safer_ray.features.scoring import Features, margins, pair_scores
 from safer_ray.pipeline.stage import join_parts, pairs_of
 from safer_ray.reward.split import validation_split
 from safer_ray.schema import rows_of
-from safer_ray.storage.artifacts import Artifact, Fragment, part_files, read_parts
+from safer_ray.storage.artifacts import Artifact, Fragment, open_artifact, part_files, read_parts
 from safer_ray.storage.files import read_parquet
+from safer_ray.storage.marks import MANIFEST
 
 LEAST = 100  # held-out pairs; of fewer, a quantile of 5% says little
 MEASURED = 0.05  # the quantile at which it is told what dependent pairs are worth
@@ -137,3 +138,21 @@ def facts_of(kind: Kind, rows: pa.Table) -> dict[str, Any]:
         if len(values) and np.isfinite(values).all():
             worth[name] = round(effective_count(values > np.quantile(values, MEASURED), groups), 1)
     return {"kind": kind, "pairs": len(rows), "prompts": len(set(groups.tolist())), "worth": worth}
+
+
+def data_of(codes: Artifact) -> list[dict[str, Any]]:
+    """Return by what sources the pairs of codes were read, as far as the artifacts beside these say it: `name`,
+    `files`, `format`, `section`, `licence` and how many `pairs` all of them are."""
+    artifact = codes
+    while artifact.manifest.get("stage") != "pairs":
+        folder = artifact.path.parent / artifact.manifest.get("inputs", {}).get("pairs", "")
+        if folder == artifact.path.parent or not (folder / MANIFEST).is_file():
+            return []
+        artifact = open_artifact(folder)
+    named, rows = artifact.manifest.get("inputs", {}), artifact.manifest.get("rows", {})
+    sources = artifact.manifest.get("config", {}).get("sources", [])
+    return [
+        {name: source.get(name) for name in ("name", "format", "section", "part", "licence")}
+        | {"input": named.get(f"source{number}"), "pairs": rows.get("pairs")}
+        for number, source in enumerate(sources)
+    ]

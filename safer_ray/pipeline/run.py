@@ -176,7 +176,7 @@ def _find(ctx: StageContext, run: Run) -> Iterator[str]:
     known = {name: made[name] for name in ("salience", "verdicts", "contexts")}
     if fitted and config.reward.use is None:
         reference = Reference(pairs, scores=fitted.scores)
-    auditor = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known, reference)
+    auditor = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known, reference, config.auditor)
     made["auditor"] = auditor
     yield "auditor"
     if fitted and detector:

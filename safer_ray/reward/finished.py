@@ -115,6 +115,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
     write_json(settings, out / SETTINGS)
     text = reward.model.config.get_text_config()
     return {
+        "read_as_it_is": is_read_as_it_is(source),
         "architecture": type(reward.model).__name__,
         "layers": int(text.num_hidden_layers),
         "hidden": int(text.hidden_size),
