@@ -40,8 +40,8 @@ def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_flags(auditor: Artifact, detector: str, quantile: float, pairs: int) -> dict[str, Any]:
-    """Return of which kind the reference of a detector is, its pairs, and the interval (`low`, `high`) in which the share
-    of flags among new pairs lies that are like those of the reference; None where the bundle does not say enough."""
+    """Return of which kind the reference of a detector is, its pairs, and the interval (`low`, `high`) in which the
+    share of flags among new pairs lies that are like those of the reference; None where the bundle does not say it."""
     known = auditor.metrics.get("reference", {})
     if detector == "combined":
         kind, worth = "out of fold", float(pairs)
