@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safer_ray.errors import UserError
 from safer_ray.reward.blocks import keep_blocks, lies_behind
 from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary
-from safer_ray.reward.gguf import gguf_config, gguf_options, is_gguf, open_gguf, strange_tensors
+from safer_ray.reward.gguf import gguf_config, gguf_options, gguf_tokenizer, is_gguf, open_gguf, strange_tensors
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
@@ -52,10 +52,10 @@ def open_config(checkpoint: Checkpoint, failed: str = "cannot read the config of
         UserError: there is none that can be read, which begins with `failed`; or the checkpoint brings code that is not
             trusted.
     """
-    if checkpoint.is_gguf:
-        return _explained(checkpoint, failed, lambda: gguf_config(Path(checkpoint.path)))
     from transformers import AutoConfig
 
+    if checkpoint.is_gguf:
+        return _explained(checkpoint, failed, lambda: gguf_config(AutoConfig, Path(checkpoint.path)))
     return _open(AutoConfig, checkpoint, failed, bool(check_trusted(checkpoint).config))
 
 
@@ -64,6 +64,8 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     failed = "cannot read the tokenizer of"
+    if checkpoint.is_gguf:
+        return _explained(checkpoint, failed, lambda: gguf_tokenizer(AutoTokenizer, Path(checkpoint.path)))
     config, own = open_config(checkpoint, failed), check_trusted(checkpoint)
     if Path(checkpoint.path).is_dir() and not own.tokenizer:
         check_vocabulary(Path(checkpoint.path))
