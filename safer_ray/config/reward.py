@@ -34,7 +34,9 @@ class TinyLlamaConfig(Frozen):
 class RewardConfig(Reading):
     """Choose how a reward model is trained, after Bradley and Terry, and read."""
 
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS})
+    unrecorded: ClassVar = frozenset(
+        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS}
+    )
 
     base: Annotated[TinyLlamaConfig | LocalName, OrLocalName] = TinyLlamaConfig()
     """A Hugging Face folder, `hub:OWNER/NAME[@REVISION]`, `package:MODULE/FOLDER` (a checkpoint inside an installed
@@ -83,6 +85,8 @@ class RewardConfig(Reading):
             )
         if self.head is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("head needs a pretrained base; a model made on the spot has one output")
+        if (self.adapter_base is not None or self.bin_weights) and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("adapter_base and bin_weights need a pretrained base")
         if self.blocks is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("blocks needs a pretrained base; of a model made on the spot, choose base.layers")
         if self.blocks is not None and self.frozen_layers > self.blocks:

@@ -75,8 +75,8 @@ def _config_of(auto: Any, path: str, _stamp: tuple[int, str]) -> Any:
 
 
 def gguf_tokenizer(auto: Any, path: Path) -> Any:
-    """Return the tokenizer in a GGUF file, as `auto` reads it, without a token of transformers' own (`<|endoftext|>`), which would have no
-    row of the embedding."""
+    """Return the tokenizer in a GGUF file, as `auto` reads it, without a token of transformers' own (`<|endoftext|>`),
+    which would have no row of the embedding."""
     from tokenizers import Tokenizer
     from transformers.integrations.gguf import read_gguf_metadata
 
