@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt scripts/setup.sh
-	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV) ".[dev,interop,lab,real]"
+	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV) ".[dev,gguf,interop,lab,real]"
 	@touch $(VENV)/.ready $@
 
 demo: setup  ## the whole loop on a synthetic corpus with planted errors; RUNNER=local for one process

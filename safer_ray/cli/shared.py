@@ -134,18 +134,19 @@ def show_artifact(artifact: "Artifact") -> None:
     console.print(f"{artifact.name}  {rows}  ->  {artifact.path}")
 
 
-def open_input(role: str, path: Path) -> "Artifact":
-    """Return what an option names.
+def open_input(role: str, path: Path, reading: "Reading | None" = None) -> "Artifact":
+    """Return what an option names; a reward model's files are found as `reading` says.
 
     Raises:
         UserError: nothing is there, or it does not hold what `role` wants.
     """
+    from safer_ray.config.reading import AS_IT_COMES
     from safer_ray.pipeline.roles import open_as
 
-    return open_as(role, path.absolute())  # workers may have another current directory
+    return open_as(role, path.absolute(), reading or AS_IT_COMES)  # workers may have another current directory
 
 
-def open_model(name: str) -> "Artifact":
+def open_model(name: str, reading: "Reading | None" = None) -> "Artifact":
     """Return the reward model that an option names: a folder or file, or one that is looked up, on the hub or in a
     package, by its content.
 
@@ -155,10 +156,10 @@ def open_model(name: str) -> "Artifact":
     from safer_ray.storage.locations import is_name
 
     if not is_name(name):
-        return open_input("reward", Path(name))
+        return open_input("reward", Path(name), reading)
     from safer_ray.reward.finished import model_path
 
-    return open_input("reward", model_path(name))
+    return open_input("reward", model_path(name), reading)
 
 
 def build_config(model: type, **values: Any) -> Any:
@@ -242,6 +243,10 @@ def reading_of(options: list[str] | None, trust_remote_code: bool, config: Path 
         reading = Reading.model_validate(given | assigned({}, options, "--read"))
     except ValidationError as error:
         raise explain_validation(error, "--read", [*Reading.model_fields]) from None
+    if reading.adapter_base is not None:
+        from safer_ray.pipeline.inputs import lasting_name  # here, since few models are adapters
+
+        reading = reading.model_copy(update={"adapter_base": lasting_name(reading.adapter_base)})
     return reading.model_copy(update={TRUSTED: True}) if trust_remote_code else reading
 
 

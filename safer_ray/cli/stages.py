@@ -131,11 +131,12 @@ def activations(
 
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")
-    settings, model = config_section(config, "activations", assignments), open_model(reward)
+    reading = reading_of(read, trust_remote_code, config)
+    settings, model = config_section(config, "activations", assignments), open_model(reward, reading)
     source = open_input("pairs", pairs) if pairs else None
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
+    with one_stage(out, fresh, runner, config, reading) as ctx:
         if source:
             show_artifact(model_stages.activations(ctx, settings, source, model))
         else:
@@ -166,12 +167,13 @@ def sae(
         raise UserError(f"{activations} are of layer {known}, not {layer}; leave --layer out")
     if known is None:
         raise UserError(f"{activations} does not say its layer; pass --layer, or what stage `activations` wrote")
+    reading = reading_of(read, trust_remote_code, config)
     first, judged = (open_input(role, path) if path else None for role, path in (("sae", start), ("pairs", pairs)))
-    model = open_model(reward) if reward else None
+    model = open_model(reward, reading) if reward else None
     settings = config_section(config, "sae", assignments)
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
+    with one_stage(out, fresh, runner, config, reading) as ctx:
         show_artifact(model_stages.sae(ctx, settings, source, known, start=first, pairs=judged, reward=model))
 
 
@@ -190,8 +192,11 @@ def codes(
     """Stage 5: one forward pass a pair; sparse codes and rewards remain."""
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
-        show_artifact(model_stages.codes(ctx, open_input("pairs", pairs), open_model(reward), open_input("sae", sae)))
+    reading = reading_of(read, trust_remote_code, config)
+    with one_stage(out, fresh, runner, config, reading) as ctx:
+        show_artifact(
+            model_stages.codes(ctx, open_input("pairs", pairs), open_model(reward, reading), open_input("sae", sae))
+        )
 
 
 @app.command()
@@ -230,7 +235,8 @@ def contexts(
 
     ranked = open_input("salience", salience)
     counted = feature_stages.mode_of(ranked, checked_mode(mode), otherwise="response")
-    with one_stage(out, fresh, reading=reading_of(read, trust_remote_code)) as ctx:
+    reading = reading_of(read, trust_remote_code)
+    with one_stage(out, fresh, reading=reading) as ctx:
         config = config_section(None, "contexts", assignments)
         show_artifact(
             feature_stages.contexts(
@@ -239,7 +245,7 @@ def contexts(
                 ranked,
                 open_input("codes", codes),
                 open_input("pairs", pairs),
-                open_model(reward),
+                open_model(reward, reading),
                 counted,
             )
         )
@@ -260,14 +266,15 @@ def verdicts(
     """Stage 8: rate candidate features by the concept probe."""
     from safer_ray.pipeline import feature_stages
 
-    with one_stage(out, fresh, reading=reading_of(read, trust_remote_code)) as ctx:
+    reading = reading_of(read, trust_remote_code)
+    with one_stage(out, fresh, reading=reading) as ctx:
         config = config_section(None, "judge", assignments)
         show_artifact(
             feature_stages.verdicts(
                 ctx,
                 config,
                 open_input("salience", salience),
-                open_model(reward),
+                open_model(reward, reading),
                 open_input("sae", sae),
                 candidates,
                 None,
@@ -317,6 +324,8 @@ def auditor(
     salience: Annotated[Path | None, path_option(help="Of stage salience: the bundle then shows its features.")] = None,
     verdicts: Annotated[Path | None, path_option(help="Of stage verdicts, to show ratings and reasons.")] = None,
     contexts: Annotated[Path | None, path_option(help="Of stage contexts, to show where features fire.")] = None,
+    read: ReadOptions = None,
+    trust_remote_code: TrustRemoteCode = False,
     held_out: Annotated[
         Path | None, path_option(help="Codes of pairs that neither model nor features were made by: the reference.")
     ] = None,
@@ -325,11 +334,12 @@ def auditor(
     """Stage 10: the deployable bundle."""
     if salience is None and (verdicts or contexts):
         raise UserError("auditor: --verdicts and --contexts need --salience, which the features' cards begin with")
+    reading = reading_of(read, trust_remote_code)
     given = {"salience": salience, "verdicts": verdicts, "contexts": contexts}
     known = {name: open_input(name, path) for name, path in given.items() if path}
     needed = {"sae": sae, "features": features, "codes": codes}
     coder, selected, reference = (open_input(role, path) for role, path in needed.items())
-    model = open_model(reward)
+    model = open_model(reward, reading)
     fitted = open_input("detector", detector) if detector else None
     made_with = reference.manifest.get("inputs", {})
     apart = open_input("codes", held_out) if held_out else None
@@ -342,7 +352,7 @@ def auditor(
     from safer_ray.pipeline import feature_stages
     from safer_ray.pipeline.reference import Reference
 
-    with one_stage(out, fresh) as ctx:
+    with one_stage(out, fresh, reading=reading) as ctx:
         taken = Reference(codes=apart)
         show_artifact(feature_stages.auditor(ctx, model, coder, selected, reference, fitted, known, taken))
 
@@ -425,8 +435,9 @@ def evaluate(
     """Stage 13: accuracy of a reward model by section."""
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading_of(read, trust_remote_code, config)) as ctx:
-        artifact = model_stages.evaluate(ctx, open_model(reward), open_input("pairs", pairs))
+    reading = reading_of(read, trust_remote_code, config)
+    with one_stage(out, fresh, runner, config, reading) as ctx:
+        artifact = model_stages.evaluate(ctx, open_model(reward, reading), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():
         interval = f"[{values['low']:.3f}, {values['high']:.3f}]"

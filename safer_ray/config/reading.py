@@ -14,6 +14,7 @@ from safer_ray.errors import UserError
 TEMPLATES = ("auto", "chat", "plain", "pair", "raw")
 DATE = "date"  # of the arguments of a template: the day that it takes for today
 TRUSTED = "trust_remote_code"
+FOUND_BY = (TRUSTED, "adapter_base", "bin_weights")  # say which files are read; these are named by what they hold
 ENDS = "sentence_ends"
 SentenceEnds = Literal["every_script", "ascii"]
 EVERY_SCRIPT: SentenceEnds = "every_script"
@@ -44,10 +45,16 @@ class Reading(Frozen):
     `[.,?!;\\n]` alone."""
     trust_remote_code: bool = False
     """Whether Python code that the checkpoint brings may run."""
+    adapter_base: LocalName | None = None
+    """Of an adapter, the model that it is merged into, where that is not the one that its `adapter_config.json` names:
+    a folder, a GGUF file, `hub:OWNER/NAME[@REVISION]` or `package:MODULE/FOLDER`."""
+    bin_weights: bool = False
+    """Whether weights in PyTorch's own files (`pytorch_model.bin`) are read where there are no safetensors; of what is
+    pickled in them, numbers alone are loaded."""
 
     def asked(self, *left_out: str) -> dict[str, Any]:
         """Return what changes values and is not left to the model's own files, but for some of it."""
-        fields = set(Reading.model_fields) - {TRUSTED, *left_out}
+        fields = set(Reading.model_fields) - {*FOUND_BY, *left_out}
         return self._by_content(self.model_dump(mode="json", include=fields, exclude_defaults=True))
 
     def recorded(self, *inputs: str) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class RewardConfig(Reading):
     """Choose how a reward model is trained, after Bradley and Terry, and read."""
 
     # `use` is what a model is made of that is not trained, an input.
-    unrecorded: ClassVar = frozenset({"micro_batch_size", "gradient_checkpointing", "shards", ENDS, "use"})
+    unrecorded: ClassVar = frozenset(
+        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS, "use"}
+    )
 
     use: LocalName | None = Field(default=None, exclude_if=lambda value: value is None)
     """A finished reward model, named as `base` is, which is read as it is and not trained. The settings of training
@@ -98,6 +100,8 @@ class RewardConfig(Reading):
             raise ValueError("new_head needs a pretrained base; the head of a model made on the spot is new")
         if self.head is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("head needs a pretrained base; a model made on the spot has one output")
+        if (self.adapter_base is not None or self.bin_weights) and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("adapter_base and bin_weights need a pretrained base")
         if self.blocks is not None and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("blocks needs a pretrained base; of a model made on the spot, choose base.layers")
         if self.blocks is not None and self.frozen_layers > self.blocks:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from safer_ray import schema
+from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading, SentenceEnds
 from safer_ray.config.sections import (
     AuditorConfig,
@@ -49,7 +50,7 @@ from safer_ray.features.scoring import (
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.reference import Reference, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
-from safer_ray.reward.pretrained import Checkpoint, own_code
+from safer_ray.reward.pretrained import own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.reward.referred import refer_to
 from safer_ray.storage.artifacts import (
@@ -311,28 +312,24 @@ def _write_auditor(
     config: AuditorConfig,
     out: Path,
 ) -> Result:
-    from safer_ray.reward.checkpoints import hidden_size, keep_head, load_pair_tokenizer
+    from safer_ray.reward.bases import checkpoint_of
+    from safer_ray.reward.checkpoints import hidden_size
     from safer_ray.sae.formats import load_sae
 
     features = read_features(selected.path)
     coder = load_sae(sae.path)
     check_width(features, coder.latents, str(sae.path))
     facts: dict[str, Any] = {"format": AUDITOR_FORMAT, ENDS: ends_of(codes)}
-    brought = own_code(Checkpoint(reward.path.name, str(reward.path)))
+    brought = own_code(checkpoint_of(str(reward.path), reading)._replace(name=reward.path.name))
     if brought:
         facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
-    elif (width := hidden_size(reward.path)) != coder.d:
+    elif (width := hidden_size(reward.path, reading)) != coder.d:
         raise UserError(f"{sae.path} reads vectors of {coder.d}, the model in {reward.path} gives {width}")
     shutil.copytree(sae.path, out / "sae", dirs_exist_ok=True)
     if config.weights == "reference":
         refer_to(reward, out / "reward")
     else:
-        shutil.copytree(reward.path, out / "reward", dirs_exist_ok=True)
-    if not (out / "reward" / SETTINGS).is_file():  # a model from elsewhere is read in audits as it was for its codes
-        known_reading = codes.metrics.get("reading") or settings_of(load_pair_tokenizer(reward.path, reading))
-        write_json(known_reading, out / "reward" / SETTINGS)
-    elif head := codes.metrics.get("reading", {}).get("head"):
-        keep_head(out / "reward", head)  # the reference is of the rewards that it gives
+        _write_reward_model(reading, reward, codes, out / "reward")
     shutil.copyfile(features_file(selected.path), out / "features.json")
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
@@ -347,6 +344,27 @@ def _write_auditor(
         parts = [read_parquet(path) for path in part_files(codes.path)]
         write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
     return Result({"reference": len(values)}, facts)
+
+
+def _write_reward_model(reading: Reading, reward: Artifact, codes: Artifact, out: Path) -> None:
+    """Write the reward model of a bundle, which wants nothing else: as it is, or in safetensors where it is merged with
+    an adapter or read from other files. It is read as it was for its codes, whose rewards are the reference."""
+    from safer_ray.reward.bases import checkpoint_of
+    from safer_ray.reward.checkpoints import keep_head, load_pair_tokenizer, load_reward_model, save_reward_model
+
+    known = dict(codes.metrics.get("reading", {}))
+    if checkpoint_of(str(reward.path), reading).is_plain:
+        shutil.copytree(reward.path, out, dirs_exist_ok=True)
+        if not (out / SETTINGS).is_file():  # a model from elsewhere
+            write_json(known or settings_of(load_pair_tokenizer(reward.path, reading)), out / SETTINGS)
+        elif "head" in known:
+            keep_head(out, known["head"])
+        return
+    if head := known.pop("head", None):  # which the weights written here have made one of
+        reading = reading.model_copy(update={"head": HeadConfig.model_validate(head)})
+    save_reward_model(load_reward_model(reward.path, device="cpu", reading=reading), out)
+    if known:
+        write_json(known, out / SETTINGS)
 
 
 def scores(ctx: StageContext, config: ScoresConfig, codes: Artifact, pairs: Artifact, auditor: Artifact) -> Artifact:

@@ -37,7 +37,7 @@ def settled(config: RunConfig) -> RunConfig:
 
     use = _lasting(reward.use)
     said = reward.model_fields_set
-    blocks = reward.frozen_layers if "frozen_layers" in said else layer_count(use, reward.trust_remote_code)
+    blocks = reward.frozen_layers if "frozen_layers" in said else layer_count(use, reward)
     training = {
         "use": use,
         "base": use,
@@ -69,7 +69,7 @@ def finished(ctx: StageContext, config: RewardConfig, asked: RewardConfig) -> Ar
     shown = {"use": asked.asked(ENDS)}
     if "max_length" in asked.model_fields_set:
         shown["use"]["max_length"] = asked.max_length
-    made = recipe("reward", shown, model=base_input(config.use))
+    made = recipe("reward", shown, model=base_input(config.use, config))
     artifact = ctx.place.make(made, partial(_write_finished, config.use, asked))
     if not ctx.place.dry:
         mend_links(artifact.path, config.use)

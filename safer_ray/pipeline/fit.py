@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from safer_ray.config.read import assigned, explain_validation
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RunConfig, SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.pipeline.run import Run, run
@@ -76,10 +77,9 @@ def fit_config(
         UserError: no such model, `out` names no run, or a value that does not fit.
     """
     quiet_transformers()
-    trusted = assigned({}, assignments).get("reward", {})
-    trust = isinstance(trusted, dict) and trusted.get("trust_remote_code") is True
-    layers = layer_count(model, trust)
-    hidden = int(open_config(checkpoint_of(model, trust)).get_text_config().hidden_size)
+    reading = _reading(assigned({}, assignments).get("reward", {}))
+    layers = layer_count(model, reading)
+    hidden = int(open_config(checkpoint_of(model, reading)).get_text_config().hidden_size)
     tree: dict[str, Any] = {
         "name": out.name,
         "root": str(out.parent),
@@ -102,6 +102,15 @@ def fit_config(
                 f"--out {tree['name']}: a run is called by letters, digits, `.`, `_` and `-`; choose another folder"
             ) from None
         raise explain_validation(error, f"fit {model}") from None
+
+
+def _reading(section: Any) -> Reading:
+    """Return how a model is read, as far as a section `reward` says it; what is wrong in it is said later."""
+    said = section if isinstance(section, dict) else {}
+    try:
+        return Reading.model_validate({name: said[name] for name in said if name in Reading.model_fields})
+    except ValidationError as error:
+        raise explain_validation(error, "--set (reward)") from None
 
 
 def fit(

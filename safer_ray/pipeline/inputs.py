@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from safer_ray import schema
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import PairsConfig, RewardConfig, RunConfig, SourceConfig
 from safer_ray.data.hub import PREFIX, pinned, split_name
 from safer_ray.data.source_files import Found, file_name, find_files
@@ -21,11 +22,12 @@ from safer_ray.storage.accounts import read_entry
 from safer_ray.storage.artifacts import DONE, Artifact, Place, Result, foreign, part_files
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.files import as_path, read_parquet, stamp, write_parquet
-from safer_ray.storage.marks import Marks
+from safer_ray.storage.marks import Marks, together
 from safer_ray.storage.quarantine import quarantine_rows
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.remote import Remote
 
+PACKAGE = "package:"
 JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,16 @@ def durable_path(path: str | Path) -> Path:
 
 
 def with_lasting_base(config: RewardConfig) -> RewardConfig:
-    """The config, with a local checkpoint named by its absolute path, and one on the hub by its commit."""
-    base = config.base
-    if not isinstance(base, str) or base.startswith("package:"):
-        return config
-    lasting_base = pinned(base, "model") if base.startswith(PREFIX) else str(Path(base).absolute())
-    return config.model_copy(update={"base": lasting_base})
+    """The config, with local checkpoints named by their absolute path, and those on the hub by their commit."""
+    named = {name: getattr(config, name) for name in ("base", "adapter_base")}
+    return config.model_copy(update={name: lasting_name(n) for name, n in named.items() if isinstance(n, str)})
+
+
+def lasting_name(base: str) -> str:
+    """Return the name of a checkpoint that is the same in another folder, and tomorrow."""
+    if base.startswith(PACKAGE):
+        return base
+    return pinned(base, "model") if base.startswith(PREFIX) else str(Path(base).absolute())
 
 
 def _hashed(path: Path) -> str:
@@ -108,13 +114,14 @@ def place_of_run(config: RunConfig, *, fresh: bool = False, **options: Any) -> P
     in."""
     reads: list[Path] = []
     if fresh:
-        reads += [
-            file for s in config.sources if not s.path.startswith(("corpus:", PREFIX)) for file in find_files(s).files
-        ]
+        local = [source for source in config.sources if not source.path.startswith(("corpus:", PREFIX))]
+        reads += [file for source in local for file in find_files(source).files]
+        reward = config.reward
         named = (
             config.judge.exchanges,
-            config.reward.base,
-            config.reward.use,
+            reward.base,
+            reward.use,
+            reward.adapter_base,
             config.sae.warm_start and config.sae.warm_start.text,
         )
         reads += [Path(name) for name in named if isinstance(name, str)]
@@ -137,9 +144,9 @@ def file_input(path: Path) -> Artifact:
     return foreign(path, f"{path.name}:{_hashed(path)}")
 
 
-def base_input(base: str) -> Artifact | Input:
+def base_input(base: str, reading: Reading = AS_IT_COMES) -> Artifact | Input:
     """A checkpoint to train on from, by its content, or by its name and commit on the hub; a local one may be a reward
-    model of ours.
+    model of ours. An adapter's name tells that of its base, too.
 
     Raises:
         UserError: a local one lacks weights, or holds such as are not read.
@@ -149,8 +156,27 @@ def base_input(base: str) -> Artifact | Input:
     from safer_ray.reward.bases import check_weights_of, resolve_base  # here, since it imports transformers
 
     path = Path(resolve_base(base)[0])
-    check_weights_of(path)
-    return foreign(path, _hashed(path))
+    check_weights_of(path, reading.bin_weights)
+    return with_adapter_base(foreign(path, _hashed(path)), reading)
+
+
+def with_adapter_base(artifact: Artifact, reading: Reading) -> Artifact:
+    """Return a reward model that, where it is an adapter, is named by what it is merged into, too, and carries what
+    that carries.
+
+    Raises:
+        UserError: the base is not there, or not known.
+    """
+    from safer_ray.reward.bases import adapter_base, checkpoint_of
+
+    own = adapter_base(str(artifact.path), artifact.path, reading)
+    if own is None:
+        return artifact
+    checkpoint_of(str(artifact.path), reading)
+    base = base_input(lasting_name(own), reading.model_copy(update={"adapter_base": None}))
+    marks = together(artifact.marks, base.marks if isinstance(base, Artifact) else Marks())
+    carried = {"licence": list(marks.licence), "red_team": marks.red_team}
+    return Artifact(artifact.path, f"{artifact.name}+{base.name}", artifact.manifest | carried)
 
 
 def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, Input]:

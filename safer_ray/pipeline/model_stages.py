@@ -161,7 +161,7 @@ def rewards(ctx: StageContext, config: RewardConfig, variants: Sequence[Artifact
     located = with_lasting_base(config)
     shown, base = config.recorded(), {}
     if isinstance(config.base, str):
-        shown, base = config.recorded("base"), {"base": base_input(str(located.base))}
+        shown, base = config.recorded("base"), {"base": base_input(str(located.base), located)}
     recipes = [recipe("reward", shown, **base, pairs=pairs) for pairs in variants]
     pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
     return ctx.place.make_all(recipes, partial(_write_rewards, ctx, located, pairs_by_name))
@@ -217,7 +217,7 @@ def _fragments_of(pairs: Artifact) -> list[Fragment]:
 def _width(ctx: StageContext, reward: Artifact) -> int:
     from safer_ray.reward.checkpoints import hidden_size
 
-    return hidden_size(reward.path, ctx.reading.trust_remote_code)
+    return hidden_size(reward.path, ctx.reading)
 
 
 def activations(ctx: StageContext, config: ActivationsConfig, pairs: Artifact, reward: Artifact) -> Artifact:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from safer_ray import schema
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.errors import UserError
 from safer_ray.storage.artifacts import Artifact, open_artifact, part_files
 
@@ -25,14 +26,17 @@ COLUMNS = {
 }
 
 
-def open_as(role: str, path: Path) -> Artifact:
-    """Return the artifact, or the foreign file or folder, at `path`, which holds what `role` wants.
+def open_as(role: str, path: Path, reading: Reading = AS_IT_COMES) -> Artifact:
+    """Return the artifact, or the foreign file or folder, at `path`, which holds what `role` wants; a reward model's
+    files are found as `reading` says.
 
     Raises:
         UserError: nothing there, or something else.
     """
     if not path.exists():
         raise UserError(f"no such {role}: {path}; check the path, or run the stage that writes it")
+    if role == "reward":
+        return _open_reward(path, reading)
     HOLDS[role](path)
     artifact = open_artifact(path, role if role in OF_STAGES else None)
     if role in STRICT and not artifact.manifest.get("stage"):
@@ -74,16 +78,18 @@ def _check_folder(path: Path, role: str) -> None:
         raise UserError(f"{path} is a file; {role} is a folder, pass the directory that a stage wrote")
 
 
-def _check_reward(path: Path) -> None:
-    """Raises UserError unless a folder holds a checkpoint (its config, and every file of weights, none of them torn),
-    or a file is a GGUF one."""
+def _open_reward(path: Path, reading: Reading) -> Artifact:
+    """Return a folder that holds a checkpoint (its config, and every file of weights, none of them torn), or an adapter
+    of one that is there; or a GGUF file."""
+    from safer_ray.pipeline.inputs import with_adapter_base
     from safer_ray.reward.bases import check_config_of, check_weights_of
     from safer_ray.reward.gguf import is_gguf
 
     if not is_gguf(path):
         _check_folder(path, "a reward model")
     check_config_of(path, "pass the directory that stage `reward` wrote")
-    check_weights_of(path)
+    check_weights_of(path, reading.bin_weights)
+    return with_adapter_base(open_artifact(path), reading)
 
 
 def _check_sae(path: Path) -> None:
@@ -109,7 +115,6 @@ def _check_ratings(path: Path) -> None:
 
 HOLDS: dict[str, Callable[[Path], None]] = {
     **{role: _table(role) for role in COLUMNS},
-    "reward": _check_reward,
     "sae": _check_sae,
     "features": _check_features,
     "ratings": _check_ratings,

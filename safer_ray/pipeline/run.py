@@ -73,7 +73,7 @@ def preflight(config: RunConfig) -> None:
         from safer_ray.reward.checkpoints import layer_count  # here, since it imports torch
 
         reward = config.reward
-        count = layer_count(config.reward.base, reward.trust_remote_code, blocks=reward.blocks)
+        count = layer_count(config.reward.base, reward, blocks=reward.blocks)
         for name, layer in (
             ("activations.layer", config.activations.layer),
             ("reward.frozen_layers", reward.frozen_layers),

@@ -3,11 +3,12 @@
 import importlib.util
 from pathlib import Path
 
+from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.data.hub import PREFIX, repository_of, split_name
 from safer_ray.errors import UserError
-from safer_ray.reward.folder import check_config, check_weights
+from safer_ray.reward.folder import adapter_settings, check_config, check_weights, is_adapter
 from safer_ray.reward.gguf import check_gguf, is_gguf
-from safer_ray.reward.pretrained import Checkpoint
+from safer_ray.reward.pretrained import Checkpoint, open_config
 
 PACKAGE = "package:"
 
@@ -42,12 +43,12 @@ def check_config_of(path: Path, otherwise: str) -> None:
         check_config(path, otherwise)
 
 
-def check_weights_of(path: Path) -> None:
+def check_weights_of(path: Path, bin_weights: bool = False) -> None:
     """See that all weights of a folder, or of a GGUF file, are there; raises as `check_weights` and `check_gguf`."""
     if is_gguf(path) and not path.is_dir():
         check_gguf(path)
     else:
-        check_weights(path)
+        check_weights(path, bin_weights)
 
 
 def _in_package(base: str) -> Path:
@@ -74,15 +75,61 @@ def _downloaded(base: str, name: str, revision: str | None) -> Path:
         raise UserError(f"cannot load {base}: {' '.join(str(error).split())[:300]}") from None
 
 
-def checkpoint_of(base: str, trust_remote_code: bool = False) -> Checkpoint:
-    """A checkpoint by its folder, file or hub name; raises as `resolve_base`."""
-    return Checkpoint(base, *resolve_base(base), trust_remote_code)
+def checkpoint_of(base: str, reading: Reading = AS_IT_COMES) -> Checkpoint:
+    """A checkpoint by its folder, file or hub name; of an adapter, the one that it is merged into, with it.
+
+    Raises:
+        UserError: as `resolve_base`; or an adapter's base cannot be read, or there is no adapter to name one of.
+    """
+    path, revision = resolve_base(base)
+    found = Checkpoint(base, path, revision, reading.trust_remote_code, reading.bin_weights)
+    own = adapter_base(base, Path(path), reading)
+    if own is None:
+        return found
+    told = f"{base} is an adapter ({adapter_settings(Path(path))['peft_type']}) of {own}, which"
+    remedy = "name its base with adapter_base (--read adapter_base=FOLDER)"
+    try:
+        below, own_revision = resolve_base(own)
+        if is_adapter(Path(below)):
+            raise UserError("is an adapter itself; merge that first")
+        merged = found._replace(path=below, revision=own_revision, adapter=Path(path), base=own)
+        open_config(merged._replace(adapter=None, name=own))
+    except UserError as error:
+        raise UserError(f"{told} cannot be read: {error}; {remedy}") from None
+    return merged
+
+
+def adapter_base(name: str, path: Path, reading: Reading) -> str | None:
+    """Return what an adapter at a path is merged into: what its user says, else what it says itself; None: it is no
+    adapter.
+
+    Raises:
+        UserError: nobody says it, or the user does of what is no adapter.
+    """
+    if not (path.is_dir() and is_adapter(path)):
+        if reading.adapter_base is not None:
+            raise UserError(f"adapter_base is {reading.adapter_base}, but {name} is no adapter; leave it out")
+        return None
+    if reading.adapter_base is not None:
+        return reading.adapter_base
+    settings = adapter_settings(path)
+    own = settings.get("base_model_name_or_path")
+    if not own:
+        raise UserError(f"{name} is an adapter that names no base; name one: adapter_base (--read adapter_base=FOLDER)")
+    for place in (path / own, Path(own)):
+        if place.exists():
+            return str(place.absolute())
+    if own.startswith((PREFIX, PACKAGE)) or Path(own).is_absolute() or own.startswith(".") or own.count("/") > 1:
+        return str(own)
+    revision = settings.get("revision")
+    return f"{PREFIX}{own}@{revision}" if revision else f"{PREFIX}{own}"
 
 
 def check_files(checkpoint: Checkpoint) -> None:
     """Raises UserError where a checkpoint on this machine lacks weights, or holds such as are not read."""
-    if Path(checkpoint.path).exists():
-        check_weights_of(Path(checkpoint.path))
+    for path in (checkpoint.adapter, Path(checkpoint.path)):
+        if path is not None and path.exists():
+            check_weights_of(path, checkpoint.bin_weights)
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:

@@ -60,7 +60,7 @@ def _load_pretrained(
     """A model, of its first `blocks` alone if they are given, and its tokenizer; `whole` refuses a checkpoint that
     lacks the reward head's weights, too."""
     quiet_transformers()
-    checkpoint, head = checkpoint_of(base, reading.trust_remote_code), reading.head
+    checkpoint, head = checkpoint_of(base, reading), reading.head
     check_files(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     config = open_config(checkpoint)
@@ -73,7 +73,7 @@ def _load_pretrained(
     model = open_with_head(
         base,
         partial(open_classifier, checkpoint, dtype=dtype, blocks=blocks),
-        lambda name: read_tensor(folder_of(checkpoint), name),
+        lambda name: read_tensor(folder_of(checkpoint), name, checkpoint.bin_weights),
         head,
         outputs=int(config.num_labels),
         whole=whole,
@@ -156,7 +156,7 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         disable_dropout(model)
     how = asked_for(config, made_here=True)
     if config.use is not None:  # as the finished model reads
-        how = how_it_reads(folder_of(checkpoint_of(config.base, config.trust_remote_code)), config)
+        how = how_it_reads(folder_of(checkpoint_of(config.base, config)), config)
     wrapped = _wrap(model, tokenizer, how, config.max_length, config.base)
     return check_padding(with_named_pad(_with_outputs(wrapped, config.head)))
 
@@ -180,12 +180,12 @@ def load_reward_model(
             model that cannot be cut into so many parts.
     """
     before, window = 0, None
-    checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
+    checkpoint = checkpoint_of(str(directory), reading)
     quiet_transformers()
     how = how_it_reads(directory, reading)
     reading = reading.model_copy(update={"head": how.head})
     config = open_config(checkpoint)
-    model_is_whole = part.of == 1 and not (layers is not None and _splits_up(directory, config, layers))
+    model_is_whole = part.of == 1 and not (layers is not None and _splits_up(checkpoint, config, layers))
     if not model_is_whole:
         model, tokenizer, before, window = _load_range(directory, checkpoint, layers, part, dtype, how.head)
     else:
@@ -202,8 +202,9 @@ def load_reward_model(
     return wrapped
 
 
-def _splits_up(directory: Path, config: Any, layers: int) -> bool:
-    return splits_up(config) and 1 <= layers <= config.num_hidden_layers and any(directory.glob("*.safetensors"))
+def _splits_up(checkpoint: Checkpoint, config: Any, layers: int) -> bool:
+    here = checkpoint.is_plain and any(Path(checkpoint.path).glob("*.safetensors"))
+    return here and splits_up(config) and 1 <= layers <= config.num_hidden_layers
 
 
 def _load_range(
@@ -221,6 +222,10 @@ def _load_range(
     count = layers or int(config.num_hidden_layers)
     start, stop = part.blocks(count)
     check_files(checkpoint)
+    if not checkpoint.is_plain:
+        raise UserError(
+            f"{directory}: only a whole model in safetensors is cut into parts; use reward.shards: 1, or save it as one"
+        )
     if part.of > count:
         raise UserError(f"{directory}: {count} blocks cannot be cut into {part.of} parts; lower reward.shards")
     try:
@@ -232,19 +237,19 @@ def _load_range(
     return model, open_tokenizer(checkpoint), start, smallest_window(config) if part.of > 1 else None
 
 
-def hidden_size(directory: Path, trust_remote_code: bool = False) -> int:
+def hidden_size(directory: Path, reading: Reading = AS_IT_COMES) -> int:
     """Width of the hidden states of the model in `directory`, from its config alone."""
-    return int(open_config(checkpoint_of(str(directory), trust_remote_code)).get_text_config().hidden_size)
+    return int(open_config(checkpoint_of(str(directory), reading)).get_text_config().hidden_size)
 
 
-def layer_count(base: str, trust_remote_code: bool = False, *, blocks: int | None = None) -> int:
+def layer_count(base: str, reading: Reading = AS_IT_COMES, *, blocks: int | None = None) -> int:
     """Number of blocks of a model trained from a checkpoint, of which the first `blocks` are kept (None: all); read in
     its config, beside which its weights are seen to lie.
 
     Raises:
         UserError: there is no model, it cannot be read, or has no such blocks.
     """
-    checkpoint = checkpoint_of(base, trust_remote_code)
+    checkpoint = checkpoint_of(base, reading)
     check_files(checkpoint)
     return check_blocks(base, open_config(checkpoint), blocks)
 
@@ -256,7 +261,7 @@ def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> Pair
         UserError: no model there, or one that cannot be read.
     """
     quiet_transformers()
-    checkpoint = checkpoint_of(str(directory), reading.trust_remote_code)
+    checkpoint = checkpoint_of(str(directory), reading)
     tokenizer, how = open_tokenizer(checkpoint), how_it_reads(directory, reading)
     return pair_tokenizer(tokenizer, how, _limit(open_config(checkpoint), how.max_length), directory.name)
 

@@ -12,9 +12,9 @@ import numpy as np
 from safer_ray.config.reward import RewardConfig
 from safer_ray.data.hub import PREFIX
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.reward.bases import resolve_base
+from safer_ray.reward.bases import checkpoint_of, resolve_base
 from safer_ray.reward.checkpoints import TRIED, load_reward_model, save_reward_model
-from safer_ray.reward.folder import ADAPTER, INDEX, READ, VOCABULARIES, WEIGHTS, weight_files
+from safer_ray.reward.folder import READ, VOCABULARIES, weight_files
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.reading import SETTINGS, how_it_reads, settings_of
@@ -60,15 +60,6 @@ def _fetched(base: str, name: str, revision: str | None) -> str:
         raise UserError(f"cannot fetch {base}: {words}; check the name and the network, or give a folder") from None
 
 
-def is_read_as_it_is(folder: Path) -> bool:
-    """Return whether the weights in a folder are those that are read: safetensors of the whole model."""
-    return (
-        folder.is_dir()
-        and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
-        and not (folder / ADAPTER).is_file()
-    )
-
-
 def check_gives_rewards(reward: RewardModel) -> None:
     """Put a short pair to a model.
 
@@ -94,6 +85,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
         UserError: no such model, or none that gives a reward.
     """
     source = model_path(base)
+    plain = checkpoint_of(str(source), config).is_plain
     reward = load_reward_model(source, reading=config)
     check_gives_rewards(reward)
     how = how_it_reads(source, config) if source.is_dir() else None
@@ -104,7 +96,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
         settings["frozen_layers"] = how.frozen_layers
     head = config.head if config.head is not None else how.head if how is not None else None
     with explain_disk_errors(out):
-        if is_read_as_it_is(source):
+        if plain:
             copy_small_files(source, out)
             for file in weight_files(source):
                 _place(file, out / file.name, linked=not base.startswith((PREFIX, "package:")))
@@ -115,7 +107,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
     write_json(settings, out / SETTINGS)
     text = reward.model.config.get_text_config()
     return {
-        "read_as_it_is": is_read_as_it_is(source),
+        "read_as_it_is": plain,
         "architecture": type(reward.model).__name__,
         "layers": int(text.num_hidden_layers),
         "hidden": int(text.hidden_size),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,11 @@ from safer_ray.errors import UserError
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_BIN = "adapter_model.bin"
+BIN_WEIGHTS = "pytorch_model.bin"
+BIN_INDEX = f"{BIN_WEIGHTS}.index.json"
+BIN = "bin_weights"  # the option that lets pickled weights be read
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -35,7 +41,9 @@ OTHER_FORMATS = (  # the first that is there is told
     Format("zero_to_fp32.py", "a DeepSpeed checkpoint", "run python zero_to_fp32.py . NEW_FOLDER --safe_serialization"),
     Format("*/*.distcp", "a sharded FSDP checkpoint", "run `accelerate merge-weights FOLDER NEW_FOLDER`"),
     Format(
-        "pytorch_model*.bin*", "PyTorch weights", f"convert them to safetensors with transformers: {AS_SAFETENSORS}"
+        "pytorch_model*.bin*",
+        "PyTorch weights",
+        f"convert them to safetensors with transformers: {AS_SAFETENSORS}, or set {BIN}: true (--read {BIN}=true)",
     ),
     Format(
         "consolidated*", "weights in their maker's own layout", "convert them with transformers' script for the family"
@@ -104,12 +112,16 @@ KINDS = (
 
 
 def check_config(folder: Path, otherwise: str) -> None:
-    """See that a folder holds a model's config, and text files in place of pointers to them.
+    """See that a folder holds a model's config, or an adapter's, and text files in place of pointers to them.
 
     Raises:
         UserError: it does not; `otherwise` is the remedy where nothing else in the folder tells one.
     """
-    _check_adapter(folder)
+    _check_no_adapter(folder)
+    if is_adapter(folder):
+        adapter_settings(folder)
+        _check_texts(folder)
+        return
     if not (folder / CONFIG).is_file():
         begin = f"no model in {folder} ({CONFIG} is missing)"
         if below := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
@@ -117,6 +129,11 @@ def check_config(folder: Path, otherwise: str) -> None:
         if found := _other_format(folder):
             raise UserError(f"{begin}, but {found}")
         raise UserError(f"{begin}; {otherwise}")
+    _check_texts(folder)
+
+
+def _check_texts(folder: Path) -> None:
+    """Raises UserError where a text file is a pointer, or a config holds what it cannot."""
     pointers = [path for pattern in READ for path in sorted(folder.glob(pattern)) if is_pointer(path)]
     if pointers:
         raise UserError(_of_pointer(pointers[0], len(pointers)))
@@ -149,26 +166,42 @@ def check_values(file: str, tree: Any) -> None:
                     raise UserError(f"{file}: {at}{key} is {shown}, wanted {kind.called}; copy the file again")
 
 
-def _check_adapter(folder: Path) -> None:
-    """Raises UserError where a folder holds an adapter, alone or beside weights."""
-    if not (folder / ADAPTER).is_file():
-        return
-    if (folder / CONFIG).is_file() and _is_whole(folder) and not list(folder.glob("adapter_model.*")):
-        return  # left behind by a merge
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of peft, and no model."""
+    if not (folder / ADAPTER).is_file() or _is_whole(folder):
+        return False
+    return not (folder / CONFIG).is_file() or any(folder.glob("adapter_model.*"))
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return what an adapter says of itself.
+
+    Raises:
+        UserError: it says nothing that can be read, or names no kind of adapter.
+    """
+    file = folder / ADAPTER
+    if is_pointer(file):
+        raise UserError(_of_pointer(file, 1))
     try:
-        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        kind, base = settings.get("peft_type", ""), settings.get("base_model_name_or_path")
-    except (ValueError, AttributeError, RecursionError):
-        kind, base = "", None
-    of = f" of {base}" if base else ""
-    beside = (
-        "beside weights, and which of both is meant is not known" if _is_whole(folder) else "which holds no whole model"
-    )
-    raise UserError(
-        f"{folder} holds an adapter ({kind or ADAPTER}){of}, {beside}; merge it into its base with peft: "
-        "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1).merge_and_unload()"
-        ".save_pretrained(NEW_FOLDER), save the tokenizer there, and pass that"
-    )
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is not a JSON object; copy the file again")
+    base = settings.get("base_model_name_or_path")
+    for key, value in (("peft_type", settings.get("peft_type")), ("base_model_name_or_path", base or "")):
+        if not isinstance(value, str):
+            raise UserError(f"{file}: {key} is {value!r}, wanted a name; copy the file again")
+    return settings
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Raises UserError where a folder holds an adapter beside weights."""
+    if (folder / ADAPTER).is_file() and _is_whole(folder) and any(folder.glob("adapter_model.*")):
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}) beside weights, and which of both is meant is not known; move the "
+            "adapter into a folder of its own"
+        )
 
 
 def _is_whole(folder: Path) -> bool:
@@ -195,9 +228,9 @@ def _of_pointer(path: Path, count: int) -> str:
     return f"{path} is a Git LFS pointer, not the file itself{more}; run `git lfs pull` in {path.parent}"
 
 
-def weight_files(folder: Path) -> dict[Path, list[str]]:
+def weight_files(folder: Path, bin_weights: bool = False) -> dict[Path, list[str]]:
     """Return the files that hold a model's weights, and the names of the tensors in each where an index tells them; as
-    transformers looks for them.
+    transformers looks for them. With `bin_weights`, pickled ones are taken where there are no others.
 
     Raises:
         UserError: there are none, or the index is not readable.
@@ -207,6 +240,10 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
             log.warning("%s has %s and %s: the first is read", folder, WEIGHTS, INDEX)
         return {folder / WEIGHTS: []}
     index = folder / INDEX
+    if bin_weights and not index.is_file():
+        if (folder / BIN_WEIGHTS).is_file():
+            return {folder / BIN_WEIGHTS: []}
+        index = folder / BIN_INDEX
     if not index.is_file():
         raise UserError(_no_weights(folder))
     if is_pointer(index):
@@ -245,23 +282,55 @@ def _other_format(folder: Path) -> str | None:
     return None
 
 
-def check_weights(folder: Path) -> None:
-    """See that every file of weights is there, whole, and holds the tensors that its index names.
+def check_weights(folder: Path, bin_weights: bool = False) -> None:
+    """See that every file of weights is there, whole, and holds the tensors that its index names; or that those of an
+    adapter are. With `bin_weights` they may be pickled.
 
     Raises:
         UserError: one is missing, a pointer, torn, or of another format.
     """
-    files = weight_files(folder)
+    if is_adapter(folder):
+        _check_adapter_weights(folder, bin_weights)
+        return
+    files = weight_files(folder, bin_weights)
     if pointers := [path for path in files if is_pointer(path)]:
         raise UserError(_of_pointer(pointers[0], len(pointers)))
     if missing := sorted(path.name for path in files if not path.is_file()):
         raise UserError(
-            f"{folder} has no {missing[0]}, which {INDEX} names ({len(missing)} such files of {len(files)}); copy the "
-            "model again"
+            f"{folder} has no {missing[0]}, which {_index_of(missing[0])} names ({len(missing)} such files of "
+            f"{len(files)}); copy the model again"
         )
     for path, names in files.items():
-        if lacks := sorted(set(names) - check_file_of_weights(path)):
+        if path.suffix == ".bin":
+            _check_zip(path)
+        elif lacks := sorted(set(names) - check_file_of_weights(path)):
             raise UserError(f"{path} has no {lacks[0]}, which {INDEX} says is in it; copy both files again")
+
+
+def _index_of(file: str) -> str:
+    return BIN_INDEX if file.endswith(".bin") else INDEX
+
+
+def _check_adapter_weights(folder: Path, bin_weights: bool) -> None:
+    if (folder / ADAPTER_WEIGHTS).exists() or not (folder / ADAPTER_BIN).is_file():
+        check_file_of_weights(folder / ADAPTER_WEIGHTS)
+        return
+    if not bin_weights:
+        raise UserError(
+            f"{folder} has no {ADAPTER_WEIGHTS}, but {ADAPTER_BIN} (PyTorch weights); save the adapter again with "
+            f"peft, or set {BIN}: true (--read {BIN}=true)"
+        )
+    check_file_is_here(folder / ADAPTER_BIN)
+    _check_zip(folder / ADAPTER_BIN)
+
+
+def _check_zip(path: Path) -> None:
+    """Raises UserError where a file of pickled weights is no archive, or a torn one; nothing of it is read."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is torn, or of a PyTorch before 1.6; copy it again, or convert it to safetensors with "
+            f"transformers: {AS_SAFETENSORS}"
+        )
 
 
 def check_file_is_here(path: Path) -> None:
@@ -289,15 +358,27 @@ def check_file_of_weights(path: Path) -> set[str]:
         raise UserError(f"corrupt weights: {path}: {cause}; train or copy the model again") from None
 
 
-def read_tensor(folder: Path, name: str) -> Any:
+def read_tensor(folder: Path, name: str, bin_weights: bool = False) -> Any:
     """Return a tensor of the weights in a folder, by its name."""
     from safetensors import safe_open
 
-    for path, names in weight_files(folder).items():
+    for path, names in weight_files(folder, bin_weights).items():
+        if path.suffix == ".bin":
+            import torch
+
+            pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if name in pickled:
+                return pickled[name]
+            continue
         with safe_open(path, framework="pt") as tensors:
             if name in (names or tensors.keys()):
                 return tensors.get_tensor(name)
     raise UserError(f"{folder} has no {name}; copy the model again")
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer's vocabulary of some kind."""
+    return any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern))
 
 
 def check_vocabulary(folder: Path) -> None:
@@ -307,7 +388,7 @@ def check_vocabulary(folder: Path) -> None:
         UserError: it does not; for none, transformers makes up a tokenizer that knows no text.
     """
     remedy = "save there the one that the model was trained with"
-    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    if not has_vocabulary(folder):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json is missing): {remedy}")
     whole = any(folder.glob("tokenizer.json")) or any(folder.glob("tokenizer.*.json"))
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]

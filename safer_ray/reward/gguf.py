@@ -3,6 +3,7 @@ it."""
 
 import contextlib
 import functools
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -63,16 +64,29 @@ def open_gguf(auto: Any, path: Path, **options: Any) -> Any:
             raise ValueError(str(error).replace(f"{folder}/", "")) from error
 
 
-def gguf_config(path: Path) -> Any:
-    """Return the config in a GGUF file, which is read again once the file has changed."""
-    return deepcopy(_config_of(str(path.absolute()), stamp(path)))
+def gguf_config(auto: Any, path: Path) -> Any:
+    """Return the config in a GGUF file, as `auto` reads it: again once the file has changed."""
+    return deepcopy(_config_of(auto, str(path.absolute()), stamp(path)))
 
 
 @functools.lru_cache(maxsize=8)
-def _config_of(path: str, _stamp: tuple[int, str]) -> Any:
-    from transformers import AutoConfig
+def _config_of(auto: Any, path: str, _stamp: tuple[int, str]) -> Any:
+    return open_gguf(auto, Path(path))
 
-    return open_gguf(AutoConfig, Path(path))
+
+def gguf_tokenizer(auto: Any, path: Path) -> Any:
+    """Return the tokenizer in a GGUF file, as `auto` reads it, without a token of transformers' own (`<|endoftext|>`),
+    which would have no row of the embedding."""
+    from tokenizers import Tokenizer
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    tokenizer = open_gguf(auto, path)
+    count = read_gguf_metadata(str(path))[0]["tokenizer.ggml.tokens"]  # an array is told by its length
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [token for token in made["added_tokens"] if token["id"] < count]
+    if len(own) < len(made["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(made | {"added_tokens": own}))
+    return tokenizer
 
 
 def gguf_options() -> dict[str, Any]:

@@ -19,8 +19,11 @@ from safer_ray.reward.text import PairTokenizer
 
 log = logging.getLogger(__name__)
 NEW = "<|pad|>"
-NAMED_PAD = re.compile(r"\W*pad(ding)?\W*", re.IGNORECASE)  # <pad>, [PAD], <|padding|>
-UNUSED = re.compile(r"\W*(reserved|unused|finetune_right_pad|extra_id|dummy|placeholder)", re.IGNORECASE)
+# In brackets: a word of the vocabulary (`pad`, `reserved`) would be cut out of texts once it is a special token.
+NAMED_PAD = re.compile(r"[<\[({]\W*pad(ding)?\W*[>\])}]", re.IGNORECASE)  # <pad>, [PAD], <|padding|>
+UNUSED = re.compile(
+    r"[<\[({]\W*(reserved|unused|finetune_right_pad|extra_id|dummy|placeholder).*[>\])}]", re.IGNORECASE
+)
 RARE = "\u0d9e\u1c5f\u2603\U00013080"  # characters of scripts that hardly any vocabulary has: unknown, or bytes
 TALK = {
     "pair_id": "-",
@@ -84,7 +87,7 @@ def _candidates(tokenizer: Any, own: int | None) -> Iterator[str]:
     if tokenizer.pad_token in vocabulary:
         yield tokenizer.pad_token
     yield from (token for token in by_id if NAMED_PAD.fullmatch(token))
-    yield from (token for token in reversed(by_id) if UNUSED.match(token))  # from the last: the first ones get uses
+    yield from (token for token in reversed(by_id) if UNUSED.fullmatch(token))  # from the last: the first ones get uses
     if tokenizer.unk_token in vocabulary:
         yield tokenizer.unk_token
 

@@ -11,10 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from safer_ray.errors import UserError
+from safer_ray.reward.adapters import merge_adapter
 from safer_ray.reward.blocks import keep_blocks, lies_behind
-from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary
-from safer_ray.reward.gguf import gguf_config, gguf_options, is_gguf, open_gguf, strange_tensors
+from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary
+from safer_ray.reward.gguf import gguf_config, gguf_options, gguf_tokenizer, is_gguf, open_gguf, strange_tensors
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
@@ -31,6 +34,25 @@ class Checkpoint(NamedTuple):
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+    bin_weights: bool = False  # whether pickled ones are read where there are no others
+    adapter: Path | None = None  # the folder of one, that is merged into it
+    base: str = ""  # what an adapter's base is called
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether it is a folder of one whole model in safetensors, or a name on the hub."""
+        return not (self.is_gguf or self.adapter or self.reads_bin)
+
+    @property
+    def reads_bin(self) -> bool:
+        return self.bin_weights and Path(self.path).is_dir() and not any(Path(self.path).glob("*.safetensors"))
+
+    @property
+    def vocabulary(self) -> tuple[str, str | None]:
+        """Return where its tokenizer is, and of which revision: an adapter may bring one."""
+        if self.adapter is not None and has_vocabulary(self.adapter):
+            return str(self.adapter), None
+        return self.path, self.revision
 
     @property
     def is_gguf(self) -> bool:
@@ -52,10 +74,10 @@ def open_config(checkpoint: Checkpoint, failed: str = "cannot read the config of
         UserError: there is none that can be read, which begins with `failed`; or the checkpoint brings code that is not
             trusted.
     """
-    if checkpoint.is_gguf:
-        return _explained(checkpoint, failed, lambda: gguf_config(Path(checkpoint.path)))
     from transformers import AutoConfig
 
+    if checkpoint.is_gguf:
+        return _explained(checkpoint, failed, lambda: gguf_config(AutoConfig, Path(checkpoint.path)))
     return _open(AutoConfig, checkpoint, failed, bool(check_trusted(checkpoint).config))
 
 
@@ -64,10 +86,14 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     failed = "cannot read the tokenizer of"
+    path, revision = checkpoint.vocabulary
+    if is_gguf(path):
+        return _explained(checkpoint, failed, lambda: gguf_tokenizer(AutoTokenizer, Path(path)))
     config, own = open_config(checkpoint, failed), check_trusted(checkpoint)
-    if Path(checkpoint.path).is_dir() and not own.tokenizer:
-        check_vocabulary(Path(checkpoint.path))
-    return _open(AutoTokenizer, checkpoint, failed, bool(own.tokenizer), config=config)
+    if Path(path).is_dir() and not own.tokenizer:
+        check_vocabulary(Path(path))
+    reader = checkpoint._replace(path=path, revision=revision)
+    return _open(AutoTokenizer, reader, failed, bool(own.tokenizer), config=config)
 
 
 def open_classifier(
@@ -92,7 +118,12 @@ def open_classifier(
             f"cannot load a reward model from {checkpoint.name}: transformers has no {_auto_class(config)} of a "
             f"{config.model_type}; pass a model of another family, or one whose own code is one (trust_remote_code)"
         )
-    options |= {"config": config, "use_safetensors": True, "adapter_kwargs": NO_ADAPTER}
+    # None: transformers takes pickled weights where there are no others, and reads them with weights_only=True.
+    options |= {"config": config, "use_safetensors": None if checkpoint.bin_weights else True}
+    options |= {"adapter_kwargs": NO_ADAPTER}
+    dtype = options.get("dtype")
+    if checkpoint.adapter is not None:
+        options["dtype"] = torch.float32  # in which it is merged
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     options |= gguf_options() if checkpoint.is_gguf else {}
     model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
@@ -101,7 +132,11 @@ def open_classifier(
         strange |= strange_tensors(Path(checkpoint.path), model)
     if blocks is not None:
         strange = {tensor for tensor in strange if not lies_behind(tensor, blocks)}
-    return model, {**found, "unexpected_keys": strange}
+    found = {**found, "unexpected_keys": strange}
+    if checkpoint.adapter is None:
+        return model, found
+    model, found = merge_adapter(checkpoint.name, checkpoint.base, model, found, checkpoint.adapter, blocks)
+    return model.to(dtype or torch.float32), found
 
 
 def set_outputs(config: Any, outputs: int) -> None:
@@ -223,16 +258,19 @@ def _own_code(checkpoint: Checkpoint) -> OwnCode:
     A class that transformers has itself is preferred to one of the same family in the checkpoint, whether that is
     trusted or not, so that trust never changes a number; but a classifier or a tokenizer of its own is another one.
     """
-    if checkpoint.is_gguf:  # which holds none
-        return OwnCode(None, None, None)
     from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     name, path, revision = checkpoint.name, checkpoint.path, checkpoint.revision
+    place, own_revision = checkpoint.vocabulary
+    config: dict[str, Any] = {}
+    tokenizer: dict[str, Any] = {}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        tokenizer = get_tokenizer_config(path, revision=revision)
+        if not checkpoint.is_gguf:
+            config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if not is_gguf(place):
+            tokenizer = get_tokenizer_config(place, revision=own_revision)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
     check_values(f"{name}/{CONFIG}", config)

