@@ -180,9 +180,9 @@ def messages_json(messages: Sequence[dict[str, str]]) -> str:
     """Return what `to_json` does of messages, in a third of its time: ids and groups are hashes of it."""
     written = []
     for message in messages:
+        said, role = encode_basestring(message["content"]), encode_basestring(message["role"])
         more = f'"more":{encode_basestring(message[MORE])},' if MORE in message else ""
-        said = encode_basestring(message["content"])
-        written.append(f'{{"content":{said},{more}"role":{encode_basestring(message["role"])}}}')
+        written.append(f'{{"content":{said},{more}"role":{role}}}')
     return f"[{','.join(written)}]"
 
 
@@ -227,6 +227,22 @@ def _looks_like_messages(value: Any) -> bool:
         return False
     role = next((first[key] for key in ROLE_KEYS if first.get(key) is not None), None)
     return isinstance(role, str) and role.strip().lower() in _KNOWN
+
+
+def same_beginning(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> int:
+    """Return how many messages both begin with, by what `spoken` tells of each."""
+    for count, (left, right) in enumerate(zip(one, two, strict=False)):
+        texts = left["content"], right["content"]
+        if left["role"] != right["role"] or (texts[0] != texts[1] and texts[0].strip() != texts[1].strip()):
+            return count
+        if (MORE in left or MORE in right) and spoken([left]) != spoken([right]):
+            return count
+    return min(len(one), len(two))
+
+
+def say_the_same(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> bool:
+    """Return whether messages say the same: `spoken` of both is equal."""
+    return len(one) == len(two) == same_beginning(one, two)
 
 
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
