@@ -349,8 +349,7 @@ def normalise_row(
         Refused: the row is no usable pair; the text says why.
     """
     pair = read_pair(row, format, options)
-    sides = [sum(map(characters, side)) for side in (pair.prompt, pair.chosen, pair.rejected)]
-    length = sides[0] + max(sides[1:])
+    length = characters(pair.prompt) + max(characters(pair.chosen), characters(pair.rejected))
     if length > max_chars:
         raise Refused(f"too long: {length} characters, limit {max_chars}")
     key, key_column = identity(row)

@@ -133,7 +133,7 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
 def canonical(row: Row, options: Options) -> Pair:
     """Read `prompt`, `chosen`, `rejected`, each text or messages; where the prompt is empty, the next column that looks
     like one is taken for it."""
-    return prompted_by(next((name for name in PROMPTS if row.get(name) not in EMPTY), "prompt"), row)
+    return prompted_by(_first_prompt(row) or "prompt", row)
 
 
 def prompted_by(column: str, row: Row) -> Pair:
@@ -163,10 +163,17 @@ def prompt_column(row: Row) -> str:
     Raises:
         Refused: there is none.
     """
-    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
+    name = _first_prompt(row)
     if name is None:
         raise Refused(f"missing column: prompt (or one of {', '.join(PROMPTS[1:])})")
     return name
+
+
+def _first_prompt(row: Row) -> str | None:
+    for name in PROMPTS:
+        if row.get(name) not in EMPTY:
+            return name
+    return None
 
 
 def by_any_prompt(row: Row, options: Options) -> Pair:

@@ -163,7 +163,9 @@ def type_name(value: Any) -> str:
 
 def as_text(value: Any) -> str:
     """A label value as text: strings as they are, anything else as JSON."""
-    return value if isinstance(value, str) else to_json(value)
+    if isinstance(value, str):
+        return value
+    return repr(value) if type(value) is int else to_json(value)  # as JSON has it, in a fifth of the time
 
 
 def as_number(value: Any) -> float | None:
@@ -191,9 +193,11 @@ def required(row: Row, name: str) -> Any:
     if name not in row:
         raise Refused(f"missing column: {name}")
     value = row[name]
-    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+    if isinstance(value, str) and value and not value.isspace():
+        return value
+    if value is None or isinstance(value, str) or value == []:
         raise Refused(f"empty text: {name}")
-    if not isinstance(value, (str, list, dict)):
+    if not isinstance(value, (list, dict)):
         raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text or messages")
     return value
 

@@ -62,6 +62,8 @@ def unwrapped(text: str) -> Messages | None:
 
 def stretches(text: str) -> list[Stretch] | None:
     """Return where the messages that `unwrapped` gives stand in the text."""
+    if "<" not in text and "[" not in text:
+        return None
     if "<extra_id_1>" in text and (marks := list(_NEMO.finditer(text))):
         stops = [*(mark.start() for mark in marks[1:]), len(text)]
         first = _said("user", text, 0, marks[0].start())
@@ -131,13 +133,13 @@ def without_stops(text: str) -> str:
 
 def may_hold_markup(text: str) -> bool:
     """Return whether a text holds a part of any mark; by far most do not, and are known by it in a tenth of the time
-    that the search takes."""
+    that the search takes: a character is found much faster than a word."""
     return (
         ("<" in text and any(part in text for part in _ANGLED))
         or ("[" in text and "INST]" in text)
         or ("#" in text and "### " in text)
-        or "GPT4 Correct" in text
-        or ("USER: " in text and "ASSISTANT:" in text)
+        or ("4" in text and "GPT4 Correct" in text)
+        or ("U" in text and "USER: " in text and "ASSISTANT:" in text)
     )
 
 

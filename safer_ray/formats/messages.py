@@ -35,7 +35,7 @@ ROLES = MappingProxyType(  # what other formats call them
         "ipython": "tool",
     }
 )
-_COMMON = frozenset({"user", "assistant", "system"})
+_COMMON = ("user", "assistant", "system")  # no set: what data sets hold as a role may be of any kind
 _KNOWN = frozenset({*_COMMON, "developer", "tool", "function", "function_call", *ROLES})
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
@@ -52,12 +52,24 @@ def as_messages(value: Any, name: str) -> Messages:
     Raises:
         Refused: it is none of these, or says nothing; the text names the place.
     """
-    messages = [
-        message for i, item in enumerate(listed(value, name)) if (message := _message(item, f"{name}[{i}]")) is not None
-    ]
+    messages = []
+    for i, item in enumerate(listed(value, name)):
+        message = _plain_message(item) or _message(item, f"{name}[{i}]")
+        if message is not None:
+            messages.append(message)
     if not messages:
         raise Refused(f"empty text: {name}")
     return messages
+
+
+def _plain_message(item: Any) -> dict[str, str] | None:
+    """Return a message in by far the most frequent form, of which nothing needs to be changed; else None."""
+    if not isinstance(item, dict) or len(item) != 2:
+        return None
+    role, said = item.get("role"), item.get("content")
+    if role in _COMMON and isinstance(said, str) and said and not said.isspace():
+        return {"role": role, "content": said}
+    return None
 
 
 def listed(value: Any, name: str) -> list[Any]:
@@ -92,13 +104,10 @@ def _message(item: Any, place: str) -> dict[str, str] | None:
         item = as_mapping(item)  # as Arrow gives maps
     if not isinstance(item, dict):
         raise Refused(f"wrong type: {place} is {type_name(item)}, wanted a message with role and content")
-    if len(item) == 2 and isinstance(role := item.get("role"), str) and isinstance(said := item.get("content"), str):
-        more: dict[str, Any] = {}  # by far the most frequent form
-    else:
-        role = _role(item, place)
-        key = next((key for key in (*CONTENT_KEYS, "parts") if item.get(key) not in (None, "", [])), None)
-        said = "" if key is None else _content(item[key], f"{place}.{key}")
-        more = _more(item, key, place)
+    role = _role(item, place)
+    key = next((key for key in (*CONTENT_KEYS, "parts") if item.get(key) not in (None, "", [])), None)
+    said = "" if key is None else _content(item[key], f"{place}.{key}")
+    more = _more(item, key, place)
     if not role:
         raise Refused(f"wrong type: {place}.role is null, wanted text")
     if not said.strip() and not any(name in more for name in SPOKEN):
@@ -186,9 +195,12 @@ def messages_json(messages: Sequence[dict[str, str]]) -> str:
     return f"[{','.join(written)}]"
 
 
-def characters(message: dict[str, str]) -> int:
-    """Return how many characters a message has, its other fields included."""
-    return len(message["content"]) + len(message.get(MORE) or "")
+def characters(messages: Messages) -> int:
+    """Return how many characters messages have, their other fields included."""
+    count = 0
+    for message in messages:
+        count += len(message["content"]) + len(message.get(MORE) or "")
+    return count
 
 
 def written_as_json(text: str, name: str) -> Any:
@@ -232,8 +244,8 @@ def _looks_like_messages(value: Any) -> bool:
 def same_beginning(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> int:
     """Return how many messages both begin with, by what `spoken` tells of each."""
     for count, (left, right) in enumerate(zip(one, two, strict=False)):
-        texts = left["content"], right["content"]
-        if left["role"] != right["role"] or (texts[0] != texts[1] and texts[0].strip() != texts[1].strip()):
+        said, other = left["content"], right["content"]
+        if left["role"] != right["role"] or (said != other and said.strip() != other.strip()):
             return count
         if (MORE in left or MORE in right) and spoken([left]) != spoken([right]):
             return count

@@ -122,11 +122,14 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         mapping = as_mapping(row[name]) if name in row else None
         if mapping is None:
             continue
-        if name == "labels" or not any(isinstance(value, dict | list) for value in mapping.values()):
-            used = used | {name}  # a meta mapping with more than scalars rides along whole, too
+        whole = True
         for key, value in mapping.items():
-            if value is not None and (name == "labels" or not isinstance(value, dict | list)):
+            if name == "meta" and isinstance(value, dict | list):
+                whole = False
+            elif value is not None:
                 labels.setdefault(key, as_text(value))
+        if whole:
+            used = used | {name}  # a meta mapping with more than scalars rides along, too
     notes = (*pair.notes, *_notes(row, pair))
     for name in sorted(_NUMBERS.intersection(row)):
         if row[name] not in (None, "") and as_number(row[name]) is None:
