@@ -254,20 +254,36 @@ def _format_as_stamped(path: Path, etag: str, source: SourceConfig) -> str:
 def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     name = fragment.file or file_name(path, source)
     format = _format_as_stamped(path, fragment.etag, source)
-    shared = {"source": source.name or name, "source_index": fragment.source, "format": format}
     rows = []
     columns = partition_columns(_name_below(file_name(path, source), fragment.file))
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset, source.encoding)
-    for position, raw, refused in (piece for row in read for piece in _pieces(row, format, source.options())):
+    for position, raw, refused in _pieces(read, format, source.options()):
         if columns and refused is None:
             raw, refused = _with_partitions(raw, columns)
         if refused and refused.startswith(f"bad {UTF8}: at character"):  # of text, that is
             _tell_encoding(str(path))
-        row = {"row_key": f"{name}#{position}", "position": position, "raw": raw, "refused": refused, **shared}
         if refused is None and len(raw) > MAX_ROW:
-            row |= {"raw": raw[:RAW_LIMIT], "refused": f"too long: {len(raw)} characters, limit {MAX_ROW}"}
-        rows.append(row)
-    return schema.table(rows, RAW)
+            raw, refused = raw[:RAW_LIMIT], f"too long: {len(raw)} characters, limit {MAX_ROW}"
+        rows.append((position, raw, refused))
+    return _as_raw(rows, name, {"source": source.name or name, "source_index": fragment.source, "format": format})
+
+
+def _as_raw(rows: Sequence[RawRow], name: str, shared: Mapping[str, Any]) -> pa.Table:
+    """Return the rows of the file `name` as columns `RAW`, of which they all share some."""
+    positions, texts, reasons = zip(*rows, strict=True) if rows else ((), (), ())
+    own = {
+        "row_key": [f"{name}#{position}" for position in positions],
+        "position": positions,
+        "raw": texts,
+        "refused": reasons,
+    }
+    columns = [
+        pa.array(own[field.name], field.type)
+        if field.name in own
+        else pa.repeat(pa.scalar(shared[field.name], field.type), len(rows))
+        for field in RAW
+    ]
+    return pa.table(columns, schema=RAW)
 
 
 @functools.cache
@@ -291,10 +307,16 @@ def _with_partitions(raw: str, columns: Columns) -> tuple[str, str | None]:
     return schema.to_json(row | {name: value for name, value in columns.items() if row.get(name) is None}), None
 
 
-def _pieces(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:
-    """A row that holds several responses as one row a pair, all in its position."""
+def _pieces(rows: Iterator[RawRow], format: str, options: Options) -> Iterator[RawRow]:
+    """Rows that hold several responses as one row a pair, all in their position."""
+    if FORMATS[format].expand is None:
+        return rows
+    return (piece for row in rows for piece in _pieces_of(row, format, options))
+
+
+def _pieces_of(row: RawRow, format: str, options: Options) -> Iterator[RawRow]:
     position, raw, refused = row
-    if FORMATS[format].expand is None or refused is not None:
+    if refused is not None:
         yield row
         return
     try:
@@ -327,22 +349,25 @@ def normalise_row(
         Refused: the row is no usable pair; the text says why.
     """
     pair = read_pair(row, format, options)
-    sides = [sum(map(characters, side)) for side in (pair.prompt, pair.chosen, pair.rejected)]
-    length = sides[0] + max(sides[1:])
+    length = characters(pair.prompt) + max(characters(pair.chosen), characters(pair.rejected))
     if length > max_chars:
         raise Refused(f"too long: {length} characters, limit {max_chars}")
     key, key_column = identity(row)
     section = row.get("section")
     own_section = isinstance(section, str) and bool(section)
-    used = {*pair.used, key_column} | ({"section"} if own_section else set())
+    used = {*pair.used, key_column, "section"} if own_section else {*pair.used, key_column}
+    prompt = messages_json(pair.prompt)
+    if key is None:
+        key = digest(f"[{prompt},{messages_json(pair.chosen)},{messages_json(pair.rejected)}]")[:32]
+    asked = without_incidents(pair.prompt)
     return {
-        "pair_id": key or digest(f"[{','.join(map(messages_json, (pair.prompt, pair.chosen, pair.rejected)))}]")[:32],
+        "pair_id": key,
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "label_margin": pair.label_margin,
         "section": section if own_section else source.section,
-        "group": digest(messages_json(without_incidents(pair.prompt)))[:16],
+        "group": digest(prompt if asked == pair.prompt else messages_json(asked))[:16],
         "labels": sorted(pair.labels.items()),
         "extra": _extra(row, used),
         NOTES: list(pair.notes),

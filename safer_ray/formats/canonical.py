@@ -5,7 +5,7 @@ from typing import Any
 
 from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
 from safer_ray.formats.markup import unwrapped, without_stops
-from safer_ray.formats.messages import as_messages, spoken, written_as_json
+from safer_ray.formats.messages import as_messages, same_beginning, say_the_same, written_as_json
 from safer_ray.formats.transcripts import is_transcript, tidied, turns_of
 
 PROMPTS = (  # columns that look like the prompt, in the order in which they are taken for it
@@ -73,14 +73,13 @@ def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> tupl
         raise Refused(f"empty text: {name}")
     if messages[-1]["role"] != "assistant":
         raise Refused(f"wrong type: {name} ends with {messages[-1]['role']}, wanted assistant")
-    own, asked = spoken(messages), spoken(prompt)
-    repeats = own[: len(prompt)] == asked
+    repeats = same_beginning(messages, prompt) == len(prompt)
     cut = max((i + 1 for i, message in enumerate(messages) if message["role"] not in ANSWERS), default=0)
     if repeats:
         cut = max(cut, len(prompt))  # the sides may go on before the last answer
     elif cut:
         shorter = min(cut, len(prompt))  # either may lack a system message that the other has
-        if own[:cut][-shorter:] != asked[-shorter:]:
+        if not say_the_same(messages[:cut][-shorter:], prompt[-shorter:]):
             raise Refused("prompts differ")
     if cut == len(messages):
         raise Refused(f"empty text: {name}")
@@ -97,8 +96,7 @@ def _told(text: str, prompt: Messages, name: str) -> Messages | None:
         raise Refused(f"empty text: {name}")
     if messages[0]["role"] == "assistant":
         return messages if len(messages) == 1 and text[:1] in ("\n", "\r") else None
-    own, asked = spoken(messages), spoken(prompt)
-    same = own[: len(asked)] == asked or own[:-1] == asked[-len(own) + 1 :]
+    same = same_beginning(messages, prompt) == len(prompt) or say_the_same(messages[:-1], prompt[-len(messages) + 1 :])
     return messages if same else None
 
 
@@ -120,14 +118,14 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
     chosen_lead, chosen = _response(sides[0], "chosen", prompt, stopped=stopped)
     rejected_lead, rejected = _response(sides[1], "rejected", prompt, stopped=stopped)
     leads = [lead for lead in (chosen_lead, rejected_lead) if lead]
-    if len(leads) == 2 and spoken(leads[0]) != spoken(leads[1]):
+    if len(leads) == 2 and not say_the_same(*leads):
         raise Refused("prompts differ")
     longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message, or more turns
     prompt = leads[0] if longer else prompt
     pair = Pair(prompt, chosen, rejected, used=used)
     if len(prompt) == 1 or prompt[-1]["role"] != "assistant":
         return pair
-    if spoken(prompt[-1:]) in (spoken(chosen), spoken(rejected)):
+    if say_the_same(prompt[-1:], chosen) or say_the_same(prompt[-1:], rejected):
         return pair._replace(prompt=prompt[:-1], notes=(ANSWERED,))
     return pair
 
@@ -135,7 +133,7 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
 def canonical(row: Row, options: Options) -> Pair:
     """Read `prompt`, `chosen`, `rejected`, each text or messages; where the prompt is empty, the next column that looks
     like one is taken for it."""
-    return prompted_by(next((name for name in PROMPTS if row.get(name) not in EMPTY), "prompt"), row)
+    return prompted_by(_first_prompt(row) or "prompt", row)
 
 
 def prompted_by(column: str, row: Row) -> Pair:
@@ -165,10 +163,17 @@ def prompt_column(row: Row) -> str:
     Raises:
         Refused: there is none.
     """
-    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
+    name = _first_prompt(row)
     if name is None:
         raise Refused(f"missing column: prompt (or one of {', '.join(PROMPTS[1:])})")
     return name
+
+
+def _first_prompt(row: Row) -> str | None:
+    for name in PROMPTS:
+        if row.get(name) not in EMPTY:
+            return name
+    return None
 
 
 def by_any_prompt(row: Row, options: Options) -> Pair:

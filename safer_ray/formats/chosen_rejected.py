@@ -16,7 +16,7 @@ from safer_ray.formats.declaration import (
     required_text,
     type_name,
 )
-from safer_ray.formats.messages import spoken
+from safer_ray.formats.messages import same_beginning, say_the_same
 from safer_ray.formats.transcripts import is_dialogue, tidied, turns_of
 
 # Up to the last turn marker, else to the last space.
@@ -38,7 +38,7 @@ def hh_rlhf(row: Row, options: Options) -> Pair:
     """Read two transcripts that differ in the last Assistant turn; what comes before it is the prompt."""
     prompt, chosen = _split_transcript(required_text(row, "chosen"), "chosen")
     other, rejected = _split_transcript(required_text(row, "rejected"), "rejected")
-    if spoken(prompt) != spoken(other):
+    if not say_the_same(prompt, other):
         raise Refused("prompts differ")
     if not prompt:
         raise Refused("empty text: prompt")
@@ -68,9 +68,7 @@ def trl_implicit(row: Row, options: Options) -> Pair:
 
 def _common_messages(chosen: Messages, rejected: Messages) -> Pair:
     """Take the messages that both sides begin with for the prompt; what follows is the assistant's, or its tools'."""
-    one, two = spoken(chosen), spoken(rejected)
-    differ = (i for i, (left, right) in enumerate(zip(one, two, strict=False)) if left != right)
-    cut = next(differ, min(len(one), len(two)) - 1)
+    cut = min(same_beginning(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     behind = {message["role"] for side in (chosen, rejected) for message in side[cut:]}
     if not behind <= {"assistant", "tool"}:
         raise Refused("prompts differ")

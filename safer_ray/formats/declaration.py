@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +112,7 @@ def _with_keys_apart(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite, object_pairs_hook=_with_keys_apart)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a surrogate pair
 
 
 def parsed_json(raw: str) -> Any:
@@ -121,10 +123,10 @@ def parsed_json(raw: str) -> Any:
             which any process can read and write, however deep in calls it is itself.
     """
     try:
-        value = _DECODER.decode(raw)
+        value = _decoded(raw)
         if raw.count("[") + raw.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             raise RecursionError
-        if "\\u" in raw:
+        if _HALF.search(raw):
             to_json(value).encode()
     except UnicodeEncodeError:
         raise Refused("bad UTF-8: a lone surrogate is escaped in the text") from None
@@ -133,6 +135,15 @@ def parsed_json(raw: str) -> Any:
     except ValueError as error:
         raise Refused(f"not JSON: {error}") from None
     return value
+
+
+def _decoded(raw: str) -> Any:
+    """Return what `_DECODER` does, without its two searches for blanks around the value where there are none."""
+    if raw[:1] == "{":
+        value, end = _DECODER.raw_decode(raw)
+        if end == len(raw):
+            return value
+    return _DECODER.decode(raw)
 
 
 def _depth(value: Any) -> int:
@@ -152,7 +163,9 @@ def type_name(value: Any) -> str:
 
 def as_text(value: Any) -> str:
     """A label value as text: strings as they are, anything else as JSON."""
-    return value if isinstance(value, str) else to_json(value)
+    if isinstance(value, str):
+        return value
+    return repr(value) if type(value) is int else to_json(value)  # as JSON has it, in a fifth of the time
 
 
 def as_number(value: Any) -> float | None:
@@ -180,9 +193,11 @@ def required(row: Row, name: str) -> Any:
     if name not in row:
         raise Refused(f"missing column: {name}")
     value = row[name]
-    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+    if isinstance(value, str) and value and not value.isspace():
+        return value
+    if value is None or isinstance(value, str) or value == []:
         raise Refused(f"empty text: {name}")
-    if not isinstance(value, (str, list, dict)):
+    if not isinstance(value, (list, dict)):
         raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text or messages")
     return value
 
@@ -203,6 +218,8 @@ def identity(row: dict[str, Any]) -> tuple[str | None, str | None]:
     """Return the user's key of a row, and the column that it stands in; None, None where it has none."""
     for name in ("pair_id", "id", "uid"):
         value = row.get(name)
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "":
+        if value is None or value == "" or isinstance(value, bool):
+            continue
+        if isinstance(value, str | int | float):
             return as_text(value), name
     return None, None

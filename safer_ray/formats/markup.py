@@ -43,6 +43,7 @@ _ANYWHERE = re.compile(
     r"|\bUSER: (?=.*\bASSISTANT:)|<\|(?i:im_(?:start|end))\|>",
     re.MULTILINE | re.DOTALL,
 )
+_ANGLED = ("<|", "_of_turn>", "SYS>>", "</s>", "<eos>", "<\uff5c", "<extra_id_")  # parts of the marks with a `<`
 
 
 class Stretch(NamedTuple):
@@ -61,6 +62,8 @@ def unwrapped(text: str) -> Messages | None:
 
 def stretches(text: str) -> list[Stretch] | None:
     """Return where the messages that `unwrapped` gives stand in the text."""
+    if "<" not in text and "[" not in text:
+        return None
     if "<extra_id_1>" in text and (marks := list(_NEMO.finditer(text))):
         stops = [*(mark.start() for mark in marks[1:]), len(text)]
         first = _said("user", text, 0, marks[0].start())
@@ -120,23 +123,27 @@ def without_stops(text: str) -> str:
     if text[-1:] != ">" and not text[-1:].isspace():
         return text
     kept, end = len(text), len(text.rstrip())
-    while stop := next((stop for stop in _STOPS if text.endswith(stop, 0, end)), None):  # no search: it must be linear
-        end -= len(stop)
+    while text.endswith(_STOPS, 0, end):  # no search: it must be linear
+        end -= next(len(stop) for stop in _STOPS if text.endswith(stop, 0, end))
         while end and text[end - 1].isspace():
             end -= 1
         kept = end
     return text[:kept]
 
 
+def may_hold_markup(text: str) -> bool:
+    """Return whether a text holds a part of any mark; by far most do not, and are known by it in a tenth of the time
+    that the search takes: a character is found much faster than a word."""
+    return (
+        ("<" in text and any(part in text for part in _ANGLED))
+        or ("[" in text and "INST]" in text)
+        or ("#" in text and "### " in text)
+        or ("4" in text and "GPT4 Correct" in text)
+        or ("U" in text and "USER: " in text and "ASSISTANT:" in text)
+    )
+
+
 def markup_in(text: str) -> str | None:
     """Return the first mark of a template that a text holds, or None."""
-    if not ("<" in text or "[" in text or "#" in text or "USER: " in text or "GPT4 Correct" in text):
-        return None
-    if not (  # by far most texts have no part of any mark, which is ten times as fast as the search
-        ("<|" in text or "_of_turn>" in text or "INST]" in text or "### " in text)
-        or ("SYS>>" in text or "</s>" in text or "<eos>" in text or "<\uff5c" in text or "<extra_id_" in text)
-        or ("GPT4 Correct" in text or ("USER: " in text and "ASSISTANT:" in text))
-    ):
-        return None
-    found = _ANYWHERE.search(text)
+    found = _ANYWHERE.search(text) if may_hold_markup(text) else None
     return found[0] if found else None

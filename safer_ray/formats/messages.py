@@ -35,7 +35,7 @@ ROLES = MappingProxyType(  # what other formats call them
         "ipython": "tool",
     }
 )
-_COMMON = frozenset({"user", "assistant", "system"})
+_COMMON = ("user", "assistant", "system")  # no set: what data sets hold as a role may be of any kind
 _KNOWN = frozenset({*_COMMON, "developer", "tool", "function", "function_call", *ROLES})
 _LISTS = ("messages", "conversations", "conversation")  # a mapping that holds one of these alone is that list
 _JSON = re.compile(r'\s*(?:"\s*)*(?:\[\s*|\{\s*\\*"(?:messages|conversations?)\\*"\s*:\s*\[\s*)?\{\s*\\*"(\w+)\\*"\s*:')
@@ -52,12 +52,24 @@ def as_messages(value: Any, name: str) -> Messages:
     Raises:
         Refused: it is none of these, or says nothing; the text names the place.
     """
-    messages = [
-        message for i, item in enumerate(listed(value, name)) if (message := _message(item, f"{name}[{i}]")) is not None
-    ]
+    messages = []
+    for i, item in enumerate(listed(value, name)):
+        message = _plain_message(item) or _message(item, f"{name}[{i}]")
+        if message is not None:
+            messages.append(message)
     if not messages:
         raise Refused(f"empty text: {name}")
     return messages
+
+
+def _plain_message(item: Any) -> dict[str, str] | None:
+    """Return a message in by far the most frequent form, of which nothing needs to be changed; else None."""
+    if not isinstance(item, dict) or len(item) != 2:
+        return None
+    role, said = item.get("role"), item.get("content")
+    if role in _COMMON and isinstance(said, str) and said and not said.isspace():
+        return {"role": role, "content": said}
+    return None
 
 
 def listed(value: Any, name: str) -> list[Any]:
@@ -92,13 +104,10 @@ def _message(item: Any, place: str) -> dict[str, str] | None:
         item = as_mapping(item)  # as Arrow gives maps
     if not isinstance(item, dict):
         raise Refused(f"wrong type: {place} is {type_name(item)}, wanted a message with role and content")
-    if len(item) == 2 and isinstance(role := item.get("role"), str) and isinstance(said := item.get("content"), str):
-        more: dict[str, Any] = {}  # by far the most frequent form
-    else:
-        role = _role(item, place)
-        key = next((key for key in (*CONTENT_KEYS, "parts") if item.get(key) not in (None, "", [])), None)
-        said = "" if key is None else _content(item[key], f"{place}.{key}")
-        more = _more(item, key, place)
+    role = _role(item, place)
+    key = next((key for key in (*CONTENT_KEYS, "parts") if item.get(key) not in (None, "", [])), None)
+    said = "" if key is None else _content(item[key], f"{place}.{key}")
+    more = _more(item, key, place)
     if not role:
         raise Refused(f"wrong type: {place}.role is null, wanted text")
     if not said.strip() and not any(name in more for name in SPOKEN):
@@ -180,15 +189,18 @@ def messages_json(messages: Sequence[dict[str, str]]) -> str:
     """Return what `to_json` does of messages, in a third of its time: ids and groups are hashes of it."""
     written = []
     for message in messages:
+        said, role = encode_basestring(message["content"]), encode_basestring(message["role"])
         more = f'"more":{encode_basestring(message[MORE])},' if MORE in message else ""
-        said = encode_basestring(message["content"])
-        written.append(f'{{"content":{said},{more}"role":{encode_basestring(message["role"])}}}')
+        written.append(f'{{"content":{said},{more}"role":{role}}}')
     return f"[{','.join(written)}]"
 
 
-def characters(message: dict[str, str]) -> int:
-    """Return how many characters a message has, its other fields included."""
-    return len(message["content"]) + len(message.get(MORE) or "")
+def characters(messages: Messages) -> int:
+    """Return how many characters messages have, their other fields included."""
+    count = 0
+    for message in messages:
+        count += len(message["content"]) + len(message.get(MORE) or "")
+    return count
 
 
 def written_as_json(text: str, name: str) -> Any:
@@ -227,6 +239,22 @@ def _looks_like_messages(value: Any) -> bool:
         return False
     role = next((first[key] for key in ROLE_KEYS if first.get(key) is not None), None)
     return isinstance(role, str) and role.strip().lower() in _KNOWN
+
+
+def same_beginning(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> int:
+    """Return how many messages both begin with, by what `spoken` tells of each."""
+    for count, (left, right) in enumerate(zip(one, two, strict=False)):
+        said, other = left["content"], right["content"]
+        if left["role"] != right["role"] or (said != other and said.strip() != other.strip()):
+            return count
+        if (MORE in left or MORE in right) and spoken([left]) != spoken([right]):
+            return count
+    return min(len(one), len(two))
+
+
+def say_the_same(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> bool:
+    """Return whether messages say the same: `spoken` of both is equal."""
+    return len(one) == len(two) == same_beginning(one, two)
 
 
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
 from safer_ray.formats.canonical import PROMPTS, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import (
+    Messages,
     Options,
     Pair,
     PreferenceFormat,
@@ -22,9 +23,9 @@ from safer_ray.formats.declaration import (
     as_number,
     as_text,
 )
-from safer_ray.formats.markup import markup_in
+from safer_ray.formats.markup import markup_in, may_hold_markup
 from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
-from safer_ray.formats.messages import spoken
+from safer_ray.formats.messages import say_the_same
 from safer_ray.formats.pku import PKU_SAFERLHF
 from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
 from safer_ray.formats.two_responses import (
@@ -113,7 +114,7 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
     """
     pair = with_system(row, FORMATS[format].read(row, options))
     check_nothing_dropped(row, pair, options.get(CARRIED, "").split(","))
-    if spoken(pair.chosen) == spoken(pair.rejected):
+    if say_the_same(pair.chosen, pair.rejected):
         raise Refused("equal responses")
     margin, used = (pair.label_margin, NOTHING) if pair.label_margin is not None else _margin(row, pair)
     labels = dict(pair.labels)
@@ -121,11 +122,14 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         mapping = as_mapping(row[name]) if name in row else None
         if mapping is None:
             continue
-        if name == "labels" or not any(isinstance(value, dict | list) for value in mapping.values()):
-            used = used | {name}  # a meta mapping with more than scalars rides along whole, too
+        whole = True
         for key, value in mapping.items():
-            if value is not None and (name == "labels" or not isinstance(value, dict | list)):
+            if name == "meta" and isinstance(value, dict | list):
+                whole = False
+            elif value is not None:
                 labels.setdefault(key, as_text(value))
+        if whole:
+            used = used | {name}  # a meta mapping with more than scalars rides along, too
     notes = (*pair.notes, *_notes(row, pair))
     for name in sorted(_NUMBERS.intersection(row)):
         if row[name] not in (None, "") and as_number(row[name]) is None:
@@ -185,18 +189,24 @@ def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
     if row.get("tools") or row.get("functions"):
         return (*_of_markup(row, pair), "definitions of tools ride along, and no model reads them")
     asked = pair.prompt[-1]["content"] if pair.prompt else ""
-    if len(asked) > REPEATED and all(side[0]["content"].startswith(asked) for side in (pair.chosen, pair.rejected)):
+    if len(asked) > REPEATED and _begins(pair.chosen, asked) and _begins(pair.rejected, asked):
         return (*_of_markup(row, pair), "both responses begin with the prompt")
     return _of_markup(row, pair)
 
 
+def _begins(side: Messages, text: str) -> bool:
+    return side[0]["content"].startswith(text)
+
+
 def _of_markup(row: Row, pair: Pair) -> tuple[str, ...]:
     """Return that markup is left in a text, or else that it was unwrapped."""
-    contents = [message["content"] for side in (pair.prompt, pair.chosen, pair.rejected) for message in side]
+    contents = [message["content"] for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
+    sent = [value for name in pair.used if isinstance(value := row.get(name), str) and value not in contents]
+    if not may_hold_markup("\0".join((*contents, *sent))):
+        return ()
     for text in contents:
         if (mark := markup_in(text)) is not None:
             return (f"chat markup left in a text: {' '.join(mark.split())}",)
-    sent = (value for name in pair.used if isinstance(value := row.get(name), str) and value not in contents)
     marks = sorted(mark for text in sent if (mark := markup_in(text)) is not None)
     return (f"chat markup unwrapped: {' '.join(marks[0].split())}",) if marks else ()
 

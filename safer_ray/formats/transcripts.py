@@ -6,18 +6,22 @@ import re
 from safer_ray.formats.declaration import Messages
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
-_DOS_TURN = re.compile(r"(?:\A\s*|\r\n\r\n)(Human|Assistant):[ \t]*")
-_LINE_TURN = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):[ \t]*")
+_OPENING = re.compile(r"\s*(Human|Assistant):[ \t]*")
+# A search for what begins with fixed characters is ten times as fast as one that may begin with others, too.
+_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]*")
+_DOS_TURN = re.compile(r"\r\n\r\n(Human|Assistant):[ \t]*")
+_LINE_TURN = re.compile(r"\r?\n(Human|Assistant):[ \t]*")
 _ASKS = ("\n\nAssistant:", "\r\n\r\nAssistant:")
 
 
 def marks_of(text: str) -> list[re.Match[str]]:
     """Return the marks that open the turns of a transcript: behind empty lines; at the beginning of lines where the
     text opens with one and no other comes behind an empty line."""
-    marks = list((_DOS_TURN if "\r\n\r\n" in text else _TURN).finditer(text))
-    if len(marks) == 1 and not text[: marks[0].start(1)].strip():
-        lines = list(_LINE_TURN.finditer(text))
+    first = _OPENING.match(text)
+    opening, behind = ([first], first.end()) if first else ([], 0)
+    marks = opening + list((_DOS_TURN if "\r\n\r\n" in text else _TURN).finditer(text, behind))
+    if len(marks) == 1 and first:
+        lines = opening + list(_LINE_TURN.finditer(text, behind))
         return lines if len(lines) > 1 else marks
     return marks
 
@@ -25,7 +29,7 @@ def marks_of(text: str) -> list[re.Match[str]]:
 def is_transcript(text: str) -> bool:
     """Return whether a text is a dialogue: it opens with a turn of several, or one behind empty lines, or asks for the
     next one at its end."""
-    if _TURN.match(text):
+    if _OPENING.match(text):
         return text[:1] in ("\n", "\r") or len(marks_of(text)) > 1
     return "Human:" in text and text.rstrip().endswith(_ASKS) and len(marks_of(text)) > 1
 
