@@ -34,7 +34,7 @@ VERSIONS = {
     "vectors": 2,
     "detector": 1,
     "suspected": 1,
-    "detection": 3,
+    "detection": 4,
     "reward": 4,
     "activations": 4,
     "sae": 2,
@@ -47,7 +47,7 @@ VERSIONS = {
     "scores": 3,
     "curate": 1,
     "sweep": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "report": 1,
 }
 
