@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from safer_ray.schema import NO_PROMPT
 
@@ -94,14 +94,27 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted[np.argsort(order, kind="stable")]]
 
 
-def half_width(drawn: Float[ndarray, " draws"], count: int) -> float:
-    """Return half of the 95% interval of a figure, from bootstrap draws of so many groups: their standard deviation by
-    Student's t, since those of few groups vary too little.
+def standard_error(drawn: Float[ndarray, " draws"], count: int) -> float:
+    """Return the standard error of a figure, from bootstrap draws of so many groups; infinite where there is but one,
+    which tells nothing of others."""
+    return float(drawn.std() * np.sqrt(count / (count - 1))) if count > 1 else np.inf
+
+
+def half_width(error: float, count: int) -> float:
+    """Return half of the 95% interval of a figure of this standard error, by Student's t of so many groups.
 
     In simulations of 40 to 300 groups it holds the true figure in 94 to 95% of cases; percentiles of the same draws do
     in 91 to 95%.
     """
-    return float(drawn.std() * np.sqrt(count / (count - 1)) * stdtrit(count - 1, UPPER))
+    return float(error * stdtrit(count - 1, UPPER)) if count > 1 else np.inf
+
+
+def student_p(figure: float, error: float, count: int) -> float:
+    """Return the two-sided p of a figure of this standard error, by Student's t of so many groups: below 0.05 where the
+    interval excludes 0; 1 where there is but one group."""
+    if count < 2 or figure == 0:
+        return 1.0
+    return float(2 * stdtr(count - 1, -abs(figure) / error)) if error > 0 else 0.0
 
 
 def difference_interval(
@@ -116,7 +129,8 @@ def difference_interval(
     kinds, alike = np.unique(np.stack(by), axis=1, return_counts=True)
     count = len(by.sizes)
     drawn = np.random.default_rng(seed).multinomial(count, alike / count, size=draws)
-    mean, half = float(values.mean()), half_width((drawn @ kinds[0]) / (drawn @ kinds[1]), count)
+    error = standard_error((drawn @ kinds[0]) / (drawn @ kinds[1]), count)
+    mean, half = float(values.mean()), half_width(error, count)
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 

@@ -46,7 +46,7 @@ VERSIONS = {
     "auditor": 4,
     "scores": 3,
     "curate": 1,
-    "sweep": 1,
+    "sweep": 2,
     "evaluate": 4,
     "report": 1,
 }

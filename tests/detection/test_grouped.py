@@ -19,6 +19,8 @@ from safer_ray.detection.grouped import (
     half_width,
     holm,
     sign_flip_p,
+    standard_error,
+    student_p,
 )
 from safer_ray.schema import NO_PROMPT
 
@@ -144,8 +146,16 @@ def test_where_few_or_no_prompts_differ_an_interval_is_not_nothing():
 
 def test_half_an_interval_is_students_and_wider_for_few_groups():
     draws = np.array([-1.0, 1.0])  # of standard deviation 1
-    assert half_width(draws, 10) == pytest.approx(2.262157 * np.sqrt(10 / 9), rel=1e-6)
-    assert half_width(draws, 100_000) == pytest.approx(1.959964, rel=1e-4)
+    error = standard_error(draws, 10)
+    assert error == pytest.approx(np.sqrt(10 / 9))
+    assert half_width(error, 10) == pytest.approx(2.262157 * error, rel=1e-6)
+    assert student_p(half_width(error, 10), error, 10) == pytest.approx(0.05)
+    assert half_width(standard_error(draws, 100_000), 100_000) == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_one_group_and_no_difference_are_no_finding():
+    assert half_width(standard_error(np.zeros(9), 1), 1) == np.inf
+    assert student_p(0.5, np.inf, 1) == student_p(0.0, 0.0, 9) == 1
 
 
 def test_pairs_of_one_prompt_that_are_right_together_count_as_one():
