@@ -14,8 +14,8 @@ from safer_ray.report.experiment_report import (
     Table,
     as_markdown,
     detection_part,
-    excludes_zero,
     interval,
+    is_real,
     sweep_part,
 )
 
@@ -113,7 +113,7 @@ def _denoise_goal(rows: list[dict[str, Any]], percent: int, add: Any) -> None:
     cost = _cell(rows, "safety", "without_noise", "without_noise", 0.0)["against_clean"]
     gain = _cell(rows, "safety", "drop", "suspicion", float(percent))["against_clean"]
     shown = f"{100 * gain['change']:+.1f} of {100 * cost['change']:+.1f} points"
-    real = excludes_zero([cost[name] for name in ("change", "low", "high")]) and cost["change"] > 0
+    real = is_real(cost) and cost["change"] > 0
     half = real and gain["change"] >= cost["change"] / 2
     add(f"dropping {percent}% by the best detector wins back half of what {percent}% swaps cost", shown, half)
 

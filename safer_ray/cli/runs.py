@@ -130,16 +130,18 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
 
 
 def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
-    """One row a model, one column a section, the p-value of its change under each accuracy: there are more models than
-    sections, and a name is never broken."""
+    """One row a model, one column a section, the p-value of its change (by Holm over all tests of the run) under each
+    accuracy: there are more models than sections, and a name is never broken."""
     sections = sorted({section for values in summary["sections"].values() for section in values})
-    table = Table(title=f"Held-out accuracy (p: McNemar's test against {base})", title_justify="left")
+    number = sum(len(by_section) for by_section in summary["tests"].values())
+    title = f"Held-out accuracy (p by sign flips of prompts against {base}, Holm over the run's {number} tests)"
+    table = Table(title=title, title_justify="left")
     table.add_column("model", overflow="fold")
     for section in sections:
         table.add_column(Text(section), justify="right", overflow="fold")
     for name, values in summary["sections"].items():
         tests = summary["tests"].get(f"{name} vs {base}", {})
-        told = {section: Text(f"\np {test['p']:.2g}", "dim") for section, test in tests.items()}
+        told = {section: Text(f"\np {test['p_holm']:.2g}", "dim") for section, test in tests.items()}
         cells = [Text.assemble(f"{values[s]:.3f}", told.get(s, "")) if s in values else "" for s in sections]
         table.add_row(Text(name), *cells)
     return table

@@ -274,7 +274,7 @@ class EvaluateConfig(Frozen):
     """Choose how models are compared."""
 
     base: str = "clean"
-    """The model that McNemar's test compares the others with: `clean`, or a name in `curate`."""
+    """The model that the others are compared with: `clean`, or a name in `curate`."""
 
 
 class ReportConfig(Frozen):

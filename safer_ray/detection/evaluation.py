@@ -1,7 +1,7 @@
 """Measure what changed: accuracy by section with intervals, paired tests between models, and detection of planted
 swaps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,15 +10,16 @@ import pyarrow.compute as pc
 from scipy.special import ndtri
 
 from safer_ray.config.sections import StrategyName
+from safer_ray.detection.grouped import difference_interval, effective_count, group_sums, sign_flip_p
 from safer_ray.detection.quality import auroc
 from safer_ray.errors import UserError
-from safer_ray.schema import NO_PROMPT
 from safer_ray.strategies import STRATEGIES, StrategyInput
 
 
 class Accuracy(NamedTuple):
     """Share of pairs with r_chosen > r_rejected (a tie is wrong), in [0, 1], with its 95% Wilson interval, which counts
-    pairs of one prompt as what they are worth (`effective_count`)."""
+    pairs of one prompt as what they are worth (`effective_count`): in simulations it holds the true share more often
+    than a bootstrap over prompts does, above all where nearly all are right, or prompts are few."""
 
     n: int
     correct: int
@@ -27,12 +28,21 @@ class Accuracy(NamedTuple):
     high: float
 
 
-class McNemar(NamedTuple):
-    """Exact two-sided McNemar test of a model against a base on the same pairs."""
+class PairedTest(NamedTuple):
+    """A model against a base on the same pairs, by group (prompt): is what it gained more than what it lost, or less?
+
+    `p` is exact and two-sided: the chance of so large a difference where each group's could as well be the base's
+    (`sign_flip_p`). `low` and `high` are the 95% interval of `change`, of groups drawn again (`difference_interval`).
+    """
 
     n: int
     gained: int  # right here, wrong in the base
     lost: int  # wrong here, right in the base
+    groups: int
+    differ: int  # groups that gained more than they lost, or less
+    change: float  # of accuracy, in [-1, 1]
+    low: float
+    high: float
     p: float
 
 
@@ -50,39 +60,24 @@ def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, f
 def section_accuracy(rewards: pa.Table) -> dict[str, Accuracy]:
     """Accuracy by section of a REWARDS table, sections by name."""
     right = rewards["reward_margin"].to_numpy() > 0
-    groups = np.array(rewards["group"].to_pylist(), dtype=object)
+    groups = _groups(rewards)
     return {name: _accuracy(right[mask], groups[mask]) for name, mask in _sections(rewards)}
 
 
 def _accuracy(right: np.ndarray, groups: np.ndarray) -> Accuracy:
     n, correct = len(right), int(right.sum())
-    share, worth = correct / n if n else 0.0, effective_count(right, groups)
+    share, worth = correct / n if n else 0.0, effective_count(right.astype(np.float64), groups)
     return Accuracy(n, correct, share, *wilson(share * worth, worth))
-
-
-def effective_count(right: np.ndarray, groups: np.ndarray) -> float:
-    """Return how many independent pairs tell as much of a share as these, in [1, n]: n where each has a prompt of its
-    own, or none is known; fewer where pairs of one prompt are right or wrong together (n over Kish's design effect,
-    with the linearised variance of a ratio; where all or none are right, the number of prompts)."""
-    alone = np.array([group is None or group == NO_PROMPT for group in groups], dtype=bool)
-    names = np.where(alone, [f"pair {i}" for i in range(len(groups))], groups.astype(str))
-    _, group = np.unique(names, return_inverse=True)
-    n, count, share = len(right), int(group.max(initial=-1)) + 1, float(right.mean()) if len(right) else 0.0
-    if count == n or share in (0.0, 1.0):
-        return float(count)
-    sums = np.bincount(group, weights=right - share)
-    if count == 1:
-        return 1.0
-    # Linearised variance of a ratio of sums over clusters (Cochran 1977, 2.11), with count / (count - 1) for few of
-    # them.
-    variance = float((sums**2).sum()) / n**2 * count / (count - 1)
-    return float(np.clip(share * (1 - share) / variance, 1, n)) if variance > 0 else float(n)
 
 
 def _sections(rewards: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
     names = np.array([name or "unnamed" for name in rewards["section"].to_pylist()], dtype=object)
     for name in sorted(set(names)):
         yield name, names == name
+
+
+def _groups(rewards: pa.Table) -> np.ndarray:
+    return np.array(rewards["group"].to_pylist(), dtype=object)
 
 
 def on_the_same(one: pa.Table, other: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -94,8 +89,8 @@ def on_the_same(one: pa.Table, other: pa.Table) -> tuple[pa.Table, pa.Table]:
     return one.filter(pc.is_in(one["pair_id"], both)), other.filter(pc.is_in(other["pair_id"], both))
 
 
-def mcnemar(rewards: pa.Table, base: pa.Table) -> dict[str, McNemar]:
-    """By section, whether a model differs from the base; pairs are matched by id.
+def paired_tests(rewards: pa.Table, base: pa.Table) -> dict[str, PairedTest]:
+    """Return by section whether a model differs from the base; pairs are matched by id.
 
     Raises:
         UserError: the two tables hold different pairs.
@@ -106,16 +101,24 @@ def mcnemar(rewards: pa.Table, base: pa.Table) -> dict[str, McNemar]:
         raise UserError("evaluate: the models were measured on different pairs; evaluate both on the same set")
     here = rewards["reward_margin"].to_numpy() > 0
     there = np.array([theirs[key] for key in ids]) > 0
-    return {name: paired_test(here[mask], there[mask]) for name, mask in _sections(rewards)}
+    groups = _groups(rewards)
+    return {name: paired_test(here[mask], there[mask], groups[mask]) for name, mask in _sections(rewards)}
 
 
-def paired_test(here: np.ndarray, there: np.ndarray) -> McNemar:
-    """McNemar's exact test on two vectors of right and wrong answers to the same pairs."""
-    from scipy.stats import binomtest  # here, since it takes half a second, and most stages test nothing
-
-    gained, lost = int((here & ~there).sum()), int((~here & there).sum())
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return McNemar(len(here), gained, lost, p)
+def paired_test(here: np.ndarray, there: np.ndarray, groups: Sequence[str | None] | np.ndarray) -> PairedTest:
+    """Return the test of two vectors of right and wrong answers (bool) [n] to the same pairs, of these groups [n]."""
+    difference = here.astype(np.float64) - there
+    totals = group_sums(difference, groups).totals
+    return PairedTest(
+        len(here),
+        int((here & ~there).sum()),
+        int((~here & there).sum()),
+        len(totals),
+        int(np.count_nonzero(totals)),
+        float(difference.mean()) if len(difference) else 0.0,
+        *difference_interval(difference, groups),
+        sign_flip_p(totals),
+    )
 
 
 class Detection(NamedTuple):

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from safer_ray.detection.grouped import group_numbers
+
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CURVE = (0.0, 0.01, 0.02, 0.03, 0.05, 0.075, *(round(0.05 * i, 2) for i in range(2, 21)))  # budgets of a recall curve
 DRAWS = 1000
@@ -115,9 +117,10 @@ def _found_within(r: _Ranking, budget: np.ndarray) -> np.ndarray:
     return r.found[row, edge] - bad + bad * np.divide(left, width, out=np.zeros_like(left), where=width > 0)
 
 
-def group_weights(groups: Sequence[str], draws: int = DRAWS, seed: int = 0) -> Float[ndarray, "draws n"]:
-    """Bootstrap draws of prompts: how often each pair counts when as many groups as there are come with replacement."""
-    _, index = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+def group_weights(groups: Sequence[str | None], draws: int = DRAWS, seed: int = 0) -> Float[ndarray, "draws n"]:
+    """Bootstrap draws of prompts: how often each pair counts when as many groups as there are come with replacement;
+    a pair without a prompt is a group of its own."""
+    index = group_numbers(groups)
     count = int(index.max(initial=-1)) + 1
     # How often each prompt comes in a draw with replacement is multinomial; so no draw is ever written out.
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
@@ -136,7 +139,7 @@ class Comparison(NamedTuple):
 def compare(
     suspicions: Mapping[str, Sequence[np.ndarray]],
     planted: Sequence[np.ndarray],
-    groups: Sequence[str],
+    groups: Sequence[str | None],
     *,
     against: Sequence[str],
     draws: int = DRAWS,

@@ -34,7 +34,7 @@ VERSIONS = {
     "vectors": 2,
     "detector": 1,
     "suspected": 1,
-    "detection": 3,
+    "detection": 4,
     "reward": 4,
     "activations": 4,
     "sae": 2,
@@ -46,8 +46,8 @@ VERSIONS = {
     "auditor": 5,
     "scores": 3,
     "curate": 1,
-    "sweep": 1,
-    "evaluate": 3,
+    "sweep": 2,
+    "evaluate": 4,
     "report": 1,
 }
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,8 @@ from safer_ray import schema
 from safer_ray.config.sections import RunConfig, StrategyName
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, have_scores, join_scores
-from safer_ray.detection.evaluation import Detection, McNemar, detection, mcnemar, on_the_same
+from safer_ray.detection.evaluation import Detection, PairedTest, detection, on_the_same, paired_tests
+from safer_ray.detection.grouped import holm
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.report import run_report as report
 from safer_ray.reward.sentences import SideSentences
@@ -22,6 +23,20 @@ from safer_ray.storage.marks import together
 
 DETECTORS: tuple[StrategyName, ...] = ("safer", "reward_margin", "random", "length")
 SAE_METRICS = ("nmse", "explained_variance", "l0", "dead_share")
+
+
+class Compared(NamedTuple):
+    """One of a run's tests: a model against another on one section."""
+
+    model: str
+    rival: str
+    section: str
+    test: PairedTest
+    p_holm: float  # its p by Holm over all tests of the run
+
+    def to_tree(self) -> dict[str, float]:
+        """Return the test as the summary has it."""
+        return {**self.test._asdict(), "p_holm": self.p_holm}
 
 
 @dataclass(frozen=True)
@@ -66,25 +81,31 @@ class RunView:
         more: tuple[StrategyName, ...] = ("suspicion",) if self.config.scores.detector == "combined" else ()
         return {name: detection(eligible, planted[mask], name, self.config.noise.seed) for name in DETECTORS + more}
 
-    def tests(self) -> dict[str, dict[str, McNemar]]:
-        """McNemar's tests of every model against the base, by model and section."""
-        if self.config.evaluate.base not in self.evaluations:  # a finished model alone, or nothing is measured
-            return {}
-        base = read_parts(self.evaluations[self.config.evaluate.base].path)
-        others = {k: v for k, v in self.evaluations.items() if k != self.config.evaluate.base}
-        return {name: mcnemar(*on_the_same(read_parts(artifact.path), base)) for name, artifact in others.items()}
+    def compared(self) -> list[Compared]:
+        """Return the tests of every model against the base, and of each `safer` variant against the random one of the
+        same action and share, by section."""
+        base = self.config.evaluate.base
+        # Without the base a finished model stands alone, or nothing is measured.
+        others = [name for name in self.evaluations if name != base] if base in self.evaluations else []
+        named = [(name, base) for name in others] + self._flips_against_random()
+        columns = ["pair_id", "section", "group", "reward_margin"]
+        rewards = {name: read_parts(artifact.path, columns) for name, artifact in self.evaluations.items()}
+        found = [
+            (model, rival, section, test)
+            for model, rival in named
+            for section, test in paired_tests(*on_the_same(rewards[model], rewards[rival])).items()
+        ]
+        adjusted = holm([test.p for *_, test in found])
+        return [Compared(*each, p_holm) for each, p_holm in zip(found, adjusted, strict=True)]
 
-    def flips_against_random(self) -> dict[str, dict[str, McNemar]]:
-        """McNemar's tests of each `safer` variant against the random one of the same action and share."""
-        found = {}
+    def _flips_against_random(self) -> list[tuple[str, str]]:
+        """Return the names of each `safer` variant and of the random one of the same action and share."""
+        found = []
         for name, config in self.config.curate.items():
-            if config.strategy != "safer":
-                continue
             twin = config.model_copy(update={"strategy": "random"})
             rival = next((n for n, c in self.config.curate.items() if c == twin), None)
-            if rival is not None:
-                tables = (read_parts(self.evaluations[n].path) for n in (name, rival))
-                found[f"{name} vs {rival}"] = mcnemar(*on_the_same(*tables))
+            if config.strategy == "safer" and rival is not None:
+                found.append((name, rival))
         return found
 
     def seconds(self) -> dict[str, float]:
@@ -111,8 +132,9 @@ def summarise(view: RunView) -> dict[str, Any]:
     planted = view.planted(rows)
     selected = json.loads((made["select"].path / "features.json").read_text(encoding="utf-8"))
     sections = {name: a.metrics["sections"] for name, a in view.evaluations.items()}
-    tests = {f"{name} vs {view.config.evaluate.base}": by_section for name, by_section in view.tests().items()}
-    tests |= view.flips_against_random()
+    tests: dict[str, dict[str, dict[str, float]]] = {}
+    for one in view.compared():
+        tests.setdefault(f"{one.model} vs {one.rival}", {})[one.section] = one.to_tree()
     return {
         "pairs": made["pairs"].manifest["rows"]["pairs"],
         "quarantined": made["pairs"].manifest["rows"]["quarantined"],
@@ -126,7 +148,7 @@ def summarise(view: RunView) -> dict[str, Any]:
             "precision_at_planted": {name: d.precision_at_planted for name, d in found.items()},
         },
         "sections": {name: {s: a["accuracy"] for s, a in values.items()} for name, values in sections.items()},
-        "tests": {name: {s: t._asdict() for s, t in by.items()} for name, by in tests.items()},
+        "tests": tests,
         "seconds": view.seconds(),
         "artifacts": {name: artifact.name for name, artifact in view.every().items()},
         "licences": list(together(*(artifact.marks for artifact in view.every().values())).licence),
@@ -158,15 +180,13 @@ def conclusions(summary: dict[str, Any], base: str) -> list[str]:
             f"Of {summary['detection']['planted']} planted label swaps, safer ranks a swapped pair below a clean one "
             f"with AUROC {auroc['safer']:.3f}; the best strategy here is {best} with {auroc[best]:.3f}."
         )
-    for name, sections in summary["sections"].items():
-        if f"{name} vs {base}" not in summary["tests"]:
-            continue
-        for section, accuracy in sections.items():
-            test = summary["tests"][f"{name} vs {base}"][section]
-            change = 100 * (accuracy - summary["sections"][base][section])
-            sure = f"McNemar p = {test['p']:.2g}"
-            verdict = "a change beyond chance" if test["p"] < 0.05 else "within chance"
-            said.append(f"{name} moves {section} by {change:+.1f} points ({sure}, {verdict}).")
+    number = sum(len(by_section) for by_section in summary["tests"].values())
+    for name in summary["sections"]:
+        for section, test in summary["tests"].get(f"{name} vs {base}", {}).items():
+            points = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * test[key] for key in ("change", "low", "high")))
+            sure = f"p = {test['p_holm']:.2g} by sign flips of prompts, Holm over the run's {number} tests"
+            verdict = "a change beyond chance" if test["p_holm"] < 0.05 else "within chance"
+            said.append(f"{name} moves {section} by {points} ({sure}; {verdict}).")
     return said
 
 
@@ -329,13 +349,13 @@ def _section_views(view: RunView) -> list[report.SectionView]:
 
 
 def _test_views(view: RunView) -> list[report.TestView]:
-    base = view.config.evaluate.base
-    rows = [(name, base, by) for name, by in view.tests().items()]
-    for pair, by in view.flips_against_random().items():
-        model, _, rival = pair.partition(" vs ")
-        rows.append((model, rival, by))
     return [
-        report.TestView(model, rival, section, test.gained, test.lost, test.p)
-        for model, rival, by in rows
-        for section, test in by.items()
+        report.TestView(
+            model,
+            rival,
+            section,
+            *(test.gained, test.lost, test.change, test.low, test.high),
+            *(test.differ, test.groups, test.p, p_holm),
+        )
+        for model, rival, section, test, p_holm in view.compared()
     ]

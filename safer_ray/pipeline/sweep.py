@@ -1,6 +1,6 @@
 """Sweeps: strategies x percents x seeds of curate, retrain, evaluate; every trial is artifacts, so a sweep resumes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +9,17 @@ import numpy as np
 
 from safer_ray.config.sections import CurateConfig, RunConfig, SweepConfig
 from safer_ray.data.curation import CLEAN, WITHOUT_NOISE
+from safer_ray.detection.grouped import (
+    DRAWS,
+    FEW,
+    cautious_interval,
+    group_numbers,
+    half_width,
+    holm,
+    sign_flip_p,
+    standard_error,
+    student_p,
+)
 from safer_ray.errors import UserError, need_extra
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.finished_model import settled
@@ -22,7 +33,8 @@ from safer_ray.storage.artifacts import Artifact, Result, read_parts
 from safer_ray.storage.files import write_json, write_text
 from safer_ray.storage.lock import locked
 
-DRAWS = 2000
+COMPARED = ("against_clean", "against_random")
+NOTHING = ("against_clean", CLEAN)  # the uncurated pairs against themselves: no test
 
 
 class Trial(NamedTuple):
@@ -61,24 +73,38 @@ class Effect(NamedTuple):
     accuracy: float
     seeds: list[float]
     change: float  # points of accuracy in [-1, 1], the mean over seeds
-    low: float  # 95% bootstrap interval over pairs and seeds
+    low: float  # 95% bootstrap interval over prompts and seeds
     high: float
+    p: float  # of a change as large as this by chance
 
 
-def effect(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Effect:
-    """Return the effect from right answers (bool) [seeds, pairs] of a cell and of its rival.
+def effect(
+    ours: np.ndarray, theirs: np.ndarray, groups: Sequence[str | None], draws: int = DRAWS, seed: int = 0
+) -> Effect:
+    """Return the effect from right answers (bool) [seeds, pairs] of a cell and of its rival; pairs of these groups
+    (prompts) [pairs].
 
-    Both the pairs and the seeds are drawn again, so that the noise of training counts.
+    Both the prompts and the seeds are drawn again, so that the noise of training counts. Draws of few prompts that
+    differ claim too much: the interval is then no narrower than `cautious_interval`, and p is never below that of sign
+    flips of the prompts.
     """
     difference = ours.astype(np.float64) - theirs
+    numbers = group_numbers(groups)
+    sizes = np.bincount(numbers)
+    n_seeds, count = len(difference), len(sizes)
+    totals = np.stack([np.bincount(numbers, row) for row in difference])  # [seeds, groups]
     rng = np.random.default_rng(seed)
-    n_seeds, n = difference.shape
-    pairs = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+    prompts = rng.multinomial(count, np.full(count, 1 / count), size=draws)
     chosen = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws) / n_seeds
-    drawn = np.einsum("ds,sn,dn->d", chosen, difference, pairs, optimize=True)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    drawn = np.einsum("dg,dg->d", chosen @ totals, prompts) / (prompts @ sizes)
+    change, error = float(difference.mean()), standard_error(drawn, count)
+    low, high = change - half_width(error, count), change + half_width(error, count)
+    if np.count_nonzero(totals.any(axis=0)) < FEW:
+        cautious = cautious_interval(difference.mean(axis=0), groups)
+        low, high = min(low, cautious[0]), max(high, cautious[1])
+    p = max(student_p(change, error, count), sign_flip_p(totals.sum(axis=0)))
     by_seed = [float(row.mean()) for row in ours]
-    return Effect(float(ours.mean()), by_seed, float(difference.mean()), float(low), float(high))
+    return Effect(float(ours.mean()), by_seed, change, max(-1.0, low), min(1.0, high), p)
 
 
 def sweep(
@@ -104,7 +130,8 @@ def sweep(
 
 def _write_sweep(config: RunConfig, cells: list[Trial], measured: list[Artifact], red_team: bool, out: Path) -> Result:
     assert config.sweep is not None
-    found = table(cells, [grouped(answers(artifact), config.sweep.groups) for artifact in measured])
+    right = [grouped(answers(artifact), config.sweep.groups) for artifact in measured]
+    found = table(cells, right, prompts(measured[0]))
     found["retraining"] = retraining(config)
     write_json(found, out / "sweep.json")
     parts = [sweep_part(config.name, "What curation changed", found)]
@@ -128,6 +155,12 @@ def answers(evaluation: Artifact) -> dict[str, dict[str, bool]]:
     return found
 
 
+def prompts(evaluation: Artifact) -> dict[str, str | None]:
+    """Return the group of each pair: the hash of its prompt."""
+    rows = read_parts(evaluation.path, ["pair_id", "group"])
+    return dict(zip(rows["pair_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
+
+
 def grouped(by_section: dict[str, dict[str, bool]], groups: dict[str, tuple[str, ...]]) -> dict[str, dict[str, bool]]:
     """The sections, and every group: the pairs of its sections together.
 
@@ -143,29 +176,36 @@ def grouped(by_section: dict[str, dict[str, bool]], groups: dict[str, tuple[str,
     return found
 
 
-def table(cells: Sequence[Trial], right: Sequence[dict[str, dict[str, bool]]]) -> dict[str, Any]:
-    """Rows by cell and section: accuracy, change against the uncurated pairs and against `random` of the same cell."""
+def table(
+    cells: Sequence[Trial], right: Sequence[dict[str, dict[str, bool]]], prompts: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return rows by cell and section: accuracy, change against the uncurated pairs and against `random` of the same
+    cell, each with its p by Holm over all changes of the table (`p_holm`)."""
     seeds = sorted({cell.seed for cell in cells})
     kinds = list(dict.fromkeys((cell.action, cell.strategy, cell.percent) for cell in cells))
     by_cell = {(cell.action, cell.strategy, cell.percent, cell.seed): r for cell, r in zip(cells, right, strict=True)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for section in sorted(right[0]):
         ids = sorted(right[0][section])
 
         def stacked(kind: tuple[str, str, float], section: str = section, ids: list[str] = ids) -> np.ndarray:
             return np.array([[by_cell[*kind, seed][section][key] for key in ids] for seed in seeds])
 
+        groups = [prompts[key] for key in ids]
         clean = stacked((CLEAN, CLEAN, 0.0))
         for kind in kinds:
             action, strategy, percent = kind
             ours = stacked(kind)
             row = {"action": action, "strategy": strategy, "percent": percent, "section": section, "n": len(ids)}
-            row["against_clean"] = effect(ours, clean)._asdict()
+            row["against_clean"] = effect(ours, clean, groups)._asdict()
             chance = (action, "random", percent)
             if strategy != "random" and chance in kinds:
-                row["against_random"] = effect(ours, stacked(chance))._asdict()
+                row["against_random"] = effect(ours, stacked(chance), groups)._asdict()
             rows.append(row)
-    return {"seeds": seeds, "rows": rows}
+    tested = [row[name] for row in rows for name in COMPARED if name in row and (name, row["action"]) != NOTHING]
+    for told, p_holm in zip(tested, holm([told["p"] for told in tested]), strict=True):
+        told["p_holm"] = p_holm
+    return {"seeds": seeds, "drawn": "prompts and seeds", "tests": len(tested), "rows": rows}
 
 
 def run_sweep(

@@ -144,24 +144,49 @@ def sweep_part(key: str, title: str, found: Mapping[str, Any]) -> Part:
     seeds = len(found["seeds"])
     caption = (
         f"Accuracy in percent over {seeds} seeds of training (reward model: {found['retraining']}); changes in points, "
-        "with 95% intervals over pairs and seeds."
+        f"with 95% intervals over {_drawn(found)}"
+        + (
+            f"; p by Holm over the {found['tests']} changes of the table."
+            if "tests" in found
+            else ", each by itself: of twenty changes that are none, one excludes zero."
+        )
     )
     shown = "Accuracy against the share of the pairs changed; bands: from the lowest to the highest seed."
     figure = Figure(key, shown, _sweep_figure(found, groups))
     return Part(title, sweep_words(found, groups), [Table(caption, head, rows)], [figure])
 
 
+def _drawn(found: Mapping[str, Any]) -> str:
+    """Return what the intervals of a `sweep.json` draw again; those of old, which do not say it, drew pairs."""
+    return str(found.get("drawn", "pairs and seeds"))
+
+
 def _cell_row(row: Row) -> tuple[str, ...]:
     against, chance = row["against_clean"], row.get("against_random")
-    points = [100 * against[name] for name in ("change", "low", "high")]
     return (
         row["section"],
         f"{row['n']:,}",
         cell_name(row),
         f"{100 * against['accuracy']:.1f}",
-        "" if row["action"] == CLEAN else interval(points, "+", digits=1),
-        interval([chance[name] for name in ("change", "low", "high")], "+", 100, 1) if chance else "",
+        "" if row["action"] == CLEAN else _points(against) + _p(against),
+        _points(chance) + _p(chance) if chance else "",
     )
+
+
+def _points(told: Mapping[str, Any]) -> str:
+    """Return points of change with their interval."""
+    return interval([told[name] for name in ("change", "low", "high")], "+", 100, 1)
+
+
+def _p(told: Mapping[str, Any]) -> str:
+    """Return the p of a change among all of the table, where it is known."""
+    return f", p {told['p_holm']:.2g}" if "p_holm" in told else ""
+
+
+def is_real(told: Mapping[str, Any]) -> bool:
+    """Return whether a change is more than noise: by its p among all of the table, or by its interval where results of
+    old have no p."""
+    return bool(told["p_holm"] < 0.05) if "p_holm" in told else excludes_zero([0.0, told["low"], told["high"]])
 
 
 def cell_name(row: Row) -> str:
@@ -192,9 +217,8 @@ def _twin(rows: Sequence[Row], row: Row, **changed: Any) -> Row | None:
 
 
 def _change(row: Row, rival: str = "against_clean") -> tuple[str, bool]:
-    """Points of change with their interval, and whether it excludes zero."""
-    values = [row[rival][name] for name in ("change", "low", "high")]
-    return interval(values, "+", 100, 1), excludes_zero(values)
+    """Return points of change with their interval, and whether it is more than noise."""
+    return _points(row[rival]), is_real(row[rival])
 
 
 def _flip_words(row: Row, chance: Row | None) -> str:
@@ -212,12 +236,12 @@ def _flip_words(row: Row, chance: Row | None) -> str:
         text += " The difference"
     apart, told_apart = _change(row, "against_random")
     noise = "beyond" if told_apart else "within"
-    return f"{text}: {apart} points against random flips, {noise} the noise of pairs and seeds."
+    return f"{text}: {apart} points against random flips, {noise} the noise."
 
 
 def _cost_words(row: Row) -> str:
     told, real = _change(row)
-    verdict = "" if real else " The interval holds zero: these swaps cost nothing that can be measured here."
+    verdict = "" if real else " That is within the noise: these swaps cost nothing that can be measured here."
     return f"Without the swapped labels {row['section']} is at {told} points against the pairs as they are.{verdict}"
 
 
@@ -228,7 +252,7 @@ def _gain_words(row: Row, before: Row | None) -> str:
         apart, told_apart = _change(row, "against_random")
         text += f", {apart} against dropping as many at random ({'beyond' if told_apart else 'within'} noise)"
     cost = before["against_clean"]["change"] if before else 0.0
-    if before and excludes_zero([before["against_clean"][name] for name in ("change", "low", "high")]) and cost > 0:
+    if before and is_real(before["against_clean"]) and cost > 0:
         text += f"; {row['against_clean']['change'] / cost:.0%} of what the swaps cost is won back"
     return text + "."
 

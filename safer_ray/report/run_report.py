@@ -90,7 +90,7 @@ class DetectionView:
 
 @dataclass(frozen=True)
 class SectionView:
-    """Held-out pairwise accuracy of a model with its 95% Wilson interval."""
+    """Held-out pairwise accuracy of a model with its 95% interval."""
 
     model: str
     section: str
@@ -102,14 +102,20 @@ class SectionView:
 
 @dataclass(frozen=True)
 class TestView:
-    """McNemar's exact test of a model against the base model on one section."""
+    """A model against another on one section: the test by sign flips of prompts."""
 
     model: str
     base: str
     section: str
     gained: int  # pairs right here and wrong there
     lost: int
+    change: float  # of accuracy, in [-1, 1], with its 95% interval
+    low: float
+    high: float
+    differ: int  # prompts that gained more than they lost, or less
+    prompts: int
     p: float
+    p_holm: float  # by Holm over all tests of the run
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,7 @@ def render_report(data: ReportData) -> str:
         "count": _count,
         "metric": _metric,
         "signed": _signed,
+        "points": _points,
         "p_value": _p_value,
         "duration": _duration,
         "csp_hash": _csp_hash,
@@ -324,11 +331,11 @@ def section_plots(data: ReportData) -> list[SectionPlot]:
 
 
 def verdict_in_words(test: TestView) -> str:
-    """Return what McNemar's test says, at the 5% level."""
-    if test.p >= 0.05 or test.gained == test.lost:
+    """Return what the test says, at the 5% level of all tests of the run together."""
+    if test.p_holm >= 0.05:
         return "no clear difference"
     direction = "better" if test.gained > test.lost else "worse"
-    return f"clearly {direction}" if test.p < 0.001 else direction
+    return f"clearly {direction}" if test.p_holm < 0.001 else direction
 
 
 def _base_model(data: ReportData) -> str:
@@ -363,6 +370,11 @@ def _plural(n: int, word: str) -> str:
 def _signed(value: float, digits: int = 2) -> str:
     text = f"{value:+.{digits}f}".replace("-", plots.MINUS)
     return text if any(c in "123456789" for c in text) else text[1:]
+
+
+def _points(test: TestView) -> str:
+    value, low, high = (_signed(100 * share, 1) for share in (test.change, test.low, test.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _p_value(value: float) -> str:

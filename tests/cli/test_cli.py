@@ -744,7 +744,7 @@ def test_duplicate_ids_are_counted_by_an_audit_and_not_refused(safer, at, tmp_pa
 
 def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
     names = ("none", "flip_safer_5", "flip_random_5", "drop_safer_5", "drop_random_5")
-    tested = {f"{name} vs none": {"chat": {"p": 0.00012}} for name in names[1:]}
+    tested = {f"{name} vs none": {"chat": {"p": 0.00003, "p_holm": 0.00012}} for name in names[1:]}
     sections = {"chat": 0.9, "safety": 0.8, "chat hard": 0.7, "reasoning": 0.6}
     table = runs._accuracy_table({"sections": dict.fromkeys(names, sections), "tests": tested}, "none")
     screen = Console(width=80, file=io.StringIO())
@@ -752,6 +752,9 @@ def test_no_models_name_is_cut_in_a_terminal_of_80_columns():
     assert "…" not in screen.file.getvalue()
     assert [line.split("│")[1].strip() for line in screen.file.getvalue().splitlines() if "0.900" in line] == [*names]
     assert screen.file.getvalue().count("p 0.00012") == 4
+    assert "p by sign flips of prompts against none, Holm over the run's 4 tests" in " ".join(
+        screen.file.getvalue().split()
+    )
 
 
 def test_the_root_of_the_file_system_is_nowhere_to_write(safer, tmp_path):

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from safer_ray import schema
-from safer_ray.detection.evaluation import detection, effective_count, mcnemar, paired_test, section_accuracy, wilson
+from safer_ray.detection.evaluation import detection, paired_test, paired_tests, section_accuracy, wilson
 from safer_ray.errors import UserError
-from safer_ray.schema import NO_PROMPT
 
 
 def rewards(margins, sections=None, ids=None):
@@ -56,30 +55,48 @@ def test_ties_are_wrong_and_sections_apart():
     assert found["unnamed"].accuracy == 1
 
 
-def test_mcnemar_has_the_exact_binomial_p():
+def test_of_prompts_with_one_pair_each_the_test_is_mcnemars():
     here = np.array([True] * 9 + [False] * 2 + [True] * 5)
     there = np.array([False] * 9 + [True] * 2 + [True] * 5)
-    found = paired_test(here, there)
-    assert found[:3] == (16, 9, 2)
+    found = paired_test(here, there, [f"p{i}" for i in range(16)])
+    assert found == paired_test(here, there, [None] * 16)
+    assert found[:6] == (16, 9, 2, 16, 11, 7 / 16)
+    assert found.low < 7 / 16 < found.high
     assert found.p == pytest.approx(2 * binom.cdf(2, 11, 0.5))
     assert found.p == pytest.approx(0.0654297, abs=1e-6)
 
 
+def test_a_prompt_that_gains_and_loses_alike_does_not_differ():
+    found = paired_test(np.array([True, False, True]), np.array([False, True, False]), ["a", "a", "b"])
+    assert (found.gained, found.lost, found.groups, found.differ, found.p) == (2, 1, 2, 1, 1.0)
+
+
+def test_nine_pairs_of_one_prompt_that_are_gained_together_are_one_change():
+    here, there = np.array([True] * 54), np.array([False] * 54)
+    found = paired_test(here, there, np.repeat([f"p{i}" for i in range(6)], 9))
+    assert (found.gained, found.differ) == (54, 6)
+    assert found.p == pytest.approx(2 / 2**6)
+    assert found.low < 0.5
+
+
 def test_models_that_never_differ_have_p_one():
-    assert paired_test(np.array([True, False]), np.array([True, False])) == (2, 0, 0, 1.0)
+    found = paired_test(np.array([True, False]), np.array([True, False]), ["a", "b"])
+    assert found[:6] == (2, 0, 0, 2, 0, 0)
+    assert found.p == 1
+    assert found.low == -found.high < -0.5
 
 
 def test_models_are_compared_by_pair_not_by_position():
     base = rewards([1.0, -1.0, 1.0], ids=["x", "y", "z"])
     other = rewards([1.0, -1.0, -1.0], ["s", "s", "t"], ids=["y", "z", "x"])
-    found = mcnemar(other, base)
+    found = paired_tests(other, base)
     assert found["s"][:3] == (2, 1, 1)
     assert found["t"][:3] == (1, 0, 1)
 
 
 def test_a_model_measured_on_other_pairs_is_refused():
     with pytest.raises(UserError, match="measured on different pairs; evaluate both on the same set"):
-        mcnemar(rewards([1.0]), rewards([1.0], ids=["other"]))
+        paired_tests(rewards([1.0]), rewards([1.0], ids=["other"]))
 
 
 def joined(scores):
@@ -105,19 +122,6 @@ def test_auroc_equals_sklearns(rows):
         assert found.auroc == 0.5
     else:
         assert found.auroc == pytest.approx(metrics.roc_auc_score(planted, -scores))
-
-
-def test_pairs_of_one_prompt_that_are_right_together_count_as_one():
-    right = np.repeat([True, False, True, True, False, True, True, True], 9)
-    prompts = np.repeat([f"p{i}" for i in range(8)], 9).astype(object)
-    assert effective_count(right, prompts) == pytest.approx(7)  # of 8, of which one degree of freedom is the share's
-    assert effective_count(right, np.array([f"p{i}" for i in range(72)], dtype=object)) == 72
-    assert effective_count(right, np.array([None] * 72)) == 72
-    assert effective_count(right, np.array([NO_PROMPT] * 72)) == 72
-    assert effective_count(np.ones(72, dtype=bool), prompts) == 8
-    rng = np.random.default_rng(0)
-    independent = effective_count(rng.random(9000) < 0.7, np.repeat(np.arange(1000), 9).astype(str).astype(object))
-    assert 8000 < independent <= 9000
 
 
 def test_the_interval_of_dependent_pairs_is_that_of_their_prompts():

@@ -13,7 +13,7 @@ from support.made import HAND, make_codes, make_pair, make_pairs, random_sae
 from safer_ray import schema
 from safer_ray.config.sections import CurateConfig, ScoresConfig, SelectConfig
 from safer_ray.config.where import where_mask
-from safer_ray.detection.evaluation import mcnemar, on_the_same
+from safer_ray.detection.evaluation import on_the_same, paired_tests
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import read_features, reference_values, vector_layers
 from safer_ray.features.codes import flatten
@@ -237,9 +237,9 @@ def test_models_are_compared_on_the_pairs_that_both_could_read():
         return pa.table(columns, schema=schema.REWARDS)
 
     one, other = on_the_same(rewards(["a", "b", "c"]), rewards(["c", "b", "d"]))
-    assert mcnemar(one, other)["a"].n == 2
+    assert paired_tests(one, other)["a"].n == 2
     with pytest.raises(UserError, match="measured on different pairs"):
-        mcnemar(rewards(["a"]), rewards(["b"]))
+        paired_tests(rewards(["a"]), rewards(["b"]))
 
 
 def test_what_reconstructions_cost_is_measured_on_the_pairs_that_have_rewards(reward, monkeypatch):

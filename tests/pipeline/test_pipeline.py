@@ -12,6 +12,8 @@ from support.tiny_run import POISONED, VARIANTS, audited, every, finished, table
 
 from safer_ray import schema
 from safer_ray.config.sections import PairsConfig, ScoresConfig, SourceConfig
+from safer_ray.detection.evaluation import PairedTest
+from safer_ray.detection.grouped import holm
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import read_features
 from safer_ray.features.scoring import pair_scores, suspicion
@@ -19,6 +21,7 @@ from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.run import STAGES, run
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext
+from safer_ray.pipeline.summary import conclusions
 from safer_ray.reward.checkpoints import load_pair_tokenizer
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
 from safer_ray.storage.contents import check_whole
@@ -124,9 +127,23 @@ def test_every_variant_is_tested_against_the_base_and_safer_against_its_random_t
     assert set(summary["tests"]) == {f"{name} vs clean" for name in VARIANTS} | {"flip_safer_5 vs flip_random_5"}
     for by_section in summary["tests"].values():
         for test in by_section.values():
-            assert set(test) == {"n", "gained", "lost", "p"}
-            assert 0 < test["p"] <= 1
+            assert set(test) == {*PairedTest._fields, "p_holm"}
+            assert 0 < test["p"] <= test["p_holm"] <= 1
             assert test["gained"] + test["lost"] <= test["n"] == 60
+            assert test["differ"] <= test["groups"] <= test["n"]
+            assert test["low"] <= test["change"] <= test["high"]
+    told = [test for by_section in summary["tests"].values() for test in by_section.values()]
+    assert [test["p_holm"] for test in told] == pytest.approx(holm([test["p"] for test in told]))
+
+
+def test_conclusions_go_by_the_p_of_all_tests_together():
+    test = {"change": -0.02, "low": -0.035, "high": -0.005, "p": 0.03, "p_holm": 0.06}
+    summary = {"detection": {"auroc": {}}, "sections": {"clean": {}, "new": {}}, "tests": {"new vs clean": {"a": test}}}
+    (said,) = conclusions(summary, "clean")
+    assert said == (
+        "new moves a by -2.0 points [-3.5, -0.5] (p = 0.06 by sign flips of prompts, Holm over the run's 1 tests; "
+        "within chance)."
+    )
 
 
 def test_the_summarys_numbers_lie_in_their_ranges(summary):

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from safer_ray.config.read import load_config
 from safer_ray.config.sections import SweepConfig, SweepGrid
+from safer_ray.detection.grouped import holm
 from safer_ray.errors import UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.sweep import CLEAN, WITHOUT_NOISE, Trial, effect, grouped, run_sweep, table, trials
@@ -54,27 +55,51 @@ def answers(share, seeds=3, n=400, seed=0):
     return rng.random((seeds, n)) < np.reshape(share, (-1, 1))
 
 
+ALONE = [None] * 400
+
+
 def test_an_effect_is_the_paired_mean_with_an_interval():
     ours, theirs = answers(0.6), answers(0.9, seed=1)
-    found = effect(ours, theirs)
+    found = effect(ours, theirs, ALONE)
     assert found.accuracy == pytest.approx(ours.mean())
     assert found.change == pytest.approx(ours.mean() - theirs.mean())
     assert found.low < found.change < found.high < 0
     assert found.seeds == pytest.approx(ours.mean(axis=1).tolist())
-    assert effect(ours, theirs) == found
+    assert found.p < 1e-6
+    assert effect(ours, theirs, ALONE) == found
+    assert effect(ours, ours, ALONE)[2:] == (0, *(pytest.approx(edge, abs=0.01) for edge in (0, 0)), 1)
+
+
+def test_pairs_of_one_prompt_that_change_together_are_one_change():
+    def told(groups):
+        drawn = (answers(share, seeds=1, n=40, seed=seed) for share, seed in ((0.6, 0), (0.8, 1)))
+        return effect(*(np.repeat(right, 10, axis=1) for right in drawn), groups)
+
+    by_pair, by_prompt = told(ALONE), told(np.repeat(np.arange(40), 10).astype(str))
+    assert by_prompt.change == by_pair.change
+    assert by_prompt.high - by_prompt.low > 2 * (by_pair.high - by_pair.low)
+    assert by_prompt.p > by_pair.p
+
+
+def test_a_change_of_few_prompts_is_no_finding():
+    ours, theirs = np.ones((3, 50), dtype=bool), np.zeros((3, 50), dtype=bool)
+    found = effect(ours, theirs, np.repeat(np.arange(5), 10).astype(str))
+    assert found.p == pytest.approx(2 / 2**5)
+    assert found.low < 0.6 < found.change == found.high == 1
+    assert effect(ours, theirs, ["one"] * 50)[3:] == (-1, 1, 1)
 
 
 def test_seeds_that_disagree_widen_the_interval():
     base = answers(0.8)
-    steady, shaky = effect(answers(0.7, seed=1), base), effect(answers([0.5, 0.7, 0.9], seed=1), base)
+    steady, shaky = (effect(answers(share, seed=1), base, ALONE) for share in (0.7, [0.5, 0.7, 0.9]))
     assert shaky.high - shaky.low > 2 * (steady.high - steady.low)
 
 
 def test_an_interval_about_nothing_holds_zero_about_as_often_as_it_says():
-    held = sum(
-        e.low <= 0 <= e.high for e in (effect(answers(0.8, 5, 300, s), answers(0.8, 5, 300, s + 99)) for s in range(40))
-    )
-    assert held >= 34
+    pairs = ((answers(0.8, 5, 300, seed), answers(0.8, 5, 300, seed + 99)) for seed in range(40))
+    found = [effect(*pair, ALONE[:300]) for pair in pairs]
+    assert sum(told.low <= 0 <= told.high for told in found) >= 34
+    assert sum(told.p > 0.05 for told in found) >= 34
 
 
 def test_a_table_compares_with_the_clean_pairs_and_with_chance():
@@ -85,7 +110,7 @@ def test_a_table_compares_with_the_clean_pairs_and_with_chance():
         wrong = {CLEAN: 5, "safer": 2, "random": 10}[trial.strategy]
         return {"safety": {key: i >= wrong for i, key in enumerate(ids)}, "chat": dict.fromkeys(ids, True)}
 
-    found = table(cells, [measured(cell) for cell in cells])
+    found = table(cells, [measured(cell) for cell in cells], dict.fromkeys(ids))
     assert found["seeds"] == [0, 1]
     rows = {(r["strategy"], r["percent"], r["section"]): r for r in found["rows"]}
     assert len(rows) == 2 * 5
@@ -95,6 +120,11 @@ def test_a_table_compares_with_the_clean_pairs_and_with_chance():
     assert row["against_random"]["change"] == pytest.approx(0.16)
     assert "against_random" not in rows["random", 5, "safety"]
     assert rows["random", 5, "chat"]["against_clean"]["change"] == 0
+    tested = [row[name] for row in found["rows"] for name in ("against_clean", "against_random") if name in row]
+    tested = [told for told in tested if "p_holm" in told]
+    assert len(tested) == found["tests"] == 2 * (4 + 2)  # in each section: cells against clean, `safer` against random
+    assert [told["p_holm"] for told in tested] == pytest.approx(holm([told["p"] for told in tested]))
+    assert "p_holm" not in rows[CLEAN, 0, "chat"]["against_clean"]
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,12 @@ def test_a_detector_that_loses_is_said_to():
     assert "in sample" not in text
 
 
-def cell(action, strategy, percent, change, section="safety", random=None, spread=0.01):
+def cell(action, strategy, percent, change, section="safety", random=None, spread=0.01, p=None):
+    """A row of a sweep.json; without a `p` one of old."""
+
     def told(value):
-        return Effect(0.7 + value, [0.69 + value, 0.71 + value], value, value - spread, value + spread)._asdict()
+        known = Effect(0.7 + value, [0.69 + value, 0.71 + value], value, value - spread, value + spread, p)._asdict()
+        return known | {"p_holm": p} if p is not None else {k: v for k, v in known.items() if k != "p"}
 
     row = {"action": action, "strategy": strategy, "percent": percent, "section": section, "n": 500}
     return row | {"against_clean": told(change)} | ({"against_random": told(random)} if random is not None else {})
@@ -90,8 +93,30 @@ def test_flips_are_told_against_chance():
     assert text == (
         "5% flipped by `safer`: safety -8.0 [-9.0, -7.0] points; as many random flips: -2.0 [-3.0, -1.0]. "
         "That is 4.0 times the cost of chance: -6.0 [-7.0, -5.0] points against random flips, "
-        "beyond the noise of pairs and seeds."
+        "beyond the noise."
     )
+
+
+def test_what_is_noise_is_said_by_the_p_of_all_changes_together():
+    """And not by each interval, of which one in twenty excludes zero by chance."""
+    rows = [
+        cell("clean", "clean", 0, 0.0, p=1.0),
+        cell("without_noise", "without_noise", 0, 0.04, p=0.06),
+        cell("drop", "suspicion", 5.0, 0.03, random=0.03, p=0.02),
+    ]
+    told = sweep(*rows) | {"drawn": "prompts and seeds", "tests": 7}
+    cost, gain = sweep_words(told, ["safety"])
+    assert "+4.0 [+3.0, +5.0] points" in cost
+    assert "That is within the noise: these swaps cost nothing that can be measured here." in cost
+    assert "not told from none" not in gain
+    assert "(beyond noise)" in gain
+    (table,) = sweep_part("key", "Title", told).tables
+    assert table.rows[2][4:] == ("+3.0 [+2.0, +4.0], p 0.02", "+3.0 [+2.0, +4.0], p 0.02")
+    assert table.caption.endswith(
+        "with 95% intervals over prompts and seeds; p by Holm over the 7 changes of the table."
+    )
+    old = sweep_part("key", "Title", POISON).tables[0].caption
+    assert old.endswith("over pairs and seeds, each by itself: of twenty changes that are none, one excludes zero.")
 
 
 def test_what_is_won_back_is_a_share_of_a_cost_that_is_one():

@@ -115,8 +115,8 @@ def data() -> report.ReportData:
             report.SectionView("poison", "safety", 600, 0.6, 0.56, 0.64),
         ),
         tests=(
-            report.TestView("denoise", "base", "safety", 40, 13, 0.0003),
-            report.TestView("poison", "base", "safety", 10, 118, 0.02),
+            report.TestView("denoise", "base", "safety", 40, 13, 0.045, 0.02, 0.07, 31, 300, 0.0001, 0.0003),
+            report.TestView("poison", "base", "safety", 10, 118, -0.18, -0.24, -0.12, 90, 300, 0.01, 0.02),
         ),
         red_team=("poison",),
         licences=("synthetic corpus: CC0-1.0",),
@@ -170,7 +170,7 @@ def test_hostile_text_is_inert_wherever_it_comes_from(data: report.ReportData) -
         quarantine={h: 1}, reward={h: 1.5}, sae={h: 1.5}, features=(card,),
         pairs=(report.PairView(h, h, 0.0, 1.0, 0.0, ((h, h),), ((h, f"a {h} b"),), ((h, h),), (reason,), True),),
         detection=(report.DetectionView(h, 0.9, 0.5),), sections=(report.SectionView(h, h, 10, 0.5, 0.3, 0.7),),
-        tests=(report.TestView(h, h, h, 1, 0, 1.0),), red_team=(h,), licences=(h,),
+        tests=(report.TestView(h, h, h, 1, 0, 0.1, -0.1, 0.3, 1, 10, 1.0, 1.0),), red_team=(h,), licences=(h,),
     )  # fmt: skip
     page = Page(report.render_report(hostile))
     clean = Page(report.render_report(data))
@@ -300,7 +300,7 @@ def test_the_same_data_gives_the_same_page(data: report.ReportData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gained", "lost", "p", "words"),
+    ("gained", "lost", "p_holm", "words"),
     [
         (10, 8, 0.8, "no clear difference"),
         (30, 10, 0.002, "better"),
@@ -308,8 +308,22 @@ def test_the_same_data_gives_the_same_page(data: report.ReportData) -> None:
         (5, 90, 1e-9, "clearly worse"),
     ],
 )
-def test_significance_is_said_in_words(gained: int, lost: int, p: float, words: str) -> None:
-    assert report.verdict_in_words(report.TestView("new", "base", "safety", gained, lost, p)) == words
+def test_significance_is_said_in_words_by_the_p_of_all_tests_together(
+    gained: int, lost: int, p_holm: float, words: str
+) -> None:
+    p = p_holm / 10
+    test = report.TestView("new", "base", "safety", gained, lost, 0.1, 0.0, 0.2, gained + lost, 200, p, p_holm)
+    assert report.verdict_in_words(test) == words
+
+
+def test_a_test_is_told_by_prompts_with_its_interval_and_both_p(data: report.ReportData) -> None:
+    html = report.render_report(data)
+    row = html[html.index("<td>denoise</td><td>base</td>") :].split("</tr>")[0]
+    for told in ("+4.5 [+2.0, +7.0]", "31 of 300", "&lt; 0.001", "clearly better"):
+        assert told in row
+    assert row.count("&lt; 0.001") == 2
+    assert "adjusted for the 2 tests of this table" in html
+    assert "exact, by all choices of signs, for any number of prompts" in html
 
 
 def test_plots_are_well_formed_and_have_a_title_and_a_description() -> None:
