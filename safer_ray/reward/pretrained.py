@@ -16,7 +16,7 @@ import torch
 from safer_ray.errors import UserError
 from safer_ray.reward.adapters import merge_adapter
 from safer_ray.reward.blocks import keep_blocks, lies_behind
-from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary
+from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary, words_of
 from safer_ray.reward.gguf import gguf_config, gguf_options, gguf_tokenizer, is_gguf, open_gguf, strange_tensors
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -232,8 +232,7 @@ def _explained(checkpoint: Checkpoint, failed: str, opened: Callable[[], Any]) -
     try:
         return opened()
     except Exception as error:  # code of a checkpoint's own may raise anything
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{failed} {checkpoint.name}: {first}") from error
+        raise UserError(f"{failed} {checkpoint.name}: {words_of(error)}") from error
 
 
 def check_trusted(checkpoint: Checkpoint) -> OwnCode:
