@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safer_ray.errors import UserError
 from safer_ray.reward.blocks import lies_behind
-from safer_ray.reward.folder import ADAPTER_WEIGHTS, adapter_settings
+from safer_ray.reward.folder import ADAPTER_BIN, ADAPTER_WEIGHTS, adapter_settings, words_of
 from safer_ray.reward.loaded import is_of_head
 
 PREFIX = "base_model.model."  # of the names of all tensors in an adapter
@@ -31,7 +31,10 @@ def merge_adapter(
     Raises:
         UserError: the adapter is none that can be merged, or it was trained on another model than `base`.
     """
-    weights = _weights(folder)
+    try:
+        weights = _weights(folder)
+    except Exception as error:  # torch raises what it likes of a damaged pickle
+        raise UserError(f"cannot read the weights of {name}: {words_of(error)}") from error
     weights = {key: tensor for key, tensor in weights.items() if UNTRAINED not in key}
     if blocks is not None:
         weights = {key: tensor for key, tensor in weights.items() if not lies_behind(key, blocks)}
@@ -70,7 +73,7 @@ def _plain(key: str) -> str:
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / ADAPTER_WEIGHTS).is_file():
         return load_file(folder / ADAPTER_WEIGHTS)
-    weights: dict[str, Tensor] = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    weights: dict[str, Tensor] = torch.load(folder / ADAPTER_BIN, map_location="cpu", weights_only=True)
     return weights
 
 
@@ -136,5 +139,4 @@ def _merged(model: Any, folder: Path, weights: dict[str, Tensor]) -> Any:
     except UserError:
         raise
     except Exception as error:  # each method raises its own
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{words}; name its own base with adapter_base, or copy it again") from error
+        raise UserError(f"{words_of(error)}; name its own base with adapter_base, or copy it again") from error

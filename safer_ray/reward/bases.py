@@ -89,6 +89,8 @@ def checkpoint_of(base: str, reading: Reading = AS_IT_COMES) -> Checkpoint:
     told = f"{base} is an adapter ({adapter_settings(Path(path))['peft_type']}) of {own}, which"
     remedy = "name its base with adapter_base (--read adapter_base=FOLDER)"
     try:
+        if not own.startswith((PREFIX, PACKAGE)) and not Path(own).exists():
+            raise UserError("there is no such file or folder")
         below, own_revision = resolve_base(own)
         if is_adapter(Path(below)):
             raise UserError("is an adapter itself; merge that first")

@@ -45,10 +45,12 @@ TRIED: dict[str, Any] = {
 
 
 def quiet_transformers() -> None:
-    """Warnings about freshly made heads and the like are expected here; errors still show."""
+    """Warnings about freshly made heads and the like are expected here; errors still show. No bot converts weights."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which warns otherwise
+    # Of a name on the hub without safetensors, transformers has a bot convert the weights, and reads what it proposes.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,16 @@ def check_file_of_weights(path: Path) -> set[str]:
     except (SafetensorError, OSError) as error:
         cause = " ".join(str(error).split())
         raise UserError(f"corrupt weights: {path}: {cause}; train or copy the model again") from None
+
+
+def words_of(error: Exception) -> str:
+    """Return what loading failed of, in a line; where weights pickle more than numbers, what they name."""
+    text = " ".join(str(error).split())
+    if "Weights only load failed" in text:
+        found = re.search(r"(?:GLOBAL|class|function|type) (\w\S*\.\S+)", text)
+        named = f" ({found[1].rstrip('.,')})" if found else ""
+        return f"its weights hold more than numbers{named}; nothing of that was run: pass such as are safetensors"
+    return text[:300] or type(error).__name__
 
 
 def read_tensor(folder: Path, name: str, bin_weights: bool = False) -> Any:

@@ -11,12 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from safer_ray.errors import UserError
-from safer_ray.reward.adapters import merge_adapter
 from safer_ray.reward.blocks import keep_blocks, lies_behind
-from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary
+from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary, words_of
 from safer_ray.reward.gguf import gguf_config, gguf_options, gguf_tokenizer, is_gguf, open_gguf, strange_tensors
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -123,7 +120,7 @@ def open_classifier(
     options |= {"adapter_kwargs": NO_ADAPTER}
     dtype = options.get("dtype")
     if checkpoint.adapter is not None:
-        options["dtype"] = torch.float32  # in which it is merged
+        options["dtype"] = "float32"  # in which it is merged
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     options |= gguf_options() if checkpoint.is_gguf else {}
     model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
@@ -135,8 +132,10 @@ def open_classifier(
     found = {**found, "unexpected_keys": strange}
     if checkpoint.adapter is None:
         return model, found
+    from safer_ray.reward.adapters import merge_adapter  # here, since it imports torch
+
     model, found = merge_adapter(checkpoint.name, checkpoint.base, model, found, checkpoint.adapter, blocks)
-    return model.to(dtype or torch.float32), found
+    return model.to(dtype) if dtype is not None else model, found
 
 
 def set_outputs(config: Any, outputs: int) -> None:
@@ -232,8 +231,7 @@ def _explained(checkpoint: Checkpoint, failed: str, opened: Callable[[], Any]) -
     try:
         return opened()
     except Exception as error:  # code of a checkpoint's own may raise anything
-        first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{failed} {checkpoint.name}: {first}") from error
+        raise UserError(f"{failed} {checkpoint.name}: {words_of(error)}") from error
 
 
 def check_trusted(checkpoint: Checkpoint) -> OwnCode:

@@ -164,7 +164,17 @@ def test_every_config_field_that_names_a_path_says_whether_it_takes_a_uri():
             if any(kind in (str, Path) for kind in kinds):
                 undeclared.append(f"{model.__name__}.{name}")
     assert set(undeclared) <= NO_PATH_FIELDS
-    assert sorted(set(declared)) == ["auditor", "base", "exchanges", "keys", "path", "root", "template", "text"]
+    assert sorted(set(declared)) == [
+        "adapter_base",
+        "auditor",
+        "base",
+        "exchanges",
+        "keys",
+        "path",
+        "root",
+        "template",
+        "text",
+    ]
 
 
 @pytest.mark.parametrize("field", ["root", "reward.base", "judge.exchanges", "sae.warm_start.text"])

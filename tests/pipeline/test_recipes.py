@@ -155,7 +155,8 @@ def recorded(monkeypatch):
         return find(place, recipe)
 
     monkeypatch.setattr(Place, "find", noting)
-    monkeypatch.setattr("safer_ray.reward.bases.check_weights", lambda *_: None)  # the base here is a config alone
+    # The base here is a config alone.
+    monkeypatch.setattr("safer_ray.reward.bases.check_weights", lambda folder, bin_weights: None)
     return seen
 
 

@@ -154,7 +154,10 @@ def test_a_base_that_is_not_there_is_told_before_any_work(base, tmp_path, monkey
             "them/theirs",
             r"adapter \(LORA\) of hub:them/theirs, which cannot be read: .*; name its base with adapter_base",
         ),
-        ("/nowhere/base", r"adapter \(LORA\) of /nowhere/base, which cannot be read: no model in /nowhere/base"),
+        (
+            "/nowhere/base",
+            r"adapter \(LORA\) of /nowhere/base, which cannot be read: there is no such file or folder; name",
+        ),
         ("", r"is an adapter that names no base; name one: adapter_base \(--read adapter_base=FOLDER\)"),
         (str(adapter), r"cannot be read: is an adapter itself; merge that first"),
     ):

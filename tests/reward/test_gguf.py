@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.adapters import save_adapter
 from support.gguf_files import gguf_name, write_gguf
 from support.made import TINY, make_pairs
 from support.templates import CHAT_TEMPLATE
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
+from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RewardConfig
 from safer_ray.data.hub import pinned
 from safer_ray.errors import UserError
@@ -172,6 +174,17 @@ def test_a_file_without_a_head_is_no_reward_model(made):
     artifact = open_as("reward", made[1])
     with pytest.raises(UserError, match=r"is no reward model: it has no weights for score\.weight"):
         load_reward_model(artifact.path)
+
+
+def test_an_adapter_of_a_file_is_merged(made, tmp_path):
+    peft_model = save_adapter(made[0], tmp_path / "adapter")
+    reading = Reading(adapter_base=str(made[1]))
+    reward = load_reward_model(tmp_path / "adapter", reading=reading)
+    sides = [side.ids for side in both_sides(reward.pairs(make_pairs(2).to_pylist()))]
+    with torch.inference_mode():
+        own = [float(peft_model(input_ids=torch.from_numpy(ids)[None].long()).logits) for ids in sides]
+    np.testing.assert_allclose(np.asarray(forward(reward, sides).rewards), own, atol=1e-4)
+    assert open_as("reward", tmp_path / "adapter", reading).name.endswith(base_input(str(made[1])).name)
 
 
 OPENERS = {
