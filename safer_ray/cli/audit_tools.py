@@ -125,6 +125,7 @@ def _show_review(found: "Reviewed") -> None:
         table.add_row(f"worst {row.flagged:,}", *_precision_cells(row))
     table.add_row(f"all {found.whole.flagged:,}", *_precision_cells(found.whole))
     console.print(table)
+    console.print("The intervals take pairs as independent; where prompts have several, they are too narrow.")
 
 
 def _precision_cells(row: "Precision") -> list[str]:

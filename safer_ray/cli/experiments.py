@@ -53,24 +53,24 @@ def sweep_command(
 
 
 def _sweep_table(found: dict[str, Any]) -> Table:
-    """One row a cell and section: accuracy, and what it changed in points."""
-    from safer_ray.report.experiment_report import cell_name
+    """One row a cell and section: accuracy, and what it changed in points, with its p."""
+    from safer_ray.report.experiment_report import cell_name, change_with_p
 
-    title = f"{len(found['seeds'])} seeds, retraining {found['retraining']}; points [95% interval]"
+    title = (
+        f"{len(found['seeds'])} seeds, retraining {found['retraining']}; points [95% interval over {found['drawn']}], "
+        f"p by Holm over {found['tests']} changes"
+    )
     table = Table("cell", "section", "accuracy", "against clean", "against random", title=title, title_justify="left")
     for row in found["rows"]:
-        shown = [row["against_clean"], row.get("against_random")]
-        changes = [
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * e[k] for k in ("change", "low", "high"))) if e else ""
-            for e in shown
-        ]
+        changes = [change_with_p(row, rival) for rival in ("against_clean", "against_random")]
         table.add_row(cell_name(row), row["section"], f"{row['against_clean']['accuracy']:.3f}", *changes)
     return table
 
 
 def _detection_table(name: str, found: dict[str, Any]) -> Table:
     """One row a detector: its AUROC out of fold and in sample, and how far `combined` leads it."""
-    title = f"{name}: {found['planted']} errors among {found['pairs']:,} pairs, AUROC [95% interval]"
+    told = f"{found['planted']} errors among {found['pairs']:,} pairs"
+    title = f"{name}: {told}, AUROC [95% interval over prompts, each by itself]"
     table = Table("detector", "out of fold", "combined leads by", "in sample", title=title, title_justify="left")
     outside, inside = found["out_of_fold"], found["in_sample"]
     for detector, values in outside["detectors"].items():

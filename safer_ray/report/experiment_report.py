@@ -53,8 +53,8 @@ def detection_part(key: str, title: str, found: Mapping[str, Any]) -> Part:
     seeds = len(next(iter(outside["seeds"].values())))
     told = f"{seeds} {'seed' if seeds == 1 else 'seeds'}"
     caption = (
-        f"{found['planted']} of {found['pairs']} labels swapped, {told}; out of fold, with 95% intervals over prompts. "
-        "Precision: among as many pairs as were planted."
+        f"{found['planted']} of {found['pairs']} labels swapped, {told}; out of fold, with 95% intervals over prompts, "
+        "each by itself. Precision: among as many pairs as were planted."
     )
     recall = "Share of the swapped labels found by looking at so many pairs."
     auroc = "AUROC out of fold with 95% intervals; rings: in sample."
@@ -162,14 +162,13 @@ def _drawn(found: Mapping[str, Any]) -> str:
 
 
 def _cell_row(row: Row) -> tuple[str, ...]:
-    against, chance = row["against_clean"], row.get("against_random")
     return (
         row["section"],
         f"{row['n']:,}",
         cell_name(row),
-        f"{100 * against['accuracy']:.1f}",
-        "" if row["action"] == CLEAN else _points(against) + _p(against),
-        _points(chance) + _p(chance) if chance else "",
+        f"{100 * row['against_clean']['accuracy']:.1f}",
+        change_with_p(row, "against_clean"),
+        change_with_p(row, "against_random"),
     )
 
 
@@ -178,9 +177,13 @@ def _points(told: Mapping[str, Any]) -> str:
     return interval([told[name] for name in ("change", "low", "high")], "+", 100, 1)
 
 
-def _p(told: Mapping[str, Any]) -> str:
-    """Return the p of a change among all of the table, where it is known."""
-    return f", p {told['p_holm']:.2g}" if "p_holm" in told else ""
+def change_with_p(row: Row, rival: str) -> str:
+    """Return points of change with their interval, and with p by Holm where it is known; nothing where the row is its
+    own rival, or has none."""
+    told = row.get(rival)
+    if told is None or (row["action"], rival) == (CLEAN, "against_clean"):
+        return ""
+    return _points(told) + (f", p {told['p_holm']:.2g}" if "p_holm" in told else "")
 
 
 def is_real(told: Mapping[str, Any]) -> bool:

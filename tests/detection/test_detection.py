@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from safer_ray.detection.quality import BUDGETS, Interval, Measures, compare, group_weights, measure, weighted_measures
+from safer_ray.schema import NO_PROMPT
 
 
 def both_kinds(rows):
@@ -77,6 +78,14 @@ def test_draws_take_whole_groups():
     assert (weights[:, 0] == weights[:, 5]).all()
     assert (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, [0, 1, 3]].sum(axis=1) == 3).all()
+
+
+def test_pairs_without_a_prompt_are_drawn_one_by_one():
+    weights = group_weights([None, NO_PROMPT, None, NO_PROMPT], draws=50, seed=1)
+    assert (weights.sum(axis=1) == 4).all()
+    assert (weights.std(axis=0) > 0).all()
+    assert not (weights[:, 0] == weights[:, 2]).all()
+    assert not (weights[:, 1] == weights[:, 3]).all()
 
 
 def made(n=2000, seed=0):

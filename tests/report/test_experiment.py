@@ -1,11 +1,14 @@
 """Pages say what the numbers say, and no more."""
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from safer_ray.cli import experiments
 from safer_ray.pipeline.sweep import Effect
 from safer_ray.report.experiment_report import (
     as_markdown,
@@ -115,6 +118,11 @@ def test_what_is_noise_is_said_by_the_p_of_all_changes_together():
     assert table.caption.endswith(
         "with 95% intervals over prompts and seeds; p by Holm over the 7 changes of the table."
     )
+    screen = Console(width=200, file=io.StringIO())
+    screen.print(experiments._sweep_table(told))
+    lines = [line for line in screen.file.getvalue().splitlines() if "dropped by suspicion" in line]
+    assert all(line.count("+3.0 [+2.0, +4.0], p 0.02") == 2 for line in lines)
+    assert "points [95% interval over prompts and seeds], p by Holm over 7 changes" in screen.file.getvalue()
     old = sweep_part("key", "Title", POISON).tables[0].caption
     assert old.endswith("over pairs and seeds, each by itself: of twenty changes that are none, one excludes zero.")
 
