@@ -49,11 +49,7 @@ def quiet_transformers() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which warns otherwise
-<<<<<<< HEAD
-    # Of a name on the hub without safetensors, transformers has a bot convert the weights, and reads what it proposes.
-=======
     # Of a name on the hub without safetensors, transformers has a bot convert the weights, and reads its proposal.
->>>>>>> help-G
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     from transformers.utils import logging as transformers_logging
 
