@@ -14,7 +14,7 @@ from safer_ray.config.read import assigned, explain_validation
 from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RunConfig, SaeConfig
 from safer_ray.errors import UserError
-from safer_ray.pipeline.run import Run, run
+from safer_ray.pipeline.run import STAGES, Run, run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.reward.bases import checkpoint_of
@@ -37,6 +37,7 @@ RATINGS = (5, 4, 3)  # of the features that are chosen, the first that enough ha
 ENOUGH = 4
 SAMPLE = 64  # pairs that are tokenised for the estimate
 TIMED = 8  # pairs that are read for it
+UNTIL = tuple(stage for stage in STAGES if stage not in ("corpus", "noise", "detector"))
 OnStage = Callable[[str, Artifact | None], None]
 log = logging.getLogger(__name__)
 
@@ -130,44 +131,41 @@ def fit(
     Raises:
         UserError: anything in the config or the inputs that cannot work.
     """
-    found = run(config, runner, until="pairs", fresh=fresh, on_stage=on_stage)
+    if until is not None and until not in UNTIL:
+        raise UserError(f"--until {until!r} is no stage of a fit; choose one of {', '.join(UNTIL)}")
+    told: set[str] = set()
+
+    def report(name: str, artifact: Artifact | None) -> None:
+        if name not in told:
+            on_stage(name, artifact)
+        if artifact is not None:
+            told.add(name)
+
+    def go_on(stage: str | None) -> Run:
+        return run(config, runner, until=stage, fresh=fresh, kept=told, on_stage=report)
+
+    found = go_on("pairs")
     if until == "pairs":
         return found
-    if not _is_there(config, runner, "activations"):
+    if fresh or not _is_there(config, runner, "activations"):
         on_estimate(estimate(config, found.artifacts["pairs"]))
-    found = run(config, runner, until=_first(until, "activations"), fresh=fresh, on_stage=on_stage)
+    found = go_on(_first(until, "activations"))
     if until in ("reward", "activations"):
         return found
     vectors = int(found.artifacts["activations"].manifest["rows"]["written"])
     config = config.model_copy(update={"sae": with_steps(config.sae, vectors)})
-    quiet = _quiet_after("activations", on_stage)
-    found = run(config, runner, until=_first(until, "verdicts"), on_stage=quiet)
+    found = go_on(_first(until, "verdicts"))
     if until in ("sae", "codes", "salience", "contexts", "verdicts"):
         return found
     if "rating" not in config.select.model_fields_set:
         rating = rating_of(found.artifacts["verdicts"])
         config = config.model_copy(update={"select": config.select.model_copy(update={"rating": rating})})
-    return run(config, runner, until=until, on_stage=_quiet_after("verdicts", on_stage))
+    return go_on(until)
 
 
 def _first(until: str | None, stage: str) -> str:
     """Return the earlier of two stages in the order of a run."""
-    from safer_ray.pipeline.run import STAGES
-
     return stage if until is None or STAGES.index(until) > STAGES.index(stage) else until
-
-
-def _quiet_after(stage: str, on_stage: OnStage) -> OnStage:
-    """Return what reports stages behind one alone: those before it were reported."""
-    from safer_ray.pipeline.run import STAGES
-
-    known = STAGES[: STAGES.index(stage) + 1]
-
-    def report(name: str, artifact: Artifact | None) -> None:
-        if name.rpartition("-")[0] not in known:
-            on_stage(name, artifact)
-
-    return report
 
 
 def _is_there(config: RunConfig, runner: Runner, stage: str) -> bool:

@@ -1,7 +1,7 @@
 """The stages in order. Knows only a Runner."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,10 +90,12 @@ def run(
     *,
     until: str | None = None,
     fresh: bool = False,
+    kept: Collection[str] = (),
     dry: bool = False,
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None,
 ) -> Run:
-    """Run all stages, or those up to `until`; what is there already is not made again.
+    """Run all stages, or those up to `until`; what is there already is not made again, with `fresh` but for what is
+    `kept`, by name.
 
     Raises:
         UserError: anything in the config or the inputs that cannot work.
@@ -105,7 +107,7 @@ def run(
         raise UserError(f"--until {until}: this config makes none; choose another stage")
     asked, config = config, settled(config)
     preflight(config)
-    place = place_of_run(config, fresh=fresh, dry=dry, on_stage=on_stage)
+    place = place_of_run(config, fresh=fresh, kept=kept, dry=dry, on_stage=on_stage)
     ctx = StageContext.of(place, runner, config)
     outcome = Run(config, place.root, asked.reward)
     with contextlib.nullcontext() if dry else locked(place.root):
