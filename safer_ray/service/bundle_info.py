@@ -11,6 +11,7 @@ import numpy as np
 from safer_ray.config.sections import DetectorOf, ScoresConfig
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import best_detector, check_auditor, read_features, reference_values
+from safer_ray.features.bundle_facts import expected_flags
 from safer_ray.features.cards import read_cards
 from safer_ray.service.api import (
     AuditorInfo,
@@ -48,6 +49,7 @@ def info_of(auditor: Artifact, config: ScoresConfig) -> AuditorInfo:
     coder = json.loads((auditor.path / "sae" / "cfg.json").read_text(encoding="utf-8"))
     values = np.sort(reference_values(auditor, config.detector))
     scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].to_numpy()
+    told = expected_flags(auditor, config.detector, config.flag_quantile, len(values))
     place = min(int(config.flag_quantile * len(values)), len(values) - 1)
     written = datetime.fromtimestamp((auditor.path / MANIFEST).stat().st_mtime, UTC)
     return AuditorInfo(
@@ -62,7 +64,7 @@ def info_of(auditor: Artifact, config: ScoresConfig) -> AuditorInfo:
         threshold=float(values[place]),
         safe=len(features.safe),
         unsafe=len(features.unsafe),
-        reference=Reference(pairs=len(scores), score=histogram(scores), value=histogram(values)),
+        reference=Reference(**told, score=histogram(scores), value=histogram(values)),
         red_team=auditor.red_team,
         created=written.isoformat(timespec="seconds"),
         licences=sorted(auditor.licence),
