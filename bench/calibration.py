@@ -30,6 +30,7 @@ from safer_ray.storage.artifacts import Artifact
 
 QUANTILE = 0.05
 JUDGED = 45  # percent of the prompts
+HELD_OUT = 40  # percent of the others, a reference of some 800 pairs: of fewer, chance alone takes the rate further
 PKU = Path(__file__).parents[2] / "shared/data/pku_saferlhf_5k.jsonl.gz"
 
 
@@ -47,7 +48,7 @@ def config_of(source: str, root: Path, pairs: int, *, folds: bool) -> RunConfig:
             "max_length": 128,
             "learning_rate": 1e-4,
             "evaluations": 1,
-            "validation_percent": 5 if folds else 20,
+            "validation_percent": 5 if folds else HELD_OUT,
         },
         "activations": {"layer": 4},
         "sae": {"latents": 3072, "k": 32, "steps": 500, "learning_rate": 5e-4, "spliced_pairs": 0},
