@@ -17,7 +17,7 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.errors import UserError, explain_disk_errors
-from safer_ray.reward.bases import check_files, checkpoint_of, folder_of
+from safer_ray.reward.bases import check_files, checkpoint_of, folder_of, resolve_base
 from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
 from safer_ray.reward.folder import read_tensor
@@ -158,7 +158,8 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         disable_dropout(model)
     how = asked_for(config, made_here=True)
     if config.use is not None:  # as the finished model reads
-        how = how_it_reads(folder_of(checkpoint_of(config.base, config)), config)
+        source = Path(resolve_base(config.use)[0])
+        how = how_it_reads(source if source.exists() else folder_of(checkpoint_of(config.use, config)), config)
     wrapped = _wrap(model, tokenizer, how, config.max_length, config.base)
     return check_padding(with_named_pad(_with_outputs(wrapped, config.head)))
 
