@@ -14,16 +14,16 @@ from safer_ray.config.read import assigned, explain_validation
 from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RunConfig, SaeConfig
 from safer_ray.errors import UserError
+from safer_ray.features.encoder import positions_of
 from safer_ray.pipeline.run import STAGES, Run, run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.reward.bases import checkpoint_of
 from safer_ray.reward.checkpoints import layer_count, load_reward_model, quiet_transformers
-from safer_ray.reward.finished import model_path
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.pretrained import open_config
-from safer_ray.reward.text import PairTokens
+from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.storage.artifacts import Artifact, read_parts
 
 DEPTH = 0.75  # share of the blocks below the layer that is read
@@ -36,7 +36,7 @@ HELD_OUT = 20  # percent of the prompts, the bundle's reference
 RATINGS = (5, 4, 3)  # of the features that are chosen, the first that enough have
 ENOUGH = 4
 SAMPLE = 64  # pairs that are tokenised for the estimate
-TIMED = 8  # pairs that are read for it
+TIMED = 16  # pairs that are read for it
 UNTIL = tuple(stage for stage in STAGES if stage not in ("corpus", "noise", "detector"))
 OnStage = Callable[[str, Artifact | None], None]
 log = logging.getLogger(__name__)
@@ -144,13 +144,13 @@ def fit(
     def go_on(stage: str | None) -> Run:
         return run(config, runner, until=stage, fresh=fresh, kept=told, on_stage=report)
 
-    found = go_on("pairs")
-    if until == "pairs":
+    found = go_on(_first(until, "reward"))
+    if until in ("pairs", "reward"):
         return found
     if fresh or not _is_there(config, runner, "activations"):
-        on_estimate(estimate(config, found.artifacts["pairs"]))
-    found = go_on(_first(until, "activations"))
-    if until in ("reward", "activations"):
+        on_estimate(estimate(config, found.artifacts["pairs"], found.artifacts["reward"]))
+    found = go_on("activations")
+    if until == "activations":
         return found
     vectors = int(found.artifacts["activations"].manifest["rows"]["written"])
     config = config.model_copy(update={"sae": with_steps(config.sae, vectors)})
@@ -204,30 +204,30 @@ def rating_of(verdicts: Artifact) -> int:
     return rating
 
 
-def estimate(config: RunConfig, pairs: Artifact) -> Estimate:
-    """Return what a fit takes, by reading a few of its pairs.
+def estimate(config: RunConfig, pairs: Artifact, model: Artifact) -> Estimate:
+    """Return what a fit takes, by putting a few of its pairs to the model.
 
     Raises:
         UserError: the model cannot be loaded, or cannot read them.
     """
-    assert config.reward.use is not None
     table = read_parts(pairs_of(pairs), ["pair_id", "prompt", "chosen", "rejected"])
     spread = np.unique(np.linspace(0, len(table) - 1, SAMPLE).astype(int))
-    source = model_path(config.reward.use)
-    reward = load_reward_model(source, reading=config.reward)
+    reward = load_reward_model(model.path, reading=config.reading)
     read = reward.pairs.read(table.take(spread).to_pylist())
     tokens = [pair for pair in read if not isinstance(pair, str)]
     if not tokens:
         raise UserError(f"fit: {config.reward.use} can read none of {len(read)} pairs; the first: {read[0]}")
     pair_seconds = _seconds_of_a_pair(reward, tokens)
-    ends = np.mean([len(pair.chosen.token) + len(pair.rejected.token) for pair in tokens])
     text = reward.model.config.get_text_config()
     d, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    vectors = int(ends * len(table))
+    every = config.activations.tokens == "all"
+    sides = [side.ids for side in both_sides(tokens)] if every else positions_of(tokens)
+    vectors = int(sum(map(len, sides)) / len(tokens) * len(table))
     sae = with_steps(config.sae, vectors)
     step = _seconds_of_a_step(d, sae)
     passes = config.activations.layer / layers + 1
-    seconds = passes * len(table) * pair_seconds + 3 * sae.spliced_pairs * pair_seconds + sae.steps * step
+    spliced = min(sae.spliced_pairs, int(len(table) * sae.validation_percent / 100))
+    seconds = (passes * len(table) + 3 * spliced) * pair_seconds + sae.steps * step
     size = sum(p.numel() * p.element_size() for p in reward.model.parameters())
     coder = 2 * d * sae.latents * 4
     held = np.mean([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in tokens]) * d * 4 * 16
@@ -249,11 +249,13 @@ def estimate(config: RunConfig, pairs: Artifact) -> Estimate:
 def _seconds_of_a_pair(reward: RewardModel, tokens: Sequence[PairTokens]) -> float:
     """Return how long a pair of mean length takes, by reading a few."""
     few = tokens[:TIMED]
-    forward_pairs(reward, few[:1])  # what is set up once
-    began = time.monotonic()
-    forward_pairs(reward, few)
+    turns = []
+    for _ in range(2):  # the first sets up what is used again
+        began = time.monotonic()
+        forward_pairs(reward, few)
+        turns.append(time.monotonic() - began)
     lengths = [len(pair.chosen.ids) + len(pair.rejected.ids) for pair in tokens]
-    return (time.monotonic() - began) / max(1, sum(lengths[: len(few)])) * float(np.mean(lengths))
+    return min(turns) / max(1, sum(lengths[: len(few)])) * float(np.mean(lengths))
 
 
 def _seconds_of_a_step(d: int, sae: SaeConfig) -> float:

@@ -185,9 +185,7 @@ class Reference(Answered):
 
     pairs: int
     kind: str = Field("not recorded", description="held out, out of fold, or in sample: of pairs that made the bundle")
-    low: float | None = Field(
-        None, description="with `high`: the share of such pairs that is flagged, in [0, 1]"
-    )
+    low: float | None = Field(None, description="with `high`: the share of such pairs that is flagged, in [0, 1]")
     high: float | None = None
     score: Histogram
     value: Histogram
