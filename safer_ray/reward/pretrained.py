@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from safer_ray.data.hub import what_the_hub_said
 from safer_ray.errors import UserError
 from safer_ray.reward.adapters import merge_adapter
 from safer_ray.reward.blocks import keep_blocks, lies_behind
@@ -233,7 +234,12 @@ def _explained(checkpoint: Checkpoint, failed: str, opened: Callable[[], Any]) -
         return opened()
     except Exception as error:  # code of a checkpoint's own may raise anything
         first = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{failed} {checkpoint.name}: {first}") from error
+        raise UserError(_said(checkpoint, error) or f"{failed} {checkpoint.name}: {first}") from error
+
+
+def _said(checkpoint: Checkpoint, error: BaseException) -> str | None:
+    """Return what the hub said of a checkpoint that is looked for there."""
+    return None if Path(checkpoint.path).exists() else what_the_hub_said(checkpoint.name, error)
 
 
 def check_trusted(checkpoint: Checkpoint) -> OwnCode:
@@ -272,7 +278,8 @@ def _own_code(checkpoint: Checkpoint) -> OwnCode:
         if not is_gguf(place):
             tokenizer = get_tokenizer_config(place, revision=own_revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
+        words = " ".join(str(error).split())[:300]
+        raise UserError(_said(checkpoint, error) or f"cannot read the config of {name}: {words}") from None
     check_values(f"{name}/{CONFIG}", config)
     check_values(f"{name}/{TOKENIZER_CONFIG}", tokenizer)
     named = _mapping(config.get("auto_map"), "AutoConfig")
