@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import torch
+from safer_ray.config.sections import RunConfig
 from support.made import EXCHANGE, make_pairs
 from support.reward_models import save_reward_model_of
-
-from safer_ray.config.sections import RunConfig
 
 LAYERS = 3
 
@@ -51,19 +49,10 @@ def run_of(folder: Path, model: str | Path, pairs: int = 60, **more) -> RunConfi
         "pairs": {"sources": [{"path": str(write_rows(folder / "pairs.jsonl", pairs)), "licence": "MIT"}]},
         "reward": {"use": str(model)},
         "activations": {"layer": 2},
-        "sae": {"latents": 64, "k": 4, "steps": 10, "batch_size": 32, "spliced_pairs": 4},
+        "sae": {"latents": 64, "k": 4, "steps": 10, "batch_size": 32, "spliced_pairs": 4, "validation_percent": 20},
         "judge": {"exchanges": str(write_probe(folder / "probe.yaml")), "thresholds": [0, 0, 0, 0]},
         "report": {"pairs": 2, "features": 2},
     }
     for key, value in more.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     return RunConfig.model_validate(tree)
-
-
-def transformers_rewards(folder: Path, texts, **options) -> torch.Tensor:
-    """Rewards of token ids or texts, one by one, by plain transformers."""
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return torch.tensor([float(model(**text).logits[0, 0]) for text in texts])
