@@ -341,14 +341,15 @@ def auditor(
     coder, selected, reference = (open_input(role, path) for role, path in needed.items())
     model = open_model(reward, reading)
     fitted = open_input("detector", detector) if detector else None
-    made_with = reference.manifest.get("inputs", {})
     apart = open_input("codes", held_out) if held_out else None
-    for role, artifact in (("reward", model), ("sae", coder)):
-        if made_with.get(role, artifact.name) != artifact.name:
-            raise UserError(
-                f"auditor: {codes} were made with {role} {made_with[role]}, not {artifact.name}; pass the {role} that "
-                "they were made with, or make codes with this one"
-            )
+    for read_codes in filter(None, (reference, apart)):
+        made_with = read_codes.manifest.get("inputs", {})
+        for role, artifact in (("reward", model), ("sae", coder)):
+            if made_with.get(role, artifact.name) != artifact.name:
+                raise UserError(
+                    f"auditor: {read_codes.path} were made with {role} {made_with[role]}, not {artifact.name}; pass "
+                    f"the {role} that they were made with, or make codes with this one"
+                )
     from safer_ray.pipeline import feature_stages
     from safer_ray.pipeline.reference import Reference
 

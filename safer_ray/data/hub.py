@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,34 @@ def split_name(name: str) -> tuple[str, str | None]:
     return owner, revision or None
 
 
+def what_the_hub_said(name: str, error: BaseException) -> str | None:
+    """Return what is wrong with a model's name, and the remedy, where that is the hub's answer behind an error; None
+    for other errors, as of the network."""
+    from huggingface_hub import errors as hub  # slow to import
+
+    for cause in _causes(error):
+        if isinstance(cause, hub.GatedRepoError):  # which are not found, too
+            return f"{name}: its owner lets in those alone who asked; ask on its page, and give your token in HF_TOKEN"
+        if isinstance(cause, hub.RepositoryNotFoundError):
+            return (
+                f"{name}: the hub knows no such model, or shows it to nobody without a token; check the name, and give "
+                "your token in HF_TOKEN if it is a private one"
+            )
+        if isinstance(cause, hub.RevisionNotFoundError):
+            return f"{name}: the model has no revision {split_name(name)[1]!r} (any more); name another"
+        if isinstance(cause, hub.HfHubHTTPError) and getattr(cause.response, "status_code", None) in (401, 403):
+            return f"{name}: the hub does not take your token for it; check HF_TOKEN, and what the token may read"
+        if isinstance(cause, hub.HFValidationError):
+            return f"{name} is no name of a model on the hub; write hub:OWNER/NAME[@REVISION]"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def repository_of(name: str) -> str:
     """Return OWNER/NAME of a name that may go on to a file in it."""
     return "/".join(name.split("/")[:2])
@@ -39,6 +68,9 @@ def pinned(name: str, kind: Literal["dataset", "model"]) -> str:
     """Return `hub:OWNER/NAME@COMMIT`, with the commit that the name stands for now.
 
     A folder of this machine, and a name whose commit cannot be found out, which is told, are returned as they are.
+
+    Raises:
+        UserError: the hub has no such model, or does not show it.
     """
     bare, revision = split_name(name)
     if Path(bare).exists() or COMMIT.fullmatch(revision or ""):
@@ -49,6 +81,8 @@ def pinned(name: str, kind: Literal["dataset", "model"]) -> str:
         known = _cached_commit(repository_of(bare), revision) if kind == "model" else None
         if known is not None:
             return f"{PREFIX}{bare}@{known}"
+        if kind == "model" and (told := what_the_hub_said(name, error)):
+            raise UserError(told) from None
         cause = " ".join(str(error).split())[:200]
         log.warning("%s: which commit this is cannot be found out (%s); write hub:%s@COMMIT", name, cause, bare)
         return name

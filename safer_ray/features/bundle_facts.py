@@ -21,9 +21,12 @@ def flag_interval(quantile: float, worth: float, confidence: float = 0.95) -> tu
     """Return the interval in which the share of new pairs lies that are flagged at a quantile of a reference that is
     worth so many independent pairs, where the new pairs are like those: in [0, 1].
 
-    The share of a distribution below the k-th of n draws from it has a beta distribution, of k and n + 1 - k.
+    New pairs are flagged below the k-th lowest of the n draws, k - 1 being n times the quantile, rounded down; the
+    share of a distribution that lies there has a beta distribution, of k and n + 1 - k.
     """
-    rank = max(quantile * worth, 1e-9)
+    rank = int(quantile * worth + 1e-9) + 1
+    if rank > worth:
+        return float(quantile == 1), 1.0  # the highest draw, or none, bounds them
     tail = (1 - confidence) / 2
     low, high = (float(betaincinv(rank, worth + 1 - rank, share)) for share in (tail, 1 - tail))
     return low, high

@@ -174,7 +174,7 @@ def with_adapter_base(artifact: Artifact, reading: Reading) -> Artifact:
         return artifact
     checkpoint_of(str(artifact.path), reading)
     base = base_input(lasting_name(own), reading.model_copy(update={"adapter_base": None}))
-    marks = together(artifact.marks, base.marks if isinstance(base, Artifact) else Marks())
+    marks = together(*(each.marks for each in (artifact, base) if isinstance(each, Artifact)))
     carried = {"licence": list(marks.licence), "red_team": marks.red_team}
     return Artifact(artifact.path, f"{artifact.name}+{base.name}", artifact.manifest | carried)
 

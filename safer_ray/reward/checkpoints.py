@@ -156,11 +156,12 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         begin_anew(config.base, model)
     if config.disable_dropout:
         disable_dropout(model)
-    how = asked_for(config, made_here=True)
+    how, longest = asked_for(config, made_here=True), config.max_length
     if config.use is not None:  # as the finished model reads
         source = Path(resolve_base(config.use)[0])
         how = how_it_reads(source if source.exists() else folder_of(checkpoint_of(config.use, config)), config)
-    wrapped = _wrap(model, tokenizer, how, config.max_length, config.base)
+        longest = min(longest, how.max_length)
+    wrapped = _wrap(model, tokenizer, how, longest, config.base)
     return check_padding(with_named_pad(_with_outputs(wrapped, config.head)))
 
 

@@ -1,6 +1,5 @@
 """Finished reward models: where their files lie, whether they give rewards, and a folder that keeps them."""
 
-import contextlib
 import logging
 import os
 import shutil
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from safer_ray.config.reward import RewardConfig
-from safer_ray.data.hub import PREFIX
+from safer_ray.data.hub import PREFIX, what_the_hub_said
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.bases import checkpoint_of, resolve_base
 from safer_ray.reward.checkpoints import TRIED, load_reward_model, save_reward_model
@@ -19,7 +18,7 @@ from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.reading import SETTINGS, how_it_reads, settings_of
 from safer_ray.storage.digests import sha256_of
-from safer_ray.storage.files import write_json
+from safer_ray.storage.files import read_json, write_json
 
 FETCHED = [*READ, *VOCABULARIES, "*.safetensors", "additional_chat_templates/*"]
 log = logging.getLogger(__name__)
@@ -39,25 +38,16 @@ def model_path(base: str) -> Path:
 
 
 def _fetched(base: str, name: str, revision: str | None) -> str:
-    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(name, revision=revision, allow_patterns=FETCHED)
-    except hub.GatedRepoError:
+    except Exception as error:  # noqa: BLE001  # whatever the hub client and what it is built on raise
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        told = what_the_hub_said(base, error)
         raise UserError(
-            f"{base}: its owner lets in those alone who asked; ask on its page, and give your token in HF_TOKEN"
+            told or f"cannot fetch {base}: {words}; check the name and the network, or give a folder"
         ) from None
-    except hub.RepositoryNotFoundError:
-        raise UserError(
-            f"{base}: the hub knows no such model, or shows it to nobody without a token; check the name, and give "
-            "your token in HF_TOKEN if it is a private one"
-        ) from None
-    except hub.RevisionNotFoundError:
-        raise UserError(f"{base}: the model has no revision {revision!r} (any more); name another") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.HFValidationError, OSError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot fetch {base}: {words}; check the name and the network, or give a folder") from None
 
 
 def check_gives_rewards(reward: RewardModel) -> None:
@@ -85,7 +75,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
         UserError: no such model, or none that gives a reward.
     """
     source = model_path(base)
-    plain = checkpoint_of(str(source), config).is_plain
+    plain = checkpoint_of(str(source), config).is_plain and all(f.parent == source for f in weight_files(source))
     reward = load_reward_model(source, reading=config)
     check_gives_rewards(reward)
     how = how_it_reads(source, config) if source.is_dir() else None
@@ -104,7 +94,8 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
                 settings["head"] = head.model_dump(mode="json", exclude_none=True)
         else:
             save_reward_model(reward, out)
-    write_json(settings, out / SETTINGS)
+            settings = read_json(out / SETTINGS) | settings  # whose head chooses where the weights written here do not
+        write_json(settings, out / SETTINGS)
     text = reward.model.config.get_text_config()
     return {
         "read_as_it_is": plain,
@@ -147,8 +138,10 @@ def _place(file: Path, where: Path, *, linked: bool) -> None:
 
 
 def mend_links(folder: Path, base: str) -> None:
-    """Point the links of a folder of `keep_finished` to where the model lies now, which is the same by content."""
+    """Point the links of a folder of `keep_finished` to where the model lies now, which is the same by content; what
+    lies where they pointed to may have become another one."""
     for link in sorted(folder.glob("*.safetensors")):
-        if link.is_symlink() and not link.exists():
-            with contextlib.suppress(UserError):
-                _place(model_path(base) / link.name, link, linked=True)
+        if link.is_symlink():
+            file = (model_path(base) / link.name).absolute()
+            if link.readlink() != file:
+                _place(file, link, linked=True)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safer_ray.data.hub import what_the_hub_said
 from safer_ray.errors import UserError
 from safer_ray.reward.blocks import keep_blocks, lies_behind
 from safer_ray.reward.folder import CONFIG, TOKENIZER_CONFIG, check_values, check_vocabulary, has_vocabulary, words_of
@@ -231,7 +232,12 @@ def _explained(checkpoint: Checkpoint, failed: str, opened: Callable[[], Any]) -
     try:
         return opened()
     except Exception as error:  # code of a checkpoint's own may raise anything
-        raise UserError(f"{failed} {checkpoint.name}: {words_of(error)}") from error
+        raise UserError(_said(checkpoint, error) or f"{failed} {checkpoint.name}: {words_of(error)}") from error
+
+
+def _said(checkpoint: Checkpoint, error: BaseException) -> str | None:
+    """Return what the hub said of a checkpoint that is looked for there."""
+    return None if Path(checkpoint.path).exists() else what_the_hub_said(checkpoint.name, error)
 
 
 def check_trusted(checkpoint: Checkpoint) -> OwnCode:
@@ -270,7 +276,8 @@ def _own_code(checkpoint: Checkpoint) -> OwnCode:
         if not is_gguf(place):
             tokenizer = get_tokenizer_config(place, revision=own_revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())[:300]}") from None
+        words = " ".join(str(error).split())[:300]
+        raise UserError(_said(checkpoint, error) or f"cannot read the config of {name}: {words}") from None
     check_values(f"{name}/{CONFIG}", config)
     check_values(f"{name}/{TOKENIZER_CONFIG}", tokenizer)
     named = _mapping(config.get("auto_map"), "AutoConfig")

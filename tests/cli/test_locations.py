@@ -16,7 +16,7 @@ from safer_ray.config.values import AnyPlace, LocalName, LocalPath
 from safer_ray.errors import UserError
 from safer_ray.service.arguments import ServiceConfig, read_args
 from safer_ray.storage.files import as_path
-from safer_ray.storage.locations import a_config, a_source, anywhere, on_disk
+from safer_ray.storage.locations import a_config, a_model, a_source, anywhere, on_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ NO_PATH_FIELDS = {
 }
 
 
-KINDS = (on_disk, anywhere, a_source, a_config)
+KINDS = (on_disk, anywhere, a_source, a_config, a_model)
 
 
 def options():
@@ -164,20 +164,11 @@ def test_every_config_field_that_names_a_path_says_whether_it_takes_a_uri():
             if any(kind in (str, Path) for kind in kinds):
                 undeclared.append(f"{model.__name__}.{name}")
     assert set(undeclared) <= NO_PATH_FIELDS
-    assert sorted(set(declared)) == [
-        "adapter_base",
-        "auditor",
-        "base",
-        "exchanges",
-        "keys",
-        "path",
-        "root",
-        "template",
-        "text",
-    ]
+    names = ["adapter_base", "auditor", "base", "exchanges", "keys", "path", "root", "template", "text", "use"]
+    assert sorted(set(declared)) == names
 
 
-@pytest.mark.parametrize("field", ["root", "reward.base", "judge.exchanges", "sae.warm_start.text"])
+@pytest.mark.parametrize("field", ["root", "reward.base", "reward.use", "judge.exchanges", "sae.warm_start.text"])
 @pytest.mark.parametrize("uri", ["s3://bucket/x", "S3://bucket/x", "gs://bucket/x", "s3:/bucket/x"])
 def test_a_config_refuses_a_uri_and_names_the_field(field, uri):
     with pytest.raises(UserError, match=rf"demo.yaml: {field}: {uri} is a URI"):
