@@ -1,12 +1,14 @@
 """From a finished reward model and pairs to a bundle and a report: a run whose config is made from the model."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from pydantic import ValidationError
 
@@ -148,7 +150,9 @@ def fit(
     if until in ("pairs", "reward"):
         return found
     if fresh or not _is_there(config, runner, "activations"):
-        on_estimate(estimate(config, found.artifacts["pairs"], found.artifacts["reward"]))
+        expected = estimate(config, found.artifacts["pairs"], found.artifacts["reward"])
+        on_estimate(expected)
+        check_room(expected, found.directory)
     found = go_on("activations")
     if until == "activations":
         return found
@@ -244,6 +248,27 @@ def estimate(config: RunConfig, pairs: Artifact, model: Artifact) -> Estimate:
         memory_gb=(max(size + held, 4 * coder) + 1e9) / 1e9,
         disk_gb=disk / 1e9,
     )
+
+
+def check_room(expected: Estimate, folder: Path) -> None:
+    """Tell where the memory will be short.
+
+    Raises:
+        UserError: the disk has too little room.
+    """
+    free = shutil.disk_usage(folder).free / 1e9
+    if expected.disk_gb > free:
+        raise UserError(
+            f"fit: about {expected.disk_gb:.1f} GB will be written and {free:.1f} GB are free in {folder}; free some, or "
+            "choose another --out"
+        )
+    memory = psutil.virtual_memory().available / 1e9
+    if expected.memory_gb > memory:
+        log.warning(
+            "fit: about %.1f GB of memory will be used and %.1f GB are free; close other programs, lower sae.latents, or "
+            "run it on a cluster with reward.shards",
+            *(expected.memory_gb, memory),
+        )
 
 
 def _seconds_of_a_pair(reward: RewardModel, tokens: Sequence[PairTokens]) -> float:

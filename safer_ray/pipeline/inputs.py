@@ -17,6 +17,7 @@ from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.data.sources import NOTES, lines_of
 from safer_ray.errors import UserError
 from safer_ray.features.judge import load_probe
+from safer_ray.features.language import FOREIGN, share_of_common_words
 from safer_ray.formats.declaration import NO_PREFERENCE
 from safer_ray.storage.accounts import read_entry
 from safer_ray.storage.artifacts import DONE, Artifact, Place, Result, foreign, part_files
@@ -29,6 +30,7 @@ from safer_ray.storage.remote import Remote
 
 PACKAGE = "package:"
 JOB_FOLDER = "_ray_pkg_"  # what Ray names the copies of working directories that jobs start in, and deletes afterwards
+SAMPLE = 200  # pairs whose words are counted
 log = logging.getLogger(__name__)
 
 
@@ -186,6 +188,19 @@ def resolve_exchanges(name: str, corpus: Artifact | None) -> tuple[str, Input]:
         file = name.removeprefix("corpus:")
         return str(corpus.path / file), file_of(corpus, file)
     return name, Input(schema.to_json(load_probe(name).model_dump(mode="json")), paths=(Path(name),))
+
+
+def tell_language(pairs: Path, exchanges: str) -> None:
+    """Tell in a line where pairs do not seem to be in the language of the probe, whose ratings then say little."""
+    rows = read_parquet(part_files(pairs)[0], ["chosen", "rejected"]).slice(0, SAMPLE)
+    texts = [m["content"] for name in rows.column_names for messages in rows[name].to_pylist() for m in messages]
+    share = share_of_common_words(load_probe(exchanges), texts)
+    if share is not None and share < FOREIGN:
+        log.warning(
+            "pairs: %.0f%% of their words are among the commonest of the probe %s, of pairs in its language 40%% or "
+            "more: its ratings will say little of these; write a probe in their language (judge.exchanges)",
+            *(100 * share, exchanges),
+        )
 
 
 def _take_duplicates(path: Path, seen: set[str], quarantine: Path | None) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from safer_ray.features.judge import load_probe
 from safer_ray.pipeline import detector_stages, feature_stages, model_stages
 from safer_ray.pipeline.crossfit import cross_fit
 from safer_ray.pipeline.finished_model import finished, settled
-from safer_ray.pipeline.inputs import check_file, place_of_run
+from safer_ray.pipeline.inputs import check_file, place_of_run, resolve_exchanges, tell_language
 from safer_ray.pipeline.reference import Reference, held_out_of
 from safer_ray.pipeline.runner import Runner
-from safer_ray.pipeline.stage import StageContext
+from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.pipeline.summary import RunView, write_report, write_summary
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.lock import locked
@@ -141,6 +141,8 @@ def _train(ctx: StageContext, run: Run) -> Iterator[str]:
         pairs = made["noise"] = model_stages.noise(ctx, config.noise, pairs)
         yield "noise"
     made["training_pairs"] = pairs
+    if not ctx.place.dry:
+        tell_language(pairs_of(pairs), resolve_exchanges(config.judge.exchanges, corpus)[0])
     if config.reward.use is not None:
         reward = run.models[USED] = finished(ctx, config.reward, run.asked)
     else:
