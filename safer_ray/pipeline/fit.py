@@ -259,14 +259,14 @@ def check_room(expected: Estimate, folder: Path) -> None:
     free = shutil.disk_usage(folder).free / 1e9
     if expected.disk_gb > free:
         raise UserError(
-            f"fit: about {expected.disk_gb:.1f} GB will be written and {free:.1f} GB are free in {folder}; free some, or "
-            "choose another --out"
+            f"fit: about {expected.disk_gb:.1f} GB will be written and {free:.1f} GB are free in {folder}; free some, "
+            "or choose another --out"
         )
     memory = psutil.virtual_memory().available / 1e9
     if expected.memory_gb > memory:
         log.warning(
-            "fit: about %.1f GB of memory will be used and %.1f GB are free; close other programs, lower sae.latents, or "
-            "run it on a cluster with reward.shards",
+            "fit: about %.1f GB of memory will be used and %.1f GB are free; close other programs, lower sae.latents, "
+            "or run it on a cluster with reward.shards",
             *(expected.memory_gb, memory),
         )
 
