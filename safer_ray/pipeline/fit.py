@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Estimate(NamedTuple):
-    """What a fit will take, in one process of this machine."""
+    """An estimate of what a fit takes, in one process of this machine."""
 
     layer: int
     layers: int

@@ -61,7 +61,7 @@ def without_held_out(codes: Path, pairs: Path, held: HeldOut) -> Callable[[Fragm
 
 
 class Reference(NamedTuple):
-    """What a bundle's reference is taken from: `pairs` of which some are `held` out, `scores` of pairs out of fold, or
+    """The source of a bundle's reference: `pairs` of which some are `held` out, `scores` of pairs out of fold, or
     `codes` of pairs that are held out; without any of them, the pairs that the bundle is made by."""
 
     pairs: Artifact | None = None
