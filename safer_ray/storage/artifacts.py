@@ -265,6 +265,7 @@ class Place:
     dry: bool = False  # name artifacts, build none
     reads: Sequence[Path] = ()  # what the command reads besides the inputs of its recipes; it is never deleted
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None
+    kept: frozenset[str] = frozenset()  # names of artifacts that are not made again, `fresh` or not
     building: dict[Path, Recipe] = field(default_factory=dict, repr=False, compare=False)  # by partial directory
 
     def path(self, recipe: Recipe) -> Path:
@@ -280,10 +281,10 @@ class Place:
         Raises:
             UserError: `out` holds something else, or lies in an input; or `fresh` would delete what is read.
         """
-        path = self.path(recipe)
+        path, fresh = self.path(recipe), self.fresh and recipe.name not in self.kept
         if self.out:
             check_outside(path, recipe.folders)
-        if self.fresh:
+        if fresh:
             check_doomed((path, self.partial(recipe)), (*self.reads, *recipe.paths))
         if not path.exists():
             return None
@@ -291,7 +292,7 @@ class Place:
             if not path.is_dir() or any(path.iterdir()):
                 raise UserError(f"{path} is not empty and holds no artifact; choose another --out")
             return None
-        if self.fresh:
+        if fresh:
             if self.out:
                 check_kind(path, recipe.stage)
             return None
