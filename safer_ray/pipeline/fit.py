@@ -17,7 +17,7 @@ from safer_ray.config.reading import Reading
 from safer_ray.config.sections import RunConfig, SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.features.encoder import positions_of
-from safer_ray.pipeline.run import STAGES, Run, run
+from safer_ray.pipeline.run import STAGES, Run, check_until, run
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import pairs_of
 from safer_ray.reward.bases import checkpoint_of
@@ -83,7 +83,7 @@ def fit_config(
     reading = _reading(assigned({}, assignments).get("reward", {}))
     layers = layer_count(model, reading)
     hidden = int(open_config(checkpoint_of(model, reading)).get_text_config().hidden_size)
-    tree: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "name": out.name,
         "root": str(out.parent),
         "pairs": {"sources": list(sources)},
@@ -92,10 +92,10 @@ def fit_config(
         "sae": {"latents": WIDTH * hidden, "k": min(K, WIDTH * hidden)},
         "report": {"title": f"SAFER on {model}"},
     }
-    tree = assigned(tree, assignments)
+    tree = _laid_over(defaults, assigned({}, assignments))
     if (tree["name"], tree["root"]) != (out.name, str(out.parent)):
         raise UserError("--set name and root: a fit lies in the folder that --out names; leave them out")
-    if tree["reward"].get("use") != model:
+    if isinstance(tree["reward"], dict) and tree["reward"]["use"] != model:
         raise UserError("--set reward.use: --reward names the model; leave it out")
     try:
         return RunConfig.model_validate(tree)
@@ -105,6 +105,13 @@ def fit_config(
                 f"--out {tree['name']}: a run is called by letters, digits, `.`, `_` and `-`; choose another folder"
             ) from None
         raise explain_validation(error, f"fit {model}") from None
+
+
+def _laid_over(tree: Any, said: Any) -> Any:
+    """Return a tree of values with another one laid over it; where both have a section, key by key."""
+    if not (isinstance(tree, dict) and isinstance(said, dict)):
+        return said
+    return tree | {key: _laid_over(tree.get(key), value) for key, value in said.items()}
 
 
 def _reading(section: Any) -> Reading:
@@ -133,43 +140,58 @@ def fit(
     Raises:
         UserError: anything in the config or the inputs that cannot work.
     """
-    if until is not None and until not in UNTIL:
-        raise UserError(f"--until {until!r} is no stage of a fit; choose one of {', '.join(UNTIL)}")
-    told: set[str] = set()
+    told: dict[str, Artifact | None] = {}
 
     def report(name: str, artifact: Artifact | None) -> None:
-        if name not in told:
+        if name not in told or told[name] is None:
+            told[name] = artifact
             on_stage(name, artifact)
-        if artifact is not None:
-            told.add(name)
 
-    def go_on(stage: str | None) -> Run:
-        return run(config, runner, until=stage, fresh=fresh, kept=told, on_stage=report)
+    def up_to(stage: str | None, config: RunConfig) -> Run:
+        kept = frozenset(name for name, artifact in told.items() if artifact)
+        return run(config, runner, until=stage, fresh=fresh, kept=kept, on_stage=report)
 
-    found = go_on(_first(until, "reward"))
-    if until in ("pairs", "reward"):
+    check_until(config, until)
+    found = up_to(_first(until, "reward"), config)
+    if _ends(until, "reward"):
         return found
     if fresh or not _is_there(config, runner, "activations"):
         expected = estimate(config, found.artifacts["pairs"], found.artifacts["reward"])
         on_estimate(expected)
+        check_enough(expected, config.sae)
         check_room(expected, found.directory)
-    found = go_on("activations")
-    if until == "activations":
+    found = up_to(_first(until, "activations"), config)
+    if _ends(until, "activations"):
         return found
     vectors = int(found.artifacts["activations"].manifest["rows"]["written"])
     config = config.model_copy(update={"sae": with_steps(config.sae, vectors)})
-    found = go_on(_first(until, "verdicts"))
-    if until in ("sae", "codes", "salience", "contexts", "verdicts"):
+    found = up_to(_first(until, "verdicts"), config)
+    if _ends(until, "verdicts"):
         return found
     if "rating" not in config.select.model_fields_set:
         rating = rating_of(found.artifacts["verdicts"])
         config = config.model_copy(update={"select": config.select.model_copy(update={"rating": rating})})
-    return go_on(until)
+    return up_to(until, config)
+
+
+def _ends(until: str | None, stage: str) -> bool:
+    """Return whether a run that goes no further than `until` ends with a stage, or before it."""
+    return until is not None and STAGES.index(until) <= STAGES.index(stage)
 
 
 def _first(until: str | None, stage: str) -> str:
     """Return the earlier of two stages in the order of a run."""
-    return stage if until is None or STAGES.index(until) > STAGES.index(stage) else until
+    return until if until is not None and _ends(until, stage) else stage
+
+
+def check_enough(expected: Estimate, config: SaeConfig) -> None:
+    """Raises UserError where pairs give fewer vectors than a step of the autoencoder takes."""
+    batch = with_steps(config, expected.vectors).batch_size
+    if expected.vectors * (1 - config.validation_percent / 100) < 0.9 * batch:  # of a number that is about right
+        raise UserError(
+            f"fit: {expected.pairs:,} pairs give about {expected.vectors:,} vectors, and a step of the autoencoder "
+            f"takes {batch:,}, held-out ones apart; pass more pairs, or set --set sae.batch_size=N"
+        )
 
 
 def _is_there(config: RunConfig, runner: Runner, stage: str) -> bool:
@@ -235,7 +257,7 @@ def estimate(config: RunConfig, pairs: Artifact, model: Artifact) -> Estimate:
     size = sum(p.numel() * p.element_size() for p in reward.model.parameters())
     coder = 2 * d * sae.latents * 4
     held = np.mean([len(pair.chosen.ids) + len(pair.rejected.ids) for pair in tokens]) * d * 4 * 16
-    disk = vectors * (4 * d + 6 * sae.k) + 2 * coder + size * (config.auditor.weights == "copy")
+    disk = vectors * (2 * d + 6 * sae.k) + 2 * coder + size * (config.auditor.weights == "copy")
     return Estimate(
         layer=config.activations.layer,
         layers=layers,
@@ -254,13 +276,14 @@ def check_room(expected: Estimate, folder: Path) -> None:
     """Tell where the memory will be short.
 
     Raises:
-        UserError: the disk has too little room.
+        UserError: the disk has less room than a fit takes, beyond what is in its folder already.
     """
-    free = shutil.disk_usage(folder).free / 1e9
-    if expected.disk_gb > free:
+    there = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    free = shutil.disk_usage(folder).free
+    if expected.disk_gb * 1e9 - there > free:
         raise UserError(
-            f"fit: about {expected.disk_gb:.1f} GB will be written and {free:.1f} GB are free in {folder}; free some, "
-            "or choose another --out"
+            f"fit: about {expected.disk_gb:.1f} GB are wanted in {folder}, and its disk has {free / 1e9:.1f} GB free; "
+            "make room, or choose a folder on another disk as --out"
         )
     memory = psutil.virtual_memory().available / 1e9
     if expected.memory_gb > memory:

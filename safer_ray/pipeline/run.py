@@ -1,7 +1,7 @@
 """The stages in order. Knows only a Runner."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,27 +84,32 @@ def preflight(config: RunConfig) -> None:
         detector_stages.check_shared_trunk(config, "scores.detector: combined")
 
 
+def check_until(config: RunConfig, until: str | None) -> None:
+    """Raises UserError where a run of a config makes no stage called `until`."""
+    if until is not None and until not in STAGES:
+        raise UserError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
+    wanted = {"corpus": config.corpus, "noise": config.noise, "detector": config.scores.detector == "combined"}
+    if until in wanted and not wanted[until]:
+        raise UserError(f"--until {until}: this config makes none; choose another stage")
+
+
 def run(
     config: RunConfig,
     runner: Runner,
     *,
     until: str | None = None,
     fresh: bool = False,
-    kept: Collection[str] = (),
+    kept: frozenset[str] = frozenset(),
     dry: bool = False,
     on_stage: Callable[[str, Artifact | None], None] = lambda name, artifact: None,
 ) -> Run:
-    """Run all stages, or those up to `until`; what is there already is not made again, with `fresh` but for what is
-    `kept`, by name.
+    """Run all stages, or those up to `until`; what is there already is not made again, unless `fresh` and by another
+    name than those `kept`.
 
     Raises:
         UserError: anything in the config or the inputs that cannot work.
     """
-    if until is not None and until not in STAGES:
-        raise UserError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
-    wanted = {"corpus": config.corpus, "noise": config.noise, "detector": config.scores.detector == "combined"}
-    if until in wanted and not wanted[until]:
-        raise UserError(f"--until {until}: this config makes none; choose another stage")
+    check_until(config, until)
     asked, config = config, settled(config)
     preflight(config)
     place = place_of_run(config, fresh=fresh, kept=kept, dry=dry, on_stage=on_stage)

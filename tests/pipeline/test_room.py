@@ -12,7 +12,7 @@ SMALL = Estimate(3, 4, 64, 4, 100, 1000, 1000, 0.1, 0.001, 0.001)
 
 def test_a_disk_without_room_is_refused(tmp_path):
     check_room(SMALL, tmp_path)
-    with pytest.raises(UserError, match=r"about 1000000\.0 GB will be written and .* GB are free"):
+    with pytest.raises(UserError, match=r"about 1000000\.0 GB are wanted in .*, and its disk has .* GB free"):
         check_room(SMALL._replace(disk_gb=1e6), tmp_path)
 
 
