@@ -218,7 +218,7 @@ class SelectConfig(Frozen):
     candidates: Annotated[int, Field(gt=0)] = 256
     """Features of largest |salience| that are judged."""
     rating: Annotated[int, Field(ge=1, le=5)] = 5
-    """Rating, 1 to 5, of the features that are chosen."""
+    """Least rating, 1 to 5, of the features that are chosen."""
     limit: Annotated[int, Field(gt=0)] = 32
     """Features that are chosen at most, by |salience|."""
 

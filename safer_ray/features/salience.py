@@ -109,14 +109,15 @@ def candidates(table: pa.Table, count: int) -> list[int]:
 def select(
     table: pa.Table, ratings: dict[int, int | None], *, count: int, rating: int, limit: int
 ) -> dict[str, list[int]]:
-    """F+ and F- : of the candidates with this rating the first `limit` by |salience|, split by its sign.
+    """F+ and F- : of the candidates with this rating or a better one the first `limit` by |salience|, split by its
+    sign.
 
     An unrated feature is never selected.
     """
     values = dict(zip(table["feature"].to_pylist(), table["salience"].to_pylist(), strict=True))
     judged = candidates(table, count)
-    # In the order of |salience|, so the limit leaves out the least telling of those rated alike.
-    chosen = [feature for feature in judged if ratings.get(feature) == rating][:limit]
+    # In the order of |salience|, so the limit leaves out the least telling.
+    chosen = [feature for feature in judged if (ratings.get(feature) or 0) >= rating][:limit]
     return {
         "candidates": judged,
         "safe": [feature for feature in chosen if values[feature] > 0],

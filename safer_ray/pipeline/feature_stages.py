@@ -268,7 +268,7 @@ def _write_selection(
     if not chosen["safe"] and not chosen["unsafe"]:
         best = max((r for r in rated.values() if r is not None), default=None)
         raise UserError(
-            f"select: none of the {len(chosen['candidates'])} candidates is rated {config.rating} "
+            f"select: none of the {len(chosen['candidates'])} candidates is rated {config.rating} or better "
             f"(highest: {best}); lower judge.thresholds or select.rating, or train a wider SAE"
         )
     known = {"mode": mode_of(salience, mode), "latents": salience.metrics.get("latents")}

@@ -35,7 +35,7 @@ PASSES = 2  # over the vectors, in the training of the autoencoder
 LEAST_STEPS = 1000  # of that training
 BATCH = 1024  # vectors a step; of fewer vectors, a sixteenth of them
 HELD_OUT = 20  # percent of the prompts, the bundle's reference
-RATINGS = (5, 4, 3)  # of the features that are chosen, the first that enough have
+RATINGS = (5, 4, 3)  # least rating of the features that are chosen, the first that enough have
 ENOUGH = 4
 SAMPLE = 64  # pairs that are tokenised for the estimate
 TIMED = 16  # pairs that are read for it
@@ -212,21 +212,21 @@ def with_steps(config: SaeConfig, vectors: int) -> SaeConfig:
 
 
 def rating_of(verdicts: Artifact) -> int:
-    """Return the rating of the features to choose: the highest that a few have, or else that any has.
+    """Return the least rating of the features to choose: the highest that a few have, or a better one.
 
     Raises:
         UserError: none is rated 3 or better.
     """
-    ratings = read_parts(verdicts.path, ["rating"])["rating"].to_pylist()
-    counts = {rating: sum(found == rating for found in ratings) for rating in RATINGS}
-    rating = next((r for r in RATINGS if counts[r] >= ENOUGH), max(RATINGS, key=lambda r: (counts[r] > 0, r)))
+    ratings = [rating or 0 for rating in read_parts(verdicts.path, ["rating"])["rating"].to_pylist()]
+    counts = {least: sum(rating >= least for rating in ratings) for least in RATINGS}
+    rating = next((least for least in RATINGS if counts[least] >= ENOUGH), RATINGS[-1])
     if not counts[rating]:
         raise UserError(
             f"fit: of {len(ratings)} features that tell chosen from rejected, none is rated {RATINGS[-1]} or better by "
             "the probe: this layer shows no feature of safety; try another (--set activations.layer=N) or more pairs, "
             "or a probe of your own concept (--set judge.exchanges=FILE)"
         )
-    log.warning("fit: %d features are rated %d by the probe, and make the score", counts[rating], rating)
+    log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
     return rating
 
 

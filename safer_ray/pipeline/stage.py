@@ -42,7 +42,7 @@ VERSIONS = {
     "salience": 1,
     "contexts": 2,
     "verdicts": 3,
-    "select": 1,
+    "select": 2,
     "auditor": 5,
     "scores": 3,
     "curate": 1,

@@ -151,7 +151,9 @@ def test_nothing_rated_high_enough_is_an_error_with_the_remedy(tmp_path):
     source = Artifact(tmp_path / "salience", "salience-x")
     (tmp_path / "ratings.json").write_text('{"0": 4, "1": null}', encoding="utf-8")
     ratings = Artifact(tmp_path / "ratings.json", "ratings-x")
-    with pytest.raises(UserError, match=r"none of the 2 candidates is rated 5 \(highest: 4\); lower judge.thresholds"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 candidates is rated 5 or better \(highest: 4\); lower judge.thresholds"
+    ):
         feature_stages.select(ctx, SelectConfig(), source, ratings=ratings)
     assert not (tmp_path / "out").exists()
 

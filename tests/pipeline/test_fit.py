@@ -207,7 +207,7 @@ def verdicts(folder, ratings):
         ([5, 5, 5, 5, 4, 3], 5),
         ([5, 5, 5, 4, 4, 4, 4], 4),
         ([5, 3, 3, 3, 3], 3),
-        ([5, 4, 3, 2], 5),  # nobody has four: the best that there is
+        ([5, 4, 3, 2], 3),  # never four: as many as there are
         ([None, 1, 3, 2], 3),
     ],
 )
