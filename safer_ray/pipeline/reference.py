@@ -136,7 +136,7 @@ def facts_of(kind: Kind, rows: pa.Table) -> dict[str, Any]:
     for name in ("score", "reward_margin"):
         values = rows[name].to_numpy()
         if len(values) and np.isfinite(values).all():
-            worth[name] = round(effective_count(values > np.quantile(values, MEASURED), groups), 1)
+            worth[name] = round(effective_count((values > np.quantile(values, MEASURED)).astype(np.float64), groups), 1)
     return {"kind": kind, "pairs": len(rows), "prompts": len(set(groups.tolist())), "worth": worth}
 
 
