@@ -77,7 +77,9 @@ def test_other_dialects_are_refused_with_the_remedy(tmp_path, line, reason):
     assert two[2] is None
 
 
-@pytest.mark.parametrize("line", ['"he said, ""hi""",x,y', '" ""x""",a,b', "p, a, b", 'p,5" long,b', "p,a,none of it", "prompt,chosen,x"])
+@pytest.mark.parametrize(
+    "line", ['"he said, ""hi""",x,y', '" ""x""",a,b', "p, a, b", 'p,5" long,b', "p,a,none of it", "prompt,chosen,x"]
+)
 def test_what_only_looks_like_another_dialect_is_read(tmp_path, line):
     assert [refused for *_, refused in read(tmp_path / "a.csv", line)] == [None]
 
