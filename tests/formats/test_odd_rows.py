@@ -149,6 +149,23 @@ def test_what_should_be_known_is_noted(columns, note):
     assert note in read_pair({"prompt": ASKED, **SIDES, **columns}, "canonical").notes
 
 
+@pytest.mark.parametrize(
+    ("before", "answer", "note"),
+    [
+        ("\n\nHuman: q\n\nAssistant:", "  g", "blanks around an answer"),
+        ("\n\nHuman: q\n\nAssistant:", " g \n", "blanks around an answer"),
+        ("\n\nHuman: q\n\nAssistant:", "\n    g", "blanks around an answer"),
+        ("\n\nHuman: Mend:\n\nHuman: hi\n\nAssistant: ", "g", "turns of a transcript are joined"),
+        ("\n\nHuman: q\n\nAssistant: Sure:\n\nAssistant: ", "g", "the prompt ends with words of the assistant"),
+        ("\n\nHuman: q\n\nAssistant: ", "g", None),
+        ("\n\nHuman: q\n\nAssistant:", "g", None),
+    ],
+)
+def test_what_is_changed_in_a_transcript_is_noted(before, answer, note):
+    notes = read_pair({"chosen": before + answer, "rejected": before.rstrip(" ") + " no"}, "hh_rlhf").notes
+    assert [known.startswith(note) for known in notes] == [True] if note else notes == ()
+
+
 def test_of_two_margins_that_which_contradicts_the_label_is_told():
     row = {"prompt": ASKED, **SIDES, "margin": 2, "score_chosen": 1, "score_rejected": 5}
     assert read_pair(row, "canonical").label_margin == -4
