@@ -23,7 +23,12 @@ from safer_ray.formats.transcripts import is_dialogue, tidied, turns_of
 _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|Response):\s|.*\s", re.DOTALL)
 
 
-def _split_transcript(text: str, name: str) -> tuple[Messages, Messages]:
+JOINED = "turns of a transcript are joined where one role has several, and empty ones left out"
+BLANKS = "blanks around an answer of a transcript are cut"
+
+
+def _split_transcript(text: str, name: str) -> tuple[Messages, Messages, set[str]]:
+    """Return the turns before the last answer, the answer, and notes on what was changed."""
     if not is_dialogue(text):
         raise Refused(f"wrong type: {name} is plain text, wanted a Human:/Assistant: transcript")
     *before, last = turns_of(text)
@@ -31,18 +36,22 @@ def _split_transcript(text: str, name: str) -> tuple[Messages, Messages]:
         raise Refused(f"wrong type: {name} is a transcript that ends with Human:, wanted Assistant: at the end")
     if not last["content"]:
         raise Refused(f"empty text: {name}")
-    return tidied(before), [last]
+    prompt, end = tidied(before), len(text) - len(last["content"])
+    notes = {JOINED} if len(prompt) != len(before) else set()
+    if not text.endswith(last["content"]) or not text.endswith((":", ": "), 0, end):
+        notes.add(BLANKS)
+    return prompt, [last], notes
 
 
 def hh_rlhf(row: Row, options: Options) -> Pair:
     """Read two transcripts that differ in the last Assistant turn; what comes before it is the prompt."""
-    prompt, chosen = _split_transcript(required_text(row, "chosen"), "chosen")
-    other, rejected = _split_transcript(required_text(row, "rejected"), "rejected")
+    prompt, chosen, notes = _split_transcript(required_text(row, "chosen"), "chosen")
+    other, rejected, others = _split_transcript(required_text(row, "rejected"), "rejected")
     if not say_the_same(prompt, other):
         raise Refused("prompts differ")
     if not prompt:
         raise Refused("empty text: prompt")
-    return Pair(prompt, chosen, rejected, used=SIDES)
+    return Pair(prompt, chosen, rejected, used=SIDES, notes=tuple(sorted(notes | others)))
 
 
 def trl_implicit(row: Row, options: Options) -> Pair:

@@ -179,6 +179,14 @@ def as_number(value: Any) -> float | None:
     return number if abs(number) <= LARGEST else None  # so is NaN
 
 
+def as_flag(value: Any) -> bool | None:
+    """A truth value, also one written as 1 or 0 or as text (CSV), else None."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    number = int(value) if isinstance(value, bool) else as_number(value)
+    return bool(number) if number in (0, 1) else None
+
+
 def as_mapping(value: Any) -> dict[str, Any] | None:
     """A mapping, also an Arrow map (a list of key and value pairs), else None."""
     if isinstance(value, dict):

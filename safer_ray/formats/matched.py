@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from safer_ray.formats.canonical import SIDES, canonical, check_nothing_dropped, with_system
-from safer_ray.formats.declaration import Half, Options, Pair, PreferenceFormat, Refused, Row, as_number, as_text
+from safer_ray.formats.declaration import Half, Options, Pair, PreferenceFormat, Refused, Row, as_flag, as_text
 
 Side = Literal["chosen", "rejected"]
 KTO_COLUMNS = ("prompt", "completion", "label")
@@ -25,11 +25,8 @@ def kto(row: Row) -> Half:
 
 
 def _label(value: Any) -> bool | None:
-    words = {"true": True, "false": False, "desirable": True, "undesirable": False}
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
-    number = int(value) if isinstance(value, bool) else as_number(value)
-    return bool(number) if number in (0, 1) else None
+    words = {"desirable": True, "undesirable": False}
+    return words.get(value.strip().lower(), as_flag(value)) if isinstance(value, str) else as_flag(value)
 
 
 def _half(

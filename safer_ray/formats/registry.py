@@ -80,6 +80,7 @@ FORMATS: dict[str, PreferenceFormat] = {
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
 CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
 REPEATED = 8  # characters of a prompt that a response would not begin with by chance
+CONTINUED = "the prompt ends with words of the assistant, and the responses go on from them"
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
 MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
@@ -131,6 +132,8 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
         if whole:
             used = used | {name}  # a meta mapping with more than scalars rides along, too
     notes = (*pair.notes, *_notes(row, pair))
+    if pair.prompt and pair.prompt[-1]["role"] == "assistant":
+        notes = (*notes, CONTINUED)
     for name in sorted(_NUMBERS.intersection(row)):
         if row[name] not in (None, "") and as_number(row[name]) is None:
             notes = (*notes, f"{name} is no number, and not read")

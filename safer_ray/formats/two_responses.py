@@ -13,6 +13,7 @@ from safer_ray.formats.declaration import (
     PreferenceFormat,
     Refused,
     Row,
+    as_flag,
     as_mapping,
     as_number,
     as_text,
@@ -94,22 +95,52 @@ def stack_exchange(row: Row, options: Options) -> list[Row]:
 
 
 def _winner(row: Row) -> int:
-    """Return which of two models won: 0 for the first. A tie is no preference."""
-    if "winner" not in row:
-        won = [as_number(row.get(f"winner_model_{name}")) for name in ("a", "b")]
-        if sorted(number or 0 for number in won) != [0, 1]:
+    """Return which of two models won: 0 for the first.
+
+    Raises:
+        Refused: it is a tie, or unknown, or the columns contradict each other.
+    """
+    told = [name for name in _WINNERS[1:] if row.get(name) not in (None, "")]
+    if row.get("winner") in (None, "") and told:
+        won = _flagged(row)
+        if won is None:
             raise Refused("no preference: winner_tie, or no winner")
-        return int(won[1] == 1)
-    said = "" if row["winner"] is None else as_text(row["winner"]).strip().lower()
+        return won
+    won = _named_winner(row)
+    if told and _flagged(row) != won:
+        raise Refused(
+            f"unknown label: winner is {as_text(row.get('winner'))[:40]}, but {', '.join(told)} say otherwise"
+        )
+    if won is None:
+        raise Refused(f"no preference: winner is {as_text(row.get('winner')).strip().lower() or 'null'}")
+    return won
+
+
+def _flagged(row: Row) -> int | None:
+    """Return which model won by the columns of truth values, None for a tie, or for neither."""
+    said = {name: row.get(name) for name in _WINNERS[1:] if row.get(name) not in (None, "")}
+    flags = {name: as_flag(value) for name, value in said.items()}
+    unknown = next((name for name, flag in flags.items() if flag is None), None)
+    if unknown is not None:
+        raise Refused(f"unknown label: {unknown} is {as_text(said[unknown])[:40]}, wanted 1 or 0")
+    won = [name for name, flag in flags.items() if flag]
+    if len(won) > 1:
+        raise Refused(f"unknown label: {' and '.join(won)} are both set")
+    return _WINNERS.index(won[0]) - 1 if won and won[0] != "winner_tie" else None
+
+
+def _named_winner(row: Row) -> int | None:
+    """Return which model won by the name that `winner` says, None for a tie."""
+    said = "" if row.get("winner") is None else as_text(row["winner"]).strip().lower()
     names: dict[str, int] = {}
     for number, letter in enumerate("ab"):
-        names |= dict.fromkeys((f"model_{letter}", f"model {letter}", f"response_{letter}", letter), number)
+        names |= dict.fromkeys((letter, *(f"{kind}{letter}" for kind in _WON)), number)
         if isinstance(model := row.get(f"model_{letter}"), str) and row.get("model_a") != row.get("model_b"):
             names.setdefault(model.strip().lower(), number)
     if said in names:
         return names[said]
     if said in TIES:
-        raise Refused(f"no preference: winner is {said or 'null'}")
+        return None
     raise Refused(f"unknown label: winner is {said[:40]}, wanted model_a, model_b, a model's name, or tie")
 
 
@@ -128,6 +159,8 @@ def _one_turn(value: Any, name: str) -> Any:
     return value
 
 
+_WINNERS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
+_WON = ("model_", "model ", "response_", "response ", "assistant_")  # what stands before a letter that names a winner
 ARENA_SIDES = {"model": ("model_a", "model_b")}
 
 
@@ -160,9 +193,6 @@ def arena_conversations(row: Row, options: Options) -> list[Row]:
     return [picked | {"prompt": [message for message in first if message["role"] != "assistant"]}]
 
 
-_WINNERS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
-
-
 # Pairs of columns that hold two responses, and what a label calls them, the first and the second.
 _NAMED: tuple[tuple[Names, Names], ...] = tuple(
     ((f"{kind}{break_}{one}", f"{kind}{break_}{two}"), (one, two))
@@ -172,11 +202,12 @@ _NAMED: tuple[tuple[Names, Names], ...] = tuple(
 )
 
 
-def _named(row: Row) -> tuple[Names, int] | None:
-    """Return the columns of two responses that `chosen` and `rejected` name, and which is chosen."""
+def _named(row: Row) -> list[tuple[Names, int]]:
+    """Return the columns of two responses that `chosen` and `rejected` may name, and which is chosen."""
     sides = [as_text(row.get(side)).strip().lower() for side in ("chosen", "rejected")]
+    found: list[tuple[Names, int]] = []
     if max(map(len, sides)) > NAME_CHARS:
-        return None
+        return found
     for columns, names in _NAMED:
         if set(columns) <= row.keys():
             known = {
@@ -184,16 +215,19 @@ def _named(row: Row) -> tuple[Names, int] | None:
             }
             places = [known.get(side, -1) for side in sides]
             if sorted(places) == [0, 1]:
-                return columns, places[0]
-    return None
+                found.append((columns, places[0]))
+    return found
 
 
 def named_responses(row: Row, options: Options) -> list[Row]:
     """Read `chosen` and `rejected` that name two other columns, which hold the responses."""
     found = _named(row)
-    if found is None:
+    if not found:
         raise Refused("unknown label: chosen and rejected name no two columns of responses")
-    columns, better = found
+    if len(found) > 1:
+        told = " or ".join(", ".join(columns) for columns, _ in found)
+        raise Refused(f"unknown label: chosen and rejected may name {told}; leave one of these out")
+    columns, better = found[0]
     return [_preferred(row, columns, better, (), {})]
 
 
@@ -203,7 +237,7 @@ NAMED_RESPONSES = PreferenceFormat(
     "response_a, response_b, and chosen, rejected that name them",
     by_any_prompt,
     named_responses,
-    holds=lambda row: _named(row) is not None,
+    holds=lambda row: bool(_named(row)),
 )
 HELPSTEER2 = PreferenceFormat(
     "helpsteer2",

@@ -10,7 +10,9 @@ from typing import TextIO
 from safer_ray.errors import UserError
 from safer_ray.storage.columnar import check_names
 
-MISSING = frozenset({"nan", "NaN", "None", "NULL", "<NA>"})  # what programs write for an empty cell
+MISSING = frozenset(  # what programs write for an empty cell, and spreadsheets for one that they could not read
+    {"nan", "NaN", "None", "NULL", "null", "NA", "<NA>", "\\N", "#N/A", "#NAME?", "#VALUE!", "#REF!"}
+)
 FEWEST = 2  # whole lines in a cell that look like rows, from which on they are taken for some
 _SPACE = "; write no blanks behind commas (pandas reads such a file by skipinitialspace=True)"
 _BLANKS = frozenset(" \t")
@@ -41,6 +43,7 @@ class CsvRows:
         except csv.Error as error:
             raise UserError(f"{path}: its header is no CSV: {error}; mend it") from None
         _check_header(self.header, path)
+        self.names = frozenset(self.header)
         self.spoken = {i for i, name in enumerate(self.header) if _TEXT_COLUMN.fullmatch(name)}
 
     def __iter__(self) -> Iterator[Record]:
@@ -79,6 +82,8 @@ class CsvRows:
         """Return why a row over several lines is taken for several rows between two stray quotes."""
         if len(cells) != len(self.header):
             return f"stray quote: the row is {len(cells)} cells, wanted {len(self.header)} as in the header"
+        if len(cells) > FEWEST and all(_has_cells(line, len(cells)) for line in self.lines):
+            return f"stray quote: each of its {len(self.lines):,} lines has {len(cells)} cells, as rows have"
         for cell in cells:
             begin = cell.find("\n") + 1
             end = cell.find("\n", begin)
@@ -90,6 +95,8 @@ class CsvRows:
 
     def _fault(self, cells: list[str]) -> str | None:
         """Return why a row of one line, or of proper cells, is refused."""
+        if cells and _plain(cells[0]) in self.names and {_plain(cell) for cell in cells} == self.names:
+            return "header again: the row holds the names of the columns, as where files are joined; delete it"
         if len(cells) > len(self.header):
             return (
                 f"wrong type: the row is {len(cells)} cells, wanted {len(self.header)} as in the header"
@@ -103,6 +110,16 @@ class CsvRows:
                 if i < len(cells) and cells[i] in MISSING:
                     return f"empty text: {self.header[i]}, written as {cells[i]!r}"
         return None
+
+
+def _has_cells(line: str, count: int) -> bool:
+    """Return whether a line is as many cells if its quotes are no more than characters, and its commas no prose."""
+    return line.count(",") == count - 1 and ", " not in line
+
+
+def _plain(cell: str) -> str:
+    """Return a cell without the mark and the quotes that the first one of a file may have."""
+    return cell.removeprefix("\ufeff").strip('"')
 
 
 def _remedy(lines: list[str]) -> str:

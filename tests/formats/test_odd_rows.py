@@ -84,11 +84,43 @@ def test_what_would_be_dropped_is_refused_by_name(row, reason):
         ("shp", {"labels": 2}, "unknown label: labels is 2"),
         ("arena_conversations", {"winner": "left"}, "unknown label: winner is left"),
         ("helpsteer2", {"preference_strength": -100}, "unknown label: preference_strength is -100"),
+        ("arena", {"winner_model_a": 1}, "unknown label: winner_model_a and winner_model_b are both set"),
+        ("arena", {"winner_tie": True}, "unknown label: winner_model_b and winner_tie are both set"),
+        ("arena", {"winner_model_b": "yes"}, "unknown label: winner_model_b is yes"),
+        ("arena", {"winner": "model_a"}, "unknown label: winner is model_a, but winner_model_a, .* say otherwise"),
+        ("arena", {"winner": "tie"}, "unknown label: winner is tie, but"),
+        (
+            "named_responses",
+            {"answer_a": "Bye.", "answer_b": "Hi."},
+            "unknown label: chosen and rejected may name response_a, response_b or answer_a, answer_b",
+        ),
     ],
 )
 def test_labels_that_are_not_known_are_damage_and_no_ties(name, changes, reason):
     with pytest.raises(Refused, match=reason):
         [read_pair(row, name) for row in expanded(ROWS[name] | changes, name)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"winner_model_a": False, "winner_model_b": True, "winner_tie": False},
+        {"winner_model_a": "False", "winner_model_b": "True", "winner_tie": "False"},
+        {"winner": None},
+        {"winner": "response_b"},
+        {"winner": "Response B", "winner_tie": None},
+    ],
+)
+def test_a_winner_is_read_in_every_spelling(changes):
+    (row,) = expanded(ROWS["arena"] | changes, "arena")
+    assert read_pair(row, "arena").chosen == [GOOD]
+
+
+def test_a_battle_without_any_winner_is_no_preference():
+    row = {name: value for name, value in ROWS["arena"].items() if not name.startswith("winner")}
+    for more in ({}, {"winner": None}, {"winner_model_a": None, "winner_model_b": None}):
+        with pytest.raises(Refused, match="no preference: winner is null"):
+            expanded(row | more, "arena")
 
 
 def test_sides_that_are_named_decide_whatever_else_a_row_says():
@@ -115,6 +147,23 @@ def test_sides_that_are_named_decide_whatever_else_a_row_says():
 )
 def test_what_should_be_known_is_noted(columns, note):
     assert note in read_pair({"prompt": ASKED, **SIDES, **columns}, "canonical").notes
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "note"),
+    [
+        ("\n\nHuman: q\n\nAssistant:", "  g", "blanks around an answer"),
+        ("\n\nHuman: q\n\nAssistant:", " g \n", "blanks around an answer"),
+        ("\n\nHuman: q\n\nAssistant:", "\n    g", "blanks around an answer"),
+        ("\n\nHuman: Mend:\n\nHuman: hi\n\nAssistant: ", "g", "turns of a transcript are joined"),
+        ("\n\nHuman: q\n\nAssistant: Sure:\n\nAssistant: ", "g", "the prompt ends with words of the assistant"),
+        ("\n\nHuman: q\n\nAssistant: ", "g", None),
+        ("\n\nHuman: q\n\nAssistant:", "g", None),
+    ],
+)
+def test_what_is_changed_in_a_transcript_is_noted(before, answer, note):
+    notes = read_pair({"chosen": before + answer, "rejected": before.rstrip(" ") + " no"}, "hh_rlhf").notes
+    assert [known.startswith(note) for known in notes] == [True] if note else notes == ()
 
 
 def test_of_two_margins_that_which_contradicts_the_label_is_told():

@@ -38,6 +38,11 @@ def test_what_lies_between_two_stray_quotes_is_refused_and_the_rest_is_read(tmp_
     assert cut == found
 
 
+def test_a_stray_quote_closed_a_row_later_in_the_same_column_is_refused(tmp_path):
+    found = read(tmp_path / "a.csv", 'q1,"good,bad', 'q2,good",bad', "q3,good,bad")
+    assert ["stray quote: each of its 2 lines has 3 cells" in (refused or "") for *_, refused in found] == [1, 1, 0]
+
+
 def test_cells_of_several_lines_are_read(tmp_path):
     texts = ["a\nb, c\nd", "one, two, three\n\nfour", "x\ny,z,1\ny", '"q"\n, "r"\n', "a, b\nc, d\ne, f\ng, h"]
     with (tmp_path / "a.csv").open("w", newline="") as file:
@@ -58,6 +63,12 @@ def test_cells_of_several_lines_are_read(tmp_path):
         ("p,nan,b", "empty text: chosen, written as 'nan'"),
         ("None,a,b", "empty text: prompt, written as 'None'"),
         ("p,a,NULL", "empty text: rejected, written as 'NULL'"),
+        ("p,NA,b", "empty text: chosen, written as 'NA'"),
+        ("p,a,\\N", r"empty text: rejected, written as '\\N'"),
+        ("p,#NAME?,b", "empty text: chosen, written as '#NAME?'"),
+        ("prompt,chosen,rejected", "header again: the row holds the names of the columns"),
+        ("rejected,chosen,prompt", "header again"),
+        ("\ufeffprompt,chosen,rejected", "header again"),
     ],
 )
 def test_other_dialects_are_refused_with_the_remedy(tmp_path, line, reason):
@@ -66,7 +77,9 @@ def test_other_dialects_are_refused_with_the_remedy(tmp_path, line, reason):
     assert two[2] is None
 
 
-@pytest.mark.parametrize("line", ['"he said, ""hi""",x,y', '" ""x""",a,b', "p, a, b", 'p,5" long,b', "p,a,none of it"])
+@pytest.mark.parametrize(
+    "line", ['"he said, ""hi""",x,y', '" ""x""",a,b', "p, a, b", 'p,5" long,b', "p,a,none of it", "prompt,chosen,x"]
+)
 def test_what_only_looks_like_another_dialect_is_read(tmp_path, line):
     assert [refused for *_, refused in read(tmp_path / "a.csv", line)] == [None]
 
