@@ -96,7 +96,14 @@ def fit_command(
         summary = made.directory / "summary.json"
         _closing_table(json.loads(summary.read_text(encoding="utf-8")), made.config.evaluate.base)
         console.print(f"\nbundle   {made.artifacts['auditor'].path}\nreport   {made.directory / 'report.html'}")
+        others = sorted(
+            path.name for path in made.directory.glob("auditor-*") if path != made.artifacts["auditor"].path
+        )
+        if others:
+            console.print(f"older    {', '.join(others)}: of other settings; report and summary are of the new one")
         console.print(f"next     safer-ray audit --auditor {made.artifacts['auditor'].path} --pairs DATA --out OUT")
+    else:
+        console.print(f"stopped after {until}; the same command without --until goes on")
 
 
 def _closing_table(summary: dict[str, Any], base: str) -> None:
@@ -115,6 +122,8 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
         f"L0 {sae['l0']:.1f}, dead {sae['dead_share']:.1%}",
     )
     facts.add_row("features", f"{selected['safe']} safe, {selected['unsafe']} unsafe")
+    if summary["truncated"]:
+        facts.add_row("cut", f"{summary['truncated']:.0%} of the pairs have a side longer than the model reads")
     console.print()
     console.print(facts)
     if found["auroc"]:

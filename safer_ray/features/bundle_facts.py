@@ -38,6 +38,8 @@ def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     told = dict(manifest.get("metrics", {}).get("reference", {}))
     worth = told.pop("worth", {})
     names = {"score": "safer", "reward_margin": "reward_margin"}
+    if told.get("kind") == "in sample":
+        worth = {}
     intervals = {names[name]: flag_interval(QUANTILE, value) for name, value in worth.items() if name in names}
     return {"kind": "not recorded", "pairs": manifest.get("rows", {}).get("reference")} | told | {"flags": intervals}
 
@@ -51,7 +53,8 @@ def expected_flags(auditor: Artifact, detector: str, quantile: float, pairs: int
     else:
         kind = known.get("kind", "not recorded")
         worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
-    low, high = flag_interval(quantile, worth) if worth else (None, None)
+    # Pairs that made the bundle are no sample of new ones: of these more are flagged, nobody knows how many.
+    low, high = flag_interval(quantile, worth) if worth and kind != "in sample" else (None, None)
     return {"kind": kind, "pairs": pairs, "low": low, "high": high}
 
 
@@ -155,4 +158,5 @@ def _flags(name: str, low: float, high: float) -> str:
 def _reference(found: dict[str, Any]) -> str:
     pairs = f"{found['pairs']:,} pairs" if isinstance(found["pairs"], int) else "pairs"
     prompts = f" of {found['prompts']:,} prompts" if "prompts" in found else ""
-    return f"{pairs}{prompts}, {found['kind']}"
+    more = ": of new pairs more are flagged" if found["kind"] == "in sample" else ""
+    return f"{pairs}{prompts}, {found['kind']}{more}"

@@ -25,12 +25,13 @@ from safer_ray.reward.checkpoints import layer_count, load_reward_model, quiet_t
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.pretrained import open_config
+from safer_ray.reward.split import validation_split
 from safer_ray.reward.text import PairTokens, both_sides
 from safer_ray.storage.artifacts import Artifact, read_parts
 
 DEPTH = 0.75  # share of the blocks below the layer that is read
 WIDTH = 8  # latents by hidden size
-K = 64
+K = 64  # latents of a vector, a quarter of the hidden size at most
 PASSES = 2  # over the vectors, in the training of the autoencoder
 LEAST_STEPS = 1000  # of that training
 BATCH = 1024  # vectors a step; of fewer vectors, a sixteenth of them
@@ -65,10 +66,14 @@ class Estimate(NamedTuple):
             ("layer", f"{self.layer} of {self.layers}"),
             ("autoencoder", f"{self.latents:,} latents, k {self.k}, {self.steps:,} steps"),
             ("pairs", f"{self.pairs:,}, about {self.vectors:,} vectors at sentence ends"),
-            ("time", f"about {self.hours:.1f} hours" if self.hours > 2 else f"about {max(1, round(minutes))} minutes"),
-            ("memory", f"about {self.memory_gb:.1f} GB"),
-            ("disk", f"about {self.disk_gb:.1f} GB"),
+            ("time", f"about {self.hours:.1f} hours" if self.hours > 2 else f"about {max(2, round(minutes))} minutes"),
+            ("memory", f"about {_size(self.memory_gb)}"),
+            ("disk", f"about {_size(self.disk_gb)}"),
         ]
+
+
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{max(1, round(gigabytes * 1000))} MB"
 
 
 def fit_config(
@@ -89,7 +94,7 @@ def fit_config(
         "pairs": {"sources": list(sources)},
         "reward": {"use": model, "validation_percent": HELD_OUT},
         "activations": {"layer": max(1, round(DEPTH * layers))},
-        "sae": {"latents": WIDTH * hidden, "k": min(K, WIDTH * hidden)},
+        "sae": {"latents": WIDTH * hidden, "k": max(1, min(K, hidden // 4))},
         "report": {"title": f"SAFER on {model}"},
     }
     tree = _laid_over(defaults, assigned({}, assignments))
@@ -159,6 +164,7 @@ def fit(
         expected = estimate(config, found.artifacts["pairs"], found.artifacts["reward"])
         on_estimate(expected)
         check_enough(expected, config.sae)
+        check_held_out(found.artifacts["pairs"], config.sae)
         check_room(expected, found.directory)
     found = up_to(_first(until, "activations"), config)
     if _ends(until, "activations"):
@@ -223,8 +229,9 @@ def rating_of(verdicts: Artifact) -> int:
     if not counts[rating]:
         raise UserError(
             f"fit: of {len(ratings)} features that tell chosen from rejected, none is rated {RATINGS[-1]} or better by "
-            "the probe: this layer shows no feature of safety; try another (--set activations.layer=N) or more pairs, "
-            "or a probe of your own concept (--set judge.exchanges=FILE)"
+            f"the probe (the best: {max(ratings, default=0)}): this layer shows no feature of safety; try another (--set "
+            "activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or take what "
+            "there is (--set select.rating=2)"
         )
     log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
     return rating
@@ -270,6 +277,16 @@ def estimate(config: RunConfig, pairs: Artifact, model: Artifact) -> Estimate:
         memory_gb=(max(size + held, 4 * coder) + 1e9) / 1e9,
         disk_gb=disk / 1e9,
     )
+
+
+def check_held_out(pairs: Artifact, config: SaeConfig) -> None:
+    """Raises UserError where no prompt is held out to measure the autoencoder by."""
+    groups = read_parts(pairs_of(pairs), ["group"])["group"].to_pylist()
+    if not validation_split(groups, config.validation_percent, config.seed).any():
+        raise UserError(
+            f"fit: none of {len(set(groups))} prompts is among the {config.validation_percent:g}% that are held out of the "
+            "autoencoder's training; pass more pairs (500 or more for a bundle that can be trusted)"
+        )
 
 
 def check_room(expected: Estimate, folder: Path) -> None:

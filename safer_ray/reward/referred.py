@@ -89,7 +89,9 @@ def _source(model: str) -> Path:
     try:
         return model_path(elsewhere or model).absolute()
     except UserError as error:
-        raise UserError(f"the bundle names its reward model by reference: {error}; or set {ELSEWHERE}") from None
+        raise UserError(
+            f"the bundle names its reward model and does not hold it: {error}; or set {ELSEWHERE} to where it lies now"
+        ) from None
 
 
 def _stamps(source: Path, files: dict[str, Any]) -> dict[str, list[int]]:
