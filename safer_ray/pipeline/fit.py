@@ -229,8 +229,8 @@ def rating_of(verdicts: Artifact) -> int:
     if not counts[rating]:
         raise UserError(
             f"fit: of {len(ratings)} features that tell chosen from rejected, none is rated {RATINGS[-1]} or better by "
-            f"the probe (the best: {max(ratings, default=0)}): this layer shows no feature of safety; try another (--set "
-            "activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or take what "
+            f"the probe (the best: {max(ratings, default=0)}): this layer shows no feature of safety; try another "
+            "(--set activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or take what "
             "there is (--set select.rating=2)"
         )
     log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
@@ -284,8 +284,8 @@ def check_held_out(pairs: Artifact, config: SaeConfig) -> None:
     groups = read_parts(pairs_of(pairs), ["group"])["group"].to_pylist()
     if not validation_split(groups, config.validation_percent, config.seed).any():
         raise UserError(
-            f"fit: none of {len(set(groups))} prompts is among the {config.validation_percent:g}% that are held out of the "
-            "autoencoder's training; pass more pairs (500 or more for a bundle that can be trusted)"
+            f"fit: none of {len(set(groups))} prompts is among the {config.validation_percent:g}% that are held out of "
+            "the autoencoder's training; pass more pairs (500 or more for a bundle that can be trusted)"
         )
 
 

@@ -72,7 +72,7 @@ def test_defaults_are_derived_from_the_model(model, rows, tmp_path):
     config = config_of(model, rows, tmp_path / "out")
     assert (config.name, config.root) == ("out", tmp_path)
     assert config.activations.layer == 2  # of three
-    assert (config.sae.latents, config.sae.k) == (8 * 48, 64)
+    assert (config.sae.latents, config.sae.k) == (8 * 48, 12)
     assert (config.reward.use, config.reward.validation_percent) == (str(model), 20)
     assert config.auditor.weights == "copy"
     assert not (tmp_path / "out").exists()
