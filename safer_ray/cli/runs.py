@@ -143,7 +143,8 @@ def _accuracy_table(summary: dict[str, Any], base: str) -> Table:
     accuracy: there are more models than sections, and a name is never broken."""
     sections = sorted({section for values in summary["sections"].values() for section in values})
     number = sum(len(by_section) for by_section in summary["tests"].values())
-    title = f"Held-out accuracy (p by sign flips of prompts against {base}, Holm over the run's {number} tests)"
+    how = f" (p by sign flips of prompts against {base}, Holm over the run's {number} tests)"
+    title = f"Held-out accuracy{how if number else ''}"
     table = Table(title=title, title_justify="left")
     table.add_column("model", overflow="fold")
     for section in sections:
