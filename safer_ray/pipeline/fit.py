@@ -230,8 +230,8 @@ def rating_of(verdicts: Artifact) -> int:
         raise UserError(
             f"fit: of {len(ratings)} features that tell chosen from rejected, none is rated {RATINGS[-1]} or better by "
             f"the probe (the best: {max(ratings, default=0)}): this layer shows no feature of safety; try another "
-            "(--set activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or take "
-            "what there is (--set select.rating=2)"
+            "(--set activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or "
+            "take what there is (--set select.rating=2)"
         )
     log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
     return rating
