@@ -29,6 +29,7 @@ from safer_ray.reward.trunk import cached_trunk
 from safer_ray.storage.artifacts import Artifact
 
 QUANTILE = 0.05
+SOURCES = ("demo", "pku")
 JUDGED = 45  # percent of the prompts
 HELD_OUT = 40  # percent of the others, a reference of some 800 pairs: of fewer, chance alone takes the rate further
 PKU = Path(__file__).parents[2] / "shared/data/pku_saferlhf_5k.jsonl.gz"
@@ -98,12 +99,13 @@ def in_sample(made: Run, folder: Path, detector: str) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3600, help="Of each source, before it is cut.")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--json", type=local_path)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="calibration-") as temporary, cached_trunk():
         root = Path(temporary)
-        for source in ("demo", "pku"):
+        for source in given.sources:
             for folds in (False, True):
                 config = config_of(source, root, given.pairs, folds=folds)
                 made = run(config, LocalRunner(), until="evaluate")
