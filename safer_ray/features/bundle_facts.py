@@ -12,6 +12,7 @@ from safer_ray.reward.referred import REFERENCE
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.files import as_path, read_json
 from safer_ray.storage.marks import MANIFEST
+from safer_ray.storage.recipes import read_manifest
 
 SIGNS = ("safe", "unsafe")
 QUANTILE = 0.05  # at which the share of flags is told
@@ -40,7 +41,7 @@ def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     names = {"score": "safer", "reward_margin": "reward_margin"}
     if told.get("kind") == "in sample":
         worth = {}
-    intervals = {names[name]: flag_interval(QUANTILE, value) for name, value in worth.items() if name in names}
+    intervals = {names[name]: list(flag_interval(QUANTILE, value)) for name, value in worth.items() if name in names}
     return {"kind": "not recorded", "pairs": manifest.get("rows", {}).get("reference")} | told | {"flags": intervals}
 
 
@@ -70,7 +71,7 @@ def bundle_facts(folder: str | Path) -> dict[str, Any]:
         UserError: there is no bundle.
     """
     place = as_path(folder)
-    manifest = _optional(place / MANIFEST)
+    manifest = read_manifest(place) if (place / MANIFEST).exists() else {}
     if manifest.get("stage") != "auditor":
         raise UserError(f"{folder} is no auditor bundle; pass the folder of stage `auditor`, say runs/NAME/auditor-…")
     config, reading = _optional(place / "reward" / "config.json"), _optional(place / "reward" / SETTINGS)
@@ -122,9 +123,9 @@ def in_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{model['architecture']}, {model['blocks']} blocks of {model['hidden']}, {origin}"),
         ("weights", f"{model['held_by']}, {model['dtype']}" + (f"; {', '.join(hashes[:3])}" if hashes else "")),
         ("text", f"template {reading.get('template', 'auto')}" + (f" ({arguments})" if arguments else "")),
-        ("", f"up to {reading.get('max_length', '?'):,} tokens, sentence ends {reading['sentence_ends']}"),
+        ("", f"up to {_count(reading.get('max_length'))} tokens, sentence ends {reading['sentence_ends']}"),
         ("layer", f"{sae['layer']}"),
-        ("SAE", f"{sae['architecture']}, {sae['latents']:,} latents, k {sae['k']}"),
+        ("SAE", f"{sae['architecture']}, {_count(sae['latents'])} latents, k {sae['k']}"),
         ("features", _features(facts["features"])),
         ("reference", _reference(reference)),
         *(("", _flags(name, *interval)) for name, interval in reference["flags"].items()),
@@ -138,6 +139,10 @@ def in_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["red_team"]:
         lines.append(("red team", "made from pairs that were poisoned on purpose"))
     return lines
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
 
 
 def _features(found: dict[str, Any]) -> str:
