@@ -26,6 +26,7 @@ from safer_ray.cli.shared import (
     at_work,
     check_out,
     console,
+    emptied,
 )
 from safer_ray.errors import UserError
 
@@ -90,7 +91,7 @@ def fit_command(
             table.add_row(name, value)
         console.print(table)
 
-    with at_work(runner, config.ray, config.reward.shards) as (where, report):
+    with emptied(out), at_work(runner, config.ray, config.reward.shards) as (where, report):
         made = fit(config, where, until=until, fresh=fresh, on_stage=report.stage, on_estimate=show)
     if until in (None, "report"):
         summary = made.directory / "summary.json"

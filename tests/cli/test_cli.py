@@ -629,7 +629,7 @@ def test_no_feature_rated_five_ends_the_selection(refused, at, tmp_path):
     line = refused(
         "select", "--salience", at["salience"], "--ratings", tmp_path / "ratings.json", "--out", tmp_path / "o"
     )
-    assert "is rated 5 (highest: 4)" in line
+    assert "is rated 5 or better (highest: 4)" in line
     assert incomplete(tmp_path / "o")
 
 

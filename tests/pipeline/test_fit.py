@@ -289,3 +289,14 @@ def test_the_command_refuses_in_a_line(safer, model, rows, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
     assert "hub:OWNER/NAME" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fresh_fit_deletes_nothing_that_it_reads(model, tmp_path, small):
+    out = tmp_path / "out"
+    out.mkdir()
+    rows = write_rows(out / "pairs.jsonl", 60)
+    inside = shutil.copytree(model, out / "model")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for _ in range(2):
+        fitted(config_of(inside, rows, out, *small), until="pairs", fresh=True)
+    assert all(path.read_bytes() == held for path, held in before.items())

@@ -19,7 +19,7 @@ from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Refused
 from safer_ray.formats.registry import read_pair
 from safer_ray.formats.transcripts import is_transcript
-from safer_ray.reward import parts, sentence_ends, templates, text
+from safer_ray.reward import blocks, parts, sentence_ends, templates, text
 from safer_ray.reward.sentences import SideSentences
 from safer_ray.service import access, auth, keys, request_limits, uploads, web
 from safer_ray.service.api import ScoreRequest
@@ -440,7 +440,7 @@ OLD_BLOCK = re.compile(r"^(.*?\blayers?\.)(\d+)(\..*)$")
 
 @given(st.lists(st.sampled_from(["layer", "layers", ".", "1", "2", "a", "_", "0"]), max_size=10).map("".join))
 def test_blocks_are_told_from_names_as_before(name):
-    found, old = parts._BLOCK.search(name), OLD_BLOCK.match(name)
+    found, old = blocks.BLOCK.search(name), OLD_BLOCK.match(name)
     assert (found and (name[: found.start(1)], found[1], name[found.end(1) :])) == (old and old.groups())
 
 

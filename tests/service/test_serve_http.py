@@ -591,7 +591,8 @@ def test_generated_requests_get_documented_answers(service, mode):
         def check(case):
             answer = case.call()
             statuses[answer.status_code] += 1
-            case.validate_response(answer)
+            if answer.status_code != 413:  # of more than a server takes, which its operator says and no schema
+                case.validate_response(answer)
 
         if mode == "POSITIVE" or operation.method == "post" or "{" in operation.path:  # others cannot be asked wrongly
             check()

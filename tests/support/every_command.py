@@ -70,6 +70,7 @@ class Words:
         }
         self.own = {
             ("audit", "pairs"): rows,
+            ("auditor", "held_out"): at["codes"],
             ("review", "verdicts"): folder / "verdicts.jsonl",
             ("select", "verdicts"): None,  # or ratings
         }
