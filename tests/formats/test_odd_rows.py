@@ -8,7 +8,8 @@ from support.layout_rows import ASKED, GOOD, ROWS, SIDES
 
 from safer_ray.data.rows import parse_row
 from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import expanded, read_pair, row_format
+from safer_ray.formats.registry import CONTINUED, expanded, read_pair, row_format
+from safer_ray.formats.transcripts import BLANKS, CUT, JOINED
 
 
 def row_of(prompt="q", chosen="g", rejected="b", **others):
@@ -164,6 +165,27 @@ def test_what_should_be_known_is_noted(columns, note):
 def test_what_is_changed_in_a_transcript_is_noted(before, answer, note):
     notes = read_pair({"chosen": before + answer, "rejected": before.rstrip(" ") + " no"}, "hh_rlhf").notes
     assert [known.startswith(note) for known in notes] == [True] if note else notes == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        (row_of("Human: hi\nAssistant: yes\n\nSummarise this."), (CUT, CONTINUED)),
+        (row_of("Human: q1\nAssistant: a1\nHuman: q2\nAssistant:"), (CUT,)),
+        (row_of("\n\nHuman: q1\n\nHuman: q2\n\nAssistant:"), (CUT, JOINED)),
+        (row_of("q", told("g"), told("b")), (CUT,)),
+        (row_of("q", told("  g"), told("b")), (CUT, BLANKS)),
+        (row_of("\n\nHuman: q", "g"), (CUT,)),
+        (row_of("Human: The Musical - whose?"), ()),
+    ],
+)
+@pytest.mark.parametrize("name", ["canonical", "pku_saferlhf"])
+def test_a_text_that_is_cut_into_turns_is_noted(row, notes, name):
+    if name == "pku_saferlhf":
+        if row["chosen"] != "g":
+            return  # its responses are never cut
+        row = {"prompt": row["prompt"], "response_0": "g", "response_1": "b", "safer_response_id": 0}
+    assert sorted(read_pair(row, name).notes) == sorted(notes)
 
 
 def test_of_two_margins_that_which_contradicts_the_label_is_told():
