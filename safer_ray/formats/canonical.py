@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
-from safer_ray.formats.markup import unwrapped, without_stops
+from safer_ray.formats.markup import unstopped, unwrapped, without_stops
 from safer_ray.formats.messages import as_messages, same_beginning, say_the_same, written_as_json
 from safer_ray.formats.transcripts import is_transcript, notes_of_answer, read_turns
 
@@ -56,7 +56,7 @@ def parse_prompt(value: Any, name: str = "prompt") -> tuple[Messages, set[str]]:
     messages = said(value, name)
     notes: set[str] = set()
     if isinstance(messages, str):
-        text = without_stops(messages)
+        text = unstopped(messages)
         messages = [{"role": "user", "content": text}]
         if is_transcript(text):
             messages, notes = read_turns(text)
@@ -77,7 +77,7 @@ def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> _Sid
     notes: set[str] = set()
     messages = said(value, name)
     if isinstance(messages, str):
-        text = without_stops(messages) if stopped else messages
+        text = unstopped(messages) if stopped else messages
         if not text.strip():
             raise Refused(f"empty text: {name}")
         told = _told(text, prompt, name) if "Assistant:" in text else None
