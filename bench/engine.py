@@ -69,7 +69,7 @@ def read_pairs(count: int) -> list[dict[str, Any]]:
     return [
         {
             "pair_id": row["id"],
-            "prompt": parse_prompt(row["prompt"]),
+            "prompt": parse_prompt(row["prompt"])[0],
             "chosen": [{"role": "assistant", "content": row["chosen"]}],
             "rejected": [{"role": "assistant", "content": row["rejected"]}],
         }

@@ -1,12 +1,12 @@
 """The reading of `prompt`, `chosen` and `rejected`, each text or messages, which every format comes down to."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
-from safer_ray.formats.markup import unwrapped, without_stops
+from safer_ray.formats.markup import unstopped, unwrapped, without_stops
 from safer_ray.formats.messages import as_messages, same_beginning, say_the_same, written_as_json
-from safer_ray.formats.transcripts import is_transcript, tidied, turns_of
+from safer_ray.formats.transcripts import is_transcript, notes_of_answer, read_turns
 
 PROMPTS = (  # columns that look like the prompt, in the order in which they are taken for it
     *("prompt", "instruction", "question", "query", "messages", "conversations", "conversation"),
@@ -47,28 +47,43 @@ def holds_messages(value: Any) -> bool:
         return True  # begins as messages do
 
 
-def parse_prompt(value: Any, name: str = "prompt") -> Messages:
-    """Return a prompt as messages: one user message, or the turns of a Human:/Assistant: transcript."""
+def parse_prompt(value: Any, name: str = "prompt") -> tuple[Messages, set[str]]:
+    """Return a prompt as messages, one user message or the turns of a Human:/Assistant: transcript, and notes on it.
+
+    Raises:
+        Refused: it says nothing.
+    """
     messages = said(value, name)
+    notes: set[str] = set()
     if isinstance(messages, str):
-        text = without_stops(messages)
-        messages = tidied(turns_of(text)) if is_transcript(text) else [{"role": "user", "content": text}]
+        text = unstopped(messages)
+        messages = [{"role": "user", "content": text}]
+        if is_transcript(text):
+            messages, notes = read_turns(text)
     if not messages:
         raise Refused(f"empty text: {name}")
-    return messages
+    return messages, notes
 
 
-def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> tuple[Messages, Messages]:
-    """Return the prompt that a side repeats (empty where it does not) and its response."""
+class _Side(NamedTuple):
+    """The prompt that a side repeats (empty where it does not), its response, and notes on them."""
+
+    lead: Messages
+    response: Messages
+    notes: set[str]
+
+
+def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> _Side:
+    notes: set[str] = set()
     messages = said(value, name)
     if isinstance(messages, str):
-        text = without_stops(messages) if stopped else messages
+        text = unstopped(messages) if stopped else messages
         if not text.strip():
             raise Refused(f"empty text: {name}")
         told = _told(text, prompt, name) if "Assistant:" in text else None
         if told is None:
-            return [], [{"role": "assistant", "content": text}]
-        messages = told
+            return _Side([], [{"role": "assistant", "content": text}], notes)
+        messages, notes = told
     if not messages:
         raise Refused(f"empty text: {name}")
     if messages[-1]["role"] != "assistant":
@@ -83,21 +98,21 @@ def _response(value: Any, name: str, prompt: Messages, *, stopped: bool) -> tupl
             raise Refused("prompts differ")
     if cut == len(messages):
         raise Refused(f"empty text: {name}")
-    return messages[:cut], messages[cut:]
+    return _Side(messages[:cut], messages[cut:], notes)
 
 
-def _told(text: str, prompt: Messages, name: str) -> Messages | None:
-    """Return the messages of a response that is a transcript: the assistant's turn alone, or behind the turns of the
-    prompt; None where it is an answer that has the form of one."""
+def _told(text: str, prompt: Messages, name: str) -> tuple[Messages, set[str]] | None:
+    """Return the messages of a response that is a transcript, the assistant's turn alone, or behind the turns of the
+    prompt, and notes on them; None where it is an answer that has the form of one."""
     if not is_transcript(text):
         return None
-    messages = tidied(turns_of(text))
+    messages, notes = read_turns(text)
     if not messages or messages[-1]["role"] != "assistant":
         raise Refused(f"empty text: {name}")
     if messages[0]["role"] == "assistant":
-        return messages if len(messages) == 1 and text[:1] in ("\n", "\r") else None
+        return (messages, notes) if len(messages) == 1 and text[:1] in ("\n", "\r") else None
     same = same_beginning(messages, prompt) == len(prompt) or say_the_same(messages[:-1], prompt[-len(messages) + 1 :])
-    return messages if same else None
+    return (messages, notes | notes_of_answer(text, messages[-1]["content"])) if same else None
 
 
 def _stop(value: Any) -> str:
@@ -105,9 +120,10 @@ def _stop(value: Any) -> str:
     return value[len(without_stops(value)) :].strip() if isinstance(value, str) else ""
 
 
-def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -> Pair:
+def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str], notes: Collection[str]) -> Pair:
     """Return the pair of a prompt and of the row's `chosen` and `rejected`; sides that repeat the prompt are cut to
-    their end, and so are marks at which a model stops where both sides have them, or the prompt is marked up.
+    their end, and so are marks at which a model stops where both sides have them, or the prompt is marked up. `notes`
+    are those on the prompt.
 
     Raises:
         Refused: the sides are of different prompts, or one says nothing.
@@ -115,18 +131,19 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str]) -
     sides = required(row, "chosen"), required(row, "rejected")
     marked = isinstance(prompt_text, str) and unwrapped(prompt_text) is not None
     stopped = marked or _stop(sides[0]) == _stop(sides[1])
-    chosen_lead, chosen = _response(sides[0], "chosen", prompt, stopped=stopped)
-    rejected_lead, rejected = _response(sides[1], "rejected", prompt, stopped=stopped)
-    leads = [lead for lead in (chosen_lead, rejected_lead) if lead]
+    chosen = _response(sides[0], "chosen", prompt, stopped=stopped)
+    rejected = _response(sides[1], "rejected", prompt, stopped=stopped)
+    leads = [side.lead for side in (chosen, rejected) if side.lead]
     if len(leads) == 2 and not say_the_same(*leads):
         raise Refused("prompts differ")
     longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message, or more turns
     prompt = leads[0] if longer else prompt
-    pair = Pair(prompt, chosen, rejected, used=used)
+    told = tuple(sorted({*notes, *chosen.notes, *rejected.notes}))
+    pair = Pair(prompt, chosen.response, rejected.response, used=used, notes=told)
     if len(prompt) == 1 or prompt[-1]["role"] != "assistant":
         return pair
-    if say_the_same(prompt[-1:], chosen) or say_the_same(prompt[-1:], rejected):
-        return pair._replace(prompt=prompt[:-1], notes=(ANSWERED,))
+    if say_the_same(prompt[-1:], pair.chosen) or say_the_same(prompt[-1:], pair.rejected):
+        return pair._replace(prompt=prompt[:-1], notes=(*told, ANSWERED))
     return pair
 
 
@@ -140,9 +157,9 @@ def prompted_by(column: str, row: Row) -> Pair:
     """Read `chosen` and `rejected` with the prompt in a column: behind an `instruction` comes its `input`, before any
     of them what `history` has of earlier turns."""
     value = required(row, column)
-    prompt, used = parse_prompt(value, column), {column}
+    (prompt, notes), used = parse_prompt(value, column), {column}
     if column != "instruction" and "history" not in row:
-        return paired(row, prompt, value, _USED[column])
+        return paired(row, prompt, value, _USED[column], notes)
     if column == "instruction" and "input" in row:
         used.add("input")
         if isinstance(text := row["input"], str) and text.strip():
@@ -154,7 +171,7 @@ def prompted_by(column: str, row: Row) -> Pair:
     if column != "history" and (earlier is None or isinstance(earlier, list)) and "history" in row:
         used.add("history")
         prompt = [*_earlier(earlier or []), *prompt]
-    return paired(row, prompt, value if len(used) == 1 else None, SIDES | used)
+    return paired(row, prompt, value if len(used) == 1 else None, SIDES | used, notes)
 
 
 def prompt_column(row: Row) -> str:

@@ -17,14 +17,10 @@ from safer_ray.formats.declaration import (
     type_name,
 )
 from safer_ray.formats.messages import same_beginning, say_the_same
-from safer_ray.formats.transcripts import is_dialogue, tidied, turns_of
+from safer_ray.formats.transcripts import JOINED, is_dialogue, notes_of_answer, tidied, turns_of
 
 # Up to the last turn marker, else to the last space.
 _BOUNDARY = re.compile(r".*\n(?:Human|Assistant|User|AI|Bot|Q|A|Question|Answer|Response):\s|.*\s", re.DOTALL)
-
-
-JOINED = "turns of a transcript are joined where one role has several, and empty ones left out"
-BLANKS = "blanks around an answer of a transcript are cut"
 
 
 def _split_transcript(text: str, name: str) -> tuple[Messages, Messages, set[str]]:
@@ -36,11 +32,9 @@ def _split_transcript(text: str, name: str) -> tuple[Messages, Messages, set[str
         raise Refused(f"wrong type: {name} is a transcript that ends with Human:, wanted Assistant: at the end")
     if not last["content"]:
         raise Refused(f"empty text: {name}")
-    prompt, end = tidied(before), len(text) - len(last["content"])
+    prompt = tidied(before)
     notes = {JOINED} if len(prompt) != len(before) else set()
-    if not text.endswith(last["content"]) or not text.endswith((":", ": "), 0, end):
-        notes.add(BLANKS)
-    return prompt, [last], notes
+    return prompt, [last], notes | notes_of_answer(text, last["content"])
 
 
 def hh_rlhf(row: Row, options: Options) -> Pair:

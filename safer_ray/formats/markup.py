@@ -27,6 +27,7 @@ _FAMILIES = (
     _Family(re.compile(r"<\|im_start\|>[ ]?(\w+)(?: name=\S+)?\n"), re.compile(r"<\|im_end\|>")),
     _Family(re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*"), re.compile(r"<\|eo[tm]_id\|>")),
     _Family(re.compile(r"<\|header_start\|>(\w+)<\|header_end\|>\n*"), re.compile(r"<\|eo[tm]\|>")),
+    _Family(re.compile(r"<\|start_of_role\|>(\w+)<\|end_of_role\|>"), re.compile(r"<\|end_of_text\|>")),
     _Family(re.compile(r"<start_of_turn>(\w+)\n"), re.compile(r"<end_of_turn>")),
     _Family(re.compile(r"<\|(user|assistant|system)\|>\n?"), re.compile(r"<\|end\|>|<\|endoftext\|>|</s>")),
 )
@@ -37,13 +38,19 @@ _LLAMA = re.compile(
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _ANYWHERE = re.compile(
     "|".join(map(re.escape, _STOPS))
-    + r"|<\|im_start\|>|<\|(?:start|end)_header_id\|>|<\|header_(?:start|end)\|>|<start_of_turn>|\[/?INST\]"
-    r"|<</?SYS>>|<\|(?:user|assistant|system)\|>|^### (?:Instruction|Response|Human|Assistant):|<extra_id_\d>"
-    r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|<\uff5c(?:User|Assistant)\uff5c>|\bGPT4 Correct (?:User|Assistant):"
-    r"|\bUSER: (?=.*\bASSISTANT:)|<\|(?i:im_(?:start|end))\|>",
-    re.MULTILINE | re.DOTALL,
+    + r"|<\|\w+\|>|<\uff5c[\w\u2581]+\uff5c>|<(?:s|bos|BOS_TOKEN|sop|eo[ha]|start_of_turn|extra_id_\d|reserved_\d+)>"
+    r"|\[\|\w+\|\]|\[/?(?:INST|SYSTEM_PROMPT)\]|\[gMASK\]|<</?SYS>>"
+    r"|^### (?:Instruction|Response|System|Human|User|Assistant):|\bGPT4 Correct (?:User|Assistant):",
+    re.MULTILINE,
 )
-_ANGLED = ("<|", "_of_turn>", "SYS>>", "</s>", "<eos>", "<\uff5c", "<extra_id_")  # parts of the marks with a `<`
+_ANGLED = (  # parts of the marks with a `<`
+    *("<|", "_of_turn>", "SYS>>", "</s>", "<eos>", "<\uff5c", "<extra_id_"),
+    *("<s>", "<bos>", "<BOS_TOKEN>", "<sop>", "<eoh>", "<eoa>", "<reserved_"),
+)
+_SQUARE = ("INST]", "[|", "SYSTEM_PROMPT]", "[gMASK]")
+# What opens a turn of the user, and behind it one of the assistant, in one line or at the beginning of lines.
+_ASKED = re.compile(r"\bUSER: |^(?:User|Human):", re.MULTILINE)
+_ANSWERED = re.compile(r"\bASSISTANT:|^(?:Assistant|AI|Bot):", re.MULTILINE)
 
 
 class Stretch(NamedTuple):
@@ -118,6 +125,13 @@ def _of_llama(text: str, start: int) -> list[Stretch] | None:
     return stretches if at == len(text) else None
 
 
+def unstopped(text: str) -> str:
+    """Return a text without the marks behind it at which a model stops, as a whole where it holds other marks: what
+    opens a turn is left with what closes it."""
+    bare_text = without_stops(text)
+    return text if len(bare_text) < len(text) and markup_in(bare_text) is not None else bare_text
+
+
 def without_stops(text: str) -> str:
     """Return a response without the marks behind it at which a model stops."""
     if text[-1:] != ">" and not text[-1:].isspace():
@@ -136,10 +150,9 @@ def may_hold_markup(text: str) -> bool:
     that the search takes: a character is found much faster than a word."""
     return (
         ("<" in text and any(part in text for part in _ANGLED))
-        or ("[" in text and "INST]" in text)
+        or ("[" in text and any(part in text for part in _SQUARE))
         or ("#" in text and "### " in text)
         or ("4" in text and "GPT4 Correct" in text)
-        or ("U" in text and "USER: " in text and "ASSISTANT:" in text)
     )
 
 
@@ -147,3 +160,11 @@ def markup_in(text: str) -> str | None:
     """Return the first mark of a template that a text holds, or None."""
     found = _ANYWHERE.search(text) if may_hold_markup(text) else None
     return found[0] if found else None
+
+
+def speaker_in(text: str) -> str | None:
+    """Return the first name of a speaker that opens a turn in a text where the other's turn follows, or None."""
+    if not ("User:" in text or "Human:" in text or "USER: " in text):
+        return None
+    asked = _ASKED.search(text)
+    return asked[0] if asked and _ANSWERED.search(text, asked.end()) else None

@@ -20,7 +20,7 @@ def _other(column: str) -> str:
 
 def pku_saferlhf(row: Row, options: Options) -> Pair:
     """Two responses and the number of the safer or the better one; harm categories and severities become labels."""
-    prompt = parse_prompt(required_text(row, "prompt"))
+    prompt, notes = parse_prompt(required_text(row, "prompt"))
     responses = [required_text(row, "response_0"), required_text(row, "response_1")]
     column = f"{options.get('prefer', 'safer')}_response_id"
     if column not in row:
@@ -49,7 +49,7 @@ def pku_saferlhf(row: Row, options: Options) -> Pair:
                 if kinds:
                     labels[f"{side}_harm"] = ", ".join(as_text(kind) for kind in kinds)
     better, worse = ([{"role": "assistant", "content": responses[i]}] for i in (chosen, 1 - chosen))
-    return Pair(prompt, better, worse, labels=labels, used=frozenset(used))
+    return Pair(prompt, better, worse, labels=labels, used=frozenset(used), notes=tuple(sorted(notes)))
 
 
 PKU_SAFERLHF = PreferenceFormat(

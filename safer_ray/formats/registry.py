@@ -23,7 +23,7 @@ from safer_ray.formats.declaration import (
     as_number,
     as_text,
 )
-from safer_ray.formats.markup import markup_in, may_hold_markup
+from safer_ray.formats.markup import markup_in, may_hold_markup, speaker_in
 from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
 from safer_ray.formats.messages import say_the_same
 from safer_ray.formats.pku import PKU_SAFERLHF
@@ -205,11 +205,12 @@ def _of_markup(row: Row, pair: Pair) -> tuple[str, ...]:
     """Return that markup is left in a text, or else that it was unwrapped."""
     contents = [message["content"] for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
     sent = [value for name in pair.used if isinstance(value := row.get(name), str) and value not in contents]
-    if not may_hold_markup("\0".join((*contents, *sent))):
-        return ()
+    marked = may_hold_markup("\0".join((*contents, *sent)))
     for text in contents:
-        if (mark := markup_in(text)) is not None:
+        if mark := (marked and markup_in(text)) or speaker_in(text):
             return (f"chat markup left in a text: {' '.join(mark.split())}",)
+    if not marked:
+        return ()
     marks = sorted(mark for text in sent if (mark := markup_in(text)) is not None)
     return (f"chat markup unwrapped: {' '.join(marks[0].split())}",) if marks else ()
 

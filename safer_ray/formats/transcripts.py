@@ -5,6 +5,9 @@ import re
 
 from safer_ray.formats.declaration import Messages
 
+CUT = "a text that is a Human:/Assistant: transcript is read as its turns"
+JOINED = "turns of a transcript are joined where one role has several, and empty ones left out"
+BLANKS = "blanks around an answer of a transcript are cut"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _OPENING = re.compile(r"\s*(Human|Assistant):[ \t]*")
 # A search for what begins with fixed characters is ten times as fast as one that may begin with others, too.
@@ -60,3 +63,17 @@ def tidied(turns: Messages) -> Messages:
     said = [turn for turn in turns if turn["content"]]
     runs = itertools.groupby(said, key=lambda turn: turn["role"])
     return [{"role": role, "content": "\n\n".join(turn["content"] for turn in run)} for role, run in runs]
+
+
+def read_turns(text: str) -> tuple[Messages, set[str]]:
+    """Return the tidied turns of a transcript, and notes on what was done; an empty last turn asks for an answer."""
+    turns = turns_of(text)
+    messages = tidied(turns)
+    asks = not turns[-1]["content"]
+    return messages, {CUT} if len(messages) == len(turns) - asks else {CUT, JOINED}
+
+
+def notes_of_answer(text: str, answer: str) -> set[str]:
+    """Return a note where more than the one blank behind the mark was cut from the answer that ends a transcript."""
+    whole = text.endswith(answer) and text.endswith((":", ": "), 0, len(text) - len(answer))
+    return set() if whole else {BLANKS}

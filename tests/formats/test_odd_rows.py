@@ -8,7 +8,8 @@ from support.layout_rows import ASKED, GOOD, ROWS, SIDES
 
 from safer_ray.data.rows import parse_row
 from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import expanded, read_pair, row_format
+from safer_ray.formats.registry import CONTINUED, expanded, read_pair, row_format
+from safer_ray.formats.transcripts import BLANKS, CUT, JOINED
 
 
 def row_of(prompt="q", chosen="g", rejected="b", **others):
@@ -143,6 +144,31 @@ def test_sides_that_are_named_decide_whatever_else_a_row_says():
         ({"prompt": "### Human: hi\n### Assistant:"}, "chat markup left in a text: ### Human:"),
         ({"prompt": "USER: hi ASSISTANT:"}, "chat markup left in a text: USER:"),
         ({"chosen": "<\uff5cUser\uff5c>hi"}, "chat markup left in a text: <\uff5cUser\uff5c>"),
+        *(
+            ({"prompt": text}, f"chat markup left in a text: {mark}")
+            for text, mark in (
+                ("<|begin_of_text|>hi", "<|begin_of_text|>"),
+                ("<s>hi</s>", "<s>"),
+                ("<bos>hi", "<bos>"),
+                ("<|User|>:hi<eoh>\n<|Bot|>:", "<|User|>"),
+                ("hi<eoh>", "<eoh>"),
+                ("<|prompter|>hi<|endoftext|><|assistant|>", "<|prompter|>"),
+                ("<|start|>user<|message|>hi<|end|>", "<|start|>"),
+                ("<|start_of_role|>tool {}<|end_of_role|>hi<|end_of_text|>", "<|start_of_role|>"),
+                ("[|Human|]hi[|AI|]", "[|Human|]"),
+                ("[|user|]hi[|endofturn|]\n[|assistant|]", "[|user|]"),
+                ("[SYSTEM_PROMPT]Be[/SYSTEM_PROMPT]hi", "[SYSTEM_PROMPT]"),
+                ("[gMASK]<sop>hi", "[gMASK]"),
+                ("<BOS_TOKEN>hi", "<BOS_TOKEN>"),
+                ("<\uff5cbegin\u2581of\u2581sentence\uff5c>hi", "<\uff5cbegin\u2581of\u2581sentence\uff5c>"),
+                ("<reserved_106>hi<reserved_107>", "<reserved_106>"),
+                ("### System:\nBe\n\n### User:\nhi\n", "### System:"),
+                ("### User:\nhi", "### User:"),
+                ("User: hi\n\nAssistant: hello\n\nUser: bye\n\nAssistant:", "User:"),
+                ("The log says\nHuman: hi\nAssistant: yo", "Human:"),
+                ("Human: hi\nAI: yo", "Human:"),
+            )
+        ),
     ],
 )
 def test_what_should_be_known_is_noted(columns, note):
@@ -166,6 +192,49 @@ def test_what_is_changed_in_a_transcript_is_noted(before, answer, note):
     assert [known.startswith(note) for known in notes] == [True] if note else notes == ()
 
 
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        (row_of("Human: hi\nAssistant: yes\n\nSummarise this."), (CUT, CONTINUED)),
+        (row_of("Human: q1\nAssistant: a1\nHuman: q2\nAssistant:"), (CUT,)),
+        (row_of("\n\nHuman: q1\n\nHuman: q2\n\nAssistant:"), (CUT, JOINED)),
+        (row_of("q", told("g"), told("b")), (CUT,)),
+        (row_of("q", told("  g"), told("b")), (CUT, BLANKS)),
+        (row_of("\n\nHuman: q", "g"), (CUT,)),
+        (row_of("Human: The Musical - whose?"), ()),
+    ],
+)
+@pytest.mark.parametrize("name", ["canonical", "pku_saferlhf"])
+def test_a_text_that_is_cut_into_turns_is_noted(row, notes, name):
+    if name == "pku_saferlhf":
+        if row["chosen"] != "g":
+            return  # its responses are never cut
+        row = {"prompt": row["prompt"], "response_0": "g", "response_1": "b", "safer_response_id": 0}
+    assert sorted(read_pair(row, name).notes) == sorted(notes)
+
+
+@pytest.mark.parametrize(
+    "text", ["Assistant: is that a title?", "User: nobody", "The User: see Assistant: below", "USER: x", "a <| b |> c"]
+)
+def test_what_is_no_markup_is_not_noted(text):
+    assert read_pair({"prompt": text, **SIDES}, "canonical").notes == ()
+
+
+def test_marks_that_close_a_turn_are_left_where_what_opens_it_is():
+    text = "<|start|>user<|message|>hi<|end|>"
+    assert read_pair(row_of(text), "canonical").prompt == [{"role": "user", "content": text}]
+    pair = read_pair(row_of(chosen=f"{text[:-7]} there<|end|>", rejected=text), "canonical")
+    assert pair.rejected == [{"role": "assistant", "content": text}]
+
+
+def test_granite_is_unwrapped():
+    ends = "<|end_of_text|>\n"
+    turns = [f"<|start_of_role|>{role}<|end_of_role|>{said}" for role, said in (("system", "Be"), ("user", "q"))]
+    pair = read_pair(row_of(ends.join([*turns, "<|start_of_role|>assistant<|end_of_role|>"])), "canonical")
+    assert [(m["role"], m["content"]) for m in pair.prompt] == [("system", "Be"), ("user", "q")]
+    assert pair.notes == ("chat markup unwrapped: <|start_of_role|>",)
+
+
 def test_of_two_margins_that_which_contradicts_the_label_is_told():
     row = {"prompt": ASKED, **SIDES, "margin": 2, "score_chosen": 1, "score_rejected": 5}
     assert read_pair(row, "canonical").label_margin == -4
@@ -181,12 +250,15 @@ def test_of_two_margins_that_which_contradicts_the_label_is_told():
         "<|im_start|>user\na" + "<|im_end|>" * 20_000 + "x",
         "<|im_start|>user\n" + " " * 100_000 + "x<|im_end|>" + " " * 100_000 + "y",
         "USER: " * 20_000,
+        "ASSISTANT:" + "USER: " * 20_000,
+        "Assistant:\n" + "\nUser:" * 20_000,
+        "<|" * 20_000 + "a" * 50_000,
         "Human: " * 20_000,
         "\n\nHuman:" * 20_000,
         '[{"role":' * 1_200,
         "[INST]" * 20_000,
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_no_text_takes_more_than_its_length(text):
     began = time.process_time()

@@ -38,7 +38,19 @@ MARKS = (
         "<\uff5cUser\uff5c>",
         "GPT4 Correct User:",
     ),
-    *("USER: hi ASSISTANT:", "<|IM_START|>", "<end_of_turn>", "<|endoftext|>", "<|eot|>", "<|header_end|>"),
+    *(
+        "<s>",
+        "<bos>",
+        "<eoh>",
+        "<sop>",
+        "<BOS_TOKEN>",
+        "<reserved_1>",
+        "[|AI|]",
+        "[gMASK]",
+        "[/SYSTEM_PROMPT]",
+        "### User:",
+    ),
+    *("<|IM_START|>", "<end_of_turn>", "<|endoftext|>", "<|eot|>", "<|header_end|>"),
 )
 
 
