@@ -40,9 +40,9 @@ messages or transcripts; of two plain texts only by `format: trl_implicit`.
 A text, or a list of `{{role, content}}`; also `{{from, value}}`, one mapping, a mapping of lists, JSON of any of these
 as text, and parts of type `text` (joined by newlines; other parts are refused). Roles are named as chat templates name
 them; {_names(ROLES)} are known. Template markup at the beginning of a text (ChatML, Llama 2, 3 and 4, Gemma, Zephyr,
-Phi, Granite) is unwrapped, elsewhere it is left; both are reported. Other fields of a message are kept in `more` as JSON,
-compared, given to the model's chat template, and written back by exports. A model whose template does not write one of
-{_names(SPOKEN)} refuses the row.
+Phi, Granite) is unwrapped, elsewhere it is left; both are reported. Other fields of a message are kept in `more` as
+JSON, compared, given to the model's chat template, and written back by exports. A model whose template does not write
+one of {_names(SPOKEN)} refuses the row.
 Several messages of one assistant, and its tools', are one response.
 
 ## The rows' own evidence

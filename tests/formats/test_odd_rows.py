@@ -8,7 +8,8 @@ from support.layout_rows import ASKED, GOOD, ROWS, SIDES
 
 from safer_ray.data.rows import parse_row
 from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import CONTINUED, expanded, read_pair, row_format
+from safer_ray.formats.notes import CONTINUED
+from safer_ray.formats.registry import expanded, read_pair, row_format
 from safer_ray.formats.transcripts import BLANKS, CUT, JOINED
 
 
