@@ -2,10 +2,12 @@
 
 from safer_ray.formats.declaration import NOTED, Messages, Pair, Row
 from safer_ray.formats.markup import markup_in, may_hold_markup, speaker_in
+from safer_ray.formats.messages import look_the_same
 
 REPEATED = 8  # characters of a prompt that a response would not begin with by chance
 TOOLS = "definitions of tools ride along, and no model reads them"
 BEGUN = "both responses begin with the prompt"
+ALIKE = "the responses differ in whitespace or in the composition of characters alone"
 CONTINUED = "the prompt ends with words of the assistant, and the responses go on from them"
 
 
@@ -15,6 +17,8 @@ def notes_of(row: Row, pair: Pair) -> tuple[str, ...]:
     carried = row.get(NOTED) if NOTED in row else None
     known = (*pair.notes, *map(str, carried)) if isinstance(carried, list) else pair.notes
     notes = tuple(dict.fromkeys((*known, *markup_notes(row, pair))))
+    if look_the_same(pair.chosen, pair.rejected):
+        notes = (*notes, ALIKE)
     asked = pair.prompt[-1] if pair.prompt else {"role": "", "content": ""}
     if row.get("tools") or row.get("functions"):
         notes = (*notes, TOOLS)

@@ -81,8 +81,8 @@ AUTO = "auto"  # in a config: the format that most rows at the head of a file fi
 CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
-MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
-_MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rm_score")
+MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin", "score_diff")
+_MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rewards", "rm_score")
 SCORES = (  # of the two sides, under the names that data sets give them
     *((f"{name}_chosen", f"{name}_rejected") for name in _MEASURES),
     *((f"chosen_{name}", f"rejected_{name}") for name in _MEASURES),
