@@ -174,3 +174,11 @@ def test_a_row_with_too_few_scores_says_how_many_have_none(tmp_path):
     row = {"input": "q", "generations": ["a", "b", "c"], "ratings": [None, None, 5]}
     (pair,) = pairs_of(tmp_path, row)
     assert pair["refused"] == "fewer than two answers: 1, and 2 without a score"
+
+
+def test_a_number_and_a_text_that_are_the_same_id_are_told(tmp_path):
+    sides = {"chosen": "a", "rejected": "b"}
+    rows = [{"id": 1, "prompt": "q", **sides}, {"id": "1", "prompt": "r", **sides}, {"id": 1.5, "prompt": "s", **sides}]
+    assert [pair["pair_id"] for pair in pairs_of(tmp_path, *rows)] == ["1", "1", "1.5"]
+    told = "1 of 3 pairs repeat an id, or all that another says: `pairs` quarantines these"
+    assert told in inspect(str(tmp_path / "rows.jsonl")).told
