@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from safer_ray import schema
 from safer_ray.data.rows import parse_row
-from safer_ray.formats.declaration import Half, Options, Refused, check_count, digest
+from safer_ray.formats.declaration import NOTED, Half, Options, Refused, check_count, digest
 from safer_ray.formats.matched import MATCHED, PAIRS, UNMATCHED
 from safer_ray.formats.messages import spoken
 from safer_ray.formats.registry import FORMATS
@@ -48,7 +48,7 @@ def matched_file(path: Path, format: str, options: Options, limit: int, encoding
         UserError: the file is damaged.
     """
     kind = options.get("pairs", PAIRS[0])
-    name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit, encoding]))[:20]
+    name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit, encoding, NOTED]))[:20]
     made = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "matched" / f"{name}.jsonl"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +109,15 @@ def _pair(halves: Mapping[int, Half]) -> dict[str, Any]:
     """Return two rows as one: what each says besides has its side's name before it."""
     labels: dict[str, str] = {}
     row: dict[str, Any] = {}
+    notes: set[str] = set()
     for position, half in halves.items():
         row |= {"prompt": half.prompt, half.side: half.response}
         row |= {f"{half.side}_{name}": value for name, value in half.rest.items()}
         labels |= {name if name in half.shared else f"{half.side}_{name}": text for name, text in half.labels.items()}
         labels[f"{half.side}_position"] = str(position)
-    return row | {"labels": dict(sorted(labels.items()))}
+        notes |= set(half.notes)
+    told = {NOTED: sorted(notes)} if notes else {}
+    return row | told | {"labels": dict(sorted(labels.items()))}
 
 
 class _Bad(NamedTuple):

@@ -19,6 +19,7 @@ REASON_CHARS = 300
 MOST_PAIRS = 10_000  # of one row
 MAX_DEPTH = 200  # of lists and mappings in each other
 NO_PREFERENCE = "no preference"  # how reasons of ties begin: they are left out, and count as no damage of a file
+NOTED = "safer_ray_notes"  # the column of notes in rows that are made of others
 LARGEST = 3.4028234663852886e38  # number that float32 holds
 
 
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
 
 class Half(NamedTuple):
     """A row of a data set that holds one response a row: its prompt, its side of a pair, the response, labels (those
-    `shared` are the prompt's), and its other columns."""
+    `shared` are the prompt's), its other columns, and notes on them."""
 
     prompt: Any
     side: Literal["chosen", "rejected"]
@@ -52,6 +53,7 @@ class Half(NamedTuple):
     labels: Mapping[str, str]
     shared: frozenset[str]
     rest: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 Reader = Callable[[Row, Options], Pair]

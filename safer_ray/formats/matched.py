@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from safer_ray.formats.canonical import SIDES, canonical, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import Half, Options, Pair, PreferenceFormat, Refused, Row, as_flag, as_text
+from safer_ray.formats.notes import markup_notes
 
 Side = Literal["chosen", "rejected"]
 KTO_COLUMNS = ("prompt", "completion", "label")
@@ -42,7 +43,9 @@ def _half(
     pair = with_system(rest, canonical(rest | sides, {}))
     check_nothing_dropped(rest, pair, ())
     gone = {*pair.used, *columns, *labels, *(("prompt",) if "prompt" in row else ())}
-    return Half(pair.prompt, side, pair.chosen, labels, shared, {k: v for k, v in row.items() if k not in gone})
+    others = {name: value for name, value in row.items() if name not in gone}
+    notes = (*pair.notes, *markup_notes(rest | sides, pair))
+    return Half(pair.prompt, side, pair.chosen, labels, shared, others, notes)
 
 
 def wildguardmix(row: Row) -> Half:

@@ -6,6 +6,7 @@ A message is `{role, content}`, with `more` where it has other fields: JSON of t
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from json.encoder import encode_basestring
 from types import MappingProxyType
@@ -255,6 +256,25 @@ def same_beginning(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]])
 def say_the_same(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> bool:
     """Return whether messages say the same: `spoken` of both is equal."""
     return len(one) == len(two) == same_beginning(one, two)
+
+
+def look_the_same(one: Sequence[dict[str, str]], two: Sequence[dict[str, str]]) -> bool:
+    """Return whether messages differ at most in whitespace and in how their characters are composed (NFC, NFD)."""
+    return len(one) == len(two) and all(
+        left["role"] == right["role"] and left.get(MORE) == right.get(MORE) and _looks_as(left, right)
+        for left, right in zip(one, two, strict=True)
+    )
+
+
+def _looks_as(left: dict[str, str], right: dict[str, str]) -> bool:
+    """Return whether contents look the same; most differ in their first words, and are known by these."""
+    texts = left["content"], right["content"]
+    one, two = (_shown(" ".join(text.split(None, 3)[:3])) for text in texts)
+    return one == two and _shown(" ".join(texts[0].split())) == _shown(" ".join(texts[1].split()))
+
+
+def _shown(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def spoken(messages: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from safer_ray.formats.canonical import by_any_prompt, canonical
 from safer_ray.formats.declaration import (
+    NOTED,
     Options,
     PreferenceFormat,
     Refused,
@@ -29,9 +30,11 @@ class Ranked(NamedTuple):
     labels: Mapping[str, str]
 
 
-def ranked_pairs(row: Row, answers: Sequence[Ranked], options: Options, drop: frozenset[str]) -> list[Row]:
+def ranked_pairs(
+    row: Row, answers: Sequence[Ranked], options: Options, drop: frozenset[str], unscored: int = 0
+) -> list[Row]:
     """Return the best response with the worst one, each with the next worse one (`pairs: adjacent`), or each with every
-    worse one (`pairs: all`), as rows without the columns `drop`.
+    worse one (`pairs: all`), as rows without the columns `drop`, with a note on how many responses are `unscored`.
 
     Responses whose rank others share stand for these, in the order of the row. The ids of several pairs end in the
     places of their two responses, `…/I-J`.
@@ -40,7 +43,8 @@ def ranked_pairs(row: Row, answers: Sequence[Ranked], options: Options, drop: fr
         Refused: fewer than two responses, all of one rank, or too many pairs.
     """
     if len(answers) < 2:
-        raise Refused(f"fewer than two answers: {len(answers)}")
+        others = f", and {unscored} without a score" if unscored else ""
+        raise Refused(f"fewer than two answers: {len(answers)}{others}")
     ranks = [answer.rank for answer in answers]
     if len(set(ranks)) == 1:
         raise Refused(f"no preference: all {len(answers)} answers are equally good")
@@ -55,6 +59,8 @@ def ranked_pairs(row: Row, answers: Sequence[Ranked], options: Options, drop: fr
         check_count(len(answers) * (len(answers) - 1) // 2)
         places = [(i, j) for i, j in combinations(order, 2) if ranks[i] < ranks[j]]
     several = kind != "best_worst"
+    if unscored:
+        row = row | {NOTED: [f"{unscored} of {unscored + len(answers)} responses have no score, and are in no pair"]}
     return [_pair(row, answers, best, worst, drop, several=several) for best, worst in places]
 
 
@@ -115,16 +121,17 @@ def completions(row: Row, options: Options) -> list[Row]:
     Raises:
         Refused: a completion has no response or no score; or as `ranked_pairs`.
     """
-    answers = []
+    answers, unscored = [], 0
     for i, item in enumerate(_listed(row, "completions")):
         place = f"completions[{i}]"
         text = _text_of(item, "response", place, "response and overall_score")
         if item.get("overall_score") is None:
-            continue  # not ranked; the others are
+            unscored += 1  # not ranked; the others are
+            continue
         score = _number(item["overall_score"], place, "overall_score")
         model = {"model": as_text(item["model"])} if item.get("model") is not None else {}
         answers.append(Ranked(text, -score, model | {"score": f"{score:g}"}))
-    return _with_margins(ranked_pairs(row, answers, options, frozenset({"completions"})))
+    return _with_margins(ranked_pairs(row, answers, options, frozenset({"completions"}), unscored))
 
 
 def generations(row: Row, options: Options) -> list[Row]:
@@ -139,16 +146,17 @@ def generations(row: Row, options: Options) -> list[Row]:
     models = names if isinstance(names, list) and len(names) == len(texts) else []
     if len(texts) != len(ratings):
         raise Refused(f"wrong type: {column} has {len(ratings)} numbers of {len(texts)} generations")
-    answers = []
+    answers, unscored = [], 0
     for i, (text, rating) in enumerate(zip(texts, ratings, strict=True)):
         if not isinstance(text, str | list) or not text:
             raise Refused(f"empty text: generations[{i}]")
         if rating is None:
-            continue  # not ranked; the others are
+            unscored += 1  # not ranked; the others are
+            continue
         score = _number(rating, f"{column}[{i}]", "number")
         model = {"model": as_text(models[i])} if models else {}
         answers.append(Ranked(text, -score, model | {"score": f"{score:g}"}))
-    return _with_margins(ranked_pairs(row, answers, options, frozenset({"generations", column})))
+    return _with_margins(ranked_pairs(row, answers, options, frozenset({"generations", column}), unscored))
 
 
 def _with_margins(rows: list[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
 from safer_ray.formats.canonical import PROMPTS, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import (
-    Messages,
+    NOTED,
     Options,
     Pair,
     PreferenceFormat,
@@ -23,9 +23,9 @@ from safer_ray.formats.declaration import (
     as_number,
     as_text,
 )
-from safer_ray.formats.markup import markup_in, may_hold_markup, speaker_in
 from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
 from safer_ray.formats.messages import say_the_same
+from safer_ray.formats.notes import notes_of
 from safer_ray.formats.pku import PKU_SAFERLHF
 from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
 from safer_ray.formats.two_responses import (
@@ -79,12 +79,10 @@ FORMATS: dict[str, PreferenceFormat] = {
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
 CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
-REPEATED = 8  # characters of a prompt that a response would not begin with by chance
-CONTINUED = "the prompt ends with words of the assistant, and the responses go on from them"
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
-MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin")
-_MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rm_score")
+MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin", "score_diff")
+_MEASURES = ("score", "rating", "avg_rating", "votes", "reward", "rewards", "rm_score")
 SCORES = (  # of the two sides, under the names that data sets give them
     *((f"{name}_chosen", f"{name}_rejected") for name in _MEASURES),
     *((f"chosen_{name}", f"rejected_{name}") for name in _MEASURES),
@@ -131,9 +129,9 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
                 labels.setdefault(key, as_text(value))
         if whole:
             used = used | {name}  # a meta mapping with more than scalars rides along, too
-    notes = (*pair.notes, *_notes(row, pair))
-    if pair.prompt and pair.prompt[-1]["role"] == "assistant":
-        notes = (*notes, CONTINUED)
+    notes = notes_of(row, pair)
+    if NOTED in row:
+        used = used | {NOTED}
     for name in sorted(_NUMBERS.intersection(row)):
         if row[name] not in (None, "") and as_number(row[name]) is None:
             notes = (*notes, f"{name} is no number, and not read")
@@ -184,35 +182,6 @@ def _margin_of_generations(row: Row, pair: Pair) -> float | None:
     known = {text.strip(): rating for text, rating in zip(texts, ratings, strict=True) if isinstance(text, str)}
     sides = [known.get(side[-1]["content"].strip()) for side in (pair.chosen, pair.rejected)]
     return _difference(*sides)
-
-
-def _notes(row: Row, pair: Pair) -> tuple[str, ...]:
-    """Return what should be known of a pair's texts: template markup that was unwrapped, or that is still in them;
-    definitions of tools, and responses that begin with the prompt."""
-    if row.get("tools") or row.get("functions"):
-        return (*_of_markup(row, pair), "definitions of tools ride along, and no model reads them")
-    asked = pair.prompt[-1]["content"] if pair.prompt else ""
-    if len(asked) > REPEATED and _begins(pair.chosen, asked) and _begins(pair.rejected, asked):
-        return (*_of_markup(row, pair), "both responses begin with the prompt")
-    return _of_markup(row, pair)
-
-
-def _begins(side: Messages, text: str) -> bool:
-    return side[0]["content"].startswith(text)
-
-
-def _of_markup(row: Row, pair: Pair) -> tuple[str, ...]:
-    """Return that markup is left in a text, or else that it was unwrapped."""
-    contents = [message["content"] for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
-    sent = [value for name in pair.used if isinstance(value := row.get(name), str) and value not in contents]
-    marked = may_hold_markup("\0".join((*contents, *sent)))
-    for text in contents:
-        if mark := (marked and markup_in(text)) or speaker_in(text):
-            return (f"chat markup left in a text: {' '.join(mark.split())}",)
-    if not marked:
-        return ()
-    marks = sorted(mark for text in sent if (mark := markup_in(text)) is not None)
-    return (f"chat markup unwrapped: {' '.join(marks[0].split())}",) if marks else ()
 
 
 def row_format(row: Row) -> str | None:

@@ -49,6 +49,12 @@ def _preferred(row: Row, responses: Names, better: int, used: tuple[str, ...], s
     return kept | picked | ({"labels": own | labels} if own or labels else {})
 
 
+def _margin(row: Row, scores: Names, better: int) -> Row:
+    """Return by how much the scores of two responses prefer the better one as `label_margin`, nothing without them."""
+    high, low = as_number(row.get(scores[better])), as_number(row.get(scores[1 - better]))
+    return {} if high is None or low is None else {"label_margin": high - low}
+
+
 def _by_strength(row: Row, column: str, responses: Names) -> list[Row]:
     """Return the row of a preference of -3 to 3, above 0 where the second response is better."""
     value = row.get(column)
@@ -80,18 +86,15 @@ def shp(row: Row, options: Options) -> list[Row]:
     if label not in (0, 1):
         raise Refused(f"unknown label: labels is {as_text(row['labels'])}, wanted 1 where A is better, 0 where B is")
     row = {name: value for name, value in row.items() if name != "labels"}
-    sides = {"score": ("score_A", "score_B")}
-    scores = [as_number(row.get(name)) for name in sides["score"]]
-    picked = _preferred(row, ("human_ref_A", "human_ref_B"), int(label == 0), (), sides)
-    better = int(label == 0)
-    if scores[0] is not None and scores[1] is not None:
-        picked["label_margin"] = float(scores[better]) - float(scores[1 - better])  # type: ignore[arg-type]
-    return [picked]
+    scores, better = ("score_A", "score_B"), int(label == 0)
+    picked = _preferred(row, ("human_ref_A", "human_ref_B"), better, (), {"score": scores})
+    return [picked | _margin(row, scores, better)]
 
 
 def stack_exchange(row: Row, options: Options) -> list[Row]:
     """Read paired answers of Stack Exchange: `response_j` has the more votes, `response_k` the fewer."""
-    return [_preferred(row, ("response_j", "response_k"), 0, (), {})]
+    scores = ("score_j", "score_k")
+    return [_preferred(row, ("response_j", "response_k"), 0, (), {"score": scores}) | _margin(row, scores, 0)]
 
 
 def _winner(row: Row) -> int:

@@ -259,6 +259,14 @@ def test_a_refusal_is_chosen_where_the_prompt_is_harmful_alone(tmp_path):
     assert (labels["prompt_harm_label"], labels["matched"]) == ("harmful", "wildguardmix")
 
 
+def test_what_is_done_to_rows_of_one_response_is_noted_on_their_pair(tmp_path):
+    asked = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": asked, "completion": text, "label": good} for text, good in (("Fine.", True), ("Go.", False))]
+    (pair,) = [row for row in read(written(tmp_path / "rows.jsonl", rows)) if row["refused"] is None]
+    assert (pair["prompt"], pair["notes"]) == ([USER], ["chat markup unwrapped: <|im_start|>"])
+    assert pair["extra"] is None
+
+
 def test_many_rows_are_matched_as_one_by_one(tmp_path):
     rng = random.Random(0)
     rows = [{"prompt": f"p{rng.randrange(20)}", "completion": f"c{i}", "label": rng.random() < 0.5} for i in range(200)]

@@ -8,7 +8,8 @@ from support.layout_rows import ASKED, GOOD, ROWS, SIDES
 
 from safer_ray.data.rows import parse_row
 from safer_ray.formats.declaration import Refused
-from safer_ray.formats.registry import CONTINUED, expanded, read_pair, row_format
+from safer_ray.formats.notes import ALIKE, CONTINUED
+from safer_ray.formats.registry import expanded, read_pair, row_format
 from safer_ray.formats.transcripts import BLANKS, CUT, JOINED
 
 
@@ -227,12 +228,47 @@ def test_marks_that_close_a_turn_are_left_where_what_opens_it_is():
     assert pair.rejected == [{"role": "assistant", "content": text}]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("a b", "a  b", True),
+        ("a\r\nb", "a\nb", True),
+        ("a\xa0b", "a b", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("A b", "a b", False),
+        ("ab", "a b", False),
+        ("a b c d e", "a b c d f", False),
+    ],
+)
+def test_responses_that_look_the_same_are_noted(one, other, alike):
+    assert read_pair(row_of(chosen=one, rejected=other), "canonical").notes == ((ALIKE,) if alike else ())
+
+
 def test_granite_is_unwrapped():
     ends = "<|end_of_text|>\n"
     turns = [f"<|start_of_role|>{role}<|end_of_role|>{said}" for role, said in (("system", "Be"), ("user", "q"))]
     pair = read_pair(row_of(ends.join([*turns, "<|start_of_role|>assistant<|end_of_role|>"])), "canonical")
     assert [(m["role"], m["content"]) for m in pair.prompt] == [("system", "Be"), ("user", "q")]
     assert pair.notes == ("chat markup unwrapped: <|start_of_role|>",)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"chosen_rewards": 1, "rejected_rewards": 3},
+        {"rewards_chosen": 1, "rewards_rejected": 3},
+        {"reward_chosen": 1, "reward_rejected": 3},
+        {"score_diff": -2},
+    ],
+)
+def test_margins_under_more_names_are_read(columns):
+    assert read_pair({"prompt": ASKED, **SIDES, **columns}, "canonical").label_margin == -2
+
+
+def test_scores_of_paired_answers_that_contradict_their_order_are_read():
+    (row,) = expanded(ROWS["stack_exchange"] | {"score_j": 1, "score_k": 9}, "stack_exchange")
+    pair = read_pair(row, "stack_exchange")
+    assert (pair.label_margin, pair.labels) == (-8, {"chosen_score": "1", "rejected_score": "9"})
 
 
 def test_of_two_margins_that_which_contradicts_the_label_is_told():

@@ -10,6 +10,7 @@ from support.messages import short
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.errors import UserError
+from safer_ray.formats.declaration import NOTED
 from safer_ray.formats.registry import FORMATS, row_format
 from safer_ray.pipeline.inspection import inspect
 
@@ -146,3 +147,38 @@ def test_a_format_is_known_by_the_columns_that_it_declares(name):
     assert row_format({}) is None
     assert known.options.keys() <= SourceConfig.model_fields.keys()
     assert not known.fits(dict.fromkeys(known.columns[1:]))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "completions": [{"response": f"{s}", "overall_score": s} for s in (NAN, 3, 5)]},
+        {"input": "q", "generations": ["a", "b", "c"], "ratings": [None, 3, 5]},
+    ],
+    ids=["completions", "generations"],
+)
+@pytest.mark.parametrize("pairs", ["best_worst", "all"])
+def test_responses_without_a_score_are_told(tmp_path, row, pairs):
+    (pair,) = pairs_of(tmp_path, row, pairs=pairs)
+    assert pair["notes"] == ["1 of 3 responses have no score, and are in no pair"]
+    assert pair["extra"] is None
+    found = inspect(str(tmp_path / "rows.jsonl"))
+    assert "1 of 1 pairs: 1 of 3 responses have no score, and are in no pair" in found.told
+    assert NOTED not in (*found.columns, *found.used)
+
+
+def test_a_row_with_too_few_scores_says_how_many_have_none(tmp_path):
+    row = {"input": "q", "generations": ["a", "b", "c"], "ratings": [None, None, 5]}
+    (pair,) = pairs_of(tmp_path, row)
+    assert pair["refused"] == "fewer than two answers: 1, and 2 without a score"
+
+
+def test_a_number_and_a_text_that_are_the_same_id_are_told(tmp_path):
+    sides = {"chosen": "a", "rejected": "b"}
+    rows = [{"id": 1, "prompt": "q", **sides}, {"id": "1", "prompt": "r", **sides}, {"id": 1.5, "prompt": "s", **sides}]
+    assert [pair["pair_id"] for pair in pairs_of(tmp_path, *rows)] == ["1", "1", "1.5"]
+    told = "1 of 3 pairs repeat an id, or all that another says: `pairs` quarantines these"
+    assert told in inspect(str(tmp_path / "rows.jsonl")).told
