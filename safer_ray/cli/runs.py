@@ -114,9 +114,11 @@ def _closing_table(summary: dict[str, Any], base: str) -> None:
     sae = summary["sae"]
     selected = summary["selected_features"]
     facts.add_row("pairs", f"{summary['pairs']:,} ({summary['quarantined']} rows quarantined)")
-    trained = summary["reward"].get("accuracy")
-    said = f"agrees with {summary['reward']['agreement']:.1%} of the labels" if trained is None else f"{trained:.3f}"
-    facts.add_row("reward model", said if trained is None else f"validation accuracy {said}")
+    reward = summary["reward"]
+    if "accuracy" in reward:
+        facts.add_row("reward model", f"validation accuracy {reward['accuracy']:.3f}")
+    else:
+        facts.add_row("reward model", f"agrees with {reward['agreement']:.1%} of the labels")
     facts.add_row(
         "SAE",
         f"nmse {sae['nmse']:.3f}, explained variance {sae['explained_variance']:.3f}, "

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Literal
 from safer_ray import schema
 from safer_ray.errors import UserError
 from safer_ray.storage.files import move
-from safer_ray.storage.locations import on_disk
+from safer_ray.storage.locations import cache_folder
 
 PREFIX = "hub:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -139,7 +138,7 @@ def load_dataset(path: str, split: str) -> Path:
             f"cannot load {path} (split {split!r}): {cause}; check the name, the split and the network, "
             "or give a downloaded folder"
         ) from error
-    cache = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "hub"
+    cache = cache_folder("hub")
     text = schema.to_json([name, revision or "", split, data._fingerprint])
     folder = cache / f"{Path(name).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if not folder.exists():

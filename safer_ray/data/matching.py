@@ -17,7 +17,7 @@ from safer_ray.formats.messages import spoken
 from safer_ray.formats.registry import FORMATS
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.files import move, stamp
-from safer_ray.storage.locations import on_disk
+from safer_ray.storage.locations import cache_folder
 from safer_ray.storage.rows import read_rows
 
 ALONE = "no preference: no other row of this prompt has the other label, or a pair has them"
@@ -49,7 +49,7 @@ def matched_file(path: Path, format: str, options: Options, limit: int, encoding
     """
     kind = options.get("pairs", PAIRS[0])
     name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit, encoding, NOTED]))[:20]
-    made = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "matched" / f"{name}.jsonl"
+    made = cache_folder("matched") / f"{name}.jsonl"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         begun = made.with_name(f".{name}-{os.getpid()}")

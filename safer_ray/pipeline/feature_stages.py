@@ -48,7 +48,7 @@ from safer_ray.features.scoring import (
     pair_scores,
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
-from safer_ray.pipeline.reference import Reference, data_of, facts_of, without_held_out
+from safer_ray.pipeline.reference import ALL_PAIRS, Reference, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.pretrained import own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
@@ -69,6 +69,7 @@ from safer_ray.storage.marks import Marks
 from safer_ray.storage.recipes import Input
 from safer_ray.storage.work import MapJob
 
+AS_COPY = AuditorConfig()
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,7 @@ def _width(codes: Artifact, given: int | None) -> int:
 
 
 def salience(
-    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None = None, reference: Reference | None = None
+    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None = None, reference: Reference = ALL_PAIRS
 ) -> Artifact:
     """Return the salience of every feature: sums per fragment, reduced in order. `latents` is the SAE's width where the
     codes do not record it. Pairs that are held out as a `reference` are not among those it is of, where they are enough
@@ -117,14 +118,12 @@ def salience(
         UserError: the width is neither recorded nor given, or a feature lies past it.
     """
     write = partial(_write_salience, ctx, codes, mode, latents, reference)
-    shown: dict[str, Any] = {"mode": mode, "latents": latents}
-    if reference is None or reference.held is None:
-        return make(ctx, "salience", shown, write, codes=codes)
-    return make(ctx, "salience", shown | reference.recorded, write, reference.pairs, codes=codes)
+    shown = {"mode": mode, "latents": latents, **reference.recorded}
+    return make(ctx, "salience", shown, write, reference.pairs, codes=codes)
 
 
 def _write_salience(
-    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, reference: Reference | None, out: Path
+    ctx: StageContext, codes: Artifact, mode: Mode, latents: int | None, reference: Reference, out: Path
 ) -> Result:
     flatten(read_parquet(part_files(codes.path)[0]).slice(0, 0), "chosen", mode)  # or it says that these are no codes
     width = _width(codes, latents)
@@ -135,7 +134,7 @@ def _write_salience(
             codes.path,
         )
     read: Callable[[Fragment], pa.Table] = read_fragment
-    if reference is not None and (split := reference.split):
+    if split := reference.split:
         read = without_held_out(codes.path, pairs_of(split[0]), split[1])
     job = MapJob("salience", read, lambda: SumFeatures(mode), SUMS, folder="state/sums", batch_rows=10**9)
     counts = ctx.map(job, part_fragments(codes.path), out)
@@ -285,13 +284,13 @@ def auditor(
     codes: Artifact,
     detector: Artifact | None = None,
     known: Mapping[str, Artifact] | None = None,
-    reference: Reference | None = None,
-    config: AuditorConfig | None = None,
+    reference: Reference = ALL_PAIRS,
+    config: AuditorConfig = AS_COPY,
 ) -> Artifact:
     """Return the deployable bundle: `reward/ sae/ features.json reference.parquet`, `detector/` if one was fitted, and
     `features.parquet`, which shows people its features, where `salience` is `known`, and better where `verdicts` and
     `contexts` are. Its reference is of all pairs in `codes` where no other is given."""
-    known, reference, config = known or {}, reference or Reference(), config or AuditorConfig()
+    known = known or {}
     inputs = {"reward": reward, "sae": sae, "features": selected, "codes": codes}
     inputs |= {"detector": detector} if detector else {}
     inputs |= {**known, **reference.inputs}

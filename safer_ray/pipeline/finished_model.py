@@ -7,9 +7,8 @@ from pathlib import Path
 from safer_ray.config.reading import ENDS
 from safer_ray.config.reward import RewardConfig
 from safer_ray.config.sections import RunConfig
-from safer_ray.data.hub import PREFIX, pinned
 from safer_ray.errors import UserError
-from safer_ray.pipeline.inputs import base_input
+from safer_ray.pipeline.inputs import base_input, lasting_name
 from safer_ray.pipeline.stage import StageContext, recipe
 from safer_ray.storage.artifacts import Artifact, Result
 
@@ -35,7 +34,7 @@ def settled(config: RunConfig) -> RunConfig:
         )
     from safer_ray.reward.checkpoints import layer_count  # here, since it imports torch
 
-    use = _lasting(reward.use)
+    use = lasting_name(reward.use)
     said = reward.model_fields_set
     blocks = reward.frozen_layers if "frozen_layers" in said else layer_count(use, reward)
     training = {
@@ -48,13 +47,6 @@ def settled(config: RunConfig) -> RunConfig:
         "learning_rate": reward.learning_rate if "learning_rate" in said else HEAD_RATE,
     }
     return config.model_copy(update={"reward": reward.model_copy(update=training)})
-
-
-def _lasting(use: str) -> str:
-    """Return the name of a model from which another process, later, finds the same one."""
-    if use.startswith("package:"):
-        return use
-    return pinned(use, "model") if use.startswith(PREFIX) else str(Path(use).absolute())
 
 
 def finished(ctx: StageContext, config: RewardConfig, asked: RewardConfig) -> Artifact:

@@ -40,7 +40,6 @@ RATINGS = (5, 4, 3)  # least rating of the features that are chosen, the first t
 ENOUGH = 4
 SAMPLE = 64  # pairs that are tokenised for the estimate
 TIMED = 16  # pairs that are read for it
-UNTIL = tuple(stage for stage in STAGES if stage not in ("corpus", "noise", "detector"))
 OnStage = Callable[[str, Artifact | None], None]
 log = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ def check_enough(expected: Estimate, config: SaeConfig) -> None:
     if expected.vectors * (1 - config.validation_percent / 100) < 0.9 * batch:  # of a number that is about right
         raise UserError(
             f"fit: {expected.pairs:,} pairs give about {expected.vectors:,} vectors, and a step of the autoencoder "
-            f"takes {batch:,}, held-out ones apart; pass more pairs, or set --set sae.batch_size=N"
+            f"takes {batch:,}, held-out ones apart; pass more pairs, or lower it: --set sae.batch_size=N"
         )
 
 

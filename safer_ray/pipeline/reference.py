@@ -107,6 +107,9 @@ class Reference(NamedTuple):
         return "in sample", known
 
 
+ALL_PAIRS = Reference()
+
+
 def values_of(codes: Artifact, features: Features) -> pa.Table:
     """Return `pair_id`, `score` and `reward_margin` of all pairs in codes."""
     parts = []
@@ -142,7 +145,7 @@ def facts_of(kind: Kind, rows: pa.Table) -> dict[str, Any]:
 
 def data_of(codes: Artifact) -> list[dict[str, Any]]:
     """Return by what sources the pairs of codes were read, as far as the artifacts beside these say it: `name`,
-    `files`, `format`, `section`, `licence` and how many `pairs` all of them are."""
+    `format`, `section`, `part`, `licence`, what names its files (`input`), and how many `pairs` all sources are."""
     artifact = codes
     while artifact.manifest.get("stage") != "pairs":
         folder = artifact.path.parent / artifact.manifest.get("inputs", {}).get("pairs", "")

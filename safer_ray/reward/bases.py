@@ -6,7 +6,7 @@ from pathlib import Path
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.data.hub import PREFIX, repository_of, split_name, what_the_hub_said
 from safer_ray.errors import UserError
-from safer_ray.reward.folder import adapter_settings, check_config, check_weights, is_adapter
+from safer_ray.reward.folder import adapter_settings, check_config, check_weights, is_adapter, words_of
 from safer_ray.reward.gguf import check_gguf, is_gguf
 from safer_ray.reward.pretrained import Checkpoint, open_config
 
@@ -72,8 +72,7 @@ def _downloaded(base: str, name: str, revision: str | None) -> Path:
     try:
         return Path(str(cached_file(repository, name.removeprefix(f"{repository}/"), revision=revision)))
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:300]
-        raise UserError(what_the_hub_said(base, error) or f"cannot load {base}: {words}") from None
+        raise UserError(what_the_hub_said(base, error) or f"cannot load {base}: {words_of(error)}") from None
 
 
 def checkpoint_of(base: str, reading: Reading = AS_IT_COMES) -> Checkpoint:

@@ -1,6 +1,5 @@
 """Finished reward models: where their files lie, whether they give rewards, and a folder that keeps them."""
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from safer_ray.data.hub import PREFIX, what_the_hub_said
 from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.bases import checkpoint_of, resolve_base
 from safer_ray.reward.checkpoints import TRIED, load_reward_model, save_reward_model
-from safer_ray.reward.folder import READ, VOCABULARIES, weight_files
+from safer_ray.reward.folder import READ, VOCABULARIES, weight_files, words_of
 from safer_ray.reward.forward import forward_pairs
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.reading import SETTINGS, how_it_reads, settings_of
@@ -21,7 +20,6 @@ from safer_ray.storage.digests import sha256_of
 from safer_ray.storage.files import read_json, write_json
 
 FETCHED = [*READ, *VOCABULARIES, "*.safetensors", "additional_chat_templates/*"]
-log = logging.getLogger(__name__)
 
 
 def model_path(base: str) -> Path:
@@ -43,11 +41,8 @@ def _fetched(base: str, name: str, revision: str | None) -> str:
     try:
         return snapshot_download(name, revision=revision, allow_patterns=FETCHED)
     except Exception as error:  # noqa: BLE001  # whatever the hub client and what it is built on raise
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        told = what_the_hub_said(base, error)
-        raise UserError(
-            told or f"cannot fetch {base}: {words}; check the name and the network, or give a folder"
-        ) from None
+        told = f"cannot fetch {base}: {words_of(error)}; check the name and the network, or give a folder"
+        raise UserError(what_the_hub_said(base, error) or told) from None
 
 
 def check_gives_rewards(reward: RewardModel) -> None:

@@ -11,7 +11,7 @@ from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.storage.contents import content_hash
 from safer_ray.storage.digests import sha256_of
 from safer_ray.storage.files import move, read_json, write_json
-from safer_ray.storage.locations import on_disk
+from safer_ray.storage.locations import cache_folder
 from safer_ray.storage.marks import MANIFEST
 from safer_ray.storage.recipes import Artifact
 
@@ -48,7 +48,7 @@ def reward_folder(bundle: Path) -> Path:
         return folder
     named = _named(folder / REFERENCE)
     source = _source(named["model"])
-    cache = on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / "models"
+    cache = cache_folder("models")
     name = hashlib.sha256(f"{content_hash(folder)}:{content_hash(bundle / MANIFEST)}:{source}".encode()).hexdigest()
     made = cache / name[:16]
     if _checked(made, source, named["files"]):

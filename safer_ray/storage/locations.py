@@ -101,6 +101,11 @@ def a_model(path: str) -> str:
     return path if is_name(path) else str(on_disk(path))
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder of that name in the cache: under SAFER_RAY_CACHE, by default ~/.cache/safer_ray."""
+    return on_disk(os.environ.get("SAFER_RAY_CACHE", "~/.cache/safer_ray")) / name
+
+
 def _refuse_empty(path: str | Path) -> None:
     if not str(path).strip():
         raise UserError("a path is empty, say of a variable that is not set; give it, or `.` for the current folder")

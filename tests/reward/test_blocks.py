@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.made import TINY, make_pairs
-from support.model_types import COMMON, FAMILIES, build
+from support.model_types import COMMON, FAMILIES, build, states_of
 from support.tiny_run import tiny_config
 from transformers import AutoModelForSequenceClassification
 
@@ -24,20 +24,6 @@ from safer_ray.reward.train import train_reward
 from safer_ray.storage.work import TrainJob
 
 LAYERS = COMMON["num_hidden_layers"]
-
-
-def states_of(model, **inputs):
-    """The output of every block, and what the head reads."""
-    found = []
-    handles = [
-        block.register_forward_hook(lambda m, i, o: found.append(o[0] if isinstance(o, tuple) else o))
-        for block in model.base_model.layers
-    ]
-    with torch.inference_mode():
-        last = model.base_model(**inputs, use_cache=False).last_hidden_state
-    for handle in handles:
-        handle.remove()
-    return found, last
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.made import make_pairs
-from support.model_types import COMMON, FAMILIES, build
+from support.model_types import COMMON, FAMILIES, build, states_of
 
 from safer_ray.errors import UserError
 from safer_ray.features.encoder import Encoder
@@ -26,37 +26,23 @@ def saved(request, tmp_path_factory):
     return model, directory
 
 
-def outputs(model, start=0, **inputs):
-    """The output of every block, and the rest."""
-    found = []
-    handles = [
-        block.register_forward_hook(lambda m, i, o: found.append(o[0] if isinstance(o, tuple) else o))
-        for block in model.base_model.layers
-    ]
-    with torch.inference_mode():
-        last = model.base_model(**inputs, use_cache=False).last_hidden_state
-    for handle in handles:
-        handle.remove()
-    return found, last
-
-
 @pytest.mark.parametrize("cut", [[0, 4], [0, 2, 4], [0, 1, 2, 3, 4], [0, 3, 4]])
 def test_parts_in_a_row_are_the_whole(saved, cut):
     model, directory = saved
     ids = torch.randint(1, COMMON["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
-    wanted, last = outputs(model, input_ids=ids)
+    wanted, last = states_of(model, input_ids=ids)
     states = None
     for start, stop in pairwise(cut):
         part = load_part(directory, start, stop)
         assert len(part.base_model.layers) == stop - start
         if start == 0:
-            found, end = outputs(part, input_ids=ids)
+            found, end = states_of(part, input_ids=ids)
         else:
             given = states
             handle = part.base_model.layers[0].register_forward_pre_hook(
                 lambda m, args, kwargs, given=given: ((given, *args[1:]), kwargs), with_kwargs=True
             )
-            found, end = outputs(part, inputs_embeds=states)
+            found, end = states_of(part, inputs_embeds=states)
             handle.remove()
             assert part.base_model.embed_tokens.weight.numel() == COMMON["hidden_size"]  # none but a stub
         for ours, theirs in zip(found, wanted[start:stop], strict=True):

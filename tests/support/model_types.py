@@ -79,3 +79,17 @@ def build(name):
             if "norm" not in name_:
                 parameter.normal_(0, 0.3)
     return RewardModel(model, _Pairs(), name, pad=PAD, unread=PAD)
+
+
+def states_of(model, **inputs):
+    """The output of every block, and what the head reads."""
+    found = []
+    handles = [
+        block.register_forward_hook(lambda m, i, o: found.append(o[0] if isinstance(o, tuple) else o))
+        for block in model.base_model.layers
+    ]
+    with torch.inference_mode():
+        last = model.base_model(**inputs, use_cache=False).last_hidden_state
+    for handle in handles:
+        handle.remove()
+    return found, last
