@@ -3,9 +3,9 @@
 Two sources, the demo's corpus and PKU-SafeRLHF (beside the repository), each cut by prompt into pairs that a bundle is
 made from and pairs that it judges; no error is planted. The reward model is the small encoder of the extra `real`,
 trained above frozen blocks. Each source makes two bundles: one with a reference of held-out prompts, one with
-`cross_fit`, whose reference is out of fold and which has the detector `combined`. A detector's figure is the rate, over
-sources and bundles, that is furthest from 0.05. `in_sample` tells, for comparison, the rate against the pairs that the
-same bundle was made from. About half an hour on two CPU cores.
+`cross_fit`, whose scores' reference is out of fold and which has the detector `combined`. A detector's figure is the
+rate, over sources and bundles, that is furthest from 0.05. `in_sample` tells, for comparison, the rate against the
+pairs that the same bundle was made from. About half an hour on two CPU cores.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def config_of(source: str, root: Path, pairs: int, *, folds: bool) -> RunConfig:
             "max_length": 128,
             "learning_rate": 1e-4,
             "evaluations": 1,
-            "validation_percent": 5 if folds else HELD_OUT,
+            "validation_percent": HELD_OUT,
         },
         "activations": {"layer": 4},
         "sae": {"latents": 3072, "k": 32, "steps": 500, "learning_rate": 5e-4, "spliced_pairs": 0},

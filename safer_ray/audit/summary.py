@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from scipy.special import kolmogorov
 
 from safer_ray.audit import page as report_audit
@@ -18,6 +17,7 @@ from safer_ray.audit.run import Audit, AuditCounts
 from safer_ray.data.audit_files import FLAGGED, FLAGGED_FILE, PAGE, SCORES, SUMMARY
 from safer_ray.detection.evaluation import wilson
 from safer_ray.errors import UserError
+from safer_ray.features.bundle import reference_values
 from safer_ray.features.bundle_facts import expected_flags
 from safer_ray.schema import to_json
 from safer_ray.storage.accounts import entry_name, read_entry
@@ -217,7 +217,7 @@ def summarise(audit: Audit, figures: Figures, counts: AuditCounts, duplicates: i
 
 
 def _reference(audit: Audit) -> int:
-    return int(pq.read_metadata(audit.auditor.path / "reference.parquet").num_rows)
+    return len(reference_values(audit.auditor, audit.scores.detector))
 
 
 def _rate(group: Group) -> dict[str, float]:

@@ -35,13 +35,16 @@ def flag_interval(quantile: float, worth: float, confidence: float = 0.95) -> tu
 
 def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what a bundle's manifest says of its reference: `kind`, `pairs`, `prompts`, and by detector the interval
-    of `flag_interval` at a quantile of 5%. Bundles of old say less."""
+    of `flag_interval` at a quantile of 5%; where margins are of other pairs, `reward_margin` has their kind, pairs and
+    prompts. Bundles of old say less."""
     told = dict(manifest.get("metrics", {}).get("reference", {}))
     worth = told.pop("worth", {})
     names = {"score": "safer", "reward_margin": "reward_margin"}
-    if told.get("kind") == "in sample":
-        worth = {}
-    intervals = {names[name]: list(flag_interval(QUANTILE, value)) for name, value in worth.items() if name in names}
+    intervals = {
+        names[name]: list(flag_interval(QUANTILE, value))
+        for name, value in worth.items()
+        if name in names and told.get(name, told).get("kind") != "in sample"
+    }
     return {"kind": "not recorded", "pairs": manifest.get("rows", {}).get("reference")} | told | {"flags": intervals}
 
 
@@ -52,7 +55,7 @@ def expected_flags(auditor: Artifact, detector: str, quantile: float, pairs: int
     if detector == "combined":
         kind, worth = "out of fold", float(pairs)
     else:
-        kind = known.get("kind", "not recorded")
+        kind = known.get(detector, known).get("kind", "not recorded")
         worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
     # Pairs that made the bundle are no sample of new ones: of these more are flagged, nobody knows how many.
     low, high = flag_interval(quantile, worth) if worth and kind != "in sample" else (None, None)
@@ -128,6 +131,7 @@ def in_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("SAE", f"{sae['architecture']}, {_count(sae['latents'])} latents, k {sae['k']}"),
         ("features", _features(facts["features"])),
         ("reference", _reference(reference)),
+        *([("", f"margins: {_reference(reference['reward_margin'])}")] if "reward_margin" in reference else []),
         *(("", _flags(name, *interval)) for name, interval in reference["flags"].items()),
         ("detectors", ", ".join(facts["detectors"])),
         *(("data", _source(source)) for source in facts["data"]),

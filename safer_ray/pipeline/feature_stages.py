@@ -333,16 +333,19 @@ def _write_auditor(
     if detector is not None:
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
         facts["vector_layers"] = detector.metrics["vector_layers"]
-    kind, values = reference.values(codes, features)
-    facts["reference"], facts["data"] = facts_of(kind, values), data_of(codes)
-    ordered = {name: np.sort(values[name].to_numpy()) for name in ("score", "reward_margin")}
-    columns = {name: pa.array(column, pa.float64(), from_pandas=True) for name, column in ordered.items()}
+    taken = reference.values(codes, features)
+    facts["reference"], facts["data"] = facts_of(taken), data_of(codes)
+    ordered = {name: np.sort(found.rows[name].to_numpy()) for name, found in taken.items()}
+    rows = max(map(len, ordered.values()))
+    for name, values in ordered.items():  # the shorter one ends in nulls
+        ordered[name] = np.concatenate([values, np.full(rows - len(values), np.nan)])
+    columns = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in ordered.items()}
     write_parquet(pa.table(columns), out / "reference.parquet")
     if known:
         found = FeatureEvidence(**{name: read_parts(artifact.path) for name, artifact in known.items()})
         parts = [read_parquet(path) for path in part_files(codes.path)]
         write_parquet(make_cards(features, found, parts), out / CARDS_FILE)
-    return Result({"reference": len(values)}, facts)
+    return Result({"reference": len(taken["score"].rows)}, facts)
 
 
 def _write_reward_model(reading: Reading, reward: Artifact, codes: Artifact, out: Path) -> None:

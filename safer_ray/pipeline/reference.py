@@ -60,9 +60,21 @@ def without_held_out(codes: Path, pairs: Path, held: HeldOut) -> Callable[[Fragm
     return kept
 
 
+class Taken(NamedTuple):
+    """Pairs that a reference is of: `group`, `score` and `reward_margin` of each."""
+
+    kind: Kind
+    rows: pa.Table
+
+
+def _both(taken: Taken) -> dict[str, Taken]:
+    return {"score": taken, "reward_margin": taken}
+
+
 class Reference(NamedTuple):
-    """The source of a bundle's reference: `pairs` of which some are `held` out, `scores` of pairs out of fold, or
-    `codes` of pairs that are held out; without any of them, the pairs that the bundle is made by."""
+    """The source of a bundle's reference: `pairs` of which some are `held` out, `scores` of pairs out of fold
+    (the margins are of the pairs `held` out, since folds have other models), or `codes` of pairs that are held out;
+    without any of them, the pairs that the bundle is made by."""
 
     pairs: Artifact | None = None
     held: HeldOut | None = None
@@ -87,16 +99,17 @@ class Reference(NamedTuple):
         named = {"reference": self.codes, "out_of_fold": self.scores}
         return {role: artifact for role, artifact in named.items() if artifact is not None}
 
-    def values(self, codes: Artifact, features: Features) -> tuple[Kind, pa.Table]:
-        """Return of which kind the reference is, and of its pairs `group`, `score` and `reward_margin`."""
+    def values(self, codes: Artifact, features: Features) -> dict[str, "Taken"]:
+        """Return what the reference of `score` is, and that of `reward_margin`."""
         if self.codes is not None:
-            return "held out", _with_groups(values_of(self.codes, features), self.pairs)
-        if self.scores is not None:
-            known = read_parts(self.scores.path, ["pair_id", "score", "reward_margin"])
-            return "out of fold", _with_groups(known, self.pairs)
+            return _both(Taken("held out", _with_groups(values_of(self.codes, features), self.pairs)))
         known = _with_groups(values_of(codes, features), self.pairs)
+        if self.scores is not None:
+            said = read_parts(self.scores.path, ["pair_id", "score", "reward_margin"])
+            of_folds = Taken("out of fold", _with_groups(said, self.pairs))
+            return {"score": of_folds, "reward_margin": self._own_margins(known) or of_folds}
         if self.held is not None and self.split is not None:
-            return "held out", known.filter(pa.array(self.held.of(known["group"].to_pylist())))
+            return _both(Taken("held out", self._held_out(known)))
         if self.held is not None:
             log.warning(
                 "auditor: fewer than %d of %s pairs are held out, so the reference is of all of them, which features "
@@ -104,7 +117,25 @@ class Reference(NamedTuple):
                 "reward.validation_percent (%g)",
                 *(LEAST, len(known), self.held.percent),
             )
-        return "in sample", known
+        return _both(Taken("in sample", known))
+
+    def _held_out(self, rows: pa.Table) -> pa.Table:
+        assert self.held is not None
+        return rows.filter(pa.array(self.held.of(rows["group"].to_pylist())))
+
+    def _own_margins(self, rows: pa.Table) -> Taken | None:
+        """Return the pairs that the bundle's own model did not see; None where these are too few."""
+        # Models of folds saw fewer pairs than the bundle's own, and their margins spread less or more than its.
+        if self.split is not None:
+            return Taken("held out", self._held_out(rows))
+        if self.held is not None:
+            log.warning(
+                "auditor: fewer than %d of %s pairs are held out, so the margins of the reference are of the models of "
+                "folds, which saw fewer pairs than the bundle's own: by reward_margin more or fewer new pairs may be "
+                "flagged than asked for; pass more pairs, or raise reward.validation_percent (%g)",
+                *(LEAST, len(rows), self.held.percent),
+            )
+        return None
 
 
 ALL_PAIRS = Reference()
@@ -131,16 +162,23 @@ def _with_groups(rows: pa.Table, pairs: Artifact | None) -> pa.Table:
     return rows.append_column("group", found["group"])
 
 
-def facts_of(kind: Kind, rows: pa.Table) -> dict[str, Any]:
-    """Return what is told of a reference: its kind, its pairs and prompts, and by detector how many independent pairs
-    tell as much of the quantile of 5% as these, of which several may have one prompt."""
-    groups = np.array(rows["group"].to_pylist(), dtype=object)
+def facts_of(reference: dict[str, Taken]) -> dict[str, Any]:
+    """Return what is told of a reference: the kind, pairs and prompts of its scores; the same of `reward_margin` where
+    that is of other pairs; and by detector how many independent pairs tell as much of the quantile of 5% as these, of
+    which several may have one prompt."""
     worth = {}
-    for name in ("score", "reward_margin"):
-        values = rows[name].to_numpy()
+    for name, (_, rows) in reference.items():
+        values, groups = rows[name].to_numpy(), np.array(rows["group"].to_pylist(), dtype=object)
         if len(values) and np.isfinite(values).all():
             worth[name] = round(effective_count((values > np.quantile(values, MEASURED)).astype(np.float64), groups), 1)
-    return {"kind": kind, "pairs": len(rows), "prompts": len(set(groups.tolist())), "worth": worth}
+    score, margin = reference["score"], reference["reward_margin"]
+    own = {} if margin is score else {"reward_margin": _sizes(margin)}
+    return {**_sizes(score), **own, "worth": worth}
+
+
+def _sizes(taken: Taken) -> dict[str, Any]:
+    prompts = len(set(taken.rows["group"].to_pylist()))
+    return {"kind": taken.kind, "pairs": len(taken.rows), "prompts": prompts}
 
 
 def data_of(codes: Artifact) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from safer_ray.pipeline import detector_stages, feature_stages, model_stages
 from safer_ray.pipeline.crossfit import cross_fit
 from safer_ray.pipeline.finished_model import finished, settled
 from safer_ray.pipeline.inputs import check_file, place_of_run, resolve_exchanges, tell_language
-from safer_ray.pipeline.reference import Reference, held_out_of
+from safer_ray.pipeline.reference import HeldOut, Reference, held_out_of
 from safer_ray.pipeline.runner import Runner
 from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.pipeline.summary import RunView, write_report, write_summary
@@ -184,7 +184,8 @@ def _find(ctx: StageContext, run: Run) -> Iterator[str]:
         yield "detector"
     known = {name: made[name] for name in ("salience", "verdicts", "contexts")}
     if fitted and config.reward.use is None:
-        reference = Reference(pairs, scores=fitted.scores)
+        held = HeldOut(config.reward.validation_percent, config.reward.seed)
+        reference = Reference(pairs, held, scores=fitted.scores)
     auditor = feature_stages.auditor(ctx, reward, sae, selected, codes, detector, known, reference, config.auditor)
     made["auditor"] = auditor
     yield "auditor"

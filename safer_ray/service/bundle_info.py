@@ -48,7 +48,7 @@ def info_of(auditor: Artifact, config: ScoresConfig) -> AuditorInfo:
     features = read_features(auditor.path / "features.json")
     coder = json.loads((auditor.path / "sae" / "cfg.json").read_text(encoding="utf-8"))
     values = np.sort(reference_values(auditor, config.detector))
-    scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].to_numpy()
+    scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].drop_null().to_numpy()
     told = expected_flags(auditor, config.detector, config.flag_quantile, len(values))
     place = min(int(config.flag_quantile * len(values)), len(values) - 1)
     written = datetime.fromtimestamp((auditor.path / MANIFEST).stat().st_mtime, UTC)

@@ -37,7 +37,7 @@ class ScorePairs(AuditPairs):
 
     def __init__(self, auditor: Artifact, config: ScoresConfig, reading: Reading = AS_IT_COMES) -> None:
         super().__init__(auditor, config, reading=reading)
-        self.scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].to_numpy()
+        self.scores = read_parquet(auditor.path / "reference.parquet", ["score"])["score"].drop_null().to_numpy()
 
     def configure(self, config: ScoresConfig) -> None:
         super().configure(config.model_copy(update={"reasons": 0}))  # `explain` tells more

@@ -5,15 +5,15 @@ import pyarrow as pa
 import pytest
 from support.finished_models import finished_model, run_of
 
-from safer_ray.features.bundle import read_features
-from safer_ray.features.bundle_facts import flag_interval
+from safer_ray.features.bundle import read_features, reference_values
+from safer_ray.features.bundle_facts import expected_flags, flag_interval
 from safer_ray.features.salience import SumFeatures, reduce_sums, salience_table
 from safer_ray.features.scoring import suspect
-from safer_ray.pipeline.reference import HeldOut, facts_of, held_out_of, values_of
+from safer_ray.pipeline.reference import HeldOut, Taken, facts_of, held_out_of, values_of
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.storage.artifacts import part_files, read_parts
-from safer_ray.storage.files import read_parquet
+from safer_ray.storage.files import read_json, read_parquet
 
 HALF = {"validation_percent": 50}
 
@@ -72,14 +72,51 @@ def test_few_held_out_pairs_are_no_reference_and_this_is_told(folder, model, cap
     assert "raise reward.validation_percent (50)" in line
 
 
-def test_a_reference_of_models_that_train_is_out_of_fold(folder, model, reward_dir):
+def test_a_reference_of_models_that_train_is_out_of_fold(folder, model, reward_dir, caplog):
     trained = {"use": None, "base": str(reward_dir), "frozen_layers": 2, "max_length": 96}
     config = run_of(folder / "folds", model, pairs=60, cross_fit={"folds": 2}, reward=trained)
     assert held_out_of(config) is None
     done = run(config, LocalRunner(), until="scores").artifacts
     assert done["auditor"].metrics["reference"]["kind"] == "out of fold"
+    (line,) = [record.message for record in caplog.records if record.message.startswith("auditor: ")]
+    assert "the margins of the reference are of the models of folds" in line
     reference = read_parquet(done["auditor"].path / "reference.parquet")["score"].to_numpy()
     np.testing.assert_array_equal(reference, np.sort(read_parts(done["scores"].path)["score"].to_numpy()))
+
+
+def test_margins_of_a_run_in_folds_are_compared_with_those_of_the_model_that_audits(folder, model, reward_dir, safer):
+    """Models of folds saw fewer pairs, and spread their margins otherwise."""
+    trained = {"use": None, "base": str(reward_dir), "frozen_layers": 2, "max_length": 96, **HALF}
+    config = run_of(folder / "folds-half", model, pairs=240, cross_fit={"folds": 2}, reward=trained)
+    done = run(config, LocalRunner(), until="auditor").artifacts
+    bundle = done["auditor"]
+    known = values_of(done["codes"], read_features(bundle.path / "features.json"))
+    pairs = read_parts(done["pairs"].path, ["pair_id", "group"])
+    assert pairs["pair_id"].to_pylist() == known["pair_id"].to_pylist()
+    held = HeldOut(50, 0).of(pairs["group"].to_pylist())
+    wanted = np.sort(known["reward_margin"].to_numpy()[held])
+    np.testing.assert_array_equal(reference_values(bundle, "reward_margin"), wanted)
+    assert len(reference_values(bundle, "safer")) == 240
+    told = bundle.metrics["reference"]
+    assert told["kind"] == "out of fold"
+    assert told["reward_margin"] == {"kind": "held out", "pairs": held.sum(), "prompts": held.sum()}
+    assert expected_flags(bundle, "reward_margin", 0.05, held.sum())["kind"] == "held out"
+    _, out, _ = safer("show", bundle.path)
+    assert "240 pairs of 240 prompts, out of fold" in out
+    assert f"margins: {held.sum()} pairs of {held.sum()} prompts, held out" in out
+    code, _, err = safer(
+        "audit",
+        "--auditor",
+        bundle.path,
+        "--pairs",
+        done["pairs"].path,
+        "--out",
+        folder / "a",
+        "--detector",
+        "reward_margin",
+    )
+    assert code == 0, err
+    assert read_json(folder / "a" / "summary.json")["drift"]["reference"] == held.sum()
 
 
 def test_a_finished_model_has_a_reference_of_its_own_scores(folder, model):
@@ -110,6 +147,10 @@ def test_the_command_takes_codes_of_held_out_pairs(safer, made, folder, model):
 # The interval
 
 
+def alike(kind, rows):
+    return dict.fromkeys(("score", "reward_margin"), Taken(kind, rows))
+
+
 def coverage(quantile, n, repeats, values_of_group=1, seed=0):
     """In how many references of `n` uniform values the share that is flagged lies within the interval."""
     rng, inside = np.random.default_rng(seed), 0
@@ -117,7 +158,7 @@ def coverage(quantile, n, repeats, values_of_group=1, seed=0):
         reference = np.repeat(rng.random(n), values_of_group)
         groups = [f"g{i}" for i in np.repeat(np.arange(n), values_of_group)]
         rows = pa.table({"score": reference, "reward_margin": reference, "group": groups})
-        low, high = flag_interval(quantile, facts_of("held out", rows)["worth"]["score"])
+        low, high = flag_interval(quantile, facts_of(alike("held out", rows))["worth"]["score"])
         fine = np.linspace(0, 0.5, 5001)  # of new pairs, whose share below a value is that value
         flagged = fine[suspect(fine, reference, quantile)["flag"]].max(initial=0.0)
         inside += low <= flagged <= high
@@ -134,7 +175,7 @@ def test_pairs_that_say_the_same_are_worth_one():
     values = np.repeat(np.random.default_rng(0).random(200), 5)
     groups = [str(i) for i in np.repeat(np.arange(200), 5)]
     rows = pa.table({"score": values, "reward_margin": values, "group": groups})
-    told = facts_of("held out", rows)
+    told = facts_of(alike("held out", rows))
     assert (told["pairs"], told["prompts"]) == (1000, 200)
     assert told["worth"]["score"] == pytest.approx(200, rel=0.1)
 
@@ -147,4 +188,4 @@ def test_an_interval_is_one_at_every_quantile(quantile, worth):
 
 def test_what_is_not_finite_is_not_told_the_worth_of():
     rows = pa.table({"score": [0.1, 0.2], "reward_margin": [1.0, float("nan")], "group": ["a", "b"]})
-    assert set(facts_of("in sample", rows)["worth"]) == {"score"}
+    assert set(facts_of(alike("in sample", rows))["worth"]) == {"score"}
