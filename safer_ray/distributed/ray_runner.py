@@ -86,6 +86,7 @@ class RayRunner:
     def _once(self, todo: Sequence[Work], total: int) -> int:
         """Map fragments; how many were said to be committed."""
         number, before = 0, total - _count(todo)
+        self.on_progress(todo[0].job.stage, before, total, 0)
         for number, rows in enumerate(map_fragments(todo, self.config), 1):
             self.on_progress(todo[0].job.stage, before + number, total, rows)
         return number

@@ -300,6 +300,7 @@ class LocalRunner:
     def map(self, job: MapJob, fragments: Sequence[Fragment], directory: Path) -> Counts:
         planned, todo = plan(job, fragments, directory)
         if todo:
+            self.on_progress(job.stage, len(planned) - len(todo), len(planned), 0)
             read, work = ReadFragment(job, directory), MapFragment(job, directory)
             for number, fragment in enumerate(todo, len(planned) - len(todo) + 1):
                 done = commit(job, directory, work(read(fragment)))

@@ -434,13 +434,13 @@ def test_progress_is_told_by_stage_and_counts_what_was_done_before(fragments, tm
     seen = []
     runner = LocalRunner(lambda *given: seen.append(given))
     runner.map(job(), fragments, tmp_path / "out")
-    assert seen == [("codes", 1, 3, 10), ("codes", 2, 3, 10), ("codes", 3, 3, 10)]
+    assert seen == [("codes", 0, 3, 0), ("codes", 1, 3, 10), ("codes", 2, 3, 10), ("codes", 3, 3, 10)]
     (tmp_path / "out/done/00000001.json").unlink()
     seen.clear()
     runner.map(job(), fragments, tmp_path / "out")
-    assert seen == [("codes", 3, 3, 10)]
+    assert seen == [("codes", 2, 3, 0), ("codes", 3, 3, 10)]
     runner.map(job(), fragments, tmp_path / "out")
-    assert len(seen) == 1
+    assert len(seen) == 2
 
 
 def test_a_batch_function_is_built_once_and_not_at_all_where_nothing_is_to_do(fragments, tmp_path):
