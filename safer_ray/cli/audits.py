@@ -8,10 +8,11 @@ import typer
 
 from safer_ray.cli.options import count_option, path_option, place_option, share_option, source_option, text_option
 from safer_ray.cli.shared import (
+    AuditSettings,
+    ClusterConfig,
     Encoding,
     Fresh,
     RunnerName,
-    SourceSettings,
     Split,
     TrustRemoteCode,
     at_work,
@@ -22,6 +23,7 @@ from safer_ray.cli.shared import (
     emptied,
     open_input,
     ray_config,
+    split_assignments,
 )
 from safer_ray.errors import UserError
 from safer_ray.storage.locations import is_name
@@ -42,7 +44,8 @@ def audit(
     format: Annotated[str, text_option()] = "auto",
     split: Split = None,
     encoding: Encoding = None,
-    settings: SourceSettings = None,
+    settings: AuditSettings = None,
+    config: ClusterConfig = None,
     flag_quantile: Annotated[float, share_option(help="Flag pairs among this share of the reference.")] = 0.05,
     detector: Annotated[
         str | None, text_option(help="safer, reward_margin or combined; default: the best that the bundle has.")
@@ -80,18 +83,20 @@ def audit(
     if actors is not None and runner == "local" and not dry_run:
         raise UserError(f"--actors {actors}: they work on a cluster; add --runner ray, or leave them out")
     bundle = open_input("auditor", auditor)
-    config = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
-    source = build_source(settings, path=pairs, format=format, split=split, encoding=encoding)
-    asked = Audit(bundle, source, config, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
+    scoring = build_config(ScoresConfig, flag_quantile=flag_quantile, detector=detector or best_detector(bundle))
+    source = build_source(split_assignments(settings)[1], path=pairs, format=format, split=split, encoding=encoding)
+    asked = Audit(bundle, source, scoring, max_chars, fragment_rows, shards, trust_remote_code, max_refused_share)
     if dry_run:
-        _show_estimate(asked, actors)
+        wide = runner == "ray" or actors is not None
+        _show_estimate(asked, ray_config(config, settings, "ray", actors).max_actors if wide else 1)
         return
+    cluster = ray_config(config, settings, runner, actors)
     check_outside(folder / SETTINGS_FILE, [bundle.path])
     if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
         files = find_files(source, [folder]).files
         if fresh:
             check_doomed((folder / name for name in OWN_FILES), [bundle.path, *files])
-    with emptied(folder), locked(folder), at_work(runner, ray_config(actors), shards) as (where, _):
+    with emptied(folder), locked(folder), at_work(runner, cluster, shards) as (where, _):
         began = time.monotonic()
         counts = audit_corpus(asked, folder, where, fresh=fresh)
         summary = close_audit(asked, folder, counts, time.monotonic() - began)
@@ -106,8 +111,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     console.print(f"\nflagged  {out / 'flagged.jsonl'}\nscores   {out / 'scores'}\nreport   {out / 'report.html'}")
 
 
-def _show_estimate(asked: "Audit", actors: str | None) -> None:
+def _show_estimate(asked: "Audit", most: int) -> None:
     from safer_ray.audit.estimate import estimate
 
-    most = ray_config(actors).max_actors if actors else 1
     console.print(estimate(asked, most).in_words())

@@ -13,6 +13,7 @@ from safer_ray.cli.options import (
     text_option,
 )
 from safer_ray.cli.shared import (
+    ClusterSettings,
     ConfigPath,
     Encoding,
     ExistingPath,
@@ -27,6 +28,7 @@ from safer_ray.cli.shared import (
     build_source,
     console,
     one_stage,
+    only_of_cluster,
     open_input,
     open_model,
     reading_of,
@@ -121,6 +123,7 @@ def duplicates(
     out: Out,
     threshold: Annotated[float, jaccard_option(help="Jaccard index from which texts are near, 0.5 to 1.")] = 0.8,
     config: ConfigPath = None,
+    assignments: ClusterSettings = None,
     runner: RunnerName = "local",
     fresh: Fresh = False,
 ) -> None:
@@ -130,7 +133,7 @@ def duplicates(
     settings = build_config(DuplicatesConfig, threshold=threshold)
     from safer_ray.pipeline.duplicate_stage import duplicates as find
 
-    with one_stage(out, fresh, runner, config) as ctx:
+    with one_stage(out, fresh, runner, config, assignments=only_of_cluster(assignments)) as ctx:
         made = find(ctx, settings, open_input("pairs", pairs))
     for kind, counts in made.metrics["found"].items():
         console.print(f"{kind:<15} {counts['clusters']:>9,} clusters {counts['pairs']:>11,} pairs")

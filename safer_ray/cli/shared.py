@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold brackets
 state = {"verbose": False}
+RAY = "ray."  # before the keys of the section in `--set`
 
 ExistingPath = Annotated[Path, path_option()]
 Model = Annotated[
@@ -65,13 +66,19 @@ def at_work(name: str, config: "RayConfig", shards: int = 1) -> Iterator[tuple["
 
 @contextlib.contextmanager
 def one_stage(
-    out: Path, fresh: bool, runner: str = "local", config: Path | None = None, reading: "Reading | None" = None
+    out: Path,
+    fresh: bool,
+    runner: str = "local",
+    config: Path | None = None,
+    reading: "Reading | None" = None,
+    assignments: list[str] | None = None,
 ) -> Iterator["StageContext"]:
-    """Yield the context in which one stage is run, with `out` as its place, locked; `config` says where a runner on Ray
-    works; `reading` how a model that was not made here is read.
+    """Yield the context in which one stage is run, with `out` as its place, locked; `config`, with those `assignments`
+    laid over it that begin with `ray.`, says where and how wide a runner on Ray works; `reading` how a model that was
+    not made here is read.
 
     Raises:
-        UserError: `out` is a file, or in use, or there is no such runner.
+        UserError: `out` is a file, or in use, or there is no such runner, or it has no cluster to set.
     """
     from safer_ray.pipeline.inputs import durable_path
     from safer_ray.pipeline.stage import StageContext
@@ -79,7 +86,7 @@ def one_stage(
     from safer_ray.storage.lock import locked
 
     out = check_out(durable_path(out))
-    ray, reward = config_section(config, "ray", None), config_section(config, "reward", None)
+    ray, reward = ray_config(config, assignments, runner), config_section(config, "reward", None)
     options = {"shards": reward.shards, "reading": reading or reward.trusting()}
     if config is not None:
         options["max_refused_share"] = config_section(config, "pairs", None).max_refused_share
@@ -192,24 +199,50 @@ def build_source(assignments: list[str] | None, **values: Any) -> "SourceConfig"
         raise explain_validation(error, "command line", [*SourceConfig.model_fields]) from None
 
 
-def ray_config(actors: str | None) -> "RayConfig":
-    """The defaults, with `MIN:MAX` actors laid over them.
+def split_assignments(assignments: list[str] | None) -> tuple[list[str], list[str]]:
+    """Return the values of `--set` that are of the section `ray`, without its name, and the others."""
+    given = assignments or []
+    return [a.removeprefix(RAY) for a in given if a.startswith(RAY)], [a for a in given if not a.startswith(RAY)]
+
+
+def ray_config(
+    config: Path | None, assignments: list[str] | None, runner: str, actors: str | None = None
+) -> "RayConfig":
+    """Return the section `ray` of a run config, or its defaults, with `--set ray.KEY=VALUE` and `MIN:MAX` actors laid
+    over it.
 
     Raises:
-        UserError: `actors` is not two whole numbers.
+        UserError: such a value, or `actors`, is none; or the work is not done on a cluster.
     """
-    from safer_ray.config.sections import RayConfig
+    from safer_ray.config.read import load_cluster
 
-    if actors is None:
-        return RayConfig()
-    least, _, most = actors.partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal()):
-        raise UserError(f"--actors {actors!r}: write it as MIN:MAX, say 1:8")
-    return build_config(RayConfig, min_actors=int(least), max_actors=int(most or least))
+    ours, _ = split_assignments(assignments)
+    if ours and runner == "local":
+        raise UserError(f"--set {RAY}{ours[0]}: it sets a cluster; add --runner ray, or leave it out")
+    if actors is not None:
+        least, _, most = actors.partition(":")
+        if not (least.isdecimal() and (most or least).isdecimal()):
+            raise UserError(f"--actors {actors!r}: write it as MIN:MAX, say 1:8")
+        ours = [*ours, f"min_actors={least}", f"max_actors={most or least}"]
+    if config is not None:
+        return load_cluster(config, ours)
+    found: RayConfig = config_section(None, "ray", ours)
+    return found
+
+
+def only_of_cluster(assignments: list[str] | None) -> list[str] | None:
+    """Return the values of `--set` of a command that has nothing else to set.
+
+    Raises:
+        UserError: one is not of the section `ray`.
+    """
+    if others := split_assignments(assignments)[1]:
+        raise UserError(f"--set {others[0]}: of this command only the cluster is set, say {RAY}actor_gpus=1")
+    return assignments
 
 
 def config_section(config: Path | None, name: str, assignments: list[str] | None) -> Any:
-    """One stage's section of a run config, or its defaults with `--set` laid over them."""
+    """One stage's section of a run config, or its defaults, with `--set` laid over them."""
     from pydantic import ValidationError
 
     from safer_ray.config.read import assigned, explain_validation, load_config
@@ -276,4 +309,21 @@ SourceSettings = Annotated[
     ),
 ]
 ConfigPath = Annotated[Path | None, config_option("--config", help="A run config; this stage's section of it is used.")]
+ClusterConfig = Annotated[
+    Path | None, config_option("--config", help="A run config, or a file with a section `ray`, which is used.")
+]
 Assignments = Annotated[list[str] | None, text_option("--set", help="key=value, may be repeated.")]
+StageSettings = Annotated[
+    list[str] | None,
+    text_option("--set", help="key=value of this stage's section, or ray.KEY=VALUE of the cluster; may be repeated."),
+]
+AuditSettings = Annotated[
+    list[str] | None,
+    text_option(
+        "--set",
+        help="Of the source: pairs=all, carried=[context], …; or of the cluster: ray.actor_gpus=1, …; may be repeated.",
+    ),
+]
+ClusterSettings = Annotated[
+    list[str] | None, text_option("--set", help="Of the cluster: ray.actor_gpus=1, …; may be repeated.")
+]

@@ -21,6 +21,7 @@ from safer_ray.cli.options import (
 )
 from safer_ray.cli.shared import (
     Assignments,
+    ClusterSettings,
     ConfigPath,
     Encoding,
     ExistingPath,
@@ -31,16 +32,19 @@ from safer_ray.cli.shared import (
     RunnerName,
     SourceSettings,
     Split,
+    StageSettings,
     TrustRemoteCode,
     build_config,
     build_source,
     config_section,
     console,
     one_stage,
+    only_of_cluster,
     open_input,
     open_model,
     reading_of,
     show_artifact,
+    split_assignments,
 )
 from safer_ray.errors import UserError
 
@@ -93,13 +97,13 @@ def reward(
     pairs: ExistingPath,
     out: Out,
     config: ConfigPath = None,
-    assignments: Assignments = None,
+    assignments: StageSettings = None,
     runner: RunnerName = "local",
     trust_remote_code: TrustRemoteCode = False,
     fresh: Fresh = False,
 ) -> None:
     """Stage 2: train a reward model on pairs."""
-    settings = config_section(config, "reward", assignments)
+    settings = config_section(config, "reward", split_assignments(assignments)[1])
     if settings.use is not None:
         raise UserError(
             f"reward: a finished model is not trained; pass --reward {settings.use} to the other stages, or run all of "
@@ -109,7 +113,7 @@ def reward(
         settings = settings.model_copy(update={"trust_remote_code": True})
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config) as ctx:
+    with one_stage(out, fresh, runner, config, assignments=assignments) as ctx:
         show_artifact(model_stages.reward(ctx, settings, open_input("pairs", pairs)))
 
 
@@ -120,7 +124,7 @@ def activations(
     pairs: Annotated[Path | None, path_option(help="Pairs, of which sentence ends are read.")] = None,
     text: Annotated[Path | None, path_option(help="General text, a text a line: all tokens are read.")] = None,
     config: ConfigPath = None,
-    assignments: Assignments = None,
+    assignments: StageSettings = None,
     runner: RunnerName = "local",
     read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -132,11 +136,14 @@ def activations(
     if (pairs is None) == (text is None):
         raise UserError("activations: pass either --pairs DIR or --text FILE")
     reading = reading_of(read, trust_remote_code, config)
-    settings, model = config_section(config, "activations", assignments), open_model(reward, reading)
+    settings, model = (
+        config_section(config, "activations", split_assignments(assignments)[1]),
+        open_model(reward, reading),
+    )
     source = open_input("pairs", pairs) if pairs else None
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading) as ctx:
+    with one_stage(out, fresh, runner, config, reading, assignments) as ctx:
         if source:
             show_artifact(model_stages.activations(ctx, settings, source, model))
         else:
@@ -152,7 +159,7 @@ def sae(
     reward: Annotated[str | None, model_option("--reward", help="The model that the activations are of.")] = None,
     layer: Annotated[int | None, count_option(help="Of vectors from outside, which do not say it.")] = None,
     config: ConfigPath = None,
-    assignments: Assignments = None,
+    assignments: StageSettings = None,
     runner: RunnerName = "local",
     read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -170,10 +177,10 @@ def sae(
     reading = reading_of(read, trust_remote_code, config)
     first, judged = (open_input(role, path) if path else None for role, path in (("sae", start), ("pairs", pairs)))
     model = open_model(reward, reading) if reward else None
-    settings = config_section(config, "sae", assignments)
+    settings = config_section(config, "sae", split_assignments(assignments)[1])
     from safer_ray.pipeline import model_stages
 
-    with one_stage(out, fresh, runner, config, reading) as ctx:
+    with one_stage(out, fresh, runner, config, reading, assignments) as ctx:
         show_artifact(model_stages.sae(ctx, settings, source, known, start=first, pairs=judged, reward=model))
 
 
@@ -184,6 +191,7 @@ def codes(
     sae: ExistingPath,
     out: Out,
     config: ConfigPath = None,
+    assignments: ClusterSettings = None,
     runner: RunnerName = "local",
     read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -193,7 +201,7 @@ def codes(
     from safer_ray.pipeline import model_stages
 
     reading = reading_of(read, trust_remote_code, config)
-    with one_stage(out, fresh, runner, config, reading) as ctx:
+    with one_stage(out, fresh, runner, config, reading, only_of_cluster(assignments)) as ctx:
         show_artifact(
             model_stages.codes(ctx, open_input("pairs", pairs), open_model(reward, reading), open_input("sae", sae))
         )
@@ -428,6 +436,7 @@ def evaluate(
     pairs: ExistingPath,
     out: Out,
     config: ConfigPath = None,
+    assignments: ClusterSettings = None,
     runner: RunnerName = "local",
     read: ReadOptions = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -437,7 +446,7 @@ def evaluate(
     from safer_ray.pipeline import model_stages
 
     reading = reading_of(read, trust_remote_code, config)
-    with one_stage(out, fresh, runner, config, reading) as ctx:
+    with one_stage(out, fresh, runner, config, reading, only_of_cluster(assignments)) as ctx:
         artifact = model_stages.evaluate(ctx, open_model(reward, reading), open_input("pairs", pairs))
     show_artifact(artifact)
     for name, values in artifact.metrics["sections"].items():

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from safer_ray.config.sections import RunConfig
+from safer_ray.config.sections import RayConfig, RunConfig
 from safer_ray.errors import UserError
 from safer_ray.storage.locations import shipped_configs
 
@@ -69,6 +69,33 @@ def load_config(path: Path, assignments: list[str] | None = None, *, red_team: b
     Raises:
         UserError: no such file, no YAML, an unknown key, or values that cannot work together.
     """
+    tree = assigned(_tree(path), assignments)
+    if red_team:
+        for variant in _variants(tree):
+            if isinstance(variant, dict) and variant.get("action") == "poison":
+                variant["red_team"] = True
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain_validation(error, str(path)) from None
+
+
+def load_cluster(path: Path, assignments: list[str] | None = None) -> RayConfig:
+    """Return the section `ray` of a run's config, or of a file that holds nothing else, with assignments laid over it.
+
+    Raises:
+        UserError: as of `load_config`.
+    """
+    tree = _tree(path)
+    if set(tree) != {"ray"} or not isinstance(tree["ray"], dict):
+        return load_config(path, [f"ray.{assignment}" for assignment in assignments or []]).ray
+    try:
+        return RayConfig.model_validate(assigned(tree["ray"], assignments))
+    except ValidationError as error:
+        raise explain_validation(error, f"{path}: ray", [*RayConfig.model_fields]) from None
+
+
+def _tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -79,12 +106,4 @@ def load_config(path: Path, assignments: list[str] | None = None, *, red_team: b
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
-    assigned(tree, assignments)
-    if red_team:
-        for variant in _variants(tree):
-            if isinstance(variant, dict) and variant.get("action") == "poison":
-                variant["red_team"] = True
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise explain_validation(error, str(path)) from None
+    return tree

@@ -383,8 +383,38 @@ def test_actors_that_are_no_range_are_refused(refused, at, tmp_path, actors, mes
 
 @pytest.mark.parametrize(("actors", "wanted"), [(None, (1, 2)), ("3", (3, 3)), ("1:8", (1, 8)), ("4:", (4, 4))])
 def test_actors_are_a_range_or_one_number(actors, wanted):
-    config = ray_config(actors)
+    config = ray_config(None, None, "ray", actors)
     assert (config.min_actors, config.max_actors) == wanted
+
+
+def test_the_cluster_is_set_by_a_config_and_by_single_values_over_it(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("ray: {max_actors: 7, actor_gpus: 1}\n")
+    config = ray_config(file, ["ray.actor_gpus=0.5", "carried=[context]", "ray.threads=3"], "ray", "4:9")
+    assert (config.min_actors, config.max_actors, config.actor_gpus, config.threads) == (4, 9, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("ray.actor_gpus=-1", "actor_gpus: Input should be greater than or equal to 0"),
+        ("ray.gpus=1", "gpus"),
+    ],
+)
+def test_a_cluster_that_cannot_be_set_so_is_refused(refused, at, tmp_path, setting, message):
+    words = ["audit", "--auditor", at["auditor"], "--pairs", at["corpus"] / "train.jsonl", "--out", tmp_path / "audit"]
+    assert message in refused(*words, "--runner", "ray", "--set", setting)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_what_sets_a_cluster_is_refused_where_there_is_none(refused, at, tmp_path):
+    words = ["audit", "--auditor", at["auditor"], "--pairs", at["corpus"] / "train.jsonl", "--out", tmp_path / "audit"]
+    wanted = "--set ray.actor_gpus=1: it sets a cluster; add --runner ray"
+    assert wanted in refused(*words, "--set", "ray.actor_gpus=1")
+    words = ["evaluate", "--pairs", at["pairs"], "--reward", at["reward"], "--out", tmp_path / "out"]
+    assert wanted in refused(*words, "--set", "ray.actor_gpus=1")
+    line = refused(*words, "--runner", "ray", "--set", "layer=2")
+    assert "--set layer=2: of this command only the cluster is set, say ray.actor_gpus=1" in line
 
 
 def test_a_layer_past_a_pretrained_base_is_refused_before_anything_is_made(refused, at, tmp_path):
