@@ -20,11 +20,11 @@ from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.bases import check_files, checkpoint_of, folder_of, resolve_base
 from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
-from safer_ray.reward.exact_head import hand_in_float32
 from safer_ray.reward.folder import read_tensor
 from safer_ray.reward.forward import check_padding
 from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
+from safer_ray.reward.mixed import keep_exact
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
@@ -33,7 +33,7 @@ from safer_ray.reward.positions import longest_sequence
 from safer_ray.reward.precision import has_gpu, precision_of, tell_emulated
 from safer_ray.reward.pretrained import (
     Checkpoint,
-    keeps_exact_head,
+    is_mixed,
     open_classifier,
     open_config,
     open_tokenizer,
@@ -214,8 +214,8 @@ def load_reward_model(
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
     wrapped.model.eval().to(device)
-    if keeps_exact_head(config, dtype):
-        hand_in_float32(wrapped.model)
+    if is_mixed(config, dtype):
+        keep_exact(wrapped)
     wrapped = _with_outputs(wrapped, how.head)
     if model_is_whole:
         wrapped = check_padding(wrapped)

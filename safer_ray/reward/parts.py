@@ -14,12 +14,12 @@ from safer_ray.reward.heads import open_with_head
 from safer_ray.reward.pretrained import (
     Checkpoint,
     check_config_runs,
-    keeps_exact_head,
+    in_16_bits,
+    is_mixed,
     open_config,
     reads_every_token,
     runs_own_code,
     set_outputs,
-    with_exact_head,
 )
 
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
@@ -102,7 +102,7 @@ def load_part(
     def open_with(outputs: int) -> tuple[Any, dict[str, Any]]:
         set_outputs(config, outputs)
         kind = classes[type(config)]
-        kind = with_exact_head(kind) if keeps_exact_head(config, dtype) else kind
+        kind = in_16_bits(kind, config) if is_mixed(config, dtype) else kind
         model, loaded = kind.from_pretrained(
             None,
             config=part_config(config, start, stop),
