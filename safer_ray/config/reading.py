@@ -19,6 +19,10 @@ ENDS = "sentence_ends"
 SentenceEnds = Literal["every_script", "ascii"]
 EVERY_SCRIPT: SentenceEnds = "every_script"
 ASCII_ENDS: SentenceEnds = "ascii"  # of the published method, and of bundles that name no rule
+PRECISION = "inference_dtype"
+Precision = Literal["float32", "bfloat16", "float16"]
+FLOAT32: Precision = "float32"  # of what does not say, too
+AUTO: Literal["auto"] = "auto"
 
 
 # YAML makes a day of 2026-01-31.
@@ -43,6 +47,10 @@ class Reading(Frozen):
     sentence_ends: SentenceEnds = EVERY_SCRIPT
     """Where a sentence ends: behind the marks of every script, or (`ascii`) behind those of the published list
     `[.,?!;\\n]` alone."""
+    inference_dtype: Precision | Literal["auto"] = AUTO
+    """In what a model computes where it is only read; its head, the standardisation of vectors and the autoencoder stay
+    in float32. `auto`: `bfloat16` on a GPU for weights of 16 bits, else `float32`. Rewards and scores of 16 bits are
+    equal within a bound, not to 1e-5 (docs/own-data.md)."""
     trust_remote_code: bool = False
     """Whether Python code that the checkpoint brings may run."""
     adapter_base: LocalName | None = None
@@ -55,6 +63,8 @@ class Reading(Frozen):
     def asked(self, *left_out: str) -> dict[str, Any]:
         """Return what changes values and is not left to the model's own files, but for some of it."""
         fields = set(Reading.model_fields) - {*FOUND_BY, *left_out}
+        if self.inference_dtype == FLOAT32:
+            fields.discard(PRECISION)  # as in the recipes that were made when there was no other
         return self._by_content(self.model_dump(mode="json", include=fields, exclude_defaults=True))
 
     def recorded(self, *inputs: str) -> dict[str, Any]:
@@ -68,8 +78,9 @@ class Reading(Frozen):
 
     def trusting(self) -> "Reading":
         """Return the reading of a model that says by itself how it reads text; only whose code may run is said here,
-        and where sentences end, which is no matter of the model."""
-        return Reading(trust_remote_code=self.trust_remote_code, sentence_ends=self.sentence_ends)
+        and what is no matter of the model: where sentences end, and in what it computes."""
+        kept = {TRUSTED, ENDS, PRECISION}
+        return Reading.model_validate(self.model_dump(include=kept))
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safer_ray.config.reading import ENDS, Reading
+from safer_ray.config.reading import ENDS, PRECISION, Reading
 from safer_ray.config.values import Frozen, LocalName, OrLocalName, Share
 
 
@@ -36,7 +36,7 @@ class RewardConfig(Reading):
 
     # `use` is what a model is made of that is not trained, an input.
     unrecorded: ClassVar = frozenset(
-        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS, "use"}
+        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS, PRECISION, "use"}
     )
 
     use: LocalName | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -76,7 +76,7 @@ class RewardConfig(Reading):
     disable_dropout: bool = True
     """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward pass."""
+    """Of the forward and backward pass of training; `inference_dtype` is of all others."""
     shards: Annotated[int, Field(gt=0)] = 1
     """Ranges of blocks, each in processes of its own, to read activations."""
     new_head: bool = Field(default=False, exclude_if=lambda value: not value)

@@ -36,6 +36,11 @@ class RayRunner:
         """As `LocalRunner.map`; what is committed when the cluster fails is not done again."""
         return self.map_all([Work(job, fragments, directory)])[0]
 
+    def on_gpu(self) -> bool:
+        """Return whether the actors that hold models ask for GPUs."""
+        pools = self.config.shard_pools or (self.config,)
+        return all(pool.actor_gpus > 0 for pool in pools)
+
     def map_all(self, works: Sequence[Work]) -> list[Counts]:
         """As `LocalRunner.map_all`, one after another through the same actors, which start once.
 

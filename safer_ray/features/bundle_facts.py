@@ -5,9 +5,10 @@ from typing import Any
 
 from scipy.special import betaincinv
 
+from safer_ray.config.reading import FLOAT32
 from safer_ray.errors import UserError
 from safer_ray.features.bundle import DETECTOR, VALUES
-from safer_ray.reward.reading import SETTINGS
+from safer_ray.reward.reading import DTYPE, SETTINGS
 from safer_ray.reward.referred import REFERENCE
 from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.files import as_path, read_json
@@ -91,7 +92,7 @@ def bundle_facts(folder: str | Path) -> dict[str, Any]:
             "architecture": (config.get("architectures") or [None])[0],
             "blocks": text.get("num_hidden_layers"),
             "hidden": text.get("hidden_size"),
-            "dtype": "float32",  # every reading is
+            DTYPE: facts.get(DTYPE, FLOAT32),
             "trained_here": bool(made) and "use" not in made.get("metrics", {}),
             "weights": referred.get("files") or made.get("metrics", {}).get("files"),
             "held_by": "reference" if referred else "copy",

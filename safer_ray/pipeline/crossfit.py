@@ -16,6 +16,7 @@ from safer_ray.errors import UserError
 from safer_ray.features.scoring import KIND, OUT_OF_FOLD, suspect, with_columns
 from safer_ray.pipeline import feature_stages, model_stages
 from safer_ray.pipeline.stage import StageContext, make, pairs_of
+from safer_ray.reward.reading import DTYPE
 from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Artifact, Result, part_files, part_name, read_parts
 from safer_ray.storage.files import read_parquet, write_parquet
@@ -138,7 +139,9 @@ def _write_gathered(train: Artifact, codes: list[Artifact], out: Path) -> Result
         rows, _ = rows_of(every, read_parquet(path, ["pair_id"])["pair_id"].to_pylist())
         write_parquet(rows, out / path.name)
         count += len(rows)
-    facts = {name: codes[0].metrics[name] for name in ("latents", "k", ENDS)}
+    facts = {name: codes[0].metrics[name] for name in ("latents", "k", ENDS)} | {
+        DTYPE: feature_stages.dtype_of(codes[0])
+    }
     return Result({"written": count}, facts)
 
 

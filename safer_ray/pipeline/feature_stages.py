@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from safer_ray import schema
 from safer_ray.config.head import HeadConfig
-from safer_ray.config.reading import ASCII_ENDS, ENDS, Reading, SentenceEnds
+from safer_ray.config.reading import ASCII_ENDS, AUTO, ENDS, FLOAT32, PRECISION, Precision, Reading, SentenceEnds
 from safer_ray.config.sections import (
     AuditorConfig,
     ContextsConfig,
@@ -51,7 +51,7 @@ from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.reference import ALL_PAIRS, Reference, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.pretrained import own_code
-from safer_ray.reward.reading import SETTINGS, settings_of
+from safer_ray.reward.reading import DTYPE, SETTINGS, settings_of
 from safer_ray.reward.referred import refer_to
 from safer_ray.storage.artifacts import (
     MANIFEST,
@@ -93,6 +93,11 @@ def mode_of(salience: Artifact, given: Mode | None, otherwise: Mode | None = Non
 def ends_of(codes: Artifact) -> SentenceEnds:
     """Return the rule by which sentences end in codes; older ones do not say it."""
     return codes.metrics.get(ENDS, ASCII_ENDS)
+
+
+def dtype_of(codes: Artifact) -> Precision:
+    """Return the dtype that codes were computed in; older ones do not say it."""
+    return codes.metrics.get(DTYPE, FLOAT32)
 
 
 def _width(codes: Artifact, given: int | None) -> int:
@@ -222,7 +227,7 @@ def _write_verdicts(
     rows = read_parts(salience.path)
     features = candidates(rows, count)
     known = dict(zip(rows["feature"].to_pylist(), rows["salience"].to_pylist(), strict=True))
-    encoder = Encoder.load(reward.path, sae=sae.path, reading=ctx.reading)
+    encoder = Encoder.load(reward.path, sae=sae.path, reading=ctx.reading_of(reward))
     judge = JUDGES[config.kind](encoder, load_probe(exchanges), config)
     verdicts = judge({feature: known[feature] for feature in features})
     write_parquet(verdicts, out / part_name(0))
@@ -315,10 +320,16 @@ def _write_auditor(
     from safer_ray.reward.checkpoints import hidden_size
     from safer_ray.sae.formats import load_sae
 
+    dtype = dtype_of(codes)
+    if reading.inference_dtype not in (AUTO, dtype):
+        raise UserError(
+            f"{codes.path} holds codes that were computed in {dtype}, and a bundle computes as its codes were: leave "
+            f"{PRECISION} {reading.inference_dtype} out, or make codes with it"
+        )
     features = read_features(selected.path)
     coder = load_sae(sae.path)
     check_width(features, coder.latents, str(sae.path))
-    facts: dict[str, Any] = {"format": AUDITOR_FORMAT, ENDS: ends_of(codes)}
+    facts: dict[str, Any] = {"format": AUDITOR_FORMAT, ENDS: ends_of(codes), DTYPE: dtype}
     brought = own_code(checkpoint_of(str(reward.path), reading)._replace(name=reward.path.name))
     if brought:
         facts["own_code"] = brought  # of the reward model; runs where whoever uses the bundle allows it
@@ -351,6 +362,8 @@ def _write_auditor(
 def _write_reward_model(reading: Reading, reward: Artifact, codes: Artifact, out: Path) -> None:
     """Write the reward model of a bundle, which wants nothing else: as it is, or in safetensors where it is merged with
     an adapter or read from other files. It is read as it was for its codes, whose rewards are the reference."""
+    import torch
+
     from safer_ray.reward.bases import checkpoint_of
     from safer_ray.reward.checkpoints import keep_head, load_pair_tokenizer, load_reward_model, save_reward_model
 
@@ -364,7 +377,7 @@ def _write_reward_model(reading: Reading, reward: Artifact, codes: Artifact, out
         return
     if head := known.pop("head", None):  # which the weights written here have made one of
         reading = reading.model_copy(update={"head": HeadConfig.model_validate(head)})
-    save_reward_model(load_reward_model(reward.path, device="cpu", reading=reading), out)
+    save_reward_model(load_reward_model(reward.path, dtype=torch.float32, device="cpu", reading=reading), out)
     if known:
         write_json(known, out / SETTINGS)
 

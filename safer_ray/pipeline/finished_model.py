@@ -4,7 +4,7 @@ trained."""
 from functools import partial
 from pathlib import Path
 
-from safer_ray.config.reading import ENDS
+from safer_ray.config.reading import ENDS, PRECISION
 from safer_ray.config.reward import RewardConfig
 from safer_ray.config.sections import RunConfig
 from safer_ray.errors import UserError
@@ -58,7 +58,7 @@ def finished(ctx: StageContext, config: RewardConfig, asked: RewardConfig) -> Ar
     from safer_ray.reward.finished import mend_links
 
     assert config.use is not None
-    shown = {"use": asked.asked(ENDS)}
+    shown = {"use": asked.asked(ENDS, PRECISION)}
     if "max_length" in asked.model_fields_set:
         shown["use"]["max_length"] = asked.max_length
     made = recipe("reward", shown, model=base_input(config.use, config))

@@ -53,7 +53,7 @@ from safer_ray.pipeline.inputs import (
     with_lasting_base,
 )
 from safer_ray.pipeline.stage import StageContext, make, pairs_of, recipe, with_reading
-from safer_ray.reward.reading import settings_of
+from safer_ray.reward.reading import DTYPE, settings_of
 from safer_ray.reward.tokens import TokenisePairs
 from safer_ray.storage.artifacts import (
     Artifact,
@@ -201,7 +201,7 @@ def _job_on_pairs(
     return MapJob(
         stage,
         read_fragment,
-        partial(load, reading=ctx.reading),
+        partial(load, reading=ctx.reading_of(reward)),
         written,
         prepare=partial(TokenisePairs, reward.path, ctx.reading),
         loads_model=True,
@@ -212,6 +212,10 @@ def _job_on_pairs(
 
 def _fragments_of(pairs: Artifact) -> list[Fragment]:
     return part_fragments(pairs_of(pairs))
+
+
+def _dtype(ctx: StageContext, reward: Artifact) -> str:
+    return ctx.reading_of(reward).inference_dtype
 
 
 def _width(ctx: StageContext, reward: Artifact) -> int:
@@ -234,7 +238,7 @@ def _write_activations(
     load = partial(EncodeActivations, reward.path, config.layer, config.tokens)
     written, rows = schema.activations(_width(ctx, reward)), schema.GROUP_ROWS
     job = _job_on_pairs(ctx, "activations", load, written, reward, blocks=config.layer, group_rows=rows)
-    return Result(ctx.map(job, _fragments_of(pairs), out), {"layer": config.layer})
+    return Result(ctx.map(job, _fragments_of(pairs), out), {"layer": config.layer, DTYPE: _dtype(ctx, reward)})
 
 
 def text_activations(ctx: StageContext, config: WarmStartConfig, layer: int, reward: Artifact) -> Artifact:
@@ -254,7 +258,7 @@ def _write_text_activations(
     job = MapJob(
         "activations",
         read_texts,
-        partial(EncodeTexts, reward.path, layer, reading=ctx.reading),
+        partial(EncodeTexts, reward.path, layer, reading=ctx.reading_of(reward)),
         schema.activations(_width(ctx, reward)),
         prepare=partial(TokeniseTexts, reward.path, ctx.reading),
         loads_model=True,
@@ -264,7 +268,7 @@ def _write_text_activations(
     counts = ctx.map(job, text_fragments(text, ctx.fragment_rows, limit), out)
     if not counts["written"]:
         raise UserError(f"activations: {text} holds no text of two tokens or more; pass more text")
-    return Result(counts, {"layer": layer})
+    return Result(counts, {"layer": layer, DTYPE: _dtype(ctx, reward)})
 
 
 def sae(
@@ -293,7 +297,7 @@ def _write_sae(
 
     judged = None
     if "reward" in given:
-        judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.reading)
+        judged = SpliceEvaluation(pairs_of(given["pairs"]), given["reward"].path, ctx.reading_of(given["reward"]))
     arguments = {
         "activations": activations.path,
         "config": config,
@@ -336,7 +340,8 @@ def _write_codes(ctx: StageContext, pairs: Artifact, reward: Artifact, sae: Arti
     reading = settings_of(tokenizer)
     if ctx.reading.head is not None:
         reading["head"] = ctx.reading.head.model_dump(mode="json", exclude_none=True)
-    return Result(counts, {"latents": loaded.latents, "k": loaded.k, "reading": reading, ENDS: tokenizer.ends})
+    facts = {"latents": loaded.latents, "k": loaded.k, "reading": reading}
+    return Result(counts, facts | {ENDS: tokenizer.ends, DTYPE: _dtype(ctx, reward)})
 
 
 def heads(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
@@ -372,7 +377,7 @@ def evaluate(ctx: StageContext, reward: Artifact, pairs: Artifact) -> Artifact:
 
 def evaluations(ctx: StageContext, rewards: Sequence[Artifact], pairs: Artifact) -> list[Artifact]:
     """As `evaluate`, of several models, by the same processes."""
-    recipes = [with_reading(ctx, recipe("evaluate", {}, reward=reward, pairs=pairs)) for reward in rewards]
+    recipes = [with_reading(ctx, recipe("evaluate", {}, reward=reward, pairs=pairs), reward) for reward in rewards]
     models = {made.name: reward for made, reward in zip(recipes, rewards, strict=True)}
     return ctx.place.make_all(recipes, partial(_write_evaluations, ctx, models, pairs))
 
@@ -405,7 +410,7 @@ def _measured(ctx: StageContext, reward: Artifact, out: Path) -> dict[str, Any]:
     return {
         "sections": {name: a._asdict() for name, a in section_accuracy(rewards).items()},
         "benchmarks": {name: b._asdict() for name, b in benchmark_scores(rewards).items()},
-        "dtype": "float32",
+        DTYPE: _dtype(ctx, reward),
         "reading": settings_of(pairs),
         "truncated": float(schema.truncated(rewards).mean()) if len(rewards) else 0.0,
         "max_length": pairs.limit,

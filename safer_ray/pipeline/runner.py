@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline import alone
+from safer_ray.reward.precision import has_gpu
 from safer_ray.reward.tokens import token_count
 from safer_ray.schema import QUARANTINE
 from safer_ray.storage.accounts import (
@@ -57,6 +58,9 @@ class Runner(Protocol):
 
     def map_all(self, works: Sequence[Work]) -> list[Counts]:
         """As `map`, of several jobs of one stage, in the same processes, which hold one job's model at a time."""
+
+    def on_gpu(self) -> bool:
+        """Return whether models run on GPUs."""
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         """Run training loops one after another on the same workers; the metrics of each."""
@@ -309,6 +313,9 @@ class LocalRunner:
 
     def map_all(self, works: Sequence[Work]) -> list[Counts]:
         return [self.map(*work) for work in works]
+
+    def on_gpu(self) -> bool:
+        return has_gpu()
 
     def train(self, jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
         return [self._train(job) for job in jobs]

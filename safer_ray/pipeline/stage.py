@@ -8,12 +8,13 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from safer_ray.config.reading import AS_IT_COMES, ENDS, Reading
+from safer_ray.config.reading import AS_IT_COMES, ENDS, PRECISION, Reading
 from safer_ray.config.sections import RunConfig
 from safer_ray.config.values import Frozen
 from safer_ray.errors import UserError
 from safer_ray.pipeline.roles import PAIRS, check_columns, folder_of_pairs
 from safer_ray.pipeline.runner import Runner
+from safer_ray.reward.precision import precision_of
 from safer_ray.schema import rows_of
 from safer_ray.storage.accounts import Counts
 from safer_ray.storage.artifacts import Artifact, Fragment, Place, Recipe, Result, part_files, read_fragment
@@ -53,6 +54,7 @@ VERSIONS = {
 
 
 READS_ENDS = frozenset({"activations", "codes", "verdicts"})  # depend on where sentences end
+RUNS_NO_MODEL = frozenset({"auditor"})  # of those that a reward model is an input of
 log = logging.getLogger(__name__)
 
 
@@ -108,6 +110,16 @@ class StageContext:
         """As the config of a run says."""
         share = config.pairs.max_refused_share
         return cls(place, runner, config.fragment_rows, config.reward.shards, config.reading, share)
+
+    def reading_of(self, reward: Artifact) -> Reading:
+        """Return how a reward model is read here, its dtype settled: by the model and by what runs it, and never by
+        the process that happens to load it.
+
+        Raises:
+            UserError: the model is in a bundle that says otherwise than this context does.
+        """
+        precision = precision_of(reward.path, self.reading, self.runner.on_gpu)
+        return self.reading.model_copy(update={PRECISION: precision})
 
     def map(
         self, job: MapJob, fragments: Sequence[Fragment], directory: Path, *, refused_share: float | None = None
@@ -170,11 +182,12 @@ def make(
     licences and the red-team mark of all inputs, of those that `write` reads `beside` them, and those that it returns.
     A dry context writes nothing; a folder that was begun is gone on with.
     """
-    made = recipe(stage, config, *beside, **inputs)
-    return ctx.place.make(with_reading(ctx, made) if "reward" in inputs else made, write)
+    made, reward = recipe(stage, config, *beside, **inputs), inputs.get("reward")
+    return ctx.place.make(with_reading(ctx, made, reward) if isinstance(reward, Artifact) else made, write)
 
 
-def with_reading(ctx: StageContext, made: Recipe) -> Recipe:
+def with_reading(ctx: StageContext, made: Recipe, reward: Artifact) -> Recipe:
     """Return the recipe of what is made with a reward model, with what was asked of how that is read."""
-    asked = ctx.reading.asked(*(() if made.stage in READS_ENDS else (ENDS,)))
+    no_matter = [*(() if made.stage in READS_ENDS else (ENDS,)), *((PRECISION,) if made.stage in RUNS_NO_MODEL else ())]
+    asked = ctx.reading_of(reward).asked(*no_matter)
     return replace(made, config=made.config | {"reading": asked}) if asked else made

@@ -24,12 +24,21 @@ from safer_ray.reward.folder import read_tensor
 from safer_ray.reward.forward import check_padding
 from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
+from safer_ray.reward.mixed import keep_exact
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
 from safer_ray.reward.padding import filler, with_named_pad
 from safer_ray.reward.parts import check_blocks, load_part, splits_up
 from safer_ray.reward.positions import longest_sequence
-from safer_ray.reward.pretrained import Checkpoint, open_classifier, open_config, open_tokenizer, runs_own_code
+from safer_ray.reward.precision import has_gpu, precision_of, tell_emulated
+from safer_ray.reward.pretrained import (
+    Checkpoint,
+    is_mixed,
+    open_classifier,
+    open_config,
+    open_tokenizer,
+    runs_own_code,
+)
 from safer_ray.reward.reading import SETTINGS, HowItReads, asked_for, how_it_reads, pair_tokenizer, settings_of
 from safer_ray.reward.text import PairTokenizer
 from safer_ray.reward.tiny_llama import make_tiny_llama
@@ -170,14 +179,15 @@ def load_reward_model(
     *,
     layers: int | None = None,
     part: Part = WHOLE,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     reading: Reading = AS_IT_COMES,
 ) -> RewardModel:
     """A reward model from a Hugging Face directory, ours or anyone's; on the GPU where this process has one.
 
     With `layers`, only the first ones are loaded where the family is known to allow it: activations, but no rewards.
-    With `part`, only that range of them. Of a model with several outputs, `reading.head` chooses the reward.
+    With `part`, only that range of them. Of a model with several outputs, `reading.head` chooses the reward. Without
+    `dtype` it computes in that of the bundle that it lies in, or as `reading` says; its head always in float32.
 
     Raises:
         UserError: missing or corrupt files, no reward head, more than one output, a tokenizer that does not fit, or a
@@ -187,6 +197,12 @@ def load_reward_model(
     checkpoint = checkpoint_of(str(directory), reading)
     quiet_transformers()
     how = how_it_reads(directory, reading)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        precision = precision_of(directory, reading, lambda: device.type == "cuda" and has_gpu())
+        dtype = getattr(torch, precision)
+        if device.type == "cpu":
+            tell_emulated(directory.name, precision)
     reading = reading.model_copy(update={"head": how.head})
     config = open_config(checkpoint)
     model_is_whole = part.of == 1 and not (layers is not None and _splits_up(checkpoint, config, layers))
@@ -197,7 +213,9 @@ def load_reward_model(
     wrapped = _wrap(model, tokenizer, how, how.max_length, directory.name, before)
     unread = config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
-    wrapped.model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wrapped.model.eval().to(device)
+    if is_mixed(config, dtype):
+        keep_exact(wrapped)
     wrapped = _with_outputs(wrapped, how.head)
     if model_is_whole:
         wrapped = check_padding(wrapped)

@@ -63,7 +63,7 @@ def run_micro_batch(
     ends = end_index(rows, reward.unread_at_end, reward.device)
     with contextlib.ExitStack() as stack:
         if given is not None:  # the first block here is handed them; some models scale embeddings before it
-            states = pad_sequence(list(given), batch_first=True).to(reward.device, reward.model.dtype)
+            states = pad_sequence(list(given), batch_first=True).to(reward.device)
             del batch["input_ids"]
             # For its shape, dtype and device, by which backbones make masks and positions; the hook puts the very
             # states in.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from safer_ray.config.reward import RewardConfig
 from safer_ray.data.hub import PREFIX, what_the_hub_said
@@ -71,7 +72,7 @@ def keep_finished(base: str, config: RewardConfig, out: Path) -> dict[str, Any]:
     """
     source = model_path(base)
     plain = checkpoint_of(str(source), config).is_plain and all(f.parent == source for f in weight_files(source))
-    reward = load_reward_model(source, reading=config)
+    reward = load_reward_model(source, dtype=torch.float32, reading=config)  # in which it is written, if at all
     check_gives_rewards(reward)
     how = how_it_reads(source, config) if source.is_dir() else None
     settings = settings_of(reward.pairs)

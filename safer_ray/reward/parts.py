@@ -14,6 +14,8 @@ from safer_ray.reward.heads import open_with_head
 from safer_ray.reward.pretrained import (
     Checkpoint,
     check_config_runs,
+    in_16_bits,
+    is_mixed,
     open_config,
     reads_every_token,
     runs_own_code,
@@ -99,7 +101,9 @@ def load_part(
 
     def open_with(outputs: int) -> tuple[Any, dict[str, Any]]:
         set_outputs(config, outputs)
-        model, loaded = classes[type(config)].from_pretrained(
+        kind = classes[type(config)]
+        kind = in_16_bits(kind, config) if is_mixed(config, dtype) else kind
+        model, loaded = kind.from_pretrained(
             None,
             config=part_config(config, start, stop),
             state_dict=found,

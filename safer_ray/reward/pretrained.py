@@ -124,6 +124,8 @@ def open_classifier(
         options["dtype"] = "float32"  # in which it is merged
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     options |= gguf_options() if checkpoint.is_gguf else {}
+    if is_mixed(config, options.get("dtype")):
+        auto = in_16_bits(auto._model_mapping[type(config)], config)
     model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
     strange = set(found["unexpected_keys"])
     if checkpoint.is_gguf:
@@ -133,10 +135,32 @@ def open_classifier(
     found = {**found, "unexpected_keys": strange}
     if checkpoint.adapter is None:
         return model, found
-    from safer_ray.reward.adapters import merge_adapter  # here, since it imports torch
+    from safer_ray.reward.adapters import merge_adapter  # here, since these import torch
+    from safer_ray.reward.mixed import lower_trunk
 
     model, found = merge_adapter(checkpoint.name, checkpoint.base, model, found, checkpoint.adapter, blocks)
-    return model.to(dtype) if dtype is not None else model, found
+    if dtype is None:
+        return model, found
+    return lower_trunk(model, dtype) if is_mixed(config, dtype) else model.to(dtype), found
+
+
+def is_mixed(config: Any, dtype: Any) -> bool:
+    """Return whether a part of a model stays in float32 (`mixed.py`) where it is loaded in a dtype of torch: one of 16
+    bits, and the model is of a class of transformers' own, and not quantised."""
+    halves = dtype is not None and dtype.itemsize < 4
+    return halves and not runs_own_code(config) and not getattr(config, "quantization_config", None)
+
+
+def in_16_bits(kind: Any, config: Any) -> Any:
+    """Return a class of models that is this one, but loads its head, and in a checked family the norms of blocks, in
+    float32 whatever dtype it is asked for."""
+    from safer_ray.reward.packing import is_known  # here, since it imports torch
+
+    trunk = re.escape(f"{kind.base_model_prefix}.")
+    kept = {*(kind._keep_in_fp32_modules_strict or ()), rf"^(?!{trunk})", r"\.pooler\."}
+    if is_known(config):
+        kept.add(rf"^{trunk}(?:layers\.\d+\.)?[^.]+norm\.|^{trunk}norm\.")
+    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
 
 
 def set_outputs(config: Any, outputs: int) -> None:

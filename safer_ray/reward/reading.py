@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -12,9 +12,13 @@ from safer_ray.config.head import HeadConfig
 from safer_ray.config.read import explain_validation
 from safer_ray.config.reading import (
     ASCII_ENDS,
+    AUTO,
     DATE,
     ENDS,
     EVERY_SCRIPT,
+    FLOAT32,
+    PRECISION,
+    Precision,
     Reading,
     SentenceEnds,
     is_file_name,
@@ -28,8 +32,8 @@ from safer_ray.storage.marks import MANIFEST
 from safer_ray.storage.recipes import read_manifest
 
 log = logging.getLogger(__name__)
-AUTO = "auto"  # the tokenizer's own chat template where it has one
 SETTINGS = "safer_ray.json"  # beside the weights
+DTYPE = "dtype"  # in what a manifest says of its artifact: the one that its values were computed in
 SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")
 
 
@@ -37,7 +41,7 @@ SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "trunc
 class HowItReads:
     """The choices by which a model reads text, all made."""
 
-    template: str = AUTO
+    template: str = AUTO  # the tokenizer's own chat template where it has one
     max_length: int = 10**9
     frozen_layers: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +50,7 @@ class HowItReads:
     text: str | None = None  # a chat template in place of the tokenizer's
     head: HeadConfig | None = None  # which of several outputs is the reward
     sentence_ends: SentenceEnds = EVERY_SCRIPT
+    inference_dtype: Precision | Literal["auto"] = AUTO
     made_here: bool = False  # trained here, or about to be: any format will do
 
 
@@ -57,7 +62,7 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     """
     file = directory / SETTINGS
     if not file.is_file():
-        return _with_ends(asked_for(reading), directory)
+        return _as_bundled(asked_for(reading), directory)
     settings: dict[str, Any] = {}
     try:
         settings |= json.loads(file.read_text(encoding="utf-8"))
@@ -72,8 +77,9 @@ def how_it_reads(directory: Path, reading: Reading) -> HowItReads:
     asked = asked_for(reading)
     if found.head is None:
         found = replace(found, head=asked.head)
-    found = _with_ends(replace(found, sentence_ends=asked.sentence_ends), directory)
-    for name in ("template", "arguments", "system", "truncation", "text", "head", ENDS):
+    found = replace(found, sentence_ends=asked.sentence_ends, inference_dtype=asked.inference_dtype)
+    found = _as_bundled(found, directory)
+    for name in ("template", "arguments", "system", "truncation", "text", "head", ENDS, PRECISION):
         value = getattr(asked, name)
         if value not in (getattr(HowItReads(), name), getattr(found, name)):
             made = getattr(found, name)
@@ -96,16 +102,18 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{file}: {name} is {settings[name]!r}; export the model again")
 
 
-def _with_ends(how: HowItReads, directory: Path) -> HowItReads:
-    """Return how a model is read that lies in `directory`: in a bundle, sentences end as they did for its codes; one
-    that does not say how was made before other rules than the published one."""
+def _as_bundled(how: HowItReads, directory: Path) -> HowItReads:
+    """Return how a model is read that lies in `directory`: in a bundle, sentences end as they did for its codes, and it
+    computes in their dtype; one that does not say them was made before other rules than the published one, or before
+    other dtypes than float32."""
     try:
         manifest = read_manifest(directory.parent) if (directory.parent / MANIFEST).is_file() else {}
     except UserError:  # somebody else's file of that name
         manifest = {}
     if manifest.get("stage") != "auditor":
         return how
-    return replace(how, sentence_ends=manifest.get("metrics", {}).get(ENDS, ASCII_ENDS))
+    facts = manifest.get("metrics", {})
+    return replace(how, sentence_ends=facts.get(ENDS, ASCII_ENDS), inference_dtype=facts.get(DTYPE, FLOAT32))
 
 
 def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
@@ -124,6 +132,7 @@ def asked_for(reading: Reading, made_here: bool = False) -> HowItReads:
         text=text,
         head=reading.head,
         sentence_ends=reading.sentence_ends,
+        inference_dtype=reading.inference_dtype,
         made_here=made_here,
     )
 
