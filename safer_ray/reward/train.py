@@ -193,7 +193,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     """
     quiet_transformers()
     table = read_parts(pairs, ["pair_id", "row_key", "prompt", "chosen", "rejected", "group"])
-    reward = new_reward_model(config, lambda: pair_texts(table))
+    reward = new_reward_model(config, lambda: pair_texts(table), in_files=workers.partitions)
     given = len(table)
     table, tokens = _tokenised(reward, table, out, workers)
     held = validation_split(table["group"].to_pylist(), config.validation_percent, config.seed)

@@ -164,6 +164,7 @@ class Workers(Protocol):
     rank: int
     size: int
     device: torch.device  # that this process computes on
+    partitions: bool  # whether each of them keeps a share of every weight alone (ZeRO 3)
 
     def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter: ...
 
@@ -360,6 +361,7 @@ class OneProcess:
 
     rank = 0
     size = 1
+    partitions = False
 
     def __init__(self, state: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
