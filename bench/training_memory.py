@@ -2,6 +2,9 @@
 
 `zero3_load_peak_of_model`: the most anonymous memory that either of two ranks has while it loads a random Llama of 300M
 parameters and cuts it for ZeRO 3, above what the process had before, as a share of the model's bytes in float32.
+`rank_gb_at_1m_pairs`: the anonymous memory that a rank has for a million pairs of random tokens, 128 a side, of which
+it opens the files, plans an epoch and fetches its share of `--steps` batches; `mapped_gb` is what of their files it has
+mapped then, which other ranks share and the operating system may drop.
 """
 
 import argparse
@@ -13,9 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -25,37 +31,40 @@ from safer_ray.config.sections import RewardConfig, TinyLlamaConfig
 from safer_ray.distributed.deepspeed_engine import compile_nothing, deepspeed_config
 from safer_ray.distributed.partition import partition
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
-from safer_ray.reward.training_steps import OptimizerOptions
+from safer_ray.reward.training_pairs import ROWS, SCHEMA, map_tokens
+from safer_ray.reward.training_steps import OptimizerOptions, bucketed_batches
+from safer_ray.schema import SIDES
 
 RANKS = 2
 SHARDS = "200MB"
+TOKENS = 128  # of a side of a random pair
 SECONDS = 0.005  # between two looks at a process's memory
 TEXTS = [f"Number {i} of a text of no matter, in which words come again." for i in range(1000)]
 
 
-def rss_anon() -> int:
-    """Bytes of anonymous memory of this process."""
+def rss(kind: str = "RssAnon") -> int:
+    """Bytes of memory of this process that are of a kind: anonymous, or of files (RssFile)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(kind):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon; run this on Linux")
+    raise OSError(f"/proc/self/status has no {kind}; run this on Linux")
 
 
 @contextmanager
 def peak_above() -> Iterator[Callable[[], int]]:
     """Inside, memory is sampled; afterwards the call gives the most that there was above that of the beginning."""
-    before, most, ended = rss_anon(), [0], threading.Event()
+    before, most, ended = rss(), [0], threading.Event()
 
     def look() -> None:
         while not ended.wait(SECONDS):
-            most[0] = max(most[0], rss_anon() - before)
+            most[0] = max(most[0], rss() - before)
 
     thread = threading.Thread(target=look)
     thread.start()
     try:
         yield lambda: most[0]
     finally:
-        most[0] = max(most[0], rss_anon() - before)
+        most[0] = max(most[0], rss() - before)
         ended.set()
         thread.join()
 
@@ -121,10 +130,42 @@ def on_ranks(work: Callable[..., Any], *arguments: Any) -> list[Any]:
         return pool.starmap(work, [(rank, port, *arguments) for rank in range(RANKS)], chunksize=1)
 
 
+def write_random_pairs(folder: Path, pairs: int, rows: int = 5000) -> None:
+    """Write tokens of no meaning as a training of so many pairs has them, in parts of `rows`."""
+    drawn = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number, start in enumerate(range(0, pairs, rows)):
+        count = min(rows, pairs - start)
+        offsets = pa.array(np.arange(0, (count + 1) * TOKENS, TOKENS, dtype=np.int32))
+        sides: list[pa.Array] = []
+        for _ in SIDES:
+            ids = pa.array(drawn.integers(0, 32_000, count * TOKENS, dtype=np.int32))
+            sides += [pa.ListArray.from_arrays(offsets, ids), pa.nulls(count, SCHEMA.field("chosen_types").type)]
+            sides += [pa.array(np.full(count, 40, np.int32)), pa.array(np.zeros(count, bool))]
+        names = pa.array([f"p{start + i}" for i in range(count)])
+        batch = pa.RecordBatch.from_arrays([names, pa.array(drawn.random(count) < 0.01), *sides], schema=SCHEMA)
+        with pa.OSFile(str(folder / f"{number:08}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for first in range(0, count, ROWS):
+                writer.write_batch(batch.slice(first, ROWS))
+
+
+def hold(rank: int, port: int, folder: Path, steps: int) -> tuple[int, int, int]:
+    """Fetch a rank's share of the first batches of an epoch: bytes of anonymous memory and of mapped files at the end,
+    above the beginning, and how many pairs were fetched."""
+    before, mapped, size, fetched = rss("RssAnon"), rss("RssFile"), 32, 0
+    with peak_above() as peak:
+        train, _ = map_tokens(sorted(folder.glob("*.arrow"))).split()
+        for rows in islice(bucketed_batches(train.lengths, size, 0, 0), steps):
+            fetched += len(train[rows[rank::RANKS]])
+    return max(peak(), rss("RssAnon") - before), rss("RssFile") - mapped, fetched
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--hidden", type=int, default=1024)
     arguments.add_argument("--layers", type=int, default=16)
+    arguments.add_argument("--pairs", type=int, default=1_000_000)
+    arguments.add_argument("--steps", type=int, default=2000)
     arguments.add_argument("--json", type=local_path)
     options = arguments.parse_args()
     quiet_transformers()
@@ -138,6 +179,15 @@ def main() -> None:
                 print(f"{place.name}, rank {rank}: peak {peak / 1e6:.0f} MB of {size / 1e6:.0f} MB, {peak / size:.3f}")
             print(f"{time.perf_counter() - began:.0f} s, with starting the processes")
     figures: dict[str, float | None] = {"zero3_load_peak_of_model": max(row["peak"] / row["model"] for row in rows)}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "tokens")
+        write_random_pairs(place, options.pairs)
+        for rank, (anonymous, mapped, fetched) in enumerate(on_ranks(hold, place, options.steps)):
+            rows.append({"pairs": options.pairs, "rank": rank, "anonymous": anonymous, "mapped": mapped})
+            print(f"{options.pairs:,} pairs, rank {rank}: {fetched:,} fetched, {anonymous / 1e6:.0f} MB anonymous")
+    figures["rank_gb_at_1m_pairs"] = max(row["anonymous"] for row in rows if "pairs" in row) / 1e9
+    figures["mapped_gb"] = max(row["mapped"] for row in rows if "pairs" in row) / 1e9
+    print(f"rank_gb_at_1m_pairs {figures['rank_gb_at_1m_pairs']:.3f}, mapped_gb {figures['mapped_gb']:.3f}")
     print(f"zero3_load_peak_of_model {figures['zero3_load_peak_of_model']:.3f}")
     write(options.json, figures, rows)
 
