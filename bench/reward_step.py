@@ -27,7 +27,7 @@ from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import pack
 from safer_ray.reward.text import PairTokens
-from safer_ray.reward.train import pair_texts
+from safer_ray.reward.training_pairs import pair_texts
 from safer_ray.reward.training_steps import bucketed_batches, reward_step
 from safer_ray.storage.artifacts import Place, read_parts
 

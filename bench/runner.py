@@ -23,7 +23,7 @@ from safer_ray.pipeline.runner import LocalRunner, Runner
 from safer_ray.pipeline.stage import StageContext
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.tokens import TokenisePairs
-from safer_ray.reward.train import pair_texts
+from safer_ray.reward.training_pairs import pair_texts
 from safer_ray.reward.training_steps import Workers
 from safer_ray.sae.formats import save_sae
 from safer_ray.sae.model import TopKSae

@@ -26,7 +26,7 @@ from safer_ray.reward.checkpoints import (
     save_reward_model,
 )
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.train import pair_texts
+from safer_ray.reward.training_pairs import pair_texts
 from safer_ray.sae.formats import save_sae
 
 pytest_plugins = ["support.head_node", "support.sae_vectors"]  # fixtures of several files

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safer_ray.config.cluster import DeepSpeedConfig
+from safer_ray.distributed.partition import partition
 from safer_ray.errors import UserError
 from safer_ray.reward.training_steps import OptimizerOptions, decay_groups
 
@@ -68,8 +69,11 @@ class DeepSpeedEngine:
         if device.index is not None:  # DeepSpeed takes it for its GPU's number, which is another where a worker has
             os.environ["LOCAL_RANK"] = str(device.index)  # several GPUs, or a share of one
         compile_nothing()
+        told = deepspeed_config(config, options)
+        if config.stage == 3:  # after the optimizer's groups, which go by the shapes of whole weights
+            partition(module, torch.bfloat16 if options.bfloat16 else torch.float32, told)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, options), dist_init_required=False
+            model=module, optimizer=optimizer, config=told, dist_init_required=False
         )
 
     @property

@@ -50,6 +50,7 @@ class GroupWorker:
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self.config = config
+        self.partitions = config.deepspeed.stage == 3
         self.state = state
         self.device = get_device() if config.worker_gpus else torch.device("cpu")
         self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch zero 1"})

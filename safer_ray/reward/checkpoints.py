@@ -24,6 +24,7 @@ from safer_ray.reward.folder import read_tensor
 from safer_ray.reward.forward import check_padding
 from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
+from safer_ray.reward.mapped import head_in_float32, mapped_dtype
 from safer_ray.reward.mixed import keep_exact
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import how_pairs_run, smallest_window
@@ -66,10 +67,18 @@ def quiet_transformers() -> None:
 
 
 def _load_pretrained(
-    base: str, dtype: torch.dtype, reading: Reading, *, whole: bool, blocks: int | None = None
+    base: str,
+    dtype: torch.dtype,
+    reading: Reading,
+    *,
+    whole: bool,
+    blocks: int | None = None,
+    in_files: bool = False,
+    runs: bool = False,
 ) -> tuple[Any, Any]:
     """A model, of its first `blocks` alone if they are given, and its tokenizer; `whole` refuses a checkpoint that
-    lacks the reward head's weights, too."""
+    lacks the reward head's weights, too. `in_files` leaves weights in their files where they can stay there;
+    they cannot where the model `runs` before it is cut."""
     quiet_transformers()
     checkpoint, head = checkpoint_of(base, reading), reading.head
     check_files(checkpoint)
@@ -81,9 +90,11 @@ def _load_pretrained(
         tell_other_outputs(base, model, found, whole=whole)
         check_loaded(base, model, found, whole=whole)
         return model, tokenizer
+    kept = mapped_dtype(checkpoint, config, runs=runs) if in_files else dtype
+    opened = partial(open_classifier, checkpoint, dtype=kept, blocks=blocks)
     model = open_with_head(
         base,
-        partial(open_classifier, checkpoint, dtype=dtype, blocks=blocks),
+        opened if kept == dtype else head_in_float32(opened),
         lambda name: read_tensor(folder_of(checkpoint), name, checkpoint.bin_weights),
         head,
         outputs=int(config.num_labels),
@@ -148,10 +159,11 @@ def _wrap(model: Any, tokenizer: Any, how: HowItReads, max_length: int, name: st
     return RewardModel(model, pairs, name, pad=pad, pads=pads, unread=unread)
 
 
-def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardModel:
+def new_reward_model(config: RewardConfig, texts: Callable[[], Any], *, in_files: bool = False) -> RewardModel:
     """The model that training starts from; `texts` yields the training texts, for a tokenizer made on the spot.
 
     Of a base with several outputs, training begins with what `config.head` makes of them, or else with a new head.
+    With `in_files`, weights of a lower precision than float32 have it still, and stay in their files: see `mapped`.
 
     Raises:
         UserError: no such model, or a tokenizer that does not fit it.
@@ -160,7 +172,15 @@ def new_reward_model(config: RewardConfig, texts: Callable[[], Any]) -> RewardMo
         model, tokenizer = make_tiny_llama(config.base, texts, config.seed)
         return _wrap(model, tokenizer, HowItReads("plain"), config.max_length, "tiny llama")
     torch.manual_seed(config.seed)
-    model, tokenizer = _load_pretrained(config.base, torch.float32, config, whole=False, blocks=config.blocks)
+    model, tokenizer = _load_pretrained(
+        config.base,
+        torch.float32,
+        config,
+        whole=False,
+        blocks=config.blocks,
+        in_files=in_files,
+        runs=config.frozen_layers > 0,
+    )
     if config.new_head:
         begin_anew(config.base, model)
     if config.disable_dropout:

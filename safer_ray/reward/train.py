@@ -1,13 +1,11 @@
 """The loop that trains a reward model on pairs: split by prompt, resume exactly, keep the best, export."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, s
 from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
-from safer_ray.reward.split import validation_split
 from safer_ray.reward.text import PairTokens, both_sides
+from safer_ray.reward.training_pairs import TrainingPairs, all_texts, open_tokenised, tokenise
 from safer_ray.reward.training_steps import (
     KnownStates,
     OptimizerAdapter,
@@ -31,11 +29,6 @@ from safer_ray.reward.training_steps import (
     reward_step,
     warmup_cosine,
 )
-from safer_ray.storage.artifacts import part_name, read_parts
-from safer_ray.storage.files import write_parquet
-from safer_ray.storage.quarantine import refuse, refused_rows
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,52 +44,29 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def pair_texts(pairs: pa.Table) -> Iterator[str]:
-    """Every message of every pair, for a tokenizer made on the spot."""
-    for column in ("prompt", "chosen", "rejected"):
-        for messages in pairs[column].to_pylist():
-            yield from (message["content"] for message in messages or [])
-
-
 class _Batches:
     """Tokenised pairs, and what the frozen blocks make of them, computed once and without dropout."""
 
-    def __init__(self, reward: RewardModel, tokens: list[PairTokens]) -> None:
+    def __init__(self, reward: RewardModel, pairs: TrainingPairs) -> None:
         reward.model.eval()
-        self.tokens = tokens
+        self.pairs = pairs
+        self.lengths = pairs.lengths
         self.layer = reward.frozen_layers
         self.states: list[Tensor] = []  # chosen, then rejected of each pair in turn; empty where nothing is frozen
-        for start in range(0, len(tokens) if self.layer else 0, 1024):
-            sides = both_sides(tokens[start : start + 1024])
+        for start in range(0, len(pairs) if self.layer else 0, 1024):
+            sides = both_sides(pairs[np.arange(start, min(start + 1024, len(pairs)))])
             self.states += trunk_states(reward, [unpacked(side.ids, side.types) for side in sides])
-        self.lengths = np.array([max(len(t.chosen.ids), len(t.rejected.ids)) for t in self.tokens], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def __getitem__(self, rows: np.ndarray) -> list[PairTokens]:
-        return [self.tokens[i] for i in rows]
+        return self.pairs[rows]
 
     def known(self, rows: np.ndarray) -> KnownStates | None:
         if not self.layer:
             return None
         return KnownStates(self.layer, [self.states[2 * i + side] for side in (0, 1) for i in rows])
-
-
-def _tokenised(reward: RewardModel, table: pa.Table, out: Path, workers: Workers) -> tuple[pa.Table, list[PairTokens]]:
-    """Return the pairs that can be put to a model, with their tokens; the others go to the quarantine in `out`."""
-    rows = table.select(["pair_id", "prompt", "chosen", "rejected"])
-    found: list[PairTokens | str] = []
-    for start in range(0, len(rows), 1024):
-        found += reward.pairs.read(rows.slice(start, 1024).to_pylist())
-    bad = {i: tokens for i, tokens in enumerate(found) if isinstance(tokens, str)}
-    if bad:
-        first = next(iter(bad))
-        log.warning(
-            "reward: %d of %d pairs cannot be put to %s and are left out, the first is pair %r: %s",
-            *(len(bad), len(rows), reward.name, rows["pair_id"][first].as_py(), bad[first]),
-        )
-        if workers.rank == 0:
-            write_parquet(refused_rows(refuse(table, bad), "reward"), out / "quarantine" / part_name(0))
-    good = [tokens for tokens in found if not isinstance(tokens, str)]
-    return table.filter(pa.array([i not in bad for i in range(len(table))], pa.bool_())), good
 
 
 @dataclass(frozen=True)
@@ -192,21 +162,19 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         SaferError: the loss became NaN.
     """
     quiet_transformers()
-    table = read_parts(pairs, ["pair_id", "row_key", "prompt", "chosen", "rejected", "group"])
-    reward = new_reward_model(config, lambda: pair_texts(table))
-    given = len(table)
-    table, tokens = _tokenised(reward, table, out, workers)
-    held = validation_split(table["group"].to_pylist(), config.validation_percent, config.seed)
-    if held.all() or len(table) < 2:
+    reward = new_reward_model(config, lambda: all_texts(pairs), in_files=workers.partitions)
+    tokenise(pairs, out, reward, config, workers)
+    found, given = open_tokenised(pairs, workers.state, reward.name)
+    trained, held = found.split()
+    if not len(trained) or len(found) < 2:
         raise UserError(
-            f"reward: no pairs left to train on ({given} in {pairs}, {given - len(table)} of them cannot be put to the "
+            f"reward: no pairs left to train on ({given} in {pairs}, {given - len(found)} of them cannot be put to the "
             "model); check sources and filters"
         )
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
-    train = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if not out_of])
-    validation = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if out_of])
-    validation = validation if held.any() else train
+    train = _Batches(reward, trained)
+    validation = _Batches(reward, held) if len(held) else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -216,9 +184,9 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     training = _Training(reward, engine, workers, config, options)
     progress = _fit(training, train, validation, out)
     return {
-        "train_pairs": len(train.tokens),
-        "validation_pairs": len(validation.tokens) if held.any() else 0,
-        "refused_pairs": given - len(table),
+        "train_pairs": len(trained),
+        "validation_pairs": len(held),
+        "refused_pairs": given - len(found),
         "steps": progress.step,
         "best_step": progress.best_step,
         "validation_accuracy": progress.best_accuracy,
@@ -232,7 +200,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
 
 def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) -> Progress:
     config, workers, engine = training.config, training.workers, training.engine
-    per_epoch, total = _schedule(config, len(train.tokens))
+    per_epoch, total = _schedule(config, len(train))
     # Another stream for each worker, since dropout of the same places would tie their gradients together; a checkpoint,
     # which holds its own, overrides it.
     torch.manual_seed(config.seed + 1 + workers.rank)

@@ -164,6 +164,8 @@ class Workers(Protocol):
     rank: int
     size: int
     device: torch.device  # that this process computes on
+    state: Path  # folder of what goes with the training once it has ended
+    partitions: bool  # whether each of them keeps a share of every weight alone (ZeRO 3)
 
     def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter: ...
 
@@ -360,9 +362,11 @@ class OneProcess:
 
     rank = 0
     size = 1
+    partitions = False
 
     def __init__(self, state: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.state = state
         self.checkpoints = Checkpoints(state, 0, {"workers": 1, "engine": "torch"})
         self.on_step = on_step
 

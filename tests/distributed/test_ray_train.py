@@ -22,7 +22,7 @@ from safer_ray.distributed.deepspeed_engine import deepspeed_config
 from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import LocalRunner
-from safer_ray.reward.checkpoints import load_reward_model
+from safer_ray.reward.checkpoints import load_reward_model, save_reward_model
 from safer_ray.reward.forward import forward
 from safer_ray.reward.train import engine_options, train_reward
 from safer_ray.reward.training_steps import OneProcess
@@ -102,6 +102,18 @@ OFFLOADED = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
 def test_every_zero_stage_exports_the_plain_engines_model(plain, pairs_dir, tmp_path, options):
     (metrics,) = ray(**options).train([job(tmp_path / "reward", pairs_dir)])
     assert_as_plain(plain, tmp_path / "reward", metrics)
+
+
+def test_zero_3_of_a_base_in_bfloat16_exports_the_plain_engines_model(reward_dir, pairs_dir, tmp_path):
+    """Its weights stay in their files until each worker has its share of them."""
+    half = load_reward_model(reward_dir)
+    half.model.to(torch.bfloat16)
+    save_reward_model(half, tmp_path / "half")
+    config = CONFIG.model_copy(update={"base": str(tmp_path / "half"), "epochs": 1})
+    (metrics,) = LocalRunner().train([job(tmp_path / "plain", pairs_dir, config)])
+    found = ray(stage=3).train([job(tmp_path / "reward", pairs_dir, config)])
+    assert_as_plain((tmp_path / "plain", metrics), tmp_path / "reward", found[0])
+    assert next(iter(weights(tmp_path / "reward").values())).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

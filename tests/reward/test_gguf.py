@@ -26,7 +26,8 @@ from safer_ray.reward.checkpoints import layer_count, load_pair_tokenizer, load_
 from safer_ray.reward.forward import forward
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.tiny_llama import make_tiny_llama
-from safer_ray.reward.train import pair_texts, train_reward
+from safer_ray.reward.train import train_reward
+from safer_ray.reward.training_pairs import pair_texts
 from safer_ray.storage.work import TrainJob
 
 pytest.importorskip("gguf")

@@ -26,9 +26,9 @@ from safer_ray.reward.train import (
     _Training,
     engine_options,
     held_out,
-    pair_texts,
     train_reward,
 )
+from safer_ray.reward.training_pairs import TrainingPairs, as_batch, pair_texts
 from safer_ray.reward.training_steps import (
     Checkpoints,
     OneProcess,
@@ -226,10 +226,14 @@ def training_of(reward, workers, **changes):
     return _Training(reward, TorchOptimizer(reward.model, options), workers, config, options)
 
 
+def batches_of(reward, pairs):
+    return _Batches(reward, TrainingPairs.of([as_batch(reward.pairs(pairs.to_pylist()), [False] * len(pairs))]))
+
+
 def gradients(reward, pairs, workers, **changes):
     """The loss of all of `pairs` as one batch, and this worker's share of the gradients."""
     step = training_of(reward, workers, **changes)
-    loss = _one_step(step, _Batches(reward, reward.pairs(pairs.to_pylist())), np.arange(len(pairs)))
+    loss = _one_step(step, batches_of(reward, pairs), np.arange(len(pairs)))
     return loss, [p.grad.clone() for p in reward.model.parameters() if p.grad is not None]
 
 
@@ -272,8 +276,8 @@ def test_workers_measure_the_held_out_pairs_together(fresh, pairs, tmp_path):
     reward = fresh()
     with torch.no_grad():
         reward.model.score.weight *= 20
-    batches = _Batches(reward, reward.pairs(pairs.slice(0, 21).to_pylist()))
-    margin = reward_step(reward, batches.tokens).margin
+    batches = batches_of(reward, pairs.slice(0, 21))
+    margin = reward_step(reward, batches[np.arange(21)]).margin
     accuracy, loss = held_out(training_of(reward, OneProcess(tmp_path)), batches)
     assert accuracy == pytest.approx(float((margin > 0).float().mean()))
     assert loss == pytest.approx(float(bradley_terry(margin)), rel=1e-5)
