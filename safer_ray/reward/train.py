@@ -15,6 +15,7 @@ from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.forward import trunk_states
+from safer_ray.reward.lora import add_lora
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.split import validation_split
@@ -204,6 +205,8 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         )
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
+    if config.lora is not None:
+        reward = add_lora(reward, config.lora, config.seed)
     train = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if not out_of])
     validation = _Batches(reward, [own for own, out_of in zip(tokens, held, strict=True) if out_of])
     validation = validation if held.any() else train
@@ -211,6 +214,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     parameters = sum(p.numel() for p in reward.model.parameters())
+    trained = sum(p.numel() for p in reward.model.parameters() if p.requires_grad)
     options = engine_options(config, workers.size)
     engine = workers.engine(reward.model, options)
     training = _Training(reward, engine, workers, config, options)
@@ -224,6 +228,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         "validation_accuracy": progress.best_accuracy,
         "validation_loss": progress.best_loss,
         "parameters": parameters,
+        "trained_parameters": trained,
         "frozen_layers": config.frozen_layers,
         "workers": workers.size,
         "history": progress.history,

@@ -202,6 +202,12 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module that its training changes, by name: what is frozen is its base's."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 class TorchOptimizer:
     """AdamW on a module in one process."""
 
@@ -231,19 +237,20 @@ class TorchOptimizer:
         return self.module.state_dict()
 
     def save(self, directory: Path) -> None:
-        save_tensors({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / TORCH)
+        state = {"module": trained_state(self.module), "optimizer": self.optimizer.state_dict()}
+        save_tensors(state, directory / TORCH)
 
     def load(self, directory: Path) -> None:
         """Raises UserError: the checkpoint is of a module of another shape."""
         state = torch.load(directory / TORCH, weights_only=True, map_location="cpu")
         check_shapes(self.module, state["module"], directory.parent)
-        self.module.load_state_dict(state["module"])
+        self.module.load_state_dict(state["module"], strict=False)  # less what is frozen
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
-    """Raises UserError unless a checkpoint's tensors are those of the module, by name and shape."""
-    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (module.state_dict(), found))
+    """Raises UserError unless a checkpoint's tensors are those of the module that are trained, by name and shape."""
+    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (trained_state(module), found))
     for name in sorted(wanted.keys() | there.keys()):
         if wanted.get(name) != there.get(name):
             raise UserError(
