@@ -44,7 +44,7 @@ SECONDS = 0.002  # between two looks at a process's memory
 def config_of(kind: str, **values: Any) -> RewardConfig:
     """Return how one of the two is trained."""
     given = {"base": SMOLLM2, "max_length": 128, "new_head": True, "batch_size": 16, "evaluations": 1}
-    return RewardConfig.model_validate(given | {"micro_batch_size": 8, "validation_percent": 1} | KINDS[kind] | values)
+    return RewardConfig.model_validate(given | {"micro_batch_size": 16, "validation_percent": 1} | KINDS[kind] | values)
 
 
 def pairs_of(folder: Path, part: str) -> pa.Table:

@@ -93,6 +93,16 @@ class RewardConfig(Reading):
     """Train low-rank additions to the blocks behind `frozen_layers`, and the head, in place of all weights: `lora: {}`
     has the defaults. The model is exported with the additions merged, and they alone, as peft has them, in its folder
     `adapter`."""
+    loss: Literal["bradley_terry", "smoothed", "margin"] = Field(
+        default="bradley_terry", exclude_if=lambda value: value == "bradley_terry"
+    )
+    """Of a pair: -log sigmoid(r_chosen - r_rejected); the same where a share `label_smoothing` of the labels is taken
+    to be wrong; or the chosen reward is to be higher by the pair's `label_margin`, in units of the reward and 0 where
+    it has none: -log sigmoid(r_chosen - r_rejected - label_margin) (Llama 2). Held-out loss is always the first."""
+    label_smoothing: float | None = Field(default=None, gt=0, lt=0.5, exclude_if=lambda value: value is None)
+    """Of `loss: smoothed`, which needs it."""
+    centre: float = Field(default=0, ge=0, exclude_if=lambda value: not value)
+    """Coefficient of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0, say 0.01."""
     disable_dropout: bool = True
     """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -121,6 +131,10 @@ class RewardConfig(Reading):
             raise ValueError("use names a finished model, base one that is trained on; keep one of both")
         if self.use is not None and self.blocks is not None:
             raise ValueError("blocks cuts a base that is trained on; a finished model is read whole")
+        if self.loss == "smoothed" and self.label_smoothing is None:
+            raise ValueError("loss smoothed needs label_smoothing, the share of labels taken to be wrong, say 0.1")
+        if self.loss != "smoothed" and self.label_smoothing is not None:
+            raise ValueError(f"label_smoothing is of loss smoothed, and loss is {self.loss}; leave one out")
         if self.use is not None:
             return self
         if self.new_head and isinstance(self.base, TinyLlamaConfig):

@@ -16,6 +16,7 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.lora import add_lora
+from safer_ray.reward.loss import bradley_terry, label_margins, loss_of
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.split import validation_split
@@ -26,7 +27,6 @@ from safer_ray.reward.training_steps import (
     OptimizerOptions,
     RewardStep,
     Workers,
-    bradley_terry,
     bucketed_batches,
     my_share,
     reward_step,
@@ -109,6 +109,7 @@ class _Training:
     workers: Workers
     config: RewardConfig
     options: OptimizerOptions
+    label_margins: Tensor | None = None  # of the pairs that are trained on, where the loss reads them
 
 
 def engine_options(config: RewardConfig, workers: int) -> OptimizerOptions:
@@ -145,9 +146,10 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     return float(sums[0]), float(sums[1])
 
 
-def _pass(training: _Training, batches: _Batches, rows: np.ndarray) -> RewardStep:
-    engine = training.engine
-    return reward_step(training.reward, batches[rows], engine.autocast, batches.known(rows), engine.model)
+def _pass(training: _Training, batches: _Batches, rows: np.ndarray, label_margins: Tensor | None = None) -> RewardStep:
+    engine, loss = training.engine, loss_of(training.config)
+    known = batches.known(rows)
+    return reward_step(training.reward, batches[rows], engine.autocast, known, engine.model, loss, label_margins)
 
 
 def _schedule(config: RewardConfig, rows: int) -> tuple[int, int]:
@@ -177,7 +179,9 @@ def _one_step(training: _Training, train: _Batches, rows: np.ndarray) -> float:
         if not len(mine) and training.workers.size == 1:
             continue
         weight = len(mine) / len(rows)
-        result = _pass(training, train, mine if len(mine) else rows[:1])
+        run = mine if len(mine) else rows[:1]
+        margins = training.label_margins[run] if training.label_margins is not None else None
+        result = _pass(training, train, run, margins)
         training.engine.backward(result.loss * weight)
         total += float(result.loss.detach()) * weight
     return float(training.workers.sum(torch.tensor([total], dtype=torch.float64)))
@@ -193,7 +197,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         SaferError: the loss became NaN.
     """
     quiet_transformers()
-    table = read_parts(pairs, ["pair_id", "row_key", "prompt", "chosen", "rejected", "group"])
+    table = read_parts(pairs, ["pair_id", "row_key", "prompt", "chosen", "rejected", "group", "label_margin"])
     reward = new_reward_model(config, lambda: pair_texts(table))
     given = len(table)
     table, tokens = _tokenised(reward, table, out, workers)
@@ -203,6 +207,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
             f"reward: no pairs left to train on ({given} in {pairs}, {given - len(table)} of them cannot be put to the "
             "model); check sources and filters"
         )
+    margins = label_margins(config, table.filter(~held))
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
     if config.lora is not None:
@@ -217,7 +222,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     trained = sum(p.numel() for p in reward.model.parameters() if p.requires_grad)
     options = engine_options(config, workers.size)
     engine = workers.engine(reward.model, options)
-    training = _Training(reward, engine, workers, config, options)
+    training = _Training(reward, engine, workers, config, options, margins)
     progress = _fit(training, train, validation, out)
     return {
         "train_pairs": len(train.tokens),

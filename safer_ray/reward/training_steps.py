@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import pack_to_train
+from safer_ray.reward.loss import BRADLEY_TERRY, PairLoss
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import alike, unpacked
 from safer_ray.reward.text import PairTokens
@@ -37,13 +38,6 @@ class RewardStep(NamedTuple):
     margin: Float[Tensor, " n"]
 
 
-def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """-log sigmoid(r_chosen - r_rejected), the mean over pairs."""
-    # Bradley and Terry 1952: P(chosen > rejected) = sigmoid(margin). `logsigmoid` stays finite where log(sigmoid) would
-    # be that of 0.
-    return -nn.functional.logsigmoid(margin).mean()
-
-
 class KnownStates(NamedTuple):
     """The output of block `layer` for the sides of a batch, the chosen ones first; each [length, d]."""
 
@@ -57,6 +51,8 @@ def reward_step(
     bfloat16: bool = False,
     known: KnownStates | None = None,
     run: Callable[..., Any] | None = None,
+    loss: PairLoss = BRADLEY_TERRY,
+    label_margins: Float[Tensor, " n"] | None = None,
 ) -> RewardStep:
     """Return loss and margins of a batch, whose pairs run packed where they can.
 
@@ -76,7 +72,9 @@ def reward_step(
             chosen, rejected = rewards_of(reward, packed, run).float().view(-1, 2).T
         else:
             chosen, rejected = rewards_of(reward, rows, run).float().view(2, -1)
-    return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
+    if label_margins is not None:
+        label_margins = label_margins.to(chosen.device)
+    return RewardStep(loss(chosen, rejected, label_margins), (chosen - rejected).detach())
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
