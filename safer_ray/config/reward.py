@@ -1,6 +1,6 @@
 """The section `reward` of a config: which model is trained, and how. Imports neither torch nor ray."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,22 @@ class TinyLlamaConfig(Frozen):
         return self
 
 
+LORA_RATE = 2e-4  # learning rate of low-rank additions, which want about ten times that of whole matrices
+
+
+class LoraConfig(Frozen):
+    """Train low-rank additions to matrices (LoRA, Hu et al. 2022, arXiv 2106.09685), and the reward head in full; all
+    other weights stay the base's."""
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Of an addition B A to a matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """An addition is scaled by alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers of the blocks: how their names end, as `[q_proj, v_proj]`, or all of them, which any family
+    has, and which comes closest to full training (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+
 class RewardConfig(Reading):
     """Choose how a reward model is trained, after Bradley and Terry, and read."""
 
@@ -58,7 +74,7 @@ class RewardConfig(Reading):
     micro_batch_size: Annotated[int, Field(gt=0)] = 32
     """Pairs a forward pass; divides `batch_size`."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    """Highest learning rate of AdamW."""
+    """Highest learning rate of AdamW; with `lora`, 2e-4 unless you say otherwise."""
     warmup: Share = 0.05
     """Share of the steps in which it rises; a half cosine to 0 follows."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -73,6 +89,20 @@ class RewardConfig(Reading):
     """Compute activations again in the backward pass: less memory, more time."""
     frozen_layers: Annotated[int, Field(ge=0)] = 0
     """Embeddings and blocks 1 to n stay as they are, and run only once."""
+    lora: LoraConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Train low-rank additions to the blocks behind `frozen_layers`, and the head, in place of all weights: `lora: {}`
+    has the defaults. The model is exported with the additions merged, and they alone, as peft has them, in its folder
+    `adapter`."""
+    loss: Literal["bradley_terry", "smoothed", "margin"] = Field(
+        default="bradley_terry", exclude_if=lambda value: value == "bradley_terry"
+    )
+    """Of a pair: -log sigmoid(r_chosen - r_rejected); the same where a share `label_smoothing` of the labels is taken
+    to be wrong; or the chosen reward is to be higher by the pair's `label_margin`, in units of the reward and 0 where
+    it has none: -log sigmoid(r_chosen - r_rejected - label_margin) (Llama 2). Held-out loss is always the first."""
+    label_smoothing: float | None = Field(default=None, gt=0, lt=0.5, exclude_if=lambda value: value is None)
+    """Of `loss: smoothed`, which needs it."""
+    centre: float = Field(default=0, ge=0, exclude_if=lambda value: not value)
+    """Coefficient of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0, say 0.01."""
     disable_dropout: bool = True
     """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,6 +114,13 @@ class RewardConfig(Reading):
     seed: int = 0
     """Seed of the weights that are new, of the order of pairs and of what is held out."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_lora(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("lora") is not None:
+            return {"learning_rate": LORA_RATE} | given
+        return given
+
     @model_validator(mode="after")
     def _micro(self) -> Self:
         if self.batch_size % self.micro_batch_size:
@@ -94,6 +131,10 @@ class RewardConfig(Reading):
             raise ValueError("use names a finished model, base one that is trained on; keep one of both")
         if self.use is not None and self.blocks is not None:
             raise ValueError("blocks cuts a base that is trained on; a finished model is read whole")
+        if self.loss == "smoothed" and self.label_smoothing is None:
+            raise ValueError("loss smoothed needs label_smoothing, the share of labels taken to be wrong, say 0.1")
+        if self.loss != "smoothed" and self.label_smoothing is not None:
+            raise ValueError(f"label_smoothing is of loss smoothed, and loss is {self.loss}; leave one out")
         if self.use is not None:
             return self
         if self.new_head and isinstance(self.base, TinyLlamaConfig):
@@ -108,4 +149,20 @@ class RewardConfig(Reading):
             raise ValueError(f"frozen_layers {self.frozen_layers} lies past the {self.blocks} blocks that are kept")
         if self.frozen_layers and isinstance(self.base, TinyLlamaConfig):
             raise ValueError("frozen_layers needs a pretrained base; a model made on the spot has nothing to keep")
+        return self
+
+    @model_validator(mode="after")
+    def _adaptable(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.use is None and isinstance(self.base, TinyLlamaConfig):
+            raise ValueError("lora needs a pretrained base; a model made on the spot is trained whole")
+        if self.use is not None and "frozen_layers" not in self.model_fields_set:
+            raise ValueError(
+                "lora adapts blocks, and all of a finished model's (use) are frozen; set frozen_layers to fewer of them"
+            )
+        if self.blocks is not None and self.frozen_layers == self.blocks:
+            raise ValueError(
+                f"lora adapts the blocks behind frozen_layers, and all {self.blocks} are frozen; set it lower"
+            )
         return self

@@ -110,7 +110,8 @@ class DeepSpeedEngine:
         return found | buffers
 
     def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        # What is frozen is the base's, in every process alike.
+        self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, directory: Path) -> None:
         """Read a checkpoint whose digests were checked, since DeepSpeed unpickles it.
@@ -118,7 +119,8 @@ class DeepSpeedEngine:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        loaded, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
+        whole = all(parameter.requires_grad for parameter in self.engine.module.parameters())
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=whole)
         if loaded is None:
             raise UserError(f"DeepSpeed cannot read its checkpoint in {directory}; delete it to train anew")
 

@@ -50,6 +50,7 @@ from safer_ray.features.scoring import (
 from safer_ray.pipeline.inputs import resolve_exchanges
 from safer_ray.pipeline.reference import ALL_PAIRS, Reference, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
+from safer_ray.reward.folder import ADAPTER_FOLDER
 from safer_ray.reward.pretrained import own_code
 from safer_ray.reward.reading import DTYPE, SETTINGS, settings_of
 from safer_ray.reward.referred import refer_to
@@ -369,7 +370,7 @@ def _write_reward_model(reading: Reading, reward: Artifact, codes: Artifact, out
 
     known = dict(codes.metrics.get("reading", {}))
     if checkpoint_of(str(reward.path), reading).is_plain:
-        shutil.copytree(reward.path, out, dirs_exist_ok=True)
+        shutil.copytree(reward.path, out, ignore=shutil.ignore_patterns(ADAPTER_FOLDER), dirs_exist_ok=True)
         if not (out / SETTINGS).is_file():  # a model from elsewhere
             write_json(known or settings_of(load_pair_tokenizer(reward.path, reading)), out / SETTINGS)
         elif "head" in known:

@@ -170,8 +170,10 @@ def rewards(ctx: StageContext, config: RewardConfig, variants: Sequence[Artifact
 def _write_rewards(
     ctx: StageContext, config: RewardConfig, pairs: dict[str, Artifact], partials: dict[str, Path]
 ) -> dict[str, Result]:
+    from safer_ray.reward.lora import check_targets
     from safer_ray.reward.train import train_reward
 
+    check_targets(config)
     jobs = [
         TrainJob("reward", train_reward, {"pairs": pairs_of(pairs[name]), "config": config}, out)
         for name, out in partials.items()

@@ -71,6 +71,7 @@ def preflight(config: RunConfig) -> None:
         load_probe(config.judge.exchanges)
     if isinstance(config.reward.base, str):
         from safer_ray.reward.checkpoints import layer_count  # here, since it imports torch
+        from safer_ray.reward.lora import check_targets
 
         reward = config.reward
         count = layer_count(config.reward.base, reward, blocks=reward.blocks)
@@ -80,6 +81,7 @@ def preflight(config: RunConfig) -> None:
         ):
             if layer > count:
                 raise UserError(f"{name} {layer} lies past the {count} layers of {reward.base}; choose 1..{count}")
+        check_targets(reward)
     if config.scores.detector == "combined":
         detector_stages.check_shared_trunk(config, "scores.detector: combined")
 

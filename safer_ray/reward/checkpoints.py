@@ -20,10 +20,11 @@ from safer_ray.errors import UserError, explain_disk_errors
 from safer_ray.reward.bases import check_files, checkpoint_of, folder_of, resolve_base
 from safer_ray.reward.by_length import reads_otherwise_past
 from safer_ray.reward.dropout import disable_dropout
-from safer_ray.reward.folder import read_tensor
+from safer_ray.reward.folder import ADAPTER_FOLDER, read_tensor
 from safer_ray.reward.forward import check_padding
 from safer_ray.reward.heads import begin_anew, chosen, of_outputs, open_with_head, own_outputs, tell_other_outputs
 from safer_ray.reward.loaded import check_loaded
+from safer_ray.reward.lora import merged, save_adapter
 from safer_ray.reward.mapped import head_in_float32, mapped_dtype
 from safer_ray.reward.mixed import keep_exact
 from safer_ray.reward.model import RewardModel
@@ -311,7 +312,11 @@ def load_pair_tokenizer(directory: Path, reading: Reading = AS_IT_COMES) -> Pair
 def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
     """A directory that `AutoModelForSequenceClassification.from_pretrained` opens.
 
-    `weights` are whole tensors by name where the model's own are partitioned over a process group.
+    `weights` are whole tensors by name where the model's own are partitioned over a process group. What is trained
+    beside a model (LoRA) is merged into them, and lies apart in the folder `adapter`, too.
+
+    Raises:
+        SaferError: the disk is full.
     """
     settings = settings_of(reward.pairs) | {"frozen_layers": reward.frozen_layers}
     if reward.weights is not None:
@@ -327,10 +332,16 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
 def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None, settings: dict[str, Any]) -> None:
     if reward.pairs.text is not None:  # so that other engines read what it was trained on
         reward.pairs.tokenizer.chat_template = reward.pairs.text
+    said = json.dumps(settings) + "\n"
     with explain_disk_errors(directory):
+        if reward.adapter is not None:
+            weights = reward.model.state_dict() if weights is None else weights
+            save_adapter(reward, directory / ADAPTER_FOLDER, weights)
+            (directory / ADAPTER_FOLDER / SETTINGS).write_text(said, encoding="utf-8")
+            weights = merged(reward.model, weights)
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)
-        (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        (directory / SETTINGS).write_text(said, encoding="utf-8")
 
 
 def keep_head(directory: Path, head: dict[str, Any]) -> None:

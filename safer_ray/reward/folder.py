@@ -14,6 +14,7 @@ CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FOLDER = "adapter"  # of a model that was trained with LoRA, in the model's own
 ADAPTER_BIN = "adapter_model.bin"
 BIN_WEIGHTS = "pytorch_model.bin"
 BIN_INDEX = f"{BIN_WEIGHTS}.index.json"

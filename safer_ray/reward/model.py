@@ -13,6 +13,7 @@ from safer_ray.reward.pretrained import reads_every_token
 from safer_ray.reward.text import PairTokenizer
 
 CPU_BUDGET, GPU_BUDGET = 1024, 16_384  # padded tokens of a micro-batch; a CPU's cache holds few
+LORA = ".lora_"  # in the names of the additions that peft puts beside a layer
 LAYER_LISTS = ("layers", "encoder.layer", "transformer.layer", "h", "decoder.layers", "blocks")
 
 
@@ -29,6 +30,7 @@ class RewardModel:
     pad: int = 0  # fills up batches, where nothing is read
     pads: bool = True  # whether sequences of unlike length run side by side, which moves no reward of most models
     weights: tuple[float, ...] | None = None  # of the outputs of code of a checkpoint's own, where it gives several
+    adapter: Any = None  # peft's configuration of the additions that are trained on it, where there are any
     unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 
     @property
@@ -76,7 +78,11 @@ class RewardModel:
         Raises:
             UserError: the model has none.
         """
-        heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        heads = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == 1 and LORA not in name  # one of rank 1
+        ]
         if not heads:
             raise UserError(f"{self.name}: cannot find the reward head of a {type(self.model).__name__}")
         return heads[-1]

@@ -163,6 +163,24 @@ def in_16_bits(kind: Any, config: Any) -> Any:
     return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
 
 
+def without_weights(checkpoint: Checkpoint, blocks: int | None = None) -> Any:
+    """Return the classifier in a checkpoint, of its first `blocks` alone if they are given, on the meta device: its
+    modules and no numbers; None where it runs code of the checkpoint's own. Raises as `open_config`."""
+    import torch
+    import transformers
+
+    config = open_config(checkpoint)
+    if runs_own_code(config):
+        return None
+    if blocks is not None:
+        config = keep_blocks(config, 0, blocks)
+    auto = getattr(transformers, _auto_class(config))
+    if type(config) not in auto._model_mapping:  # told when it is opened
+        return None
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
 def set_outputs(config: Any, outputs: int) -> None:
     """Give a config so many outputs, and no kind of loss: training here has its own, and transformers opens no config
     that calls one output classes of a single label."""

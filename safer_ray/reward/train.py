@@ -13,6 +13,8 @@ from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
 from safer_ray.reward.forward import trunk_states
+from safer_ray.reward.lora import add_lora
+from safer_ray.reward.loss import bradley_terry, label_margins, loss_of
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import PairTokens, both_sides
@@ -23,7 +25,6 @@ from safer_ray.reward.training_steps import (
     OptimizerOptions,
     RewardStep,
     Workers,
-    bradley_terry,
     bucketed_batches,
     my_share,
     reward_step,
@@ -78,6 +79,7 @@ class _Training:
     workers: Workers
     config: RewardConfig
     options: OptimizerOptions
+    label_margins: Tensor | None = None  # of the pairs that are trained on, where the loss reads them
 
 
 def engine_options(config: RewardConfig, workers: int) -> OptimizerOptions:
@@ -114,9 +116,10 @@ def held_out(training: _Training, batches: _Batches) -> tuple[float, float]:
     return float(sums[0]), float(sums[1])
 
 
-def _pass(training: _Training, batches: _Batches, rows: np.ndarray) -> RewardStep:
-    engine = training.engine
-    return reward_step(training.reward, batches[rows], engine.autocast, batches.known(rows), engine.model)
+def _pass(training: _Training, batches: _Batches, rows: np.ndarray, label_margins: Tensor | None = None) -> RewardStep:
+    engine, loss = training.engine, loss_of(training.config)
+    known = batches.known(rows)
+    return reward_step(training.reward, batches[rows], engine.autocast, known, engine.model, loss, label_margins)
 
 
 def _schedule(config: RewardConfig, rows: int) -> tuple[int, int]:
@@ -146,7 +149,9 @@ def _one_step(training: _Training, train: _Batches, rows: np.ndarray) -> float:
         if not len(mine) and training.workers.size == 1:
             continue
         weight = len(mine) / len(rows)
-        result = _pass(training, train, mine if len(mine) else rows[:1])
+        run = mine if len(mine) else rows[:1]
+        margins = training.label_margins[run] if training.label_margins is not None else None
+        result = _pass(training, train, run, margins)
         training.engine.backward(result.loss * weight)
         total += float(result.loss.detach()) * weight
     return float(training.workers.sum(torch.tensor([total], dtype=torch.float64)))
@@ -171,17 +176,23 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
             f"reward: no pairs left to train on ({given} in {pairs}, {given - len(found)} of them cannot be put to the "
             "model); check sources and filters"
         )
+    margins = None
+    if config.loss == "margin":
+        margins = label_margins(config, trained.columns(["pair_id", "label_margin"]))
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
+    if config.lora is not None:
+        reward = add_lora(reward, config.lora, config.seed)
     train = _Batches(reward, trained)
     validation = _Batches(reward, held) if len(held) else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     parameters = sum(p.numel() for p in reward.model.parameters())
+    changed = sum(p.numel() for p in reward.model.parameters() if p.requires_grad)
     options = engine_options(config, workers.size)
     engine = workers.engine(reward.model, options)
-    training = _Training(reward, engine, workers, config, options)
+    training = _Training(reward, engine, workers, config, options, margins)
     progress = _fit(training, train, validation, out)
     return {
         "train_pairs": len(trained),
@@ -192,6 +203,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         "validation_accuracy": progress.best_accuracy,
         "validation_loss": progress.best_loss,
         "parameters": parameters,
+        "trained_parameters": changed,
         "frozen_layers": config.frozen_layers,
         "workers": workers.size,
         "history": progress.history,

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
         ("held", pa.bool_()),  # out of training, to measure it
+        ("label_margin", pa.float64()),
         *((f"{side}_{name}", kind) for side in SIDES for name, kind in (
             ("ids", IDS), ("types", IDS), ("prompt_tokens", pa.int32()), ("truncated", pa.bool_())
         )),
@@ -120,16 +121,19 @@ def _tokenise_part(
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
     ):
-        for batch in _batches(path, ["pair_id", "row_key", *TEXTS, "group"]):
+        for batch in _batches(path, ["pair_id", "row_key", *TEXTS, "group", "label_margin"]):
             table = pa.Table.from_batches([batch])
             found = reward.pairs.read(table.select(["pair_id", *TEXTS]).to_pylist())
             bad = {i: tokens for i, tokens in enumerate(found) if isinstance(tokens, str)}
             if bad:
                 bad_rows.append(refuse(table, bad))
             held = validation_split(table["group"].to_pylist(), config.validation_percent, config.seed)
-            good = [(t, h) for t, h in zip(found, held.tolist(), strict=True) if not isinstance(t, str)]
+            good = [i for i in range(len(found)) if i not in bad]
             if good:
-                writer.write_batch(as_batch([tokens for tokens, _ in good], [own for _, own in good]))
+                margins = table["label_margin"].take(good).to_pylist()
+                writer.write_batch(
+                    as_batch([tokens for tokens in found if not isinstance(tokens, str)], held[good].tolist(), margins)
+                )
             read += len(table)
     refused, first = 0, []
     if bad_rows:
@@ -143,9 +147,12 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:08}.arrow"
 
 
-def as_batch(tokens: Sequence[PairTokens], held: Sequence[bool]) -> pa.RecordBatch:
+def as_batch(
+    tokens: Sequence[PairTokens], held: Sequence[bool], label_margins: Sequence[float | None] | None = None
+) -> pa.RecordBatch:
     """Return tokenised pairs in `SCHEMA`."""
-    columns: list[Any] = [[t.pair_id for t in tokens], list(held)]
+    margins = [None] * len(tokens) if label_margins is None else list(label_margins)
+    columns: list[Any] = [[t.pair_id for t in tokens], list(held), margins]
     for name in SIDES:
         sides: list[Side] = [getattr(pair, name) for pair in tokens]
         columns += [[s.ids.astype(np.int32) for s in sides]]
@@ -222,6 +229,11 @@ class TrainingPairs:
         """Tokens of the longer side of each pair, int64 [n]."""
         longer = [np.maximum(*(each.ids[side].lengths for side in SIDES)) for each in self.batches]
         return np.concatenate([np.empty(0, np.int64), *longer])[self.numbers]
+
+    def columns(self, names: list[str]) -> pa.Table:
+        """Return columns of `SCHEMA` of all pairs."""
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        return pa.Table.from_batches([each.batch.select(names) for each in self.batches], schema).take(self.numbers)
 
     def split(self) -> tuple[Self, Self]:
         """Return the pairs to train on, and those that are held out."""

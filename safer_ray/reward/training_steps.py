@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import pack_to_train
+from safer_ray.reward.loss import BRADLEY_TERRY, PairLoss
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import alike, unpacked
 from safer_ray.reward.text import PairTokens
@@ -37,13 +38,6 @@ class RewardStep(NamedTuple):
     margin: Float[Tensor, " n"]
 
 
-def bradley_terry(margin: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """-log sigmoid(r_chosen - r_rejected), the mean over pairs."""
-    # Bradley and Terry 1952: P(chosen > rejected) = sigmoid(margin). `logsigmoid` stays finite where log(sigmoid) would
-    # be that of 0.
-    return -nn.functional.logsigmoid(margin).mean()
-
-
 class KnownStates(NamedTuple):
     """The output of block `layer` for the sides of a batch, the chosen ones first; each [length, d]."""
 
@@ -57,6 +51,8 @@ def reward_step(
     bfloat16: bool = False,
     known: KnownStates | None = None,
     run: Callable[..., Any] | None = None,
+    loss: PairLoss = BRADLEY_TERRY,
+    label_margins: Float[Tensor, " n"] | None = None,
 ) -> RewardStep:
     """Return loss and margins of a batch, whose pairs run packed where they can.
 
@@ -76,7 +72,9 @@ def reward_step(
             chosen, rejected = rewards_of(reward, packed, run).float().view(-1, 2).T
         else:
             chosen, rejected = rewards_of(reward, rows, run).float().view(2, -1)
-    return RewardStep(bradley_terry(chosen - rejected), (chosen - rejected).detach())
+    if label_margins is not None:
+        label_margins = label_margins.to(chosen.device)
+    return RewardStep(loss(chosen, rejected, label_margins), (chosen - rejected).detach())
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
@@ -204,6 +202,12 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module that its training changes, by name: what is frozen is its base's."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 class TorchOptimizer:
     """AdamW on a module in one process."""
 
@@ -233,19 +237,20 @@ class TorchOptimizer:
         return self.module.state_dict()
 
     def save(self, directory: Path) -> None:
-        save_tensors({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / TORCH)
+        state = {"module": trained_state(self.module), "optimizer": self.optimizer.state_dict()}
+        save_tensors(state, directory / TORCH)
 
     def load(self, directory: Path) -> None:
         """Raises UserError: the checkpoint is of a module of another shape."""
         state = torch.load(directory / TORCH, weights_only=True, map_location="cpu")
         check_shapes(self.module, state["module"], directory.parent)
-        self.module.load_state_dict(state["module"])
+        self.module.load_state_dict(state["module"], strict=False)  # less what is frozen
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def check_shapes(module: nn.Module, found: dict[str, Tensor], state: Path) -> None:
-    """Raises UserError unless a checkpoint's tensors are those of the module, by name and shape."""
-    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (module.state_dict(), found))
+    """Raises UserError unless a checkpoint's tensors are those of the module that are trained, by name and shape."""
+    wanted, there = ({name: tuple(t.shape) for name, t in own.items()} for own in (trained_state(module), found))
     for name in sorted(wanted.keys() | there.keys()):
         if wanted.get(name) != there.get(name):
             raise UserError(

@@ -17,6 +17,7 @@ from support.sae_vectors import dictionary_vectors, write
 
 import safer_ray.reward.training_steps
 from safer_ray.config.cluster import DeepSpeedConfig, RayConfig
+from safer_ray.config.reward import LoraConfig
 from safer_ray.config.sections import RewardConfig
 from safer_ray.distributed.deepspeed_engine import deepspeed_config
 from safer_ray.distributed.ray_runner import RayRunner
@@ -206,6 +207,31 @@ def test_a_killed_worker_is_replaced_and_the_model_is_the_same_to_the_bit_and_th
     assert_as_plain(plain, tmp_path / "quiet", metrics[0])
     ours, theirs = weights(tmp_path / "loud"), weights(tmp_path / "quiet")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.long), 2, 3]
+)
+def test_lora_is_the_plain_engines_and_goes_on_to_the_bit_from_what_is_trained(reward_dir, pairs_dir, tmp_path, stage):
+    """Behind a frozen block, too; a worker is lost on the way."""
+    lora = {"base": str(reward_dir), "lora": LoraConfig(rank=4, alpha=8), "frozen_layers": 1}
+    config = CONFIG.model_copy(update=lora | {"epochs": 1.0})
+    quiet, loud = (job(tmp_path / name, pairs_dir, config, checkpoints_always) for name in ("quiet", "loud"))
+    loud.arguments["die"] = DiesOnce(tmp_path / "died", rank=1, step=3)
+    plain = job(tmp_path / "plain", pairs_dir, config)
+    (known,) = LocalRunner().train([plain])
+    metrics = ray(stage=stage).train([quiet, loud])
+    assert (tmp_path / "died").exists()
+    assert_as_plain((plain.out, known), quiet.out, metrics[0])
+    assert metrics[0]["trained_parameters"] == known["trained_parameters"]
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(out / file) for out in (loud.out, quiet.out))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (checkpoint,) = (quiet.out / "state").glob("step-*")
+    states = torch.load(next(checkpoint.glob("deepspeed/*model_states.pt")), weights_only=False)
+    assert all(".lora_" in name or name == "score.weight" for name in states["module"])
+    assert not states.get("frozen_param_fragments")
 
 
 def always_dies(out, workers, **arguments):

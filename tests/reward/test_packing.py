@@ -13,9 +13,10 @@ from safer_ray.reward import forward as forward_module
 from safer_ray.reward import packing
 from safer_ray.reward.dropout import disable_dropout, has_dropout
 from safer_ray.reward.forward import can_pack_pair, forward_pairs, pack_to_train
+from safer_ray.reward.loss import bradley_terry
 from safer_ray.reward.packing import last_token, pack, pack_batch, smallest_window
 from safer_ray.reward.text import PairTokens, Side
-from safer_ray.reward.training_steps import bradley_terry, reward_step
+from safer_ray.reward.training_steps import reward_step
 from safer_ray.reward.trunk import cached_trunk
 
 

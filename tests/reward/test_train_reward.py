@@ -19,6 +19,7 @@ from safer_ray.reward import train as module
 from safer_ray.reward import training_steps as training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward
+from safer_ray.reward.loss import bradley_terry
 from safer_ray.reward.split import validation_split
 from safer_ray.reward.train import (
     _Batches,
@@ -34,7 +35,6 @@ from safer_ray.reward.training_steps import (
     OneProcess,
     OptimizerOptions,
     TorchOptimizer,
-    bradley_terry,
     bucketed_batches,
     my_share,
     reward_step,
