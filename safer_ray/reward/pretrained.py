@@ -130,7 +130,7 @@ def open_classifier(
         options["dtype"] = "float32"  # in which it is merged
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     options |= gguf_options() if checkpoint.is_gguf else {}
-    if is_mixed(config, options.get("dtype")):
+    if checkpoint.adapter is None and is_mixed(config, dtype):
         auto = in_16_bits(auto._model_mapping[type(config)], config)
     model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
     strange = set(found["unexpected_keys"])
