@@ -125,7 +125,10 @@ def in_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("bundle", f"{facts['name']}, format {facts['format']}"),
         ("model", f"{model['architecture']}, {model['blocks']} blocks of {model['hidden']}, {origin}"),
-        ("weights", f"{model['held_by']}, {model['dtype']}" + (f"; {', '.join(hashes[:3])}" if hashes else "")),
+        (
+            "weights",
+            f"{model['held_by']}, computes in {model['dtype']}" + (f"; {', '.join(hashes[:3])}" if hashes else ""),
+        ),
         ("text", f"template {reading.get('template', 'auto')}" + (f" ({arguments})" if arguments else "")),
         ("", f"up to {_count(reading.get('max_length'))} tokens, sentence ends {reading['sentence_ends']}"),
         ("layer", f"{sae['layer']}"),

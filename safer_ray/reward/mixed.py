@@ -8,15 +8,7 @@ from torch import Tensor, nn
 
 from safer_ray.reward.loaded import is_of_head
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import is_known
-
-
-def lower_trunk(model: Any, dtype: torch.dtype) -> Any:
-    """Return a model with its trunk's weights in a dtype, as one that was loaded in it has them."""
-    for name, parameter in model.named_parameters():
-        if not is_of_head(name, model):
-            parameter.data = parameter.data.to(dtype)
-    return model
+from safer_ray.reward.pretrained import is_known
 
 
 def keep_exact(reward: RewardModel) -> None:
@@ -31,13 +23,8 @@ def keep_exact(reward: RewardModel) -> None:
     reward.model.get_input_embeddings().register_forward_hook(_as_float32)
     for block in reward.blocks():
         for part in block.children():
-            if any(weight.ndim > 1 for weight in part.parameters()):
+            if any(weight.ndim > 1 for weight in part.parameters()):  # no norm
                 _give_own_dtype(part)
-            else:
-                part.float()
-    for part in reward.model.base_model.children():
-        if all(weight.ndim == 1 for weight in part.parameters()):
-            part.float()
 
 
 def _as_float32(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -48,6 +35,9 @@ def _give_own_dtype(module: nn.Module) -> None:
     dtype = next(module.parameters()).dtype
 
     def change(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dtype == torch.float32:  # its minimum would be infinite
+            named = named | {"attention_mask": mask.clamp(min=torch.finfo(dtype).min)}
         return _in_dtype(inputs, dtype), _in_dtype(named, dtype)
 
     module.register_forward_pre_hook(change, with_kwargs=True)

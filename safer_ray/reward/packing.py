@@ -9,13 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from safer_ray.reward.pretrained import runs_own_code
-
-FAMILIES = (  # causal, and checked to take such a mask
-    *("arcee", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense", "llama"),
-    *("ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3"),
-    *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
-)
+from safer_ray.reward.pretrained import is_known
 
 Index = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]  # row and column of tokens in a micro-batch
 
@@ -101,12 +95,6 @@ def smallest_window(config: Any) -> int | None:
     if getattr(config, "use_sliding_window", None) is False or (kinds and "sliding_attention" not in kinds):
         return None
     return getattr(config, "sliding_window", None)
-
-
-def is_known(config: Any) -> bool:
-    """Return whether a model is of a checked family, whose head is one layer behind the last block's norm."""
-    # A checkpoint may bring a class of its own under a known model_type, whose attention nobody has checked.
-    return config.model_type in FAMILIES and not runs_own_code(config)
 
 
 def can_pack(config: Any) -> bool:

@@ -22,6 +22,12 @@ TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
 ANY_MODEL = "AutoModel"
 NO_ADAPTER = {"subfolder": "no-adapter"}  # where transformers looks for one of peft, which it loads unasked
 PAIRWISE = re.compile(r"PairRM|PairRanker|[Pp]airwise")  # classes of models that read two responses at once
+FAMILIES = (  # causal, and checked to take such a mask
+    *("arcee", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "hunyuan_v1_dense", "llama"),
+    *("ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+    *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +130,7 @@ def open_classifier(
         options["dtype"] = "float32"  # in which it is merged
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # whoever called looks at them
     options |= gguf_options() if checkpoint.is_gguf else {}
-    if is_mixed(config, options.get("dtype")):
+    if checkpoint.adapter is None and is_mixed(config, dtype):
         auto = in_16_bits(auto._model_mapping[type(config)], config)
     model, found = _open(auto, checkpoint, "cannot load a reward model from", bool(own.classifier), **options)
     strange = set(found["unexpected_keys"])
@@ -135,8 +141,7 @@ def open_classifier(
     found = {**found, "unexpected_keys": strange}
     if checkpoint.adapter is None:
         return model, found
-    from safer_ray.reward.adapters import merge_adapter  # here, since these import torch
-    from safer_ray.reward.mixed import lower_trunk
+    from safer_ray.reward.adapters import merge_adapter  # here, since it imports torch
 
     model, found = merge_adapter(checkpoint.name, checkpoint.base, model, found, checkpoint.adapter, blocks)
     if dtype is None:
@@ -154,12 +159,7 @@ def is_mixed(config: Any, dtype: Any) -> bool:
 def in_16_bits(kind: Any, config: Any) -> Any:
     """Return a class of models that is this one, but loads its head, and in a checked family the norms of blocks, in
     float32 whatever dtype it is asked for."""
-    from safer_ray.reward.packing import is_known  # here, since it imports torch
-
-    trunk = re.escape(f"{kind.base_model_prefix}.")
-    kept = {*(kind._keep_in_fp32_modules_strict or ()), rf"^(?!{trunk})", r"\.pooler\."}
-    if is_known(config):
-        kept.add(rf"^{trunk}(?:layers\.\d+\.)?[^.]+norm\.|^{trunk}norm\.")
+    kept = {*(kind._keep_in_fp32_modules_strict or ()), *exact_names(kind.base_model_prefix, config)}
     return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
 
 
@@ -179,6 +179,28 @@ def without_weights(checkpoint: Checkpoint, blocks: int | None = None) -> Any:
         return None
     with torch.device("meta"):
         return auto.from_config(config)
+
+
+def exact_names(trunk: str, config: Any) -> tuple[str, ...]:
+    """Return patterns of the names of weights that stay in float32, in a model that calls its trunk so."""
+    head = rf"^(?!{trunk}\.)", r"\.pooler\."
+    # Without an asterisk, of which transformers makes `.*`; norms inside of attention read no states.
+    return (*head, rf"^{trunk}\.(?:layers\.\d+\.)?[^.]{{0,}}norm\.") if is_known(config) else head
+
+
+def lower_trunk(model: Any, dtype: Any) -> Any:
+    """Return a model with its trunk's weights in a dtype, as one that was loaded in it has them."""
+    exact = re.compile("|".join(exact_names(model.base_model_prefix, model.config)))
+    for name, parameter in model.named_parameters():
+        if not exact.search(name):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def is_known(config: Any) -> bool:
+    """Return whether a model is of a checked family, whose head is one layer behind the last block's norm."""
+    # A checkpoint may bring a class of its own under a known model_type, whose attention nobody has checked.
+    return config.model_type in FAMILIES and not runs_own_code(config)
 
 
 def set_outputs(config: Any, outputs: int) -> None:

@@ -271,3 +271,18 @@ def test_a_folder_that_holds_the_merged_model_wants_no_base(base, sae_dir, pairs
     assert not (files["bundle"] / "reward" / CONFIG).exists()
     np.testing.assert_allclose(rewards_of(load_reward_model(files["bundle"] / "reward"))[1], wanted, atol=1e-6)
     assert AutoModelForSequenceClassification.from_pretrained(files["bundle"] / "reward")
+
+
+def test_in_16_bits_it_is_merged_in_float32_and_its_head_stays_so(base, tmp_path):
+    save_adapter(base, tmp_path / "adapter")
+    whole, half = (load_reward_model(tmp_path / "adapter", reading=Reading(inference_dtype=d)) for d in DTYPES)
+    assert half.model.dtype == torch.bfloat16
+    assert torch.equal(half.head().weight, whole.head().weight)
+    merged = whole.model.state_dict()
+    for name, weight in half.model.state_dict().items():
+        assert torch.equal(weight, merged[name].to(weight.dtype)), name
+    wanted, found = (rewards_of(reward, 12)[1] for reward in (whole, half))
+    assert np.abs(found - wanted).max() <= 0.1 * wanted.std()
+
+
+DTYPES = ("float32", "bfloat16")

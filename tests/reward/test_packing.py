@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.model_types import COMMON, FAMILIES, MORE_PACKED, PAD, build
 
 from safer_ray.reward import forward as forward_module
-from safer_ray.reward import packing
+from safer_ray.reward import pretrained
 from safer_ray.reward.dropout import disable_dropout, has_dropout
 from safer_ray.reward.forward import can_pack_pair, forward_pairs, pack_to_train
 from safer_ray.reward.loss import bradley_terry
@@ -142,7 +142,7 @@ def test_other_causal_models_take_packed_pairs(name):
 
 def test_every_family_that_is_packed_is_tried():
     tried = {build(name).model.config.model_type for name in FAMILIES | MORE_PACKED}
-    assert tried == set(packing.FAMILIES)
+    assert tried == set(pretrained.FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["residual_dropout", "layerdrop", "attention_dropout", "dropout"])
