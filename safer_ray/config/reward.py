@@ -36,7 +36,16 @@ class RewardConfig(Reading):
 
     # `use` is what a model is made of that is not trained, an input.
     unrecorded: ClassVar = frozenset(
-        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS, "use"}
+        {
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "frozen_states_gb",
+            "shards",
+            "adapter_base",
+            "bin_weights",
+            ENDS,
+            "use",
+        }
     )
 
     use: LocalName | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -73,6 +82,9 @@ class RewardConfig(Reading):
     """Compute activations again in the backward pass: less memory, more time."""
     frozen_layers: Annotated[int, Field(ge=0)] = 0
     """Embeddings and blocks 1 to n stay as they are, and run only once."""
+    frozen_states_gb: Annotated[float | None, Field(gt=0)] = None
+    """Disk that the states behind frozen blocks may take while a model is trained, in GB; they are computed once, and
+    kept in half precision beside the checkpoints. Default: nine tenths of what is free there."""
     disable_dropout: bool = True
     """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
