@@ -52,7 +52,17 @@ class RewardConfig(Reading):
 
     # `use` is what a model is made of that is not trained, an input.
     unrecorded: ClassVar = frozenset(
-        {"micro_batch_size", "gradient_checkpointing", "shards", "adapter_base", "bin_weights", ENDS, PRECISION, "use"}
+        {
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "frozen_states_gb",
+            "shards",
+            "adapter_base",
+            "bin_weights",
+            ENDS,
+            PRECISION,
+            "use",
+        }
     )
 
     use: LocalName | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -103,6 +113,9 @@ class RewardConfig(Reading):
     """Of `loss: smoothed`, which needs it."""
     centre: float = Field(default=0, ge=0, exclude_if=lambda value: not value)
     """Coefficient of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0, say 0.01."""
+    frozen_states_gb: Annotated[float | None, Field(gt=0)] = None
+    """Disk that the states behind frozen blocks may take while a model is trained, in GB; they are computed once, and
+    kept in half precision beside the checkpoints. Default: nine tenths of what is free there."""
     disable_dropout: bool = True
     """Put both sides of a pair through the same network; a model made on the spot has no dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"

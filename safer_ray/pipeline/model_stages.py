@@ -162,6 +162,8 @@ def rewards(ctx: StageContext, config: RewardConfig, variants: Sequence[Artifact
     shown, base = config.recorded(), {}
     if isinstance(config.base, str):
         shown, base = config.recorded("base"), {"base": base_input(str(located.base), located)}
+    if config.frozen_layers:  # other numbers than of the float32 that they were; no other recipe is renamed
+        shown |= {"frozen_states": "float16"}
     recipes = [recipe("reward", shown, **base, pairs=pairs) for pairs in variants]
     pairs_by_name = {made.name: pairs for made, pairs in zip(recipes, variants, strict=True)}
     return ctx.place.make_all(recipes, partial(_write_rewards, ctx, located, pairs_by_name))

@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
-from safer_ray.reward.forward import trunk_states
+from safer_ray.reward.frozen_states import FrozenStates, frozen_states
 from safer_ray.reward.lora import add_lora
 from safer_ray.reward.loss import bradley_terry, label_margins, loss_of
 from safer_ray.reward.model import RewardModel
-from safer_ray.reward.packing import unpacked
-from safer_ray.reward.text import PairTokens, both_sides
+from safer_ray.reward.text import PairTokens
 from safer_ray.reward.training_pairs import TrainingPairs, all_texts, open_tokenised, tokenise
 from safer_ray.reward.training_steps import (
     KnownStates,
@@ -46,17 +44,11 @@ class Progress:
 
 
 class _Batches:
-    """Tokenised pairs, and what the frozen blocks make of them, computed once and without dropout."""
+    """Tokenised pairs, and what the frozen blocks make of them, where there are any."""
 
-    def __init__(self, reward: RewardModel, pairs: TrainingPairs) -> None:
-        reward.model.eval()
-        self.pairs = pairs
+    def __init__(self, pairs: TrainingPairs, layer: int = 0, states: FrozenStates | None = None) -> None:
+        self.pairs, self.layer, self.states = pairs, layer, states
         self.lengths = pairs.lengths
-        self.layer = reward.frozen_layers
-        self.states: list[Tensor] = []  # chosen, then rejected of each pair in turn; empty where nothing is frozen
-        for start in range(0, len(pairs) if self.layer else 0, 1024):
-            sides = both_sides(pairs[np.arange(start, min(start + 1024, len(pairs)))])
-            self.states += trunk_states(reward, [unpacked(side.ids, side.types) for side in sides])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -65,9 +57,7 @@ class _Batches:
         return self.pairs[rows]
 
     def known(self, rows: np.ndarray) -> KnownStates | None:
-        if not self.layer:
-            return None
-        return KnownStates(self.layer, [self.states[2 * i + side] for side in (0, 1) for i in rows])
+        return None if self.states is None else KnownStates(self.layer, self.states[self.pairs.numbers[rows]])
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     Exact resume: a run killed anywhere continues from the last checkpoint and ends with the same weights on CPU.
 
     Raises:
-        UserError: no pairs left to train on.
+        UserError: no pairs left to train on, fewer than there are workers, or no room for what frozen blocks give.
         SaferError: the loss became NaN.
     """
     quiet_transformers()
@@ -176,15 +166,23 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
             f"reward: no pairs left to train on ({given} in {pairs}, {given - len(found)} of them cannot be put to the "
             "model); check sources and filters"
         )
+    if workers.size > len(trained):
+        raise UserError(
+            f"reward: {workers.size} workers for {len(trained)} pairs to train on: some would have none; lower "
+            "ray.train_workers, or train on more pairs"
+        )
     margins = None
     if config.loss == "margin":
         margins = label_margins(config, trained.columns(["pair_id", "label_margin"]))
+    states = None
     if config.frozen_layers:
         reward = reward.freeze(config.frozen_layers)
+        reward.model.eval()  # so that they are without dropout
+        states = frozen_states(reward, found, workers, config.frozen_states_gb)
     if config.lora is not None:
         reward = add_lora(reward, config.lora, config.seed)
-    train = _Batches(reward, trained)
-    validation = _Batches(reward, held) if len(held) else train
+    train = _Batches(trained, reward.frozen_layers, states)
+    validation = _Batches(held, reward.frozen_layers, states) if len(held) else train
     if config.gradient_checkpointing:
         model = reward.model  # older versions of transformers know only the second name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

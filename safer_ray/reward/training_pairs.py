@@ -225,10 +225,15 @@ class TrainingPairs:
         return np.cumsum([0, *(each.batch.num_rows for each in self.batches)])
 
     @cached_property
+    def side_lengths(self) -> np.ndarray:
+        """Tokens of the chosen and the rejected side of each pair, int64 [n, 2]."""
+        sides = [np.stack([each.ids[side].lengths for side in SIDES], axis=1) for each in self.batches]
+        return np.concatenate([np.empty((0, 2), np.int64), *sides])[self.numbers]
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of the longer side of each pair, int64 [n]."""
-        longer = [np.maximum(*(each.ids[side].lengths for side in SIDES)) for each in self.batches]
-        return np.concatenate([np.empty(0, np.int64), *longer])[self.numbers]
+        return np.asarray(self.side_lengths.max(axis=1))
 
     def columns(self, names: list[str]) -> pa.Table:
         """Return columns of `SCHEMA` of all pairs."""

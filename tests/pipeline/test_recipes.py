@@ -37,6 +37,7 @@ RUNS = {
         "fragment_rows=7",
         "reward.micro_batch_size=8",
         "reward.gradient_checkpointing=true",
+        "reward.frozen_states_gb=5",
         "reward.shards=2",
         "sae.micro_batch_size=16",
         "sae.tensorboard=true",

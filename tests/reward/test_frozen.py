@@ -107,7 +107,9 @@ def test_training_leaves_the_trunk_as_it_was_and_is_that_of_a_trunk_that_runs(
     monkeypatch.setattr("safer_ray.reward.train._Batches.known", lambda self, rows: None)
     _, whole = train(reward_dir, pairs_dir, tmp_path / "whole", frozen_layers=2)
     for name, tensor in cached.items():
-        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-4)  # as in test_ray_train
+        # States are rounded to half precision: a gradient that is nearly zero may turn, and with it a step of Adam.
+        assert (tensor - whole[name]).abs().mean() < 1e-5
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=5e-3)
 
 
 def test_a_remembered_trunk_runs_once_a_text_and_changes_nothing(model):

@@ -227,7 +227,7 @@ def training_of(reward, workers, **changes):
 
 
 def batches_of(reward, pairs):
-    return _Batches(reward, TrainingPairs.of([as_batch(reward.pairs(pairs.to_pylist()), [False] * len(pairs))]))
+    return _Batches(TrainingPairs.of([as_batch(reward.pairs(pairs.to_pylist()), [False] * len(pairs))]))
 
 
 def gradients(reward, pairs, workers, **changes):
@@ -549,6 +549,14 @@ def test_a_checkpoint_is_due_when_its_time_has_come(engine, tmp_path, monkeypatc
     checkpoints.write(engine, {})
     checkpoints.close(1)
     assert not checkpoints.due()
+
+
+def test_more_workers_than_pairs_are_one_line(tmp_path):
+    write_parts(make_pairs(3), tmp_path / "pairs", 3)
+    workers = OneOfMany(tmp_path / "state", 0, 5)
+    config = RewardConfig(base=TINY, max_length=96, validation_percent=0)
+    with pytest.raises(UserError, match=r"^reward: 5 workers for 3 pairs to train on: .*; lower ray"):
+        train_reward(tmp_path / "pairs", tmp_path / "out", config, workers)
 
 
 def test_texts_for_a_tokenizer_are_all_messages():
