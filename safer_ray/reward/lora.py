@@ -1,6 +1,7 @@
 """Train low-rank additions to a reward model's blocks (LoRA) in place of its weights: put them in, merge them, and
 export them as peft has them."""
 
+import logging
 import re
 import warnings
 from dataclasses import replace
@@ -24,6 +25,7 @@ from safer_ray.reward.pretrained import without_weights
 
 NAME = "default"  # of an adapter in a model, in peft
 SHOWN = 12  # names of layers in an error
+log = logging.getLogger(__name__)
 
 
 def add_lora(reward: RewardModel, lora: LoraConfig, seed: int) -> RewardModel:
@@ -59,7 +61,14 @@ def check_targets(config: RewardConfig) -> None:
     """
     if config.lora is None or not isinstance(config.base, str):
         return
-    model = without_weights(checkpoint_of(config.base, config), config.blocks)
+    checkpoint = checkpoint_of(config.base, config)
+    if checkpoint.adapter is not None:
+        log.warning(
+            "reward.lora: %s is an adapter itself, and the one that is trained opens on what it makes of its base: "
+            "name a folder of that with adapter_base",
+            config.base,
+        )
+    model = without_weights(checkpoint, config.blocks)
     if model is not None:  # else its own code would run, which it does when training begins
         target_layers(RewardModel(model, None, config.base, config.frozen_layers), config.lora)  # type: ignore[arg-type]
 

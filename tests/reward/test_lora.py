@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.made import make_pairs
-from transformers import AutoModelForSequenceClassification
+from support.reward_models import save_reward_model_of
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from safer_ray.config.reading import Reading
 from safer_ray.config.reward import LORA_RATE, LoraConfig
@@ -39,8 +40,6 @@ def model_dir(request):
 
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory):
-    from support.reward_models import save_reward_model_of
-
     return save_reward_model_of("GPT-2", tmp_path_factory.mktemp("gpt2"))
 
 
@@ -254,3 +253,13 @@ def test_gradients_are_those_of_padded_pairs_and_of_blocks_that_run_again(llama,
     assert_close(gradients(reward, reward_step(reward, batch).loss), wanted)
     reward.model.activation_checkpointing_disable()
     assert_close(gradients(reward, reward_step(reward, batch).loss), wanted)
+
+
+def test_an_adapter_reads_where_its_model_does_though_its_base_takes_the_end_of_a_text_for_padding(pairs_dir, tmp_path):
+    base = save_reward_model_of("Llama, DeepSeek's template", tmp_path / "base")
+    train(base, pairs_dir, tmp_path / "out", max_length=256)
+    merged, adapted = (load_reward_model(tmp_path / name) for name in ("out", "out/adapter"))
+    pad = AutoConfig.from_pretrained(base).pad_token_id
+    sides, rewards = rewards_of(merged)
+    assert {int(ids[-1]) for ids in sides} == {pad} != {merged.unread}
+    np.testing.assert_allclose(rewards_of(adapted)[1], rewards, atol=1e-4)
