@@ -100,7 +100,7 @@ class RewardConfig(Reading):
     to be wrong; or the chosen reward is to be higher by the pair's `label_margin`, in units of the reward and 0 where
     it has none: -log sigmoid(r_chosen - r_rejected - label_margin) (Llama 2). Held-out loss is always the first."""
     label_smoothing: float | None = Field(default=None, gt=0, lt=0.5, exclude_if=lambda value: value is None)
-    """Of `loss: smoothed`, which needs it."""
+    """Below 0.5; of `loss: smoothed`, which needs it."""
     centre: float = Field(default=0, ge=0, exclude_if=lambda value: not value)
     """Coefficient of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0, say 0.01."""
     disable_dropout: bool = True

@@ -16,6 +16,7 @@ from safer_ray.config.reading import Reading
 from safer_ray.config.reward import LORA_RATE, LoraConfig
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
+from safer_ray.pipeline.feature_stages import _write_reward_model
 from safer_ray.reward import training_steps
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward, pack_to_train, trunk_states
@@ -23,7 +24,8 @@ from safer_ray.reward.lora import add_lora, check_targets
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
-from safer_ray.reward.training_steps import KnownStates, OneProcess, reward_step
+from safer_ray.reward.training_steps import KnownStates, OneProcess, OptimizerOptions, TorchOptimizer, reward_step
+from safer_ray.storage.artifacts import Artifact
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -263,3 +265,26 @@ def test_an_adapter_reads_where_its_model_does_though_its_base_takes_the_end_of_
     sides, rewards = rewards_of(merged)
     assert {int(ids[-1]) for ids in sides} == {pad} != {merged.unread}
     np.testing.assert_allclose(rewards_of(adapted)[1], rewards, atol=1e-4)
+
+
+def test_a_checkpoint_that_holds_what_is_frozen_too_is_gone_on_from(llama, tmp_path):
+    def fresh():
+        return TorchOptimizer(llama().model, OptimizerOptions(1e-2))
+
+    made, other = fresh(), fresh()
+    with torch.no_grad():
+        made.module.score.weight.fill_(1.0)
+    whole = {"module": made.module.state_dict(), "optimizer": made.optimizer.state_dict()}
+    torch.save(whole, tmp_path / "torch.pt")
+    other.load(tmp_path)
+    assert torch.equal(other.module.score.weight, made.module.score.weight)
+
+
+def test_a_bundle_holds_the_merged_model_alone(reward_dir, pairs_dir, tmp_path):
+    train(reward_dir, pairs_dir, tmp_path / "out")
+    _write_reward_model(
+        Reading(), Artifact(tmp_path / "out", "reward"), Artifact(tmp_path, "codes"), tmp_path / "bundle"
+    )
+    wanted, found = (rewards_of(load_reward_model(tmp_path / name))[1] for name in ("out", "bundle"))
+    np.testing.assert_array_equal(found, wanted)
+    assert not (tmp_path / "bundle/adapter").exists()
