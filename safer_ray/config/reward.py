@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from safer_ray.config.reading import ENDS, Reading
 from safer_ray.config.values import Frozen, LocalName, OrLocalName, Share
@@ -31,7 +31,14 @@ class TinyLlamaConfig(Frozen):
         return self
 
 
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 LORA_RATE = 2e-4  # learning rate of low-rank additions, which want about ten times that of whole matrices
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str) and value != ALL_LINEAR:
+        raise ValueError(f"write a list of names, as [{value}], or {ALL_LINEAR}")
+    return value
 
 
 class LoraConfig(Frozen):
@@ -42,7 +49,9 @@ class LoraConfig(Frozen):
     """Of an addition B A to a matrix."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """An addition is scaled by alpha / rank."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_listed)
+    ] = ALL_LINEAR
     """Which linear layers of the blocks: how their names end, as `[q_proj, v_proj]`, or all of them, which any family
     has, and which comes closest to full training (Dettmers et al. 2023, arXiv 2305.14314)."""
 

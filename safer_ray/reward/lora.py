@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safer_ray.config.reward import LoraConfig, RewardConfig
+from safer_ray.config.reward import ALL_LINEAR, LoraConfig, RewardConfig
 from safer_ray.data.hub import PREFIX, split_name
 from safer_ray.errors import UserError
 from safer_ray.reward.adapters import PREFIX as ADAPTED
 from safer_ray.reward.bases import checkpoint_of
-from safer_ray.reward.folder import ADAPTER_WEIGHTS
+from safer_ray.reward.folder import ADAPTER, ADAPTER_WEIGHTS
 from safer_ray.reward.gguf import is_gguf
 from safer_ray.reward.loaded import is_of_head
 from safer_ray.reward.model import LORA, RewardModel
 from safer_ray.reward.pretrained import without_weights
+from safer_ray.storage.files import read_json, write_json
 
 NAME = "default"  # of an adapter in a model, in peft
 SHOWN = 12  # names of layers in an error
@@ -89,7 +90,7 @@ def target_layers(reward: RewardModel, lora: LoraConfig) -> list[str]:
             f"reward.lora: {reward.name} has no linear layer in the blocks behind frozen_layers {reward.frozen_layers} "
             f"of {len(blocks)}; lower it, or leave lora out"
         )
-    if lora.targets == "all-linear":
+    if lora.targets == ALL_LINEAR:
         return list(found)
     for target in lora.targets:
         if not any(_ends_in(name, target) for name in found):
@@ -157,3 +158,6 @@ def save_adapter(reward: RewardModel, folder: Path, weights: dict[str, Tensor]) 
             own[f"{ADAPTED}{name}"] = tensor.contiguous()
     save_file(own, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     reward.adapter.save_pretrained(str(folder))
+    said = read_json(folder / ADAPTER)
+    # peft writes them in another order in every process.
+    write_json(said | {name: sorted(said[name]) for name in ("target_modules", "modules_to_save")}, folder / ADAPTER)

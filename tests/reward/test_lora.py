@@ -110,6 +110,7 @@ def test_exports_open_with_transformers_and_with_peft_on_the_base(base, pairs_di
     assert metrics["trained_parameters"] < metrics["parameters"] / 2
     written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
+    assert written["target_modules"] == sorted(written["target_modules"])
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
@@ -197,6 +198,7 @@ def test_additions_want_a_block_that_is_not_frozen(reward_dir):
         ({"use": "some"}, "all of a finished model's .use. are frozen; set frozen_layers to fewer"),
         ({"base": "some", "lora": {"targets": []}}, "at least 1 item"),
         ({"base": "some", "lora": {"rank": 0}}, "greater than 0"),
+        ({"base": "some", "lora": {"targets": "q_proj"}}, r"write a list of names, as \[q_proj\], or all-linear"),
     ],
 )
 def test_what_cannot_be_adapted_is_an_error_of_the_config(values, said):
