@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from safer_ray.config.reading import ENDS, PRECISION, Reading
 from safer_ray.config.values import Frozen, LocalName, OrLocalName, Share
@@ -31,7 +31,14 @@ class TinyLlamaConfig(Frozen):
         return self
 
 
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 LORA_RATE = 2e-4  # learning rate of low-rank additions, which want about ten times that of whole matrices
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str) and value != ALL_LINEAR:
+        raise ValueError(f"write a list of names, as [{value}], or {ALL_LINEAR}")
+    return value
 
 
 class LoraConfig(Frozen):
@@ -42,7 +49,9 @@ class LoraConfig(Frozen):
     """Of an addition B A to a matrix."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """An addition is scaled by alpha / rank."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_listed)
+    ] = ALL_LINEAR
     """Which linear layers of the blocks: how their names end, as `[q_proj, v_proj]`, or all of them, which any family
     has, and which comes closest to full training (Dettmers et al. 2023, arXiv 2305.14314)."""
 
@@ -110,7 +119,7 @@ class RewardConfig(Reading):
     to be wrong; or the chosen reward is to be higher by the pair's `label_margin`, in units of the reward and 0 where
     it has none: -log sigmoid(r_chosen - r_rejected - label_margin) (Llama 2). Held-out loss is always the first."""
     label_smoothing: float | None = Field(default=None, gt=0, lt=0.5, exclude_if=lambda value: value is None)
-    """Of `loss: smoothed`, which needs it."""
+    """Below 0.5; of `loss: smoothed`, which needs it."""
     centre: float = Field(default=0, ge=0, exclude_if=lambda value: not value)
     """Coefficient of (r_chosen + r_rejected)^2 in the loss, which keeps rewards around 0, say 0.01."""
     frozen_states_gb: Annotated[float | None, Field(gt=0)] = None

@@ -232,7 +232,7 @@ def load_reward_model(
     else:
         model, tokenizer = _load_pretrained(str(directory), dtype, reading, whole=True)
     wrapped = _wrap(model, tokenizer, how, how.max_length, directory.name, before)
-    unread = config.get_text_config().pad_token_id
+    unread = how.pad if how.pad is not None else config.get_text_config().pad_token_id
     wrapped = replace(wrapped, frozen_layers=how.frozen_layers, before=before, window=window, unread=unread)
     wrapped.model.eval().to(device)
     if is_mixed(config, dtype):
@@ -332,16 +332,16 @@ def save_reward_model(reward: RewardModel, directory: Path, weights: dict[str, T
 def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | None, settings: dict[str, Any]) -> None:
     if reward.pairs.text is not None:  # so that other engines read what it was trained on
         reward.pairs.tokenizer.chat_template = reward.pairs.text
-    said = json.dumps(settings) + "\n"
     with explain_disk_errors(directory):
         if reward.adapter is not None:
             weights = reward.model.state_dict() if weights is None else weights
             save_adapter(reward, directory / ADAPTER_FOLDER, weights)
-            (directory / ADAPTER_FOLDER / SETTINGS).write_text(said, encoding="utf-8")
+            pad = {"pad": reward.unread} if reward.unread is not None else {}
+            (directory / ADAPTER_FOLDER / SETTINGS).write_text(json.dumps(settings | pad) + "\n", encoding="utf-8")
             weights = merged(reward.model, weights)
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)
-        (directory / SETTINGS).write_text(said, encoding="utf-8")
+        (directory / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def keep_head(directory: Path, head: dict[str, Any]) -> None:

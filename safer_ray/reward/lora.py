@@ -1,6 +1,7 @@
 """Train low-rank additions to a reward model's blocks (LoRA) in place of its weights: put them in, merge them, and
 export them as peft has them."""
 
+import logging
 import re
 import warnings
 from dataclasses import replace
@@ -11,19 +12,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safer_ray.config.reward import LoraConfig, RewardConfig
+from safer_ray.config.reward import ALL_LINEAR, LoraConfig, RewardConfig
 from safer_ray.data.hub import PREFIX, split_name
 from safer_ray.errors import UserError
 from safer_ray.reward.adapters import PREFIX as ADAPTED
 from safer_ray.reward.bases import checkpoint_of
-from safer_ray.reward.folder import ADAPTER_WEIGHTS
+from safer_ray.reward.folder import ADAPTER, ADAPTER_WEIGHTS
 from safer_ray.reward.gguf import is_gguf
 from safer_ray.reward.loaded import is_of_head
 from safer_ray.reward.model import LORA, RewardModel
 from safer_ray.reward.pretrained import without_weights
+from safer_ray.storage.files import read_json, write_json
 
 NAME = "default"  # of an adapter in a model, in peft
 SHOWN = 12  # names of layers in an error
+log = logging.getLogger(__name__)
 
 
 def add_lora(reward: RewardModel, lora: LoraConfig, seed: int) -> RewardModel:
@@ -59,7 +62,14 @@ def check_targets(config: RewardConfig) -> None:
     """
     if config.lora is None or not isinstance(config.base, str):
         return
-    model = without_weights(checkpoint_of(config.base, config), config.blocks)
+    checkpoint = checkpoint_of(config.base, config)
+    if checkpoint.adapter is not None:
+        log.warning(
+            "reward.lora: %s is an adapter itself, and the one that is trained opens on what it makes of its base: "
+            "name a folder of that with adapter_base",
+            config.base,
+        )
+    model = without_weights(checkpoint, config.blocks)
     if model is not None:  # else its own code would run, which it does when training begins
         target_layers(RewardModel(model, None, config.base, config.frozen_layers), config.lora)  # type: ignore[arg-type]
 
@@ -80,7 +90,7 @@ def target_layers(reward: RewardModel, lora: LoraConfig) -> list[str]:
             f"reward.lora: {reward.name} has no linear layer in the blocks behind frozen_layers {reward.frozen_layers} "
             f"of {len(blocks)}; lower it, or leave lora out"
         )
-    if lora.targets == "all-linear":
+    if lora.targets == ALL_LINEAR:
         return list(found)
     for target in lora.targets:
         if not any(_ends_in(name, target) for name in found):
@@ -148,3 +158,6 @@ def save_adapter(reward: RewardModel, folder: Path, weights: dict[str, Tensor]) 
             own[f"{ADAPTED}{name}"] = tensor.contiguous()
     save_file(own, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     reward.adapter.save_pretrained(str(folder))
+    said = read_json(folder / ADAPTER)
+    # peft writes them in another order in every process.
+    write_json(said | {name: sorted(said[name]) for name in ("target_modules", "modules_to_save")}, folder / ADAPTER)

@@ -34,7 +34,7 @@ from safer_ray.storage.recipes import read_manifest
 log = logging.getLogger(__name__)
 SETTINGS = "safer_ray.json"  # beside the weights
 DTYPE = "dtype"  # in what a manifest says of its artifact: the one that its values were computed in
-SAID = ("template", "max_length", "frozen_layers", "arguments", "system", "truncation", "text", "head")
+SAID = ("template", "max_length", "frozen_layers", "pad", "arguments", "system", "truncation", "text", "head")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class HowItReads:
     system: str = "template"
     truncation: str = "cut"
     text: str | None = None  # a chat template in place of the tokenizer's
+    pad: int | None = None  # of an adapter made here: behind which its rewards are read, where its base has another
     head: HeadConfig | None = None  # which of several outputs is the reward
     sentence_ends: SentenceEnds = EVERY_SCRIPT
     inference_dtype: Precision | Literal["auto"] = AUTO
@@ -92,7 +93,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     known = (AUTO, *TEMPLATES)
     if settings.get("template", AUTO) not in known:
         raise UserError(f"{file}: template {settings['template']!r} is unknown; choose {', '.join(known)}")
-    for name, least in (("max_length", 1), ("frozen_layers", 0)):
+    for name, least in (("max_length", 1), ("frozen_layers", 0), ("pad", 0)):
         value = settings.get(name, least)
         if type(value) is not int or value < least:
             raise UserError(f"{file}: {name} is {value!r}, wanted a whole number from {least} on")

@@ -9,12 +9,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.made import make_pairs
-from transformers import AutoModelForSequenceClassification
+from support.reward_models import save_reward_model_of
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from safer_ray.config.reading import Reading
 from safer_ray.config.reward import LORA_RATE, LoraConfig
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import UserError
+from safer_ray.pipeline.feature_stages import _write_reward_model
 from safer_ray.reward import training_steps
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
 from safer_ray.reward.forward import forward, pack_to_train, trunk_states
@@ -22,7 +24,8 @@ from safer_ray.reward.lora import add_lora, check_targets
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import both_sides
 from safer_ray.reward.train import train_reward
-from safer_ray.reward.training_steps import KnownStates, OneProcess, reward_step
+from safer_ray.reward.training_steps import KnownStates, OneProcess, OptimizerOptions, TorchOptimizer, reward_step
+from safer_ray.storage.artifacts import Artifact
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -39,8 +42,6 @@ def model_dir(request):
 
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory):
-    from support.reward_models import save_reward_model_of
-
     return save_reward_model_of("GPT-2", tmp_path_factory.mktemp("gpt2"))
 
 
@@ -109,6 +110,7 @@ def test_exports_open_with_transformers_and_with_peft_on_the_base(base, pairs_di
     assert metrics["trained_parameters"] < metrics["parameters"] / 2
     written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
+    assert written["target_modules"] == sorted(written["target_modules"])
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
@@ -196,6 +198,7 @@ def test_additions_want_a_block_that_is_not_frozen(reward_dir):
         ({"use": "some"}, "all of a finished model's .use. are frozen; set frozen_layers to fewer"),
         ({"base": "some", "lora": {"targets": []}}, "at least 1 item"),
         ({"base": "some", "lora": {"rank": 0}}, "greater than 0"),
+        ({"base": "some", "lora": {"targets": "q_proj"}}, r"write a list of names, as \[q_proj\], or all-linear"),
     ],
 )
 def test_what_cannot_be_adapted_is_an_error_of_the_config(values, said):
@@ -254,3 +257,36 @@ def test_gradients_are_those_of_padded_pairs_and_of_blocks_that_run_again(llama,
     assert_close(gradients(reward, reward_step(reward, batch).loss), wanted)
     reward.model.activation_checkpointing_disable()
     assert_close(gradients(reward, reward_step(reward, batch).loss), wanted)
+
+
+def test_an_adapter_reads_where_its_model_does_though_its_base_takes_the_end_of_a_text_for_padding(pairs_dir, tmp_path):
+    base = save_reward_model_of("Llama, DeepSeek's template", tmp_path / "base")
+    train(base, pairs_dir, tmp_path / "out", max_length=256)
+    merged, adapted = (load_reward_model(tmp_path / name) for name in ("out", "out/adapter"))
+    pad = AutoConfig.from_pretrained(base).pad_token_id
+    sides, rewards = rewards_of(merged)
+    assert {int(ids[-1]) for ids in sides} == {pad} != {merged.unread}
+    np.testing.assert_allclose(rewards_of(adapted)[1], rewards, atol=1e-4)
+
+
+def test_a_checkpoint_that_holds_what_is_frozen_too_is_gone_on_from(llama, tmp_path):
+    def fresh():
+        return TorchOptimizer(llama().model, OptimizerOptions(1e-2))
+
+    made, other = fresh(), fresh()
+    with torch.no_grad():
+        made.module.score.weight.fill_(1.0)
+    whole = {"module": made.module.state_dict(), "optimizer": made.optimizer.state_dict()}
+    torch.save(whole, tmp_path / "torch.pt")
+    other.load(tmp_path)
+    assert torch.equal(other.module.score.weight, made.module.score.weight)
+
+
+def test_a_bundle_holds_the_merged_model_alone(reward_dir, pairs_dir, tmp_path):
+    train(reward_dir, pairs_dir, tmp_path / "out")
+    _write_reward_model(
+        Reading(), Artifact(tmp_path / "out", "reward"), Artifact(tmp_path, "codes"), tmp_path / "bundle"
+    )
+    wanted, found = (rewards_of(load_reward_model(tmp_path / name))[1] for name in ("out", "bundle"))
+    np.testing.assert_array_equal(found, wanted)
+    assert not (tmp_path / "bundle/adapter").exists()
