@@ -12,9 +12,8 @@ from safer_ray import schema
 from safer_ray.config.reading import AS_IT_COMES, Reading
 from safer_ray.config.sections import ScoresConfig, SourceConfig
 from safer_ray.data.sources import NormalisePairs
-from safer_ray.errors import UserError
 from safer_ray.features.bundle import scorer, vector_layers
-from safer_ray.features.passes import EncodePairs, MeanVectors
+from safer_ray.features.passes import EncodePairs
 from safer_ray.formats.messages import fields_of
 from safer_ray.reward.forward import Forward
 from safer_ray.reward.referred import reward_folder
@@ -25,7 +24,6 @@ from safer_ray.storage.artifacts import Artifact
 from safer_ray.storage.work import WHOLE, Part
 
 CARRIED = ("source", "section", "labels", "label_margin", "notes")
-MEANS = ("response", "prompt")  # vectors that the `combined` detector reads
 
 
 class PreparePairs:
@@ -47,55 +45,30 @@ class PreparePairs:
 
 
 class AuditPairs(EncodePairs):
-    """Batch function: pairs -> SCORES: one forward pass, and one more where the detector reads mean vectors."""
+    """Batch function: pairs -> SCORES, by one forward pass."""
 
     def __init__(
         self, auditor: Artifact, config: ScoresConfig, part: Part = WHOLE, reading: Reading = AS_IT_COMES
     ) -> None:
         super().__init__(reward_folder(auditor.path), auditor.path / "sae", part, reading)
         self.auditor = auditor
-        self.reading = reading
-        self.vectors: MeanVectors | None = None
         self.configure(config)
 
     def configure(self, config: ScoresConfig) -> None:
         """Score and suspect by another config from now on; the model stays.
 
         Raises:
-            UserError: the bundle holds no such detector, or the model is in parts and the detector needs it whole.
+            UserError: the bundle holds no such detector.
         """
         score = scorer(self.auditor, config)
-        layers = vector_layers(self.auditor) if config.detector == "combined" else []
-        if layers and self.part.of > 1:
-            raise UserError(
-                "the `combined` detector reads mean vectors, which a model in parts does not give; choose another"
-            )
-        if layers and self.vectors is None:
-            self.vectors = MeanVectors(reward_folder(self.auditor.path), layers, reading=self.reading)
-        elif not layers:
-            self.vectors = None
+        self.add_means(vector_layers(self.auditor) if config.detector == "combined" else [])
         self.score = score
-
-    def read(self, pairs: pa.Table) -> tuple[pa.Table | None, dict[int, str]]:
-        if self.vectors is None:
-            return super().read(pairs)
-        means, reasons = self.vectors.read(pairs)
-        if means is None:
-            return None, reasons
-        kept = [i for i in range(len(pairs)) if i not in reasons]
-        pairs = pairs.take(pa.array(kept, pa.int64()))
-        for name in MEANS:
-            pairs = pairs.append_column(f"mean_{name}", means[name])
-        made, more = super().read(pairs)
-        return made, reasons | {kept[i]: reason for i, reason in more.items()}
 
     def coded(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         """Codes, and what else scores are made of."""
         codes = super().finish(pairs, tokens, found)
         for name in ("row_key", "extra"):
             codes = codes.append_column(name, pairs[name])
-        for name in MEANS if self.vectors is not None else ():
-            codes = codes.append_column(name, pairs[f"mean_{name}"])
         return codes
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 
+from safer_ray.detection.local_probe import Local, fit_local
+from safer_ray.errors import UserError
 from safer_ray.strategies import random_order
 
-LOCAL = 5.0  # how much more the pairs of a like prompt count
 FILE = "combined.safetensors"
 PARTS = ("margin", "score", "effect_size", "features", "probe", "local_probe")
 
@@ -41,22 +42,6 @@ class Linear(NamedTuple):
 
     def __call__(self, values: sp.csr_matrix | np.ndarray) -> np.ndarray:
         return np.asarray(values @ self.weights).ravel()
-
-
-class Local(NamedTuple):
-    """A support vector machine on response vectors, to which pairs count more the more alike their prompts are."""
-
-    response: Float[ndarray, "m d"]  # of the support pairs, scaled
-    prompt: Float[ndarray, "m d"]  # of length 1
-    dual: Float[ndarray, " m"]
-    scale: Float[ndarray, " d"]
-    centre: Float[ndarray, " d"]
-    spread: Float[ndarray, " d"]
-
-    def __call__(self, response: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-        # Prompts that have nothing in common are no evidence against each other: the cosine is cut off at 0.
-        likeness = np.maximum(_unit((prompt - self.centre) / self.spread) @ self.prompt.T, 0)
-        return ((response / self.scale) @ self.response.T * (1 + LOCAL * likeness)) @ self.dual
 
 
 def fit_linear(
@@ -88,26 +73,6 @@ def fit_effect(contrast: sp.csr_matrix) -> Linear:
     mean = np.asarray(contrast.mean(axis=0)).ravel()
     square = np.asarray(contrast.power(2).mean(axis=0)).ravel()
     return Linear(mean / np.sqrt(np.maximum(square, 1e-12)))
-
-
-def fit_local(response: np.ndarray, prompt: np.ndarray, sign: np.ndarray) -> Local:
-    """The kernel is the inner product of two responses times 1 + 5 max(0, cosine of their prompts)."""
-    from sklearn.svm import SVC
-
-    scale = np.maximum(np.sqrt((response**2).mean(axis=0)), 1e-9)
-    centre, spread = prompt.mean(axis=0), np.maximum(prompt.std(axis=0), 1e-9)
-    scaled, near = response / scale, _unit((prompt - centre) / spread)
-    kernel = scaled @ scaled.T * (1 + LOCAL * np.maximum(near @ near.T, 0))
-    # Scaled to a mean diagonal of 1, so that C means the same whatever the width of the vectors.
-    size = kernel.diagonal().mean()
-    model = SVC(C=0.3, kernel="precomputed", cache_size=500).fit(kernel / size * np.outer(sign, sign), sign)
-    # Only these carry weight; all others need not be kept in the bundle.
-    held = model.support_
-    return Local(scaled[held], near[held], model.dual_coef_[0] * sign[held] / size, scale, centre, spread)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
 class Combined(NamedTuple):
@@ -146,7 +111,18 @@ class Combined(NamedTuple):
 
 
 def load_combined(directory: Path) -> Combined:
+    """Read what `Combined.save` wrote.
+
+    Raises:
+        UserError: an earlier version wrote it.
+    """
     arrays = load_file(directory / FILE)
+    missing = [name for name in Local._fields if f"local.{name}" not in arrays]
+    if missing:
+        raise UserError(
+            f"{directory / FILE} has no local.{missing[0]}: an earlier version fitted this detector, in a form that is "
+            "no longer read; build the bundle again, or pass --detector reward_margin"
+        )
     effect, features, probe, weights = (Linear(arrays[name]) for name in ("effect", "features", "probe", "weights"))
     local = Local(*(arrays[f"local.{name}"] for name in Local._fields))
     return Combined(effect, features, probe, local, weights)
@@ -175,7 +151,7 @@ def _fit_parts(read: Readings, sign: np.ndarray) -> Combined:
         fit_effect(read.contrast),
         fit_linear(root(read.contrast), sign, 0.3),
         fit_linear(read.response, sign, 0.03),
-        fit_local(read.response, read.prompt, sign),
+        fit_local(read.response, read.prompt),
         Linear(np.ones(len(PARTS))),
     )
 

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from safer_ray.detection.combined import Readings, fit_combined, fit_effect, fit_linear, fit_local, root, shown, splits
+from safer_ray.detection.combined import Readings, fit_combined, fit_effect, fit_linear, root, shown, splits
+from safer_ray.detection.local_probe import fit_local
 from safer_ray.strategies import random_order
 
 NEIGHBOURS = 20
@@ -156,10 +157,10 @@ def probe(known: Evidence) -> np.ndarray:
 @detector
 def local_probe(known: Evidence) -> np.ndarray:
     """A support vector machine on the same differences, to which pairs count more the more alike their prompts are."""
-    response, prompt, sign = known.read.response, known.read.prompt, shown(known.pair_id)
+    response, prompt = known.read.response, known.read.prompt
     out = np.zeros(len(known.pair_id))
     for train, held in splits(known.fold):
-        out[held] = -fit_local(response[train], prompt[train], sign[train])(response[held], prompt[held])
+        out[held] = -fit_local(response[train], prompt[train])(response[held], prompt[held])
     return out
 
 

@@ -231,19 +231,51 @@ def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
 
 
 class EncodePairs(ReadsPairs):
-    """Batch function: pairs -> codes and rewards."""
+    """Batch function: pairs -> codes and rewards, and beside them the mean vectors of layers where some are asked for,
+    all of one pass."""
 
     rewards = True
 
     def __init__(self, reward: Path, sae: Path, part: Part = WHOLE, reading: Reading = AS_IT_COMES) -> None:
-        layer = sae_layer(sae)
-        self.layers = (layer,)
+        self.layer = sae_layer(sae)
+        self.layers = (self.layer,)
+        self.mean_layers: tuple[int, ...] = ()
         super().__init__(reward, part, reading)
-        self.encoder = Encoder(self.reward, layer, load_sae(sae)) if part.last else None
+        self.encoder = Encoder(self.reward, self.layer, load_sae(sae)) if part.last else None
+
+    def add_means(self, layers: Sequence[int]) -> None:
+        """Give the mean vectors of these layers, too, from now on: columns `response` and `prompt`, as `MeanVectors`
+        has them.
+
+        Raises:
+            UserError: the model has no such layer.
+        """
+        if self.part.last:
+            for layer in layers:
+                self.reward.check_layer(layer)
+        self.mean_layers = tuple(sorted(layers))
+        self.layers = tuple(sorted({self.layer, *layers}))
+
+    def positions(self, tokens: list[PairTokens]) -> list[np.ndarray]:
+        return positions_of(tokens, all_tokens=bool(self.mean_layers))
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
         assert self.encoder is not None
-        return codes_table(self.encoder.encoded(tokens, found))
+        if not self.mean_layers:
+            return codes_table(self.encoder.encoded(tokens, found))
+        assert found.hidden is not None
+        own = self._columns((self.layer,))
+        read = [h[:, own][ends] for h, ends in zip(found.hidden, positions_of(tokens), strict=True)]
+        codes = codes_table(self.encoder.encoded(tokens, found._replace(hidden=read)))
+        columns = self._columns(self.mean_layers)
+        for name, values in mean_vectors(tokens, found.hidden, columns).items():
+            codes = codes.append_column(name, _lists(values))
+        return codes
+
+    def _columns(self, layers: Sequence[int]) -> Tensor:
+        """Return where the vectors of layers stand among those of all that are read."""
+        width = self.reward.hidden_size
+        return torch.cat([torch.arange(width) + self.layers.index(layer) * width for layer in layers])
 
 
 def head_differences(reward: RewardModel, tokens: list[PairTokens]) -> np.ndarray:
@@ -280,22 +312,25 @@ class MeanVectors(ReadsPairs):
         return positions_of(tokens, all_tokens=True)
 
     def finish(self, pairs: pa.Table, tokens: list[PairTokens], found: Forward) -> pa.Table:
-        starts = [side.n_prompt for side in both_sides(tokens)]
-        hidden = found.hidden or []
-        zero = torch.zeros(self.reward.hidden_size * len(self.layers))
-        prompt, response = (
-            np.stack([(side.mean(0) if len(side) else zero).numpy() for side in part])
-            for part in (
-                [h[:start] for h, start in zip(hidden, starts, strict=True)],
-                [h[start:] for h, start in zip(hidden, starts, strict=True)],
-            )
+        width = self.reward.hidden_size * len(self.layers)
+        means = mean_vectors(tokens, found.hidden or [], torch.arange(width))
+        columns = {"pair_id": pairs["pair_id"], **{name: _lists(values) for name, values in means.items()}}
+        return pa.table(columns, schema=schema.vectors(width))
+
+
+def mean_vectors(tokens: list[PairTokens], hidden: Sequence[Tensor], columns: Tensor) -> dict[str, np.ndarray]:
+    """Return of every pair what its chosen response's tokens have on average more than the rejected one's, `response`,
+    and what its prompt's tokens have, `prompt`: float32 [n, columns]; `hidden` is of all tokens of both sides."""
+    zero = torch.zeros(len(columns))
+    starts = [side.n_prompt for side in both_sides(tokens)]
+    prompt, response = (
+        np.stack([(side.mean(0)[columns] if len(side) else zero).numpy() for side in part])
+        for part in (
+            [h[:start] for h, start in zip(hidden, starts, strict=True)],
+            [h[start:] for h, start in zip(hidden, starts, strict=True)],
         )
-        columns = {
-            "pair_id": pairs["pair_id"],
-            "response": _lists(response[0::2] - response[1::2]),
-            "prompt": _lists((prompt[0::2] + prompt[1::2]) / 2),
-        }
-        return pa.table(columns, schema=schema.vectors(len(zero)))
+    )
+    return {"response": response[0::2] - response[1::2], "prompt": (prompt[0::2] + prompt[1::2]) / 2}
 
 
 class RewardPairs(ReadsPairs):

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
 
 from safer_ray.detection import detectors
 from safer_ray.detection.combined import Readings, fit_combined, load_combined, splits
 from safer_ray.detection.detectors import DETECTORS, Evidence, fitted
 from safer_ray.detection.quality import measure
+from safer_ray.errors import UserError
 from safer_ray.features.codes import contrasts
 
 N, LATENTS = 900, 40
@@ -142,6 +144,18 @@ def test_a_saved_detector_says_the_same(tmp_path):
     model.save(tmp_path)
     assert (load_combined(tmp_path)(KNOWN.read) == model(KNOWN.read)).all()
     assert set(model.weights_by_part()) == {"margin", "score", "effect_size", "features", "probe", "local_probe"}
+
+
+def test_a_detector_of_an_earlier_version_is_refused_with_the_remedy(tmp_path):
+    """Its local probe held support pairs."""
+    model, _ = fit_combined(KNOWN.read, KNOWN.fold, KNOWN.pair_id)
+    model.save(tmp_path)
+    kept = load_file(tmp_path / "combined.safetensors")
+    old = {name: values for name, values in kept.items() if name not in ("local.weights", "local.landmarks")}
+    save_file(old | {"local.dual": np.ones(3)}, tmp_path / "combined.safetensors")
+    told = "no local.weights: an earlier version fitted this detector, .*; build the bundle again, or pass --detector"
+    with pytest.raises(UserError, match=told):
+        load_combined(tmp_path)
 
 
 def test_pairs_of_like_prompts_teach_a_local_probe_more():

@@ -77,8 +77,15 @@ def sae4_dir(tmp_path_factory):
     return directory
 
 
+def codes_with_means(reward, sae, **part):
+    function = EncodePairs(reward, sae, **part)
+    function.add_means((1, 2, 4))
+    return function
+
+
 def functions(reward, sae):
     return {
+        "codes and means": lambda **part: codes_with_means(reward, sae, **part),
         "codes": lambda **part: EncodePairs(reward, sae, **part),
         "activations": lambda **part: EncodeActivations(reward, 4, "ends", **part),
         "all tokens": lambda **part: EncodeActivations(reward, 4, "all", **part),
@@ -92,7 +99,9 @@ def in_parts(make, shards):
     return whole_function(MapJob("any", None, make, None, shards=shards))
 
 
-@pytest.mark.parametrize("kind", ["codes", "activations", "all tokens", "vectors", "rewards", "heads"])
+@pytest.mark.parametrize(
+    "kind", ["codes", "codes and means", "activations", "all tokens", "vectors", "rewards", "heads"]
+)
 def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind):
     rows = TokenisePairs(family_dir)(PAIRS)
     make = functions(family_dir, sae4_dir)[kind]
@@ -100,6 +109,15 @@ def test_parts_give_what_the_whole_model_gives(family_dir, sae4_dir, kind):
     wanted = pa.concat_tables([whole(rows.slice(i, 1)) for i in range(len(rows))])  # each pair alone
     for shards in (1, 2, 4):
         assert_same_rows(in_parts(make, shards)(rows), wanted, f"{kind} in {shards} parts")
+
+
+def test_codes_and_means_of_one_pass_are_those_of_two(family_dir, sae4_dir):
+    rows = TokenisePairs(family_dir)(PAIRS)
+    both = codes_with_means(family_dir, sae4_dir)(rows)
+    codes = EncodePairs(family_dir, sae4_dir)(rows)
+    means = MeanVectors(family_dir, (1, 2, 4))(rows)
+    assert_same_rows(both.select(codes.column_names), codes, "codes")
+    assert_same_rows(both.select(means.column_names), means, "means")
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from support.made import EXCHANGE, write_parts
 from support.same_rows import assert_same_rows
 from support.tiny_run import audited, tables, tiny_config
 
+from safer_ray.audit.score import AuditPairs
 from safer_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
@@ -25,6 +26,7 @@ from safer_ray.config.sections import (
 )
 from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
+from safer_ray.features import passes
 from safer_ray.features.bundle import best_detector
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import KIND, margins
@@ -35,6 +37,7 @@ from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext, pairs_of
 from safer_ray.storage.artifacts import Place, open_artifact, part_files, read_parts
+from safer_ray.storage.work import Part
 
 FOLDS = 3
 
@@ -205,6 +208,28 @@ def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_p
     contrast = contrasts(codes, len(model.effect.weights))
     said = model(Readings(margins(codes), read["score"].to_numpy(), contrast, *matrices))
     assert spearmanr(read["suspicion"].to_numpy(), -said).statistic > 0.99
+
+
+def test_an_audit_by_it_reads_every_pair_once(suspected, pairs_dir, tmp_path, monkeypatch):
+    bundle = open_artifact(suspected.artifacts["auditor"].path, "auditor")
+    read, forward = [], passes.forward_pairs
+
+    def counted(reward, tokens, **asked):
+        read.extend(pair.pair_id for pair in tokens)
+        return forward(reward, tokens, **asked)
+
+    monkeypatch.setattr(passes, "forward_pairs", counted)
+    scores = audited(ScoresConfig(detector="combined"), pairs_dir, bundle, tmp_path)
+    assert len(read) == len(scores) > 0
+
+
+def test_a_model_in_parts_suspects_by_it_as_the_whole_does(suspected, pairs_dir):
+    bundle = open_artifact(suspected.artifacts["auditor"].path, "auditor")
+    config, rows = ScoresConfig(detector="combined"), read_parts(pairs_dir)
+    rows = rows.append_column("texts", pa.array(["{}"] * len(rows)))
+    whole = AuditPairs(bundle, config)(rows)
+    halves = [AuditPairs(bundle, config, Part(number, 2)) for number in range(2)]
+    assert_same_rows(halves[1](halves[0](rows)), whole, "in two parts")
 
 
 def test_a_bundle_without_one_says_how_to_get_one(made, pairs_dir, tmp_path):

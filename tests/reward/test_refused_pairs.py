@@ -233,18 +233,21 @@ def test_an_audit_fails_above_its_share_and_goes_on_with_a_larger_one(bundle, tm
     assert [path.stat().st_mtime_ns for path in (out / "scores").iterdir()] == before
 
 
-def test_the_combined_detector_refuses_what_either_reading_refuses(bundle, tmp_path, monkeypatch):
-    """Its mean vectors come of a pass of their own, which may fail where the other does not."""
+def test_a_pair_whose_other_layers_are_not_finite_is_refused_where_mean_vectors_are_read(bundle, monkeypatch):
     score = AuditPairs(bundle, ScoresConfig(detector="safer", flag_quantile=0.3))
-    score.vectors = MeanVectors(bundle.path / "reward", (1,))
-    refuse = MeanVectors._not_finite
+    score.add_means((1, 2))
+    forward = AuditPairs._forward
 
-    def another(self, found):
-        return refuse(self, found) | ({0: "NaN or infinite values: here"} if type(self) is MeanVectors else {})
+    def spoiled(self, pairs, tokens):
+        found = forward(self, pairs, tokens)
+        found.hidden[0] = found.hidden[0].clone()
+        found.hidden[0][0, 0] = torch.inf  # of the first pair's prompt, at a token that ends no sentence
+        return found
 
-    monkeypatch.setattr(MeanVectors, "_not_finite", another)
+    monkeypatch.setattr(AuditPairs, "_forward", spoiled)
     made, reasons = score.read(with_snow())
     assert sorted(reasons) == [0, 4]
+    assert reasons[0].startswith("NaN or infinite values: layer 1, 2 of ")
     assert made["pair_id"].to_pylist() == [f"pair-{i:03}" for i in range(1, 9)]
 
 
