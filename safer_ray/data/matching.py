@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 
 from safer_ray import schema
 from safer_ray.data.rows import parse_row
-from safer_ray.formats.declaration import NOTED, Half, Options, Refused, check_count, digest
+from safer_ray.formats.declaration import NOTED, Half, Halver, Options, Refused, Row, check_count, digest
 from safer_ray.formats.matched import MATCHED, PAIRS, UNMATCHED
 from safer_ray.formats.messages import spoken
-from safer_ray.formats.registry import FORMATS
+from safer_ray.formats.registry import CARRIED, FORMATS, without_carried
+from safer_ray.formats.tables import Table, as_told
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.files import move, stamp
 from safer_ray.storage.locations import cache_folder
 from safer_ray.storage.rows import read_rows
 
 ALONE = "no preference: no other row of this prompt has the other label, or a pair has them"
+VERSION = 2  # of what is written
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,8 @@ class _Rows(NamedTuple):
     """Rows of a file that are read, and how."""
 
     path: Path
-    format: str
+    table: Table
+    options: Options
     limit: int
     encoding: str | None
 
@@ -40,7 +43,7 @@ class _Sides(NamedTuple):
     rejected: list[int]
 
 
-def matched_file(path: Path, format: str, options: Options, limit: int, encoding: str | None = None) -> Path:
+def matched_file(path: Path, table: Table, options: Options, limit: int, encoding: str | None = None) -> Path:
     """Return the file of what the first `limit` rows of a file make: pairs as `prompt`, `chosen`, `rejected` and
     `labels`; and the rows without a partner or with a reason to refuse them, each with that.
 
@@ -48,14 +51,15 @@ def matched_file(path: Path, format: str, options: Options, limit: int, encoding
         UserError: the file is damaged.
     """
     kind = options.get("pairs", PAIRS[0])
-    name = digest(schema.to_json([str(path), *stamp(path), format, kind, limit, encoding, NOTED]))[:20]
+    carried = options.get(CARRIED, "")
+    name = digest(schema.to_json([str(path), *stamp(path), table, kind, carried, limit, encoding, VERSION]))[:20]
     made = cache_folder("matched") / f"{name}.jsonl"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         begun = made.with_name(f".{name}-{os.getpid()}")
-        _write(_Rows(path, format, limit, encoding), kind, begun)
+        _write(_Rows(path, table, options, limit, encoding), kind, begun)
         move(begun, made)
-    log.warning("%s: rows of one response each (format %s) are matched by their prompts", path, format)
+    log.warning("%s: rows of one response each (format %s) are matched by their prompts", path, table.format)
     return made
 
 
@@ -93,10 +97,16 @@ def _pairs(source: _Rows, partners: Mapping[int, Sequence[int]]) -> Iterator[dic
         if isinstance(half, _Bad) or position not in partners:
             reason = half.reason if isinstance(half, _Bad) else ALONE
             raw = half.raw if isinstance(half, _Bad) else schema.to_json(half._asdict())
-            yield {"prompt": raw[:RAW_LIMIT], "chosen": "", "rejected": "", MATCHED: source.format, UNMATCHED: reason}
+            yield {
+                "prompt": raw[:RAW_LIMIT],
+                "chosen": "",
+                "rejected": "",
+                MATCHED: source.table.format,
+                UNMATCHED: reason,
+            }
             continue
         for other in [other for other in partners[position] if other in held]:
-            yield _pair({position: half, other: held[other]}) | {MATCHED: source.format}
+            yield _pair({position: half, other: held[other]}) | {MATCHED: source.table.format}
             for done in (position, other):
                 left[done] -= 1
             if not left[other]:
@@ -129,17 +139,25 @@ class _Bad(NamedTuple):
 
 def _halves(source: _Rows) -> Iterator[tuple[int, Half | _Bad]]:
     """Yield the position of each row, and what it holds or why it is none of the format's rows."""
-    match = FORMATS[source.format].match
+    match = FORMATS[source.table.format].match
     assert match is not None
     for position, raw, refused in read_rows(source.path, 0, source.limit, encoding=source.encoding):
         try:
             if refused is not None:
                 raise Refused(refused)
-            half = match(parse_row(raw))
+            half = _half(match, parse_row(raw), source)
         except Refused as reason:
             yield position, _Bad(raw, str(reason))
             continue
         yield position, half
+
+
+def _half(match: Halver, row: Row, source: _Rows) -> Half:
+    """Return what a row holds; columns that are carried ride along."""
+    seen, notes = as_told(without_carried(row, source.options), source.table)
+    half = match(seen)
+    carried = {name: value for name, value in row.items() if name not in seen}
+    return half._replace(rest={**half.rest, **carried}, notes=(*half.notes, *notes))
 
 
 def _key(half: Half) -> str:

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ import pyarrow.compute as pc
 from safer_ray import schema
 from safer_ray.config.sections import SourceConfig
 from safer_ray.config.where import meets, parse_where
+from safer_ray.data.heads import table_as_stamped
 from safer_ray.data.matching import matched_file
 from safer_ray.data.partitions import Columns, contradiction, partition_columns
 from safer_ray.data.rows import parse_row
-from safer_ray.data.shapes import shape_of
 from safer_ray.data.source_files import Found, file_name, find_files
 from safer_ray.errors import UserError
 from safer_ray.formats.declaration import Options, Refused, digest, identity
 from safer_ray.formats.matched import MATCHED
 from safer_ray.formats.messages import characters, messages_json, without_incidents
-from safer_ray.formats.registry import AUTO, FORMATS, check_options, detect_format, expanded, read_pair, row_format
+from safer_ray.formats.registry import AUTO, FORMATS, expanded, read_pair, row_format
+from safer_ray.formats.tables import Table, table_from_json
 from safer_ray.schema import RAW_LIMIT
 from safer_ray.storage.artifacts import Fragment
 from safer_ray.storage.columnar import UTF8
@@ -40,6 +40,7 @@ RAW = pa.schema(
         ("source_index", pa.int32()),
         ("position", pa.int64()),  # 0-based line of a text file, record of a CSV, row of Parquet or Arrow
         ("format", pa.string()),  # the source's, or the one detected from the head of the file
+        ("table", pa.string()),  # what that says of all rows, as JSON (`formats.tables.Table`)
         ("raw", pa.string()),  # the row as JSON text
         ("refused", pa.string()),
     ]
@@ -57,40 +58,9 @@ NORMALISED = pa.schema(
 
 log = logging.getLogger(__name__)
 FRAGMENT_BYTES = 32 * 2**20
-HEAD = 100  # rows that the format is detected from
 
 
 # Fragments
-
-
-def _head(path: Path, encoding: str | None) -> list[dict[str, Any]]:
-    """The first rows that are readable, up to `HEAD`."""
-    return list(islice(_readable(path, encoding), HEAD))
-
-
-def _readable(path: Path, encoding: str | None) -> Iterator[dict[str, Any]]:
-    for _, raw, refused in read_rows(path, 0, 10 * HEAD, encoding=encoding):
-        with contextlib.suppress(Refused):
-            if refused is None:
-                yield parse_row(raw)
-
-
-def _format(path: Path, source: SourceConfig) -> str:
-    """The source's format, or the one detected from the head of the file (canonical where no row can be read)."""
-    if source.format != AUTO:
-        return source.format
-    head = _head(path, source.encoding)
-    if instead := shape_of(head):
-        raise UserError(f"{path}: {instead}")
-    try:
-        found = detect_format(head) if head else "canonical"
-    except UserError as error:
-        raise UserError(f"{path}: {error}; a file that is no data is left out by a glob, say *.jsonl") from None
-    try:
-        check_options(found, source.asked())
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return found
 
 
 def plan_sources(
@@ -123,12 +93,12 @@ def _plan_pairs(
     path: Path, source: SourceConfig, rows: int, size: int, formats: dict[Path, str] | None
 ) -> list[Fragment]:
     """Return a file as fragments; of one with a response a row, the pairs that its rows make."""
-    format = _format_as_stamped(path, stamp(path)[1], source)
-    if FORMATS[format].match is None:
+    table = table_as_stamped(path, stamp(path)[1], source)
+    if FORMATS[table.format].match is None:
         return plan_file(path, source, rows, size, formats=formats)
     if formats is not None:
-        formats[path] = format
-    made = matched_file(path, format, source.asked(), source.limit or 2**62, source.encoding)
+        formats[path] = table.format
+    made = matched_file(path, table, source.options(), source.limit or 2**62, source.encoding)
     return plan_file(made, source.model_copy(update={"format": MATCHED, "limit": None}), rows, size)
 
 
@@ -172,7 +142,7 @@ def plan_file(
     """
     with explained(path):
         size_now, etag = stamp(path)
-    format = _format_as_stamped(path, etag, source)
+    format = table_as_stamped(path, etag, source).format
     if FORMATS[format].match is not None:
         raise UserError(
             f"{path} holds one response a row (format {format}), which only `safer-ray pairs --source` matches by "
@@ -241,23 +211,13 @@ def _is_as_planned(path: Path, found: tuple[int, str], fragment: Fragment) -> bo
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _format_of(uri: str, etag: str, source: SourceConfig) -> str:
-    return _format(as_path(uri), source)
-
-
-def _format_as_stamped(path: Path, etag: str, source: SourceConfig) -> str:
-    """As `_format`, of a file as it was stamped, read once a process."""
-    return _format_of(str(path), etag, source) if etag else _format(path, source)
-
-
 def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
     name = fragment.file or file_name(path, source)
-    format = _format_as_stamped(path, fragment.etag, source)
+    table = table_as_stamped(path, fragment.etag, source)
     rows = []
     columns = partition_columns(_name_below(file_name(path, source), fragment.file))
     read = read_rows(path, fragment.start, fragment.stop, fragment.offset, source.encoding)
-    for position, raw, refused in _pieces(read, format, source.options()):
+    for position, raw, refused in _pieces(read, table.format, source.options()):
         if columns and refused is None:
             raw, refused = _with_partitions(raw, columns)
         if refused and refused.startswith(f"bad {UTF8}: at character"):  # of text, that is
@@ -265,7 +225,8 @@ def _read_raw(path: Path, fragment: Fragment, source: SourceConfig) -> pa.Table:
         if refused is None and len(raw) > MAX_ROW:
             raw, refused = raw[:RAW_LIMIT], f"too long: {len(raw)} characters, limit {MAX_ROW}"
         rows.append((position, raw, refused))
-    return _as_raw(rows, name, {"source": source.name or name, "source_index": fragment.source, "format": format})
+    shared = {"source": source.name or name, "source_index": fragment.source}
+    return _as_raw(rows, name, shared | {"format": table.format, "table": table.to_json()})
 
 
 def _as_raw(rows: Sequence[RawRow], name: str, shared: Mapping[str, Any]) -> pa.Table:
@@ -341,14 +302,14 @@ def _extra(row: dict[str, Any], used: set[str | None]) -> str | None:
 
 
 def normalise_row(
-    row: dict[str, Any], format: str, source: SourceConfig, options: Options, max_chars: int
+    row: dict[str, Any], table: Table, source: SourceConfig, options: Options, max_chars: int
 ) -> dict[str, Any]:
     """One row as the fields of `schema.PAIRS`, all but `row_key` and `source`.
 
     Raises:
         Refused: the row is no usable pair; the text says why.
     """
-    pair = read_pair(row, format, options)
+    pair = read_pair(row, table.format, options, table)
     length = characters(pair.prompt) + max(characters(pair.chosen), characters(pair.rejected))
     if length > max_chars:
         raise Refused(f"too long: {length} characters, limit {max_chars}")
@@ -404,6 +365,19 @@ def in_part(group: str, source: SourceConfig) -> bool:
     return holdout == (source.part == "holdout")
 
 
+@functools.lru_cache(maxsize=1024)
+def _as_table(text: str) -> Table:
+    return table_from_json(text)
+
+
+def _table_of(raw_row: Mapping[str, Any], row: dict[str, Any], source: SourceConfig) -> Table:
+    """Return what is known of the file of a row; of one without a file its format."""
+    if raw_row.get("table"):
+        return _as_table(raw_row["table"])
+    format = raw_row.get("format") or source.format
+    return Table((row_format(row) or "canonical") if format == AUTO else format)
+
+
 class NormalisePairs:
     """Batch function: raw rows (columns `RAW`) to pairs, or to reasons; no row raises.
 
@@ -441,8 +415,7 @@ class NormalisePairs:
             if raw_row["refused"]:
                 raise Refused(raw_row["refused"])
             row = parse_row(raw)
-            format = raw_row.get("format") or source.format
-            format = (row_format(row) or "canonical") if format == AUTO else format
-            return normalise_row(row, format, source, self.options[raw_row["source_index"]], self.max_chars)
+            options = self.options[raw_row["source_index"]]
+            return normalise_row(row, _table_of(raw_row, row, source), source, options, self.max_chars)
         except Refused as refused:
             return {"pair_id": identity(row)[0], "refused": str(refused), "raw": raw[:RAW_LIMIT]}

@@ -150,6 +150,7 @@ LLMBAR = PreferenceFormat(
     "input, output_1, output_2, label",
     canonical,
     llmbar,
+    ordered=True,
 )
 HHH = PreferenceFormat("hhh", ("input", "targets"), "input, targets with choices and labels", canonical, hhh)
 REWARDBENCH = PreferenceFormat(

@@ -231,12 +231,12 @@ def with_system(row: Row, pair: Pair) -> Pair:
     return pair
 
 
-def check_nothing_dropped(row: Row, pair: Pair, carried: Collection[str]) -> None:
+def check_nothing_dropped(row: Row, pair: Pair) -> None:
     """Raises Refused where a column that looks like a part of the prompt says what the prompt does not: a text that is
     none of its messages or their lines, messages that are none of the pair's, or an image."""
     for name in sorted(_LOOKS_LIKE_IT.intersection(row) - pair.used):
         value = row[name]
-        if name in carried or value in EMPTY:
+        if value in EMPTY:
             continue
         if name in MEDIA:
             raise Refused(

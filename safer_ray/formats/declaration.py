@@ -20,6 +20,7 @@ MOST_PAIRS = 10_000  # of one row
 MAX_DEPTH = 200  # of lists and mappings in each other
 NO_PREFERENCE = "no preference"  # how reasons of ties begin: they are left out, and count as no damage of a file
 NOTED = "safer_ray_notes"  # the column of notes in rows that are made of others
+OWN_MARGIN = "safer_ray_margin"  # of the margin that a layout's own numbers tell, in rows that are made of others
 LARGEST = 3.4028234663852886e38  # number that float32 holds
 
 
@@ -78,6 +79,9 @@ class PreferenceFormat:
     several: bool = False  # whether a row may hold more than one pair where its source says nothing
     match: Halver | None = None  # of a data set with one response a row: pairs are rows of one prompt, one a side
     detected: bool = True  # False: taken only where a config names it
+    ordered: bool = (
+        False  # whether a row has a first and a second response: its margins may be the first's less the other's
+    )
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a source, and their values, default first
 
     def fits(self, row: Row) -> bool:

@@ -59,4 +59,5 @@ PKU_SAFERLHF = PreferenceFormat(
     pku_saferlhf,
     holds=lambda row: bool(row.keys() & {"safer_response_id", "better_response_id"}) and not has_sides(row),
     options={"prefer": ("safer", "better")},
+    ordered=True,
 )

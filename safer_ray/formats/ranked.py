@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from safer_ray.formats.canonical import by_any_prompt, canonical
 from safer_ray.formats.declaration import (
     NOTED,
+    OWN_MARGIN,
     Options,
     PreferenceFormat,
     Refused,
@@ -162,7 +163,7 @@ def generations(row: Row, options: Options) -> list[Row]:
 def _with_margins(rows: list[Row]) -> list[Row]:
     """Rows with the difference of their two scores."""
     return [
-        row | {"label_margin": float(row["labels"]["chosen_score"]) - float(row["labels"]["rejected_score"])}
+        row | {OWN_MARGIN: float(row["labels"]["chosen_score"]) - float(row["labels"]["rejected_score"])}
         for row in rows
     ]
 

@@ -4,16 +4,18 @@ A format is one declaration, `PreferenceFormat`, and one entry here.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from safer_ray.errors import UserError
 from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
-from safer_ray.formats.canonical import PROMPTS, check_nothing_dropped, with_system
+from safer_ray.formats.canonical import PROMPTS, by_any_prompt, canonical, check_nothing_dropped, with_system
 from safer_ray.formats.declaration import (
     NOTED,
+    OWN_MARGIN,
     Options,
     Pair,
     PreferenceFormat,
@@ -23,11 +25,12 @@ from safer_ray.formats.declaration import (
     as_number,
     as_text,
 )
-from safer_ray.formats.matched import KTO, MATCHED_ROWS, WILDGUARDMIX
+from safer_ray.formats.matched import KTO, MATCHED_ROWS, UNMATCHED, WILDGUARDMIX
 from safer_ray.formats.messages import say_the_same
 from safer_ray.formats.notes import notes_of
 from safer_ray.formats.pku import PKU_SAFERLHF
 from safer_ray.formats.ranked import DISTILABEL, NECTAR, ULTRAFEEDBACK_RAW
+from safer_ray.formats.tables import ANY, Table, as_told, check_table, table_of
 from safer_ray.formats.two_responses import (
     ARENA,
     ARENA_CONVERSATIONS,
@@ -78,7 +81,7 @@ FORMATS: dict[str, PreferenceFormat] = {
     )
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
-CARRIED = "carried"  # the option that names columns which look like the prompt and are none, joined by commas
+CARRIED = "carried"  # the option that names columns which no reader of a row sees, joined by commas
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
 MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin", "score_diff")
@@ -91,6 +94,8 @@ SCORES = (  # of the two sides, under the names that data sets give them
 BY_SIDE = ("scores", "ratings", "votes", "rewards")  # mappings of `chosen` and `rejected` to numbers
 
 
+_BY_FIRST_PROMPT = (canonical, by_any_prompt, sides.ultrafeedback)  # whose prompt is the first that a row has
+EVIDENCE = (*((name,) for name in MARGINS), *SCORES)  # columns of margins, in the order in which they are read
 _EVIDENCE = frozenset((*MARGINS, *BY_SIDE, *(one for one, _ in SCORES)))
 _NUMBERS = frozenset((*MARGINS, *(name for both in SCORES for name in both)))
 
@@ -105,17 +110,26 @@ def expanded(row: Row, format: str, options: Options = NONE) -> list[Row]:
     return [row] if expand is None else expand(row, options)
 
 
-def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
-    """Return one row of `format` as a pair, with its margin, its labels and notes on it.
+def without_carried(row: Row, options: Options) -> Row:
+    """Return what readers see of a row: all but the columns that a source says to carry along."""
+    carried = options.get(CARRIED, "").split(",") if CARRIED in options else ()
+    return {name: value for name, value in row.items() if name not in carried} if carried else row
+
+
+def read_pair(row: Row, format: str, options: Options = NONE, table: Table = ANY) -> Pair:
+    """Return one row of `format` as a pair, with its margin, its labels and notes on it; `table` is what is known of
+    the file that it comes from.
 
     Raises:
         Refused: the row is no usable pair; the text says why.
     """
-    pair = with_system(row, FORMATS[format].read(row, options))
-    check_nothing_dropped(row, pair, options.get(CARRIED, "").split(","))
+    known = FORMATS[format]
+    row, told = as_told(without_carried(row, options), table)
+    pair = with_system(row, known.read(row, options))
+    check_nothing_dropped(row, pair)
     if say_the_same(pair.chosen, pair.rejected):
         raise Refused("equal responses")
-    margin, used = (pair.label_margin, NOTHING) if pair.label_margin is not None else _margin(row, pair)
+    margin, used, of_margin = _margin(row, pair, known, table)
     labels = dict(pair.labels)
     for name in ("labels", "meta"):
         mapping = as_mapping(row[name]) if name in row else None
@@ -129,47 +143,66 @@ def read_pair(row: Row, format: str, options: Options = NONE) -> Pair:
                 labels.setdefault(key, as_text(value))
         if whole:
             used = used | {name}  # a meta mapping with more than scalars rides along, too
-    notes = notes_of(row, pair)
-    if NOTED in row:
-        used = used | {NOTED}
+    notes = (*notes_of(row, pair), *told, *of_margin, *filter(None, (table.note,)))
+    used = used | {NOTED, OWN_MARGIN}.intersection(row)
     for name in sorted(_NUMBERS.intersection(row)):
         if row[name] not in (None, "") and as_number(row[name]) is None:
             notes = (*notes, f"{name} is no number, and not read")
     return Pair(pair.prompt, pair.chosen, pair.rejected, margin, labels, pair.used | used, notes)
 
 
-def _margin(row: Row, pair: Pair) -> tuple[float | None, frozenset[str]]:
-    """Return by how much the row's own numbers prefer the chosen response, and the columns that say it; below 0 they
-    contradict the label."""
+class _Margin(NamedTuple):
+    """By how much a row's own numbers prefer the chosen response, the columns that say it, and notes on others."""
+
+    margin: float | None = None  # below 0 it contradicts the label
+    columns: frozenset[str] = NOTHING
+    notes: tuple[str, ...] = ()
+
+
+def _margin(row: Row, pair: Pair, known: PreferenceFormat, table: Table) -> _Margin:
+    if OWN_MARGIN in row:
+        return _Margin(as_number(row[OWN_MARGIN]))
     if not _EVIDENCE.isdisjoint(row):
-        margin, columns = _margin_of_columns(row)
-        if margin is not None:
-            return margin, columns
-    return (_margin_of_generations(row, pair) if "generations" in row else None), NOTHING
+        notes: tuple[str, ...] = ()
+        if known.ordered:
+            told = [name for name in MARGINS if as_number(row.get(name)) is not None]
+            row = {name: value for name, value in row.items() if name not in told}
+            notes = tuple(
+                f"{name} is carried and not read: it may be the first response's less the second's" for name in told
+            )
+        found = _margin_of_columns(row, table)
+        if found.margin is not None or found.notes or notes:
+            return found._replace(notes=(*notes, *found.notes))
+    return _Margin(_margin_of_generations(row, pair)) if "generations" in row else _Margin()
 
 
-def _margin_of_columns(row: Row) -> tuple[float | None, frozenset[str]]:
-    """Return the first margin that is below 0, which contradicts the label; else the first there is."""
-    found = list(_margins(row))
-    return next((each for each in found if each[0] < 0), found[0] if found else (None, NOTHING))
+def _margin_of_columns(row: Row, table: Table) -> _Margin:
+    """Return the margin by the columns that have it in the row's table, else by the first that have one; a note tells
+    where others contradict it."""
+    if row.get("preference_strength") is not None and as_number(row["preference_strength"]) == 0:
+        raise Refused("no preference: preference_strength is 0")
+    found = [(names, margin) for names in EVIDENCE if (margin := _difference(*_of(row, names))) is not None]
+    found += [((name,), margin) for name in BY_SIDE if (margin := _of_sides(row.get(name))) is not None]
+    wanted = next((each for each in found if table.margin in ((), each[0])), None)
+    if wanted is None:
+        return _Margin()
+    names, margin = wanted
+    if table.unrated and -1 in _of(row, names):
+        return _Margin(notes=(f"a rating of {' or '.join(names)} is -1, which is none where no other is below 0",))
+    others = [" and ".join(each) for each, other in found if other * margin < 0]
+    told = tuple(f"{name} contradicts {' and '.join(names)}, by which the margin is read" for name in others)
+    return _Margin(margin, frozenset(names), told)
 
 
-def _margins(row: Row) -> Iterator[tuple[float, frozenset[str]]]:
-    for name in MARGINS:
-        if (margin := as_number(row.get(name))) is not None:
-            if name == "preference_strength" and margin == 0:
-                raise Refused("no preference: preference_strength is 0")
-            yield margin, frozenset({name})
-    for one, two in SCORES:
-        if one in row and (margin := _difference(row[one], row.get(two))) is not None:
-            yield margin, frozenset({one, two})
-    for name in BY_SIDE:
-        both = row.get(name)
-        if isinstance(both, dict) and (margin := _difference(both.get("chosen"), both.get("rejected"))) is not None:
-            yield margin, frozenset({name})
+def _of(row: Row, names: Sequence[str]) -> list[Any]:
+    return [row.get(name) for name in names]
 
 
-def _difference(one: Any, two: Any) -> float | None:
+def _of_sides(both: Any) -> float | None:
+    return _difference(both.get("chosen"), both.get("rejected")) if isinstance(both, dict) else None
+
+
+def _difference(one: Any, two: Any = 0) -> float | None:
     high, low = as_number(one), as_number(two)
     return None if high is None or low is None else as_number(high - low)
 
@@ -229,6 +262,32 @@ def check_options(format: str, options: Options) -> None:
             )
         if value not in values:
             raise UserError(f"{option}: {value!r} is unknown to format {format}; choose one of {', '.join(values)}")
+
+
+def look_at(rows: Sequence[Row], asked: str = AUTO, options: Options = NONE) -> Table:
+    """Return the format of the rows at the head of a file, the one that is `asked` for or else that most of them fit,
+    and what they say of the others.
+
+    Raises:
+        UserError: no row fits a supported format, or they say other than their format, that nobody asked for, has it.
+    """
+    seen = [without_carried(row, options) for row in rows]
+    if asked != AUTO:
+        return _table(seen, asked, options)
+    if not seen:
+        return Table("canonical")
+    format = detect_format(seen)
+    check_table([row for row in seen if row_format(row) == format], format)
+    return _table(seen, format, options)
+
+
+def _table(rows: Sequence[Row], format: str, options: Options) -> Table:
+    made: list[Row] = []
+    for row in rows:
+        with suppress(Refused):
+            made += expanded(row, format, options) if UNMATCHED not in row else ()
+    table = table_of(made, format, EVIDENCE)
+    return table if FORMATS[format].read in _BY_FIRST_PROMPT else table._replace(prompt="")
 
 
 def detect_format(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from safer_ray.formats.canonical import by_any_prompt, canonical, has_sides
 from safer_ray.formats.declaration import (
+    OWN_MARGIN,
     Options,
     PreferenceFormat,
     Refused,
@@ -50,9 +51,9 @@ def _preferred(row: Row, responses: Names, better: int, used: tuple[str, ...], s
 
 
 def _margin(row: Row, scores: Names, better: int) -> Row:
-    """Return by how much the scores of two responses prefer the better one as `label_margin`, nothing without them."""
+    """Return by how much the scores of two responses prefer the better one as a margin, nothing without them."""
     high, low = as_number(row.get(scores[better])), as_number(row.get(scores[1 - better]))
-    return {} if high is None or low is None else {"label_margin": high - low}
+    return {} if high is None or low is None else {OWN_MARGIN: high - low}
 
 
 def _by_strength(row: Row, column: str, responses: Names) -> list[Row]:
@@ -65,7 +66,7 @@ def _by_strength(row: Row, column: str, responses: Names) -> list[Row]:
         raise Refused(f"no preference: {column} is 0")
     if abs(strength) > STRONGEST:
         raise Refused(f"unknown label: {column} is {strength:g}, wanted -{STRONGEST} to {STRONGEST}")
-    return [_preferred(row, responses, int(strength > 0), (column,), {}) | {"label_margin": abs(strength)}]
+    return [_preferred(row, responses, int(strength > 0), (column,), {}) | {OWN_MARGIN: abs(strength)}]
 
 
 def helpsteer2(row: Row, options: Options) -> list[Row]:
@@ -241,6 +242,7 @@ NAMED_RESPONSES = PreferenceFormat(
     by_any_prompt,
     named_responses,
     holds=lambda row: bool(_named(row)),
+    ordered=True,
 )
 HELPSTEER2 = PreferenceFormat(
     "helpsteer2",
@@ -249,6 +251,7 @@ HELPSTEER2 = PreferenceFormat(
     canonical,
     helpsteer2,
     holds=has_no_sides,
+    ordered=True,
 )
 HELPSTEER3 = PreferenceFormat(
     "helpsteer3",
@@ -257,6 +260,7 @@ HELPSTEER3 = PreferenceFormat(
     by_any_prompt,
     helpsteer3,
     holds=has_no_sides,
+    ordered=True,
 )
 SHP = PreferenceFormat(
     "shp",
@@ -265,6 +269,7 @@ SHP = PreferenceFormat(
     by_any_prompt,
     shp,
     holds=has_no_sides,
+    ordered=True,
 )
 STACK_EXCHANGE = PreferenceFormat(
     "stack_exchange",
@@ -273,6 +278,7 @@ STACK_EXCHANGE = PreferenceFormat(
     by_any_prompt,
     stack_exchange,
     holds=has_no_sides,
+    ordered=True,
 )
 ARENA = PreferenceFormat(
     "arena",
@@ -281,6 +287,7 @@ ARENA = PreferenceFormat(
     canonical,
     arena,
     holds=lambda row: has_no_sides(row) and ("winner" in row or {"winner_model_a", "winner_model_b"} <= row.keys()),
+    ordered=True,
 )
 ARENA_CONVERSATIONS = PreferenceFormat(
     "arena_conversations",
@@ -289,4 +296,5 @@ ARENA_CONVERSATIONS = PreferenceFormat(
     canonical,
     arena_conversations,
     holds=has_no_sides,
+    ordered=True,
 )

@@ -18,7 +18,7 @@ from safer_ray.data.rows import parse_row
 from safer_ray.data.side_files import some
 from safer_ray.data.source_files import find_files
 from safer_ray.data.sources import RAW, NormalisePairs, lines_of, plan_sources, read_raw, several_formats, told_of
-from safer_ray.formats.declaration import NOTED, Refused
+from safer_ray.formats.declaration import NOTED, OWN_MARGIN, Refused
 from safer_ray.formats.messages import fields_of
 from safer_ray.formats.registry import AUTO, FORMATS
 from safer_ray.storage.columnar import extent
@@ -208,7 +208,7 @@ def _columns(raw: pa.Table, good: pa.Table) -> _Columns:
     for text in raw["raw"].to_pylist():
         with suppress(Refused):
             for name, value in parse_row(text).items():
-                if name != NOTED:
+                if name not in (NOTED, OWN_MARGIN):
                     columns[name] = columns.get(name, False) or value is not None
     carried = {name for extra in good["extra"].to_pylist() if extra for name in json.loads(extra)}
     filled = [name for name, has in columns.items() if has]

@@ -25,7 +25,7 @@ from safer_ray.storage.work import MapJob, Work
 
 VERSIONS = {
     "corpus": 2,
-    "pairs": 2,
+    "pairs": 3,
     "noise": 2,
     "duplicates": 1,
     "fold": 1,

@@ -2,6 +2,7 @@
 
 What Python has no value for (a day behind the year 9999, a nanosecond, a time zone that this machine does not know) is
 the number that the file holds with its type, as text; bytes are text where they are UTF-8, else `{"base64": …}`.
+Numbers that the file's own schema gives names are these names.
 """
 
 import base64
@@ -10,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import types
+
+from safer_ray.storage.class_labels import decoders_of
 
 log = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()  # files and columns
@@ -22,9 +25,11 @@ def plain_rows(batch: pa.RecordBatch, path: str) -> list[dict[str, Any]]:
         UnicodeDecodeError: a text is no UTF-8.
     """
     columns = []
+    decoders = decoders_of(batch.schema)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         odd: list[pa.DataType] = []
-        columns.append(plain_values(column, odd))
+        values = plain_values(column, odd)
+        columns.append([*map(decoders[field.name], values)] if field.name in decoders else values)
         if odd and (path, field.name) not in _told:
             _told.add((path, field.name))
             log.warning("%s: column %s holds values of %s that are carried as text", path, field.name, odd[0])

@@ -271,9 +271,10 @@ def test_scores_of_paired_answers_that_contradict_their_order_are_read():
     assert (pair.label_margin, pair.labels) == (-8, {"chosen_score": "1", "rejected_score": "9"})
 
 
-def test_of_two_margins_that_which_contradicts_the_label_is_told():
-    row = {"prompt": ASKED, **SIDES, "margin": 2, "score_chosen": 1, "score_rejected": 5}
-    assert read_pair(row, "canonical").label_margin == -4
+def test_of_two_margins_the_first_is_read_and_the_one_that_contradicts_it_told():
+    pair = read_pair({"prompt": ASKED, **SIDES, "margin": 2, "score_chosen": 1, "score_rejected": 5}, "canonical")
+    assert pair.label_margin == 2
+    assert pair.notes == ("score_chosen and score_rejected contradicts margin, by which the margin is read",)
 
 
 @pytest.mark.parametrize(

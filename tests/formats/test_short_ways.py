@@ -13,6 +13,7 @@ from safer_ray.formats import markup, messages
 from safer_ray.formats.declaration import Refused, as_text, parsed_json
 from safer_ray.formats.markup import markup_in
 from safer_ray.formats.messages import as_messages, same_beginning, say_the_same, spoken
+from safer_ray.formats.tables import Table
 from safer_ray.formats.transcripts import marks_of
 from safer_ray.schema import to_json
 
@@ -151,7 +152,7 @@ def test_raw_rows_have_their_columns_where_there_are_none(tmp_path):
     assert read_raw(fragment, source).equals(RAW.empty_table())
     (tmp_path / "rows.jsonl").write_text('\n{"a": 1}\n\xff\n', encoding="latin-1")
     (fragment,) = plan_file(tmp_path / "rows.jsonl", source, 100)
-    shared = {"source": "mine", "source_index": 0, "format": "canonical"}
+    shared = {"source": "mine", "source_index": 0, "format": "canonical", "table": Table("canonical").to_json()}
     assert read_raw(fragment, source).to_pylist() == [
         {"row_key": "rows.jsonl#1", "position": 1, "raw": '{"a": 1}', "refused": None, **shared},
         {"row_key": "rows.jsonl#2", "position": 2, "raw": "\ufffd", "refused": "bad UTF-8: at character 0", **shared},
