@@ -17,7 +17,7 @@ KINDS = 12  # of a facet that are shown, those of most pairs
 def render(summary: dict[str, Any], worst: Sequence[dict[str, Any]]) -> str:
     """The page of a `summary.json`, with the texts of its most suspicious pairs folded away."""
     facets = {
-        facet: sorted(kinds.items(), key=lambda item: -item[1]["pairs"])[:KINDS]
+        facet: sorted(kinds.items(), key=lambda item: _place(facet, *item))[:KINDS]
         for facet, kinds in summary["groups"].items()
         if facet in ("source", "length") or len(kinds) > 1
     }
@@ -25,6 +25,11 @@ def render(summary: dict[str, Any], worst: Sequence[dict[str, Any]]) -> str:
     return page("audit.html", filters).render(
         summary=summary, worst=worst, words=in_words(summary), facets=facets, histogram=_histogram(summary["suspicion"])
     )
+
+
+def _place(facet: str, kind: str, found: dict[str, Any]) -> int:
+    """Return what kinds of a facet are ordered by: lengths as they rise, others by their pairs, most first."""
+    return int(kind.partition("-")[0].split()[0]) if facet == "length" else -found["pairs"]
 
 
 def in_words(summary: dict[str, Any]) -> list[str]:

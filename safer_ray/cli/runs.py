@@ -69,6 +69,7 @@ def fit_command(
     format: Annotated[str, text_option()] = "auto",
     split: Split = None,
     encoding: Encoding = None,
+    licence: Annotated[str | None, text_option(help="Of the pairs; bundle and report name it.")] = None,
     assignments: Assignments = None,
     until: Annotated[str | None, text_option(help="Stop after this stage.")] = None,
     runner: RunnerName = "local",
@@ -79,7 +80,7 @@ def fit_command(
     from safer_ray.pipeline.fit import Estimate, fit, fit_config
 
     out = check_out(out.absolute())
-    given = {"format": format, "split": split, "encoding": encoding}
+    given = {"format": format, "split": split, "encoding": encoding, "licence": licence}
     sources = [{"path": path} | {k: v for k, v in given.items() if v is not None} for path in pairs]
     told = [*(assignments or []), *(["reward.trust_remote_code=true"] if trust_remote_code else [])]
     config = fit_config(reward, sources, out, told)

@@ -27,7 +27,11 @@ RAY = "ray."  # before the keys of the section in `--set`
 
 ExistingPath = Annotated[Path, path_option()]
 Model = Annotated[
-    str, model_option("--reward", help="A reward model: a folder, hub:OWNER/NAME, package:MODULE/FOLDER.")
+    str,
+    model_option(
+        "--reward",
+        help="A reward model: a folder, also of an adapter, FILE.gguf, hub:OWNER/NAME, package:MODULE/FOLDER.",
+    ),
 ]
 Out = Annotated[Path, path_option(help="The directory to write; it becomes the artifact.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what is there and start again.")]

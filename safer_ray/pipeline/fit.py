@@ -94,6 +94,7 @@ def fit_config(
         "reward": {"use": model, "validation_percent": HELD_OUT},
         "activations": {"layer": max(1, round(DEPTH * layers))},
         "sae": {"latents": WIDTH * hidden, "k": max(1, min(K, hidden // 4))},
+        "scores": {"detector": "reward_margin"},  # as audits with the bundle suspect pairs
         "report": {"title": f"SAFER on {model}"},
     }
     tree = _laid_over(defaults, assigned({}, assignments))
@@ -232,7 +233,15 @@ def rating_of(verdicts: Artifact) -> int:
             "(--set activations.layer=N), more pairs, a probe of your own concept (--set judge.exchanges=FILE), or "
             "take what there is (--set select.rating=2)"
         )
-    log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
+    if counts[rating] < ENOUGH:
+        log.warning(
+            "fit: only %d of %d features that tell chosen from rejected are rated %d or better by the probe: scores "
+            "and reasons rest on these, and most pairs may score 0; try another layer (--set activations.layer=N), "
+            "more pairs, or a probe of your own concept (--set judge.exchanges=FILE)",
+            *(counts[rating], len(ratings), rating),
+        )
+    else:
+        log.warning("fit: %d features are rated %d or better by the probe, and make the score", counts[rating], rating)
     return rating
 
 

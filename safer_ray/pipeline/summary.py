@@ -206,6 +206,8 @@ def report_data(view: RunView) -> report.ReportData:
         title=config.report.title,
         run=config.name,
         mode=config.salience.mode,
+        rating=config.select.rating,
+        detector=config.scores.detector,
         facts=_facts(view),
         conclusions=tuple(conclusions(summary, config.evaluate.base)),
         stages=tuple(_stage_views(view)),
@@ -248,6 +250,7 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
         ("Layer read", str(config.activations.layer)),
         ("Autoencoder", f"{config.sae.variant.title}, {config.sae.latents:,} latents, k {config.sae.k}{first}"),
         ("Judge", f"concept probe {config.judge.exchanges}"),
+        ("Suspected by", config.scores.detector),
         ("Scores are", _kind(view)),
         ("Pairs cut to what the model reads", f"{view.truncated():.1%}"),
     )
@@ -256,6 +259,8 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
 def _kind(view: RunView) -> str:
     """Return whether the models that scored the pairs had seen them."""
     facts = view.artifacts["scores"].metrics
+    if "folds" not in facts and view.config.reward.use is not None:
+        return "of a finished model; the features were chosen by these pairs, but for those that are held out"
     if "folds" not in facts:
         return "in sample: model and features were fitted on the pairs that they score"
     shared = " (the autoencoder is shared: it reads the frozen trunk and no label)" if facts["shared_sae"] else ""

@@ -123,6 +123,8 @@ class ReportData:
     title: str
     run: str
     mode: str  # paper or response
+    rating: int  # least one of the features that are selected
+    detector: str  # by which pairs are suspected
     facts: tuple[tuple[str, str], ...]  # summary lines: name, value
     conclusions: tuple[str, ...]  # plain sentences made from the numbers
     stages: tuple[StageView, ...]

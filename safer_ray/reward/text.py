@@ -311,7 +311,8 @@ def kept_tokens(rendered: Rendered, start: np.ndarray, stop: np.ndarray, n_promp
     kept = np.ones(len(start), dtype=bool)
     if (owner < 0).sum() >= limit:
         return (
-            f"the template writes {(owner < 0).sum():,} tokens around the texts, and the model reads {limit:,} in all"
+            f"the template writes {(owner < 0).sum():,} tokens around the texts of {len(rendered.spans):,} turns, and "
+            f"the model reads {limit:,} in all; leave turns out, or raise max_length where the model allows it"
         )
     in_prompt = np.arange(len(start)) < n_prompt
     messages = [span.message for span in rendered.spans]

@@ -370,8 +370,17 @@ class Place:
         path = self.path(recipe)
         for scratch in SCRATCH:
             shutil.rmtree(partial / scratch, ignore_errors=True)
+        _open_to_all_readers(partial)
         # A rename takes the place of nothing that holds files; `find` has seen that what is here may go.
         if path.exists():
             shutil.rmtree(path)
         move(partial, path)
         return open_artifact(path)
+
+
+def _open_to_all_readers(partial: Path) -> None:
+    """Give weights, which safetensors writes for their owner alone, the mode of the files beside them."""
+    mode = (partial / MANIFEST).stat().st_mode & 0o777
+    for file in partial.rglob("*.safetensors"):
+        if not file.is_symlink():
+            file.chmod(mode)

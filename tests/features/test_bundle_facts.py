@@ -8,6 +8,7 @@ from support.finished_models import finished_model, run_of
 
 from safer_ray.cli.shared import console
 from safer_ray.errors import UserError
+from safer_ray.features.bundle import best_detector
 from safer_ray.features.bundle_facts import bundle_facts, expected_flags, in_lines
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
@@ -69,6 +70,7 @@ def test_the_object_has_what_whoever_gets_a_bundle_asks(safer, bundle, made, mod
     assert facts["licences"] == ["MIT"]
     assert set(facts["packages"]) >= {"safer_ray", "torch"}
     assert facts["detectors"] == ["safer", "reward_margin"]
+    assert facts["flags_by"] == best_detector(open_artifact(bundle, "auditor"))
     assert set(facts["made_from"]) >= {"reward", "sae", "codes", "features"}
 
 

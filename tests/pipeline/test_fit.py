@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from support.finished_models import finished_model, write_probe, write_rows
@@ -14,6 +15,7 @@ from safer_ray.errors import UserError
 from safer_ray.pipeline import fit as fitting
 from safer_ray.pipeline.fit import Estimate, check_room, estimate, fit, fit_config, rating_of, with_steps
 from safer_ray.pipeline.runner import LocalRunner
+from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import Artifact, part_name, read_parts
 from safer_ray.storage.files import write_parquet
 
@@ -90,6 +92,7 @@ def test_defaults_are_derived_from_the_model(model, rows, tmp_path):
         ("reward.validation_percent=30", lambda c: c.reward.validation_percent == 30),
         ("reward={validation_percent: 30}", lambda c: c.reward.validation_percent == 30 and c.reward.use),
         ("auditor.weights=reference", lambda c: c.auditor.weights == "reference"),
+        ("scores.detector=safer", lambda c: c.scores.detector == "safer"),
         ("report.title=Mine", lambda c: c.report.title == "Mine"),
         ("pairs={max_chars: 900}", lambda c: c.pairs.max_chars == 900 and len(c.pairs.sources) == 1),
     ],
@@ -213,6 +216,32 @@ def verdicts(folder, ratings):
 )
 def test_the_rating_is_the_highest_that_a_few_features_have(ratings, chosen, tmp_path):
     assert rating_of(verdicts(tmp_path / "v", ratings)) == chosen
+
+
+def test_a_score_of_very_few_features_is_warned_of(tmp_path, caplog):
+    rating_of(verdicts(tmp_path / "few", [None, 1, 3, 2]))
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("fit: only 1 of 4 features that tell chosen from rejected are rated 3 or better")
+    assert "activations.layer=N" in line
+    caplog.clear()
+    rating_of(verdicts(tmp_path / "enough", [4] * 4))
+    assert [record.message for record in caplog.records] == [
+        "fit: 4 features are rated 4 or better by the probe, and make the score"
+    ]
+
+
+def test_a_fit_suspects_its_own_pairs_as_an_audit_with_its_bundle_does(whole, safer, tmp_path):
+    """Two pages of the same pairs and the same bundle named other pairs as the worst."""
+    made, _, _ = whole
+    words = ["audit", "--auditor", made.artifacts["auditor"].path, "--pairs", made.artifacts["pairs"].path]
+    code, _, err = safer(*words, "--out", tmp_path / "audit")
+    assert code == 0, err
+    theirs, ours = (read_parts(at) for at in (tmp_path / "audit/scores", made.artifacts["scores"].path))
+    found, missing = rows_of(theirs, ours["pair_id"].to_pylist())
+    assert not missing
+    np.testing.assert_allclose(found["suspicion"].to_numpy(), ours["suspicion"].to_numpy(), atol=1e-3)
+    page = (made.directory / "report.html").read_text()
+    assert "Suspected by <code>reward_margin</code>" in page
 
 
 def test_a_layer_without_features_of_safety_is_told_in_a_line(model, rows, tmp_path, small):

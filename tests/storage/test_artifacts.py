@@ -5,9 +5,11 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from safer_ray.config.sections import PairsConfig, SalienceConfig, SourceConfig
 from safer_ray.errors import SaferError, UserError
@@ -108,6 +110,18 @@ def test_what_is_built_is_renamed_when_whole_and_found_again(tmp_path):
 
     assert place.make(RECIPE, never).manifest == made.manifest
     assert seen == [False, True, True]
+
+
+def test_weights_are_read_by_whoever_reads_the_files_beside_them(tmp_path):
+    """safetensors writes them for their owner alone."""
+
+    def weights(out):
+        save_file({"x": np.zeros(2)}, out / "model.safetensors")
+        return Result({"written": 1})
+
+    made = Place(tmp_path).make(RECIPE, weights)
+    modes = {(made.path / name).stat().st_mode for name in ("model.safetensors", "manifest.json")}
+    assert len(modes) == 1
 
 
 def test_a_partial_directory_is_never_taken_as_complete_and_is_taken_up_again(tmp_path):
