@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
