@@ -1,14 +1,16 @@
 """In what a model computes is a matter of codes and of the bundle made of them; recipes of float32 do not say it."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny_run import tiny_config
 
 from safer_ray.audit.score import AuditPairs
 from safer_ray.config.reading import Reading
-from safer_ray.config.sections import ScoresConfig
+from safer_ray.config.sections import RayConfig, ScoresConfig
 from safer_ray.errors import UserError
 from safer_ray.features.bundle_facts import bundle_facts, in_lines
 from safer_ray.pipeline import feature_stages, model_stages
@@ -105,3 +107,32 @@ def test_a_run_in_bfloat16_makes_a_bundle_and_scores_in_it(tmp_path):
 def test_evaluations_say_their_dtype(tmp_path, inputs):
     reward, _, _, pairs = inputs
     assert model_stages.evaluate(context(tmp_path / "runs"), reward, pairs).metrics["dtype"] == "bfloat16"
+
+
+def test_auto_goes_by_what_runs_the_model_and_not_by_the_process_that_asks(tmp_path, inputs, monkeypatch):
+    reward, sae, _, pairs = inputs
+    weights = {name: weight.half() for name, weight in load_file(reward.path / "model.safetensors").items()}
+    halved = Artifact(shutil.copytree(reward.path, tmp_path / "halved"), "halved")
+    save_file(weights, halved.path / "model.safetensors", {"format": "pt"})
+    ctx = context(tmp_path / "runs", Reading())
+    assert ctx.reading_of(halved).inference_dtype == "float32"
+    monkeypatch.setattr(LocalRunner, "on_gpu", lambda self: True)
+    assert ctx.reading_of(reward).inference_dtype == "float32"
+    assert ctx.reading_of(halved) == HALF
+    codes = model_stages.codes(ctx, pairs, halved, sae)  # whatever a process has that loads it
+    assert codes.metrics["dtype"] == "bfloat16"
+    assert codes.manifest["config"]["reading"] == {"inference_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpu"),
+    [
+        ({}, False),
+        ({"actor_gpus": 0.5}, True),
+        ({"actor_gpus": 1, "shard_pools": [{"actor_gpus": 1}, {"actor_gpus": 0}]}, False),
+    ],
+)
+def test_on_a_cluster_its_actors_decide(asked, on_gpu):
+    from safer_ray.distributed.ray_runner import RayRunner
+
+    assert RayRunner(RayConfig.model_validate(asked)).on_gpu() is on_gpu
