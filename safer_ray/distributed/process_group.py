@@ -18,6 +18,8 @@ import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
+from safer_ray.reward.ending import note_sigterm
+
 LOOPBACK = "127.0.0.1"
 HOSTS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # the interface that workers find each other on
 _stores: list[dist.TCPStore] = []  # of the first worker; one lives as long as that process
@@ -37,6 +39,7 @@ def _on_loopback(spread: type[Backend]) -> type[Backend]:
 
     class GroupBackend(spread):  # type: ignore[misc, valid-type]
         def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
+            worker_group.execute(note_sigterm)  # here, since it runs in the main thread of each
             # Hosts need addresses at which they reach each other; their network protects them (docs/security.md).
             if len(set(worker_group.execute(_host))) > 1:
                 super().on_start(worker_group, backend_config)

@@ -29,6 +29,7 @@ from safer_ray.distributed.process_group import GroupConfig
 from safer_ray.distributed.ray_internals import needed_callbacks
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import OnProgress
+from safer_ray.reward.ending import asked_to_end, end
 from safer_ray.reward.training_steps import Checkpointable, Checkpoints, OptimizerAdapter, OptimizerOptions, share
 from safer_ray.storage.accounts import close_training, trained_already
 from safer_ray.storage.background import heartbeat
@@ -55,12 +56,14 @@ class GroupWorker:
         self.device = get_device() if config.worker_gpus else torch.device("cpu")
         self.checkpoints = Checkpoints(state, self.rank, {"workers": self.size, "engine": "torch zero 1"})
         self.told = 0.0
+        self.ending = False  # whether one of the workers was told to
         self.open: DeepSpeedEngine | None = None
         self.received: list[list[Tensor]] = []
 
     def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter:
         stage = self.config.deepspeed.stage
         self.checkpoints.group |= {"engine": f"deepspeed zero {stage}", "dtype": _dtype(options)}
+        self.checkpoints.expect(module, self.size)
         self.open = DeepSpeedEngine(module, options, self.config.deepspeed, self.size, self.device)
         return self.open
 
@@ -100,9 +103,11 @@ class GroupWorker:
         for each in under_way:
             each.wait()
 
-    def due(self) -> bool:
-        """The first worker's clock decides for all."""
-        return bool(self.sum(torch.tensor([float(self.rank == 0 and self.checkpoints.due())]))[0])
+    def due(self, wanted: bool = False) -> bool:
+        """The first worker's clock decides for all, and whichever is told to end."""
+        own = [float(self.rank == 0 and self.checkpoints.due(wanted)), float(asked_to_end())]
+        due, self.ending = (bool(found) for found in self.sum(torch.tensor(own)))
+        return due or self.ending
 
     def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
         # The barriers: nobody writes into a folder that is not there, digests are of files that are whole, and the
@@ -115,6 +120,11 @@ class GroupWorker:
         dist.barrier()
         self.checkpoints.close(state["progress"]["step"])
         dist.barrier()
+        if self.ending:
+            if asked_to_end():
+                end()
+            # All end, and the next group goes on from here.
+            raise RuntimeError("a worker was told to end (SIGTERM), and a checkpoint was saved")
 
     def load(self, engine: Checkpointable) -> dict[str, Any] | None:
         return self.checkpoints.load(engine, self)

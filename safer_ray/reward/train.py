@@ -12,6 +12,7 @@ from torch import Tensor
 from safer_ray.config.sections import RewardConfig
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward.checkpoints import new_reward_model, quiet_transformers, save_reward_model
+from safer_ray.reward.ending import saves_first
 from safer_ray.reward.frozen_states import FrozenStates, frozen_states
 from safer_ray.reward.lora import add_lora
 from safer_ray.reward.loss import bradley_terry, label_margins, loss_of
@@ -192,7 +193,8 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
     options = engine_options(config, workers.size)
     engine = workers.engine(reward.model, options)
     training = _Training(reward, engine, workers, config, options, margins)
-    progress = _fit(training, train, validation, out)
+    with saves_first():
+        progress = _fit(training, train, validation, out)
     return {
         "train_pairs": len(trained),
         "validation_pairs": len(held),
@@ -232,7 +234,7 @@ def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) 
         workers.on_step(progress.step, total)
         if progress.step in marks:
             _evaluate(training, validation, progress, out)
-        if workers.due() or progress.step in marks:
+        if workers.due(wanted=progress.step in marks):
             workers.save(engine, {"progress": vars(progress)})
     return progress
 

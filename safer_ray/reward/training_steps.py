@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safer_ray.errors import SaferError, UserError, explain_disk_errors
+from safer_ray.reward.ending import asked_to_end, end
 from safer_ray.reward.execution import rewards_of
 from safer_ray.reward.forward import pack_to_train
 from safer_ray.reward.loss import BRADLEY_TERRY, PairLoss
@@ -27,7 +28,10 @@ from safer_ray.reward.trunk import start_after
 from safer_ray.storage.digests import check_digests, record_digests
 from safer_ray.storage.files import make_folder, move
 
-CHECKPOINT_SECONDS = 60.0
+SAVE_SHARE = 0.05  # of a training's time, that saving checkpoints may take
+LEAST_SECONDS = 10.0  # between two that nobody asked for
+WRITE_RATE = 5e8  # bytes a second that a worker is taken to write, before its first checkpoint has shown it
+KEPT = 2  # checkpoints
 TORCH = "torch.pt"
 
 
@@ -179,12 +183,14 @@ class Workers(Protocol):
         """The reverse, in place: every worker's share of the rows of contiguous tensors to all others."""
         ...
 
-    def due(self) -> bool:
-        """Return whether it is time for a checkpoint."""
+    def due(self, wanted: bool = False) -> bool:
+        """Return whether it is time for a checkpoint, by what the former ones took, or a worker was told to end; one
+        that is `wanted` need not wait where there is time for it."""
         ...
 
     def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
-        """Keep a checkpoint of the engine, of every worker's random state and of the loop's `state`."""
+        """Keep a checkpoint of the engine, of every worker's random state and of the loop's `state`; a worker that was
+        told to end ends then."""
         ...
 
     def load(self, engine: Checkpointable) -> dict[str, Any] | None:
@@ -281,8 +287,8 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _torn_named(checkpoint: Path) -> Iterator[None]:
-    """Name a checkpoint that cannot be read.
+def _torn_named(checkpoint: Path, remedy: str) -> Iterator[None]:
+    """Name a checkpoint that cannot be read, with the remedy.
 
     Raises:
         UserError: a file of it is missing, empty or torn.
@@ -293,25 +299,34 @@ def _torn_named(checkpoint: Path) -> Iterator[None]:
         raise
     except Exception as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the checkpoint {checkpoint} is torn ({type(error).__name__}: {first}); delete it to train anew"
-        ) from error
+        raise UserError(f"the checkpoint {checkpoint} is torn ({type(error).__name__}: {first}); {remedy}") from error
 
 
 class Checkpoints:
-    """`step-N` directories of one training, whole or absent; the highest counts."""
+    """`step-N` directories of one training, whole or absent; the highest counts, and the one before it is kept."""
 
     def __init__(self, state: Path, rank: int, group: dict[str, Any]) -> None:
         self.state = state
         self.rank = rank
         self.group = group  # what a checkpoint depends on: workers, engine, partitioning
-        self.saved = time.monotonic()
+        self.began = self.saved = self.begun = time.monotonic()
+        self.spent = 0.0  # seconds, on all checkpoints
+        self.cost = 0.0  # seconds that the next one is taken to need
 
-    def due(self) -> bool:
-        return time.monotonic() - self.saved > CHECKPOINT_SECONDS
+    def expect(self, module: nn.Module, workers: int) -> None:
+        """Take the first checkpoint to cost what a module's weights, and what Adam keeps of them, are to write."""
+        size = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in module.parameters())
+        self.cost = size / workers / WRITE_RATE
+
+    def due(self, wanted: bool = False) -> bool:
+        """Return whether there is time for a checkpoint: with it, all take `SAVE_SHARE` of the training at most."""
+        now = time.monotonic()
+        waited = wanted or now - self.saved > LEAST_SECONDS
+        return waited and self.spent + self.cost <= SAVE_SHARE * (now - self.began)
 
     def begin(self) -> Path:
         """Return where the next checkpoint is written, under its temporary name."""
+        self.begun = time.monotonic()
         path = self.state / "next"
         if self.rank == 0:
             shutil.rmtree(path, ignore_errors=True)
@@ -329,8 +344,10 @@ class Checkpoints:
         return path
 
     def close(self, step: int) -> None:
-        """Rename the checkpoint, then forget the older ones."""
+        """Rename the checkpoint, then forget the older ones but one."""
         self.saved = time.monotonic()
+        self.cost = self.saved - self.begun
+        self.spent += self.cost
         if self.rank != 0:
             return
         # Listed before the rename, and removed after it: at every moment one whole checkpoint is there.
@@ -338,9 +355,8 @@ class Checkpoints:
         target = self.state / f"step-{step:08}"
         shutil.rmtree(target, ignore_errors=True)
         move(self.state / "next", target)
-        for path in older:
-            if path != target:
-                shutil.rmtree(path)
+        for path in [path for path in older if path != target][: 1 - KEPT or None]:
+            shutil.rmtree(path)
 
     def _all(self) -> list[Path]:
         return sorted(self.state.glob("step-*"))
@@ -351,10 +367,14 @@ class Checkpoints:
         Raises:
             UserError: it was made by another number or kind of workers, or its files are torn, or not those saved.
         """
+        self.began = time.monotonic()  # of the loop: what was read before it is no time of its steps
         if not self._all():
             return None
         path = self._all()[-1]
-        with _torn_named(path):
+        remedy = f"delete {self.state} to train anew"
+        if len(self._all()) > 1:
+            remedy = f"delete {path} to go on from {self._all()[-2].name}, or all of {self.state} to train anew"
+        with _torn_named(path, remedy):
             group = json.loads((path / "group.json").read_text(encoding="utf-8"))
         if group != self.group:
             raise UserError(
@@ -362,8 +382,8 @@ class Checkpoints:
                 f"the same, or delete {self.state} to train anew"
             )
         # Before anything of it is read: DeepSpeed unpickles its files.
-        check_digests(path, workers.rank, workers.size, lambda found: workers.sum(torch.tensor(found)).tolist())
-        with _torn_named(path):
+        check_digests(path, workers.rank, workers.size, lambda found: workers.sum(torch.tensor(found)).tolist(), remedy)
+        with _torn_named(path, remedy):
             engine.load(path)
             # Last, since building an engine and loading weights may draw from it.
             torch.set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True)["rng"])
@@ -384,6 +404,7 @@ class OneProcess:
         self.on_step = on_step
 
     def engine(self, module: nn.Module, options: OptimizerOptions) -> OptimizerAdapter:
+        self.checkpoints.expect(module, self.size)
         return TorchOptimizer(module, options)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -395,13 +416,15 @@ class OneProcess:
     def all_gather(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def due(self) -> bool:
-        return self.checkpoints.due()
+    def due(self, wanted: bool = False) -> bool:
+        return asked_to_end() or self.checkpoints.due(wanted)
 
     def save(self, engine: Checkpointable, state: dict[str, Any]) -> None:
         self.checkpoints.begin()
         record_digests(self.checkpoints.write(engine, state), 0, 1)
         self.checkpoints.close(state["progress"]["step"])
+        if asked_to_end():
+            end()
 
     def load(self, engine: Checkpointable) -> dict[str, Any] | None:
         return self.checkpoints.load(engine, self)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import SaferError, UserError
+from safer_ray.reward.ending import saves_first
 from safer_ray.reward.training_steps import OptimizerOptions, Workers, warmup_decay
 from safer_ray.sae.data import Batch, Order, held_out_vectors
 from safer_ray.sae.log import Clock, SaeLog
@@ -19,7 +20,7 @@ from safer_ray.sae.model import TopKSae
 from safer_ray.sae.optimizer import SaeOptimizer
 from safer_ray.sae.quality import sae_quality
 
-CHECKPOINT_STEPS = 250
+CHECKPOINT_STEPS = 250  # between two, where there is time for them
 REFERENCE_LEARNING_RATE = 2e-4  # at REFERENCE_LATENTS, by the 1/sqrt(latents) rule
 REFERENCE_LATENTS = 2**14
 MAX_GRAD_NORM = 1.0
@@ -121,7 +122,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
     progress = training.progress
     log = SaeLog(out, config.tensorboard, progress.step) if workers.rank == 0 else None
     # From the step of the checkpoint on: the order is a function of seed and step, nothing of it is stored.
-    with order.batches(progress.step) as batches:
+    with saves_first(), order.batches(progress.step) as batches:
         held = _held_sample(order, config.seed) if log else None
         clock = Clock()
         while progress.step < config.steps:
@@ -134,7 +135,7 @@ def fit(sae: TopKSae, order: Order, config: SaeConfig, workers: Workers, out: Pa
                 if log is not None:
                     log.add(entry)
             # `due` first: it is a collective, which every worker has to enter at the same step.
-            if workers.due() or progress.step % CHECKPOINT_STEPS == 0:
+            if workers.due(wanted=progress.step % CHECKPOINT_STEPS == 0):
                 training.save()
                 if log is not None:
                     log.write(progress.history)

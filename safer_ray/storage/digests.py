@@ -22,8 +22,8 @@ def record_digests(checkpoint: Path, rank: int, workers: int) -> None:
     (checkpoint / f"{RECORD}{rank}.json").write_text(json.dumps(digests), encoding="utf-8")
 
 
-def check_digests(checkpoint: Path, rank: int, workers: int, over_workers: Sum) -> None:
-    """Compare all files with what was written down, each worker its share.
+def check_digests(checkpoint: Path, rank: int, workers: int, over_workers: Sum, remedy: str) -> None:
+    """Compare all files with what was written down, each worker its share; `remedy` is told of what does not fit.
 
     Raises:
         UserError: on all workers, where a file is another one, is gone or came later.
@@ -40,7 +40,7 @@ def check_digests(checkpoint: Path, rank: int, workers: int, over_workers: Sum) 
         what = "is not the file that was saved" if known else "was saved without a digest, or came later"
         raise UserError(
             f"{checkpoint / wrong[0]} {what} ({len(wrong)} of {len(names)} files do not fit their SHA-256), so nothing "
-            f"is loaded; put it back, or delete {checkpoint.parent} to train anew"
+            f"is loaded; put it back, or {remedy}"
         )
 
 

@@ -24,6 +24,7 @@ from safer_ray.distributed.ray_runner import RayRunner
 from safer_ray.errors import SaferError, UserError
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.reward.checkpoints import load_reward_model, save_reward_model
+from safer_ray.reward.ending import asked_to_end
 from safer_ray.reward.forward import forward
 from safer_ray.reward.train import engine_options, train_reward
 from safer_ray.reward.training_steps import OneProcess
@@ -163,7 +164,9 @@ def test_a_changed_checkpoint_is_refused_by_name_not_unpickled_and_the_job_befor
     (second.out / "state" / METRICS).unlink()  # as one that was killed at its last step
     changed = max(second.out.glob("state/step-*/deepspeed/*optim_states.pt"))
     torch.save({"module": Touches(tmp_path / "unpickled")}, changed)
-    refused = rf"^{changed} is not the file that was saved .*delete {second.out}/state to train"
+    refused = (
+        rf"^{changed} is not the file that was saved .*delete {changed.parents[1]} to go on from step-\d+, or all of "
+    )
     with pytest.raises(UserError, match=refused):
         RayRunner().train([first, second])
     assert not (tmp_path / "unpickled").exists()
@@ -172,7 +175,7 @@ def test_a_changed_checkpoint_is_refused_by_name_not_unpickled_and_the_job_befor
 
 def checkpoints_always(out, workers, die=None, **arguments):
     """The loop, with a checkpoint at every step; `die(workers, done)` after each."""
-    safer_ray.reward.training_steps.CHECKPOINT_SECONDS = -1.0
+    safer_ray.reward.training_steps.Checkpoints.due = lambda self, wanted=False: True
     on_step = workers.on_step
 
     def step(done, total):
@@ -228,10 +231,39 @@ def test_lora_is_the_plain_engines_and_goes_on_to_the_bit_from_what_is_trained(r
         ours, theirs = (load_file(out / file) for out in (loud.out, quiet.out))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    (checkpoint,) = (quiet.out / "state").glob("step-*")
+    *_, checkpoint = sorted((quiet.out / "state").glob("step-*"))
     states = torch.load(next(checkpoint.glob("deepspeed/*model_states.pt")), weights_only=False)
     assert all(".lora_" in name or name == "score.weight" for name in states["module"])
     assert not states.get("frozen_param_fragments")
+
+
+def told_to_end(out, workers, seen, **arguments):
+    """The loop without checkpoints, whose second worker gets SIGTERM once; first steps are noted in `seen`."""
+    safer_ray.reward.training_steps.Checkpoints.due = lambda self, wanted=False: False
+    on_step = workers.on_step
+
+    def step(done, total):
+        on_step(done, total)
+        (seen / f"{workers.rank}-{done}-{os.getpid()}").touch()
+        if workers.rank == 1 and done == 7 and len(list(seen.glob("1-7-*"))) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not asked_to_end():
+                time.sleep(0.01)
+
+    workers.on_step = step
+    return train_reward(out=out, workers=workers, **arguments)
+
+
+def test_a_worker_that_is_told_to_end_saves_first_and_nothing_is_done_twice(plain, pairs_dir, tmp_path):
+    made = job(tmp_path / "reward", pairs_dir, loop=told_to_end)
+    (tmp_path / "seen").mkdir()
+    made.arguments["seen"] = tmp_path / "seen"
+    (metrics,) = ray(stage=2).train([made])
+    assert_as_plain(plain, made.out, metrics)
+    for rank in (0, 1):
+        steps = [int(file.name.split("-")[1]) for file in (tmp_path / "seen").glob(f"{rank}-*")]
+        assert sorted(steps) == list(range(1, metrics["steps"] + 1))
+    assert len({file.name.split("-")[2] for file in (tmp_path / "seen").glob("1-*")}) == 2
 
 
 def always_dies(out, workers, **arguments):
@@ -276,6 +308,7 @@ def test_an_sae_on_three_workers_is_that_of_one(vectors_dir, tmp_path):
 def small_blocks(out, workers, die=None, **arguments):
     """The loop on several windows an epoch, with a checkpoint every five steps; `die(workers, done)` after each."""
     sae_data.BLOCK, sae_data.WINDOW, sae_fit.CHECKPOINT_STEPS = 100, 4, 5
+    safer_ray.reward.training_steps.SAVE_SHARE = 1e9
     on_step = workers.on_step
 
     def step(done, total):

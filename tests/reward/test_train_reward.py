@@ -1,6 +1,9 @@
 """Reward training: learns, resumes exactly, splits by prompt, and is shared out among workers."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import train as module
 from safer_ray.reward import training_steps as training
 from safer_ray.reward.checkpoints import load_reward_model, new_reward_model
+from safer_ray.reward.ending import asked_to_end, saves_first
 from safer_ray.reward.forward import forward
 from safer_ray.reward.loss import bradley_terry
 from safer_ray.reward.split import validation_split
@@ -71,8 +75,9 @@ class OneOfMany(OneProcess):
 
 
 @pytest.fixture
-def train(pairs_dir, tmp_path):
+def train(pairs_dir, tmp_path, monkeypatch):
     """Train in a folder of its name; returns where the model is, and the metrics."""
+    monkeypatch.setattr(training, "SAVE_SHARE", 1e9)  # so that those wanted are saved, whatever they cost
 
     def train(name, config=CONFIG, pairs=pairs_dir, **options):
         out = tmp_path / name
@@ -121,7 +126,7 @@ def test_training_learns_an_easy_rule(trained, pairs):
 
 @pytest.mark.parametrize("step", [1, 7, 19])
 def test_a_run_killed_between_marks_resumes_to_the_same_weights(trained, train, monkeypatch, step):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training.Checkpoints, "due", lambda self, wanted=False: True)
     with pytest.raises(Killed):
         train("killed", on_step=die_at(step))
     seen = []
@@ -135,7 +140,7 @@ def test_a_run_killed_between_marks_resumes_to_the_same_weights(trained, train, 
 def test_a_run_killed_long_after_a_mark_goes_back_to_it(trained, train):
     marks = [entry["step"] for entry in trained[1]["history"]]
     with pytest.raises(Killed):
-        train("killed", on_step=die_at(marks[1]))  # a checkpoint is younger than a minute, so only marks made one
+        train("killed", on_step=die_at(marks[1]))  # a checkpoint is so young that only marks made one
     seen = []
     out, metrics = train("killed", on_step=lambda done, total: seen.append(done))
     assert seen[0] == marks[0] + 1
@@ -452,11 +457,12 @@ def test_a_checkpoint_brings_back_weights_optimiser_loop_and_random_state(engine
     assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), after, strict=True))
 
 
-def test_only_the_last_checkpoint_is_kept(engine, tmp_path):
-    workers = OneProcess(tmp_path)
-    for step in (1, 2, 10):
+def test_the_last_two_checkpoints_are_kept(engine, tmp_path):
+    workers, steps = OneProcess(tmp_path), (1, 2, 10)
+    for number, step in enumerate(steps):
         workers.save(engine, {"progress": {"step": step}})
-        assert [path.name for path in tmp_path.iterdir()] == [f"step-{step:08}"]
+        kept = steps[max(0, number - 1) : number + 1]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{own:08}" for own in kept]
     assert json.loads((tmp_path / "step-00000010/group.json").read_text()) == {"workers": 1, "engine": "torch"}
     workers.save(engine, {"progress": {"step": 10}})  # again, as after a resume
     assert workers.load(engine) == {"progress": {"step": 10}}
@@ -469,7 +475,7 @@ def test_a_checkpoint_that_was_not_closed_does_not_count(engine, tmp_path):
     workers.checkpoints.write(engine, {"progress": {"step": 2}})
     assert OneProcess(tmp_path).load(engine) == {"progress": {"step": 1}}
     workers.save(engine, {"progress": {"step": 3}})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def _damage(path):
@@ -524,31 +530,119 @@ def test_workers_share_the_files_and_all_refuse_what_one_finds(tmp_path):
             seen.append(changed)
             return [0.0] * 3 + [1.0, 0.0]
 
-        with pytest.raises(UserError, match="/d is not the file that was saved"):
-            check_digests(tmp_path, rank, 2, over_workers)
+        with pytest.raises(UserError, match=r"/d is not the file that was saved .* put it back, or begin again$"):
+            check_digests(tmp_path, rank, 2, over_workers, "begin again")
     assert seen == [[0.0] * 5, [0.0, 0.0, 0.0, 1.0, 0.0]]
 
 
-def test_of_two_checkpoints_the_later_counts_and_the_older_goes_with_the_next(engine, tmp_path):
+def test_of_two_checkpoints_the_later_counts_and_the_older_goes_with_the_next_but_one(engine, tmp_path):
     workers = OneProcess(tmp_path)
-    workers.save(engine, {"progress": {"step": 5}})
-    (tmp_path / "step-00000005").rename(tmp_path / "kept")
-    workers.save(engine, {"progress": {"step": 1000}})
-    (tmp_path / "kept").rename(tmp_path / "step-00000005")  # killed before the older one was removed
+    for step in (5, 1000, 1001):
+        workers.save(engine, {"progress": {"step": step}})
+        assert workers.load(engine) == {"progress": {"step": step}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00001000", "step-00001001"]
+    workers.save(engine, {"progress": {"step": 1001}})  # again: a run that went on from it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00001000", "step-00001001"]
+    (tmp_path / "step-00001001" / "loop.pt").write_bytes(b"")
+    remedy = rf"delete {tmp_path}/step-00001001 to go on from step-00001000, or all of {tmp_path} to train anew$"
+    with pytest.raises(UserError, match=remedy):
+        workers.load(engine)
+    shutil.rmtree(tmp_path / "step-00001001")
     assert workers.load(engine) == {"progress": {"step": 1000}}
-    workers.save(engine, {"progress": {"step": 1001}})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00001001"]
 
 
-def test_a_checkpoint_is_due_when_its_time_has_come(engine, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, 0, {})
-    assert not checkpoints.due()
-    checkpoints.saved -= training.CHECKPOINT_SECONDS + 1
-    assert checkpoints.due()
+class Clock:
+    """A clock that goes when it is told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+def save(checkpoints, clock, seconds):
     checkpoints.begin()
-    checkpoints.write(engine, {})
-    checkpoints.close(1)
-    assert not checkpoints.due()
+    clock.now += seconds
+    (checkpoints.state / "next" / "file").touch()
+    checkpoints.close(round(clock.now))
+
+
+@pytest.mark.parametrize("cost", [0.01, 2.0, 100.0])
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch, cost):
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    checkpoints = Checkpoints(tmp_path, 0, {})
+    weights = torch.nn.Linear(1, 1, bias=False)
+    monkeypatch.setattr(training, "WRITE_RATE", 12 / cost)  # a weight and its moments
+    checkpoints.expect(weights, 1)
+    saved = []
+    for step in range(20_000):
+        clock.now += 1
+        if checkpoints.due(wanted=step % 1000 == 999):
+            save(checkpoints, clock, cost)
+            saved.append(clock.now)
+            assert len(saved) * cost <= 0.05 * (clock.now - 100) + 1e-9
+    assert len(saved) > 0.8 * min(20_000 / 11, 0.05 * 20_000 / cost)
+    assert min(np.diff(saved)) > training.LEAST_SECONDS
+
+
+def test_a_checkpoint_that_is_wanted_need_not_wait_but_costs_no_more(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    checkpoints = Checkpoints(tmp_path, 0, {})
+    clock.now += 1
+    assert (checkpoints.due(), checkpoints.due(wanted=True)) == (False, True)
+    save(checkpoints, clock, 1)
+    clock.now += 36  # two of a second in 38
+    assert not checkpoints.due(wanted=True)
+    clock.now += 3
+    assert checkpoints.due()
+
+
+def test_a_training_that_is_told_to_end_saves_first_and_goes_on_from_there(trained, train, monkeypatch):
+    monkeypatch.setattr(training.Checkpoints, "due", lambda self, wanted=False: False)
+    ended = []
+
+    def handler(*_):
+        ended.append(True)
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit):
+            train("ended", on_step=lambda done, total: os.kill(os.getpid(), signal.SIGTERM) if done == 7 else None)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        seen = []
+        out, metrics = train("ended", on_step=lambda done, total: seen.append(done))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == [True]
+    assert seen[0] == 8
+    assert_equal_weights(out, trained[0])
+    assert metrics == trained[1]
+
+
+def get_sigterm(signals):
+    with saves_first():
+        for number in range(signals):
+            assert asked_to_end() == (number > 0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == 1
+
+
+def test_a_second_sigterm_is_obeyed_at_once():
+    def handler(*_):
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        for signals in (2, 1):  # one that comes behind the last step is obeyed there
+            with pytest.raises(SystemExit):
+                get_sigterm(signals)
+            assert not asked_to_end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_more_workers_than_pairs_are_one_line(tmp_path):
