@@ -144,10 +144,10 @@ def measured(kind: str, micro_batch: int, checkpointing: bool, pairs: Path) -> i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1500, help="To train on.")
-    parser.add_argument("--test", type=int, default=2000, help="Pairs, at most, to measure on.")
-    parser.add_argument("--blocks", type=int, default=8, help="Of SmolLM2's 30, for the two trainings.")
+    parser.add_argument("--test", type=int, default=1000, help="Pairs, at most, to measure on.")
+    parser.add_argument("--blocks", type=int, default=4, help="Of SmolLM2's 30, for the two trainings.")
     parser.add_argument("--micro-batch", type=int, default=4, help="Pairs, where memory is measured.")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--only", choices=("accuracy", "memory"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=local_path)
