@@ -38,7 +38,7 @@ def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     of `flag_interval` at a quantile of 5%. Bundles of old say less."""
     told = dict(manifest.get("metrics", {}).get("reference", {}))
     worth = told.pop("worth", {})
-    names = {"score": "safer", "reward_margin": "reward_margin"}
+    names = {"score": "safer", "reward_margin": "reward_margin", "combined": "combined"}
     if told.get("kind") == "in sample":
         worth = {}
     intervals = {names[name]: list(flag_interval(QUANTILE, value)) for name, value in worth.items() if name in names}
@@ -49,11 +49,8 @@ def expected_flags(auditor: Artifact, detector: str, quantile: float, pairs: int
     """Return of which kind the reference of a detector is, its pairs, and the interval (`low`, `high`) in which the
     share of flags among new pairs lies that are like those of the reference; None where the bundle does not say it."""
     known = auditor.metrics.get("reference", {})
-    if detector == "combined":
-        kind, worth = "out of fold", float(pairs)
-    else:
-        kind = known.get("kind", "not recorded")
-        worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
+    kind = "out of fold" if detector == "combined" else known.get("kind", "not recorded")
+    worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
     # Pairs that made the bundle are no sample of new ones: of these more are flagged, nobody knows how many.
     low, high = flag_interval(quantile, worth) if worth and kind != "in sample" else (None, None)
     return {"kind": kind, "pairs": pairs, "low": low, "high": high}

@@ -30,7 +30,15 @@ from safer_ray.config.sections import (
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.errors import UserError
-from safer_ray.features.bundle import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
+from safer_ray.features.bundle import (
+    AUDITOR_FORMAT,
+    DETECTOR,
+    VALUES,
+    check_auditor,
+    features_file,
+    read_features,
+    scorer,
+)
 from safer_ray.features.cards import FILE as CARDS_FILE
 from safer_ray.features.cards import FeatureEvidence, make_cards
 from safer_ray.features.codes import flatten
@@ -53,6 +61,7 @@ from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.pretrained import own_code
 from safer_ray.reward.reading import SETTINGS, settings_of
 from safer_ray.reward.referred import refer_to
+from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
@@ -334,6 +343,9 @@ def _write_auditor(
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
         facts["vector_layers"] = detector.metrics["vector_layers"]
     kind, values = reference.values(codes, features)
+    if detector is not None:
+        said, without = rows_of(read_parquet(detector.path / VALUES), values["pair_id"].to_pylist())
+        values = values if without else values.append_column("combined", said["combined"])
     facts["reference"], facts["data"] = facts_of(kind, values), data_of(codes)
     ordered = {name: np.sort(values[name].to_numpy()) for name in ("score", "reward_margin")}
     columns = {name: pa.array(column, pa.float64(), from_pandas=True) for name, column in ordered.items()}

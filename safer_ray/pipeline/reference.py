@@ -136,8 +136,8 @@ def facts_of(kind: Kind, rows: pa.Table) -> dict[str, Any]:
     tell as much of the quantile of 5% as these, of which several may have one prompt."""
     groups = np.array(rows["group"].to_pylist(), dtype=object)
     worth = {}
-    for name in ("score", "reward_margin"):
-        values = rows[name].to_numpy()
+    for name in ("score", "reward_margin", "combined"):
+        values = rows[name].to_numpy() if name in rows.column_names else np.empty(0)
         if len(values) and np.isfinite(values).all():
             worth[name] = round(effective_count((values > np.quantile(values, MEASURED)).astype(np.float64), groups), 1)
     return {"kind": kind, "pairs": len(rows), "prompts": len(set(groups.tolist())), "worth": worth}
