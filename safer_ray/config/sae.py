@@ -8,6 +8,7 @@ from safer_ray.config.sae_variants import SaeVariant, TopKVariant
 from safer_ray.config.values import Frozen, LocalName, Share
 
 MOST_LATENTS = 2**26  # more than any SAE that is known has; what counts them takes about 100 bytes each
+DEAD_AFTER = 10_000_000  # vectors, at most (Gao et al. 2024, arXiv 2406.04093, have 10 million tokens)
 
 
 class WarmStartConfig(Frozen):
@@ -53,8 +54,9 @@ class SaeConfig(Frozen):
     """Share of the steps, the last, in which it falls to 0."""
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     """Weight of the auxiliary loss, by which dead latents come back."""
-    dead_after: Annotated[int, Field(gt=0)] = 50_000
-    """Vectors without firing after which a latent counts as dead."""
+    dead_after: Annotated[int, Field(gt=0)] | None = None
+    """Vectors without firing after which a latent counts as dead. Default: a tenth of those trained on, at most ten
+    million."""
     micro_batch_size: Annotated[int, Field(gt=0)] | None = None
     """Vectors of a pass. Default: a worker's share of a batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -71,6 +73,11 @@ class SaeConfig(Frozen):
     """Write event files beside the metrics."""
     seed: int = 0
     """Seed of the weights, of the order of vectors and of what is held out."""
+
+    @property
+    def dead_vectors(self) -> int:
+        """Return the vectors without firing after which a latent counts as dead."""
+        return self.dead_after or max(1, min(DEAD_AFTER, self.steps * self.batch_size // 10))
 
     @model_validator(mode="after")
     def _k(self) -> Self:

@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.optimize import minimize
 
 LOCAL = 5.0  # how much more the pairs of a like prompt count
-LANDMARKS = 256  # prompts that others are told by; 64 moved AUROCs by up to 0.005, these by 0.001 (bench/RESULTS.md)
+LANDMARKS = 256  # prompts that others are told by; these moved AUROCs by up to 0.004 (bench/RESULTS.md)
 SMALLEST = 1e-3  # of the largest eigenvalue of the landmarks' likeness: what lies below is noise, or negative
 STRENGTH = 0.3  # inverse of the L2 penalty, for responses scaled to a kernel of 1
 ROUNDED = 0.5  # of the margin, over which the hinge's corner is rounded: then it has a gradient everywhere

@@ -49,6 +49,7 @@ class DeepSpeedEngine:
     """AdamW through DeepSpeed on a model that all workers have built alike."""
 
     autocast = False  # DeepSpeed computes in the dtype of its own configuration
+    counts_micro_batches = True  # it applies at the last of `micro_batches`, and at none where one is missing
 
     def __init__(
         self,

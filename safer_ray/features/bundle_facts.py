@@ -40,7 +40,7 @@ def reference_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     prompts. Bundles of old say less."""
     told = dict(manifest.get("metrics", {}).get("reference", {}))
     worth = told.pop("worth", {})
-    names = {"score": "safer", "reward_margin": "reward_margin"}
+    names = {"score": "safer", "reward_margin": "reward_margin", "combined": "combined"}
     intervals = {
         names[name]: list(flag_interval(QUANTILE, value))
         for name, value in worth.items()
@@ -53,11 +53,8 @@ def expected_flags(auditor: Artifact, detector: str, quantile: float, pairs: int
     """Return of which kind the reference of a detector is, its pairs, and the interval (`low`, `high`) in which the
     share of flags among new pairs lies that are like those of the reference; None where the bundle does not say it."""
     known = auditor.metrics.get("reference", {})
-    if detector == "combined":
-        kind, worth = "out of fold", float(pairs)
-    else:
-        kind = known.get(detector, known).get("kind", "not recorded")
-        worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
+    kind = "out of fold" if detector == "combined" else known.get(detector, known).get("kind", "not recorded")
+    worth = known.get("worth", {}).get("score" if detector == "safer" else detector)
     # Pairs that made the bundle are no sample of new ones: of these more are flagged, nobody knows how many.
     low, high = flag_interval(quantile, worth) if worth and kind != "in sample" else (None, None)
     return {"kind": kind, "pairs": pairs, "low": low, "high": high}

@@ -30,7 +30,15 @@ from safer_ray.config.sections import (
 from safer_ray.config.where import where_mask
 from safer_ray.data.curation import JOINED, apply_decisions, decide, have_scores, join_scores, keep_others
 from safer_ray.errors import UserError
-from safer_ray.features.bundle import AUDITOR_FORMAT, DETECTOR, check_auditor, features_file, read_features, scorer
+from safer_ray.features.bundle import (
+    AUDITOR_FORMAT,
+    DETECTOR,
+    VALUES,
+    check_auditor,
+    features_file,
+    read_features,
+    scorer,
+)
 from safer_ray.features.cards import FILE as CARDS_FILE
 from safer_ray.features.cards import FeatureEvidence, make_cards
 from safer_ray.features.codes import flatten
@@ -48,12 +56,13 @@ from safer_ray.features.scoring import (
     pair_scores,
 )
 from safer_ray.pipeline.inputs import resolve_exchanges
-from safer_ray.pipeline.reference import ALL_PAIRS, Reference, data_of, facts_of, without_held_out
+from safer_ray.pipeline.reference import ALL_PAIRS, Reference, Taken, data_of, facts_of, without_held_out
 from safer_ray.pipeline.stage import StageContext, join_parts, make, pairs_of
 from safer_ray.reward.folder import ADAPTER_FOLDER
 from safer_ray.reward.pretrained import own_code
 from safer_ray.reward.reading import DTYPE, SETTINGS, settings_of
 from safer_ray.reward.referred import refer_to
+from safer_ray.schema import rows_of
 from safer_ray.storage.artifacts import (
     MANIFEST,
     Artifact,
@@ -346,11 +355,16 @@ def _write_auditor(
         shutil.copytree(detector.path, out / DETECTOR, ignore=shutil.ignore_patterns(MANIFEST))
         facts["vector_layers"] = detector.metrics["vector_layers"]
     taken = reference.values(codes, features)
-    facts["reference"], facts["data"] = facts_of(taken), data_of(codes)
     ordered = {name: np.sort(found.rows[name].to_numpy()) for name, found in taken.items()}
-    rows = max(map(len, ordered.values()))
+    if detector is not None:
+        rows = taken["score"].rows
+        said, without = rows_of(read_parquet(detector.path / VALUES), rows["pair_id"].to_pylist())
+        if not without:
+            taken["combined"] = Taken("out of fold", rows.append_column("combined", said["combined"]))
+    facts["reference"], facts["data"] = facts_of(taken), data_of(codes)
+    longest = max(map(len, ordered.values()))
     for name, values in ordered.items():  # the shorter one ends in nulls
-        ordered[name] = np.concatenate([values, np.full(rows - len(values), np.nan)])
+        ordered[name] = np.concatenate([values, np.full(longest - len(values), np.nan)])
     columns = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in ordered.items()}
     write_parquet(pa.table(columns), out / "reference.parquet")
     if known:

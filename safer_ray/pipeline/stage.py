@@ -38,7 +38,7 @@ VERSIONS = {
     "detection": 5,
     "reward": 4,
     "activations": 4,
-    "sae": 2,
+    "sae": 3,
     "codes": 4,
     "salience": 1,
     "contexts": 2,

@@ -132,13 +132,14 @@ def _batch_rows(config: RewardConfig, lengths: np.ndarray, step: int, per_epoch:
 def _one_step(training: _Training, train: _Batches, rows: np.ndarray) -> float:
     """Forward and backward over this worker's micro-batches of a batch; the loss over all of it.
 
-    Every worker runs equally many micro-batches, as partitioned weights demand; one without rows counts nothing.
+    Every worker runs equally many micro-batches, as partitioned weights and DeepSpeed's count of them demand; one
+    without rows counts nothing.
     """
     share = my_share(rows, training.workers)
     total, size = 0.0, training.options.micro_batch_size
     for number in range(training.options.micro_batches):
         mine = share[number * size : (number + 1) * size]
-        if not len(mine) and training.workers.size == 1:
+        if not len(mine) and training.workers.size == 1 and not training.engine.counts_micro_batches:
             continue
         weight = len(mine) / len(rows)
         run = mine if len(mine) else rows[:1]

@@ -141,6 +141,7 @@ class OptimizerAdapter(Checkpointable, Protocol):
     """Applies gradients: plain torch, or DeepSpeed on a cluster. Every call is made by all workers."""
 
     autocast: bool  # whether forward passes are to run under torch's autocast to bfloat16
+    counts_micro_batches: bool  # whether it has to be given all of a step, those without a pair too
 
     @property
     def model(self) -> Any:
@@ -220,6 +221,8 @@ def _without_frozen(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
 
 class TorchOptimizer:
     """AdamW on a module in one process."""
+
+    counts_micro_batches = False
 
     def __init__(self, module: nn.Module, options: OptimizerOptions) -> None:
         self.module = module

@@ -85,12 +85,12 @@ class _Training:
         self.idle[sums[3:] > 0] = 0
         self.progress.step += 1
         rate = self.engine.options.learning_rate * factor
-        dead = float((self.idle >= config.dead_after).double().mean())
+        dead = float((self.idle >= config.dead_vectors).double().mean())
         return {"step": self.progress.step, "nmse": nmse, "aux": aux, "dead": dead, "learning_rate": rate}
 
     def _gradients(self, batch: Batch) -> Tensor:
         """This worker's share of the gradients; of loss, nmse and aux, then which latents fired, [3 + latents]."""
-        dead = self.idle >= self.config.dead_after
+        dead = self.idle >= self.config.dead_vectors
         losses = torch.zeros(3, device=self.workers.device)
         fired = torch.zeros_like(dead)
         for x in _pieces(batch.x, self.config.micro_batch_size or len(batch.x)):

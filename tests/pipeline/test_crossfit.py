@@ -28,11 +28,13 @@ from safer_ray.detection.combined import Readings, load_combined
 from safer_ray.errors import UserError
 from safer_ray.features import passes
 from safer_ray.features.bundle import best_detector
+from safer_ray.features.bundle_facts import expected_flags, flag_interval
 from safer_ray.features.codes import contrasts, matrix_of
 from safer_ray.features.scoring import KIND, margins
 from safer_ray.pipeline import crossfit, model_stages
 from safer_ray.pipeline.crossfit import fold_of
 from safer_ray.pipeline.lab import plantings, run_lab
+from safer_ray.pipeline.reference import facts_of
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext, pairs_of
@@ -208,6 +210,21 @@ def test_a_bundle_audits_by_the_detector_that_was_fitted_for_it(suspected, tmp_p
     contrast = contrasts(codes, len(model.effect.weights))
     said = model(Readings(margins(codes), read["score"].to_numpy(), contrast, *matrices))
     assert spearmanr(read["suspicion"].to_numpy(), -said).statistic > 0.99
+
+
+def test_its_flags_are_told_by_what_pairs_of_one_prompt_are_worth(suspected):
+    bundle = open_artifact(suspected.artifacts["auditor"].path, "auditor")
+    values = pa.parquet.read_table(bundle.path / "detector/values.parquet")
+    pairs = read_parts(pairs_of(suspected.artifacts["training_pairs"]), ["pair_id", "group"])
+    rows = values.join(pairs, "pair_id")
+    worth = facts_of(
+        "out of fold", rows.append_column("score", rows["combined"]).append_column("reward_margin", rows["combined"])
+    )
+    wanted = worth["worth"]["combined"]
+    told = expected_flags(bundle, "combined", 0.05, len(values))
+    assert bundle.metrics["reference"]["worth"]["combined"] == wanted
+    assert (told["low"], told["high"]) == flag_interval(0.05, wanted)
+    assert told["kind"] == "out of fold"
 
 
 def test_an_audit_by_it_reads_every_pair_once(suspected, pairs_dir, tmp_path, monkeypatch):

@@ -670,3 +670,42 @@ def test_pairs_that_cannot_be_put_to_the_model_are_left_out_and_kept_with_the_re
     (row,) = quarantine_rows(tmp_path / "out").to_pylist()
     assert (row["pair_id"], row["row_key"], row["stage"]) == ("pair-003", "made.jsonl#pair-003", "reward")
     assert "the role 'observer'" in row["reason"]
+
+
+# DeepSpeed
+
+
+class OneUnderDeepSpeed(OneProcess):
+    """One process whose gradients DeepSpeed applies, as a group of one worker has it."""
+
+    def engine(self, module, options):
+        from safer_ray.config.cluster import DeepSpeedConfig
+        from safer_ray.distributed.deepspeed_engine import DeepSpeedEngine
+
+        self.opened = DeepSpeedEngine(module, options, DeepSpeedConfig(stage=1), 1, torch.device("cpu"))
+        return self.opened
+
+    def save(self, engine, state):
+        """No checkpoint."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own
+def test_deepspeed_with_one_worker_loses_no_step_to_a_short_batch(pairs_dir, tmp_path, monkeypatch):
+    """The last batch of an epoch has fewer micro-batches than the others."""
+    pytest.importorskip("deepspeed")
+    for name, value in {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = CONFIG.model_copy(update={"epochs": 2, "batch_size": 16, "micro_batch_size": 4, "evaluations": 1})
+    plain = train_reward(pairs_dir, tmp_path / "plain", config, OneProcess(tmp_path / "plain/state"))
+    assert 0 < plain["train_pairs"] % 16 <= 12
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        workers = OneUnderDeepSpeed(tmp_path / "deep/state")
+        deep = train_reward(pairs_dir, tmp_path / "deep", config, workers)
+        assert workers.opened.engine.global_steps == deep["steps"] == plain["steps"]
+    finally:
+        torch.distributed.destroy_process_group()
+    one, other = weights_in(tmp_path / "plain"), weights_in(tmp_path / "deep")
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)

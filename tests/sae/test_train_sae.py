@@ -13,6 +13,7 @@ from support.made import random_sae
 from support.preloaded import started
 from support.sae_vectors import CONFIG, WIDTH, activations, dictionary_vectors, write
 
+from safer_ray.config.sae import SaeConfig
 from safer_ray.config.sae_variants import BatchTopKVariant, JumpReluVariant, TopKVariant
 from safer_ray.errors import SaferError, UserError
 from safer_ray.reward import training_steps as training
@@ -272,6 +273,14 @@ def test_a_checkpoint_of_another_group_of_workers_is_refused(train, vectors_dir,
     others.checkpoints.group = {"workers": 3, "engine": "torch"}
     with pytest.raises(UserError, match=r"'workers': 1.* this run has .*'workers': 3.*go on with the same, or delete"):
         train_sae(vectors_dir, out, CONFIG, others, model="tiny", layer=2)
+
+
+def test_a_latent_counts_as_dead_after_a_tenth_of_the_run_and_ten_million_at_most():
+    run = {"steps": 1000, "batch_size": 1024}
+    assert SaeConfig(**run).dead_vectors == 102_400
+    assert SaeConfig(**run | {"steps": 1_000_000}).dead_vectors == 10_000_000
+    assert SaeConfig(**run, dead_after=7).dead_vectors == 7
+    assert SaeConfig(steps=1, batch_size=1).dead_vectors == 1
 
 
 def test_dead_latents_are_counted_and_helped(train):
