@@ -34,7 +34,7 @@ from safer_ray.features.scoring import KIND, margins
 from safer_ray.pipeline import crossfit, model_stages
 from safer_ray.pipeline.crossfit import fold_of
 from safer_ray.pipeline.lab import plantings, run_lab
-from safer_ray.pipeline.reference import facts_of
+from safer_ray.pipeline.reference import Taken, facts_of
 from safer_ray.pipeline.run import run
 from safer_ray.pipeline.runner import LocalRunner
 from safer_ray.pipeline.stage import StageContext, pairs_of
@@ -217,10 +217,9 @@ def test_its_flags_are_told_by_what_pairs_of_one_prompt_are_worth(suspected):
     values = pa.parquet.read_table(bundle.path / "detector/values.parquet")
     pairs = read_parts(pairs_of(suspected.artifacts["training_pairs"]), ["pair_id", "group"])
     rows = values.join(pairs, "pair_id")
-    worth = facts_of(
-        "out of fold", rows.append_column("score", rows["combined"]).append_column("reward_margin", rows["combined"])
-    )
-    wanted = worth["worth"]["combined"]
+    rows = rows.append_column("score", rows["combined"]).append_column("reward_margin", rows["combined"])
+    names = ("score", "reward_margin", "combined")
+    wanted = facts_of(dict.fromkeys(names, Taken("out of fold", rows)))["worth"]["combined"]
     told = expected_flags(bundle, "combined", 0.05, len(values))
     assert bundle.metrics["reference"]["worth"]["combined"] == wanted
     assert (told["low"], told["high"]) == flag_interval(0.05, wanted)
