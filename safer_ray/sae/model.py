@@ -3,8 +3,8 @@
 z = ReLU(TopK_k(W_enc^T (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec, on x standardised over the hidden dimension.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,9 @@ from safer_ray.config.sections import SaeConfig
 from safer_ray.errors import UserError
 from safer_ray.sae.sparse import MEMORY_BUDGET, Decode, Encode, Entries, SparseCodes, gathered_sum
 from safer_ray.sae.topk import Found, above, largest, padded
+
+if TYPE_CHECKING:
+    from safer_ray.reward.training_steps import Workers
 
 EPSILON = 1e-5  # as SAELens' layer_norm has it
 PUBLISHED_EPSILON = 1e-6  # as the published SAFER code has it
@@ -106,6 +109,10 @@ class TopKSae(nn.Module):
         with torch.no_grad():
             codes = largest(x - self.b_dec, self.W_enc.T, self.b_enc, self.k, budget)
         return self.with_gradient(x, Entries.of(codes.features, self.latents), self._cut(codes.values.view(-1)))
+
+    def decide(self, pieces: Sequence[Float[Tensor, "n d"]], workers: "Workers | None") -> None:
+        """Decide, before a training step, what the whole batch decides of which `pieces` are this worker's; here
+        nothing. `workers` is None where the batch is one piece."""
 
     def firing(self, x: Float[Tensor, "n d"], budget: int = MEMORY_BUDGET) -> tuple[Found, Float[Tensor, ""]]:
         """Return what is active in training, and the mean over vectors that the loss gets for it, here nothing."""

@@ -93,9 +93,14 @@ class _Training:
         dead = self.idle >= self.config.dead_vectors
         losses = torch.zeros(3, device=self.workers.device)
         fired = torch.zeros_like(dead)
-        for x in _pieces(batch.x, self.config.micro_batch_size or len(batch.x)):
-            with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.engine.autocast):
-                found = sae_step(self.sae, x.to(self.workers.device).float(), dead, self.config.aux_coefficient)
+        cut = _pieces(batch.x, self.config.micro_batch_size or len(batch.x))
+        pieces = [x.to(self.workers.device).float() for x in cut]
+        device = self.workers.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.engine.autocast):
+            self.sae.decide(pieces, None if self.workers.size == 1 and len(pieces) == 1 else self.workers)
+        for x in pieces:
+            with torch.autocast(device, torch.bfloat16, enabled=self.engine.autocast):
+                found = sae_step(self.sae, x, dead, self.config.aux_coefficient)
             # Of the whole batch, not of this worker's part: over pieces and workers it sums to the batch's mean.
             share = len(x) / batch.rows
             self.engine.backward(found.loss * share)
