@@ -72,9 +72,15 @@ def make_bundle(root: Path) -> Artifact:
                 "evaluations": 1,
             },
             "activations": {"layer": 16},
-            "sae": {"latents": 2048, "k": 32, "steps": 300, "learning_rate": 5e-4, "spliced_pairs": 0},
-            "judge": {"exchanges": "safety"},
-            "select": {"rating": 2},
+            "sae": {
+                "latents": 2048,
+                "k": 32,
+                "steps": 400,
+                "batch_size": 256,
+                "learning_rate": 5e-4,
+                "spliced_pairs": 0,
+            },
+            "judge": {"exchanges": "safety", "thresholds": [0.0, 0.0, 0.0, 0.0]},  # all that tell sides apart
         }
     )
     with cached_trunk():
