@@ -166,7 +166,7 @@ def test_failures_count_since_something_was_committed(tmp_path):
     fragments, failures = part_fragments(write_input(tmp_path, 32) / "in"), []
 
     def fails(stage, done, total, rows):
-        if len(failures) < 4:
+        if rows and len(failures) < 4:
             failures.append(done)
             raise ray.exceptions.RayError("a node is gone")
 
@@ -291,7 +291,7 @@ def test_several_works_go_through_the_same_processes_which_hold_one_model_at_a_t
     assert counts[0] == done
     for factor in (2, 3, 5):
         assert doubles(tmp_path / str(factor)) == [factor * i for i in range(80)]
-    assert [said[1:3] for said in seen] == [(n, 24) for n in range(9, 25)]
+    assert [said[1:3] for said in seen] == [(n, 24) for n in range(8, 25)]
     if loads_model:
         (told,) = tmp_path.glob("told-*")
         what = [line.split() for line in told.read_text().splitlines()]
