@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from safer_ray.formats.canonical import PROMPTS, SYSTEMS
+from safer_ray.formats.canonical import PARTS, PROMPTS, SYSTEMS
 from safer_ray.formats.messages import ROLES, SPOKEN
 from safer_ray.formats.registry import FORMATS, MARGINS, SCORES
 
@@ -30,7 +30,9 @@ numbers of HelpSteer 2 and 3, SHP, Nectar and UltraFeedback mean is as their car
 ## The prompt
 
 Columns that look like the prompt are used, or the row is refused by that column's name where it says what the prompt
-does not: {_names(PROMPTS)}. `carried: [NAME]` says that a column is no part of the prompt. An `instruction` is followed
+does not: {_names(PROMPTS)}; never used, but refused in the same way: {_names(PARTS)}, and columns of messages whose
+names tell of dialogues. `carried: [NAME]` hides a column from all readers: it rides along. A row whose prompt is empty
+has none where other rows of its file have theirs in that column. An `instruction` is followed
 by its `input` in a line of its own, `history` (pairs of turns) comes before. A text in a column
 {_names(SYSTEMS)} is the system message. What both responses begin with is the prompt where they are
 messages or transcripts; of two plain texts only by `format: trl_implicit`.
@@ -48,8 +50,9 @@ Several messages of one assistant, and its tools', are one response.
 ## The rows' own evidence
 
 `label_margin` is the first of {_names(MARGINS)}, or the difference of two numbers of the sides:
-{_names(one for one, _ in SCORES)}, each less its other. Below 0 it contradicts the label: `inspect`, `pairs` and the
-summary of an audit count such rows, `where: label_margin < 0` takes them, and the curation strategy `label_margin`
+{_names(one for one, _ in SCORES)}, each less its other: of a file the first that its
+first rows have. Where a layout has a first and a second response, only these differences are read, and what the
+layout's own numbers tell. Below 0 it contradicts the label: `inspect`, `pairs` and the summary of an audit count such rows, `where: label_margin < 0` takes them, and the curation strategy `label_margin`
 orders by it. Ties that a layout's own label tells, and equal scores of `ultrafeedback`, are left out with
 their reason and do not count as damage of a file; labels that a layout does not know do. Other equal numbers beside
 `chosen` and `rejected` leave the label as it is.

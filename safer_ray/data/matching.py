@@ -126,8 +126,18 @@ def _pair(halves: Mapping[int, Half]) -> dict[str, Any]:
         labels |= {name if name in half.shared else f"{half.side}_{name}": text for name, text in half.labels.items()}
         labels[f"{half.side}_position"] = str(position)
         notes |= set(half.notes)
+    one, other = (half.rest for half in halves.values())
+    notes |= {_differ(name) for name in one.keys() & other.keys() if _is_text(one[name]) and one[name] != other[name]}
     told = {NOTED: sorted(notes)} if notes else {}
     return row | told | {"labels": dict(sorted(labels.items()))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value.split()) > 1
+
+
+def _differ(name: str) -> str:
+    return f"the two rows of a pair have one prompt, and differ in {name}, too"
 
 
 class _Bad(NamedTuple):

@@ -1,11 +1,23 @@
 """The reading of `prompt`, `chosen` and `rejected`, each text or messages, which every format comes down to."""
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from safer_ray.formats.declaration import Messages, Options, Pair, Refused, Row, as_text, required, type_name
+from safer_ray.formats.declaration import (
+    NOTED,
+    Messages,
+    Options,
+    Pair,
+    Refused,
+    Row,
+    as_text,
+    parsed_json,
+    required,
+    type_name,
+)
 from safer_ray.formats.markup import unstopped, unwrapped, without_stops
-from safer_ray.formats.messages import as_messages, same_beginning, say_the_same, written_as_json
+from safer_ray.formats.messages import as_messages, looks_like_messages, same_beginning, say_the_same, written_as_json
 from safer_ray.formats.transcripts import is_transcript, notes_of_answer, read_turns
 
 PROMPTS = (  # columns that look like the prompt, in the order in which they are taken for it
@@ -14,13 +26,18 @@ PROMPTS = (  # columns that look like the prompt, in the order in which they are
 )
 _USED = {name: frozenset({name, "chosen", "rejected"}) for name in PROMPTS}
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns that models of text do not read
-SYSTEMS = ("system", "system_prompt", "system_message")
-_LOOKS_LIKE_IT = frozenset((*PROMPTS, *MEDIA))
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
+PARTS = (  # columns of what is often a part of the prompt, and is never taken for it
+    *("document", "documents", "passage", "passages", "chat_history", "user_message", "user_query"),
+)
+_LOOKS_LIKE_IT = frozenset((*PROMPTS, *MEDIA, *PARTS))
+_OF_DIALOGUES = re.compile(r"history|context|conversation|messages|dialog|turns|chat")  # in names of columns
 _SYSTEMS = frozenset(SYSTEMS)
 SIDES = frozenset({"chosen", "rejected"})
 ANSWERS = ("assistant", "tool")  # roles of a response
 ANSWERED = "the prompt ended with one of the responses, which was cut"
 EMPTY: tuple[Any, ...] = (None, "", [])
+NOTHING_SAID = frozenset({"nan", "<noinput>"})  # what stands for no text in columns that may be empty
 TURN_BREAK = "\n"  # between an instruction and its input, as LLaMA-Factory joins them
 
 
@@ -35,6 +52,32 @@ def said(value: Any, name: str) -> Messages | str:
 def has_sides(row: Row) -> bool:
     """Return whether a row says itself which response is which, whatever other columns say."""
     return row.keys() >= SIDES
+
+
+def without_lists(row: Row, names: Collection[str]) -> Row:
+    """Return a row with what the one turn of each of its prompt and responses says, where all are lists of turns, also
+    as JSON: as Chatbot Arena's tables have them. A list in one of them alone is an answer.
+
+    Raises:
+        Refused: one has several turns.
+    """
+    turns = {name: _turns_in(row.get(name)) for name in names}
+    if any(each is None for each in turns.values()):
+        return row
+    for name, each in turns.items():
+        if len(each or ()) != 1:
+            raise Refused(f"several turns: {name} has {len(each or ())}, whose answers of two models follow each other")
+    return row | {name: each[0] for name, each in turns.items() if each}
+
+
+def _turns_in(value: Any) -> list[Any] | None:
+    """Return a list of turns, also as JSON; None of anything else."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = parsed_json(value)
+        except Refused:
+            return None
+    return value if isinstance(value, list) and all(isinstance(turn, str | None) for turn in value) else None
 
 
 def holds_messages(value: Any) -> bool:
@@ -137,6 +180,8 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str], n
     if len(leads) == 2 and not say_the_same(*leads):
         raise Refused("prompts differ")
     longer = bool(leads) and len(leads[0]) > len(prompt)  # the sides know a system message, or more turns
+    if longer and len(leads) == 1:
+        raise Refused("prompts differ: one side has messages before its answer that the other has not")
     prompt = leads[0] if longer else prompt
     told = tuple(sorted({*notes, *chosen.notes, *rejected.notes}))
     pair = Pair(prompt, chosen.response, rejected.response, used=used, notes=told)
@@ -150,7 +195,7 @@ def paired(row: Row, prompt: Messages, prompt_text: Any, used: frozenset[str], n
 def canonical(row: Row, options: Options) -> Pair:
     """Read `prompt`, `chosen`, `rejected`, each text or messages; where the prompt is empty, the next column that looks
     like one is taken for it."""
-    return prompted_by(_first_prompt(row) or "prompt", row)
+    return prompted_by(first_prompt(row) or "prompt", row)
 
 
 def prompted_by(column: str, row: Row) -> Pair:
@@ -162,7 +207,9 @@ def prompted_by(column: str, row: Row) -> Pair:
         return paired(row, prompt, value, _USED[column], notes)
     if column == "instruction" and "input" in row:
         used.add("input")
-        if isinstance(text := row["input"], str) and text.strip():
+        if isinstance(text := row["input"], str) and text.strip() in NOTHING_SAID:
+            notes = {*notes, _nothing_said("input", text)}
+        elif isinstance(text, str) and text.strip():
             content = f"{prompt[-1]['content']}{TURN_BREAK}{text}"
             prompt = [*prompt[:-1], {**prompt[-1], "content": content}]
         elif text not in (None, ""):
@@ -180,13 +227,14 @@ def prompt_column(row: Row) -> str:
     Raises:
         Refused: there is none.
     """
-    name = _first_prompt(row)
+    name = first_prompt(row)
     if name is None:
         raise Refused(f"missing column: prompt (or one of {', '.join(PROMPTS[1:])})")
     return name
 
 
-def _first_prompt(row: Row) -> str | None:
+def first_prompt(row: Row) -> str | None:
+    """Return the first column that looks like the prompt and is not empty."""
     for name in PROMPTS:
         if row.get(name) not in EMPTY:
             return name
@@ -220,6 +268,9 @@ def with_system(row: Row, pair: Pair) -> Pair:
         value = row.get(name)
         if name in pair.used or value is None or value == "":
             continue
+        if isinstance(value, str) and value.strip() in NOTHING_SAID:
+            pair = pair._replace(used=pair.used | {name}, notes=(*pair.notes, _nothing_said(name, value)))
+            continue
         if not isinstance(value, str):
             raise Refused(f"wrong type: {name} is {type_name(value)}, wanted text of a system message")
         first = pair.prompt[0] if pair.prompt else {"role": ""}
@@ -231,11 +282,24 @@ def with_system(row: Row, pair: Pair) -> Pair:
     return pair
 
 
-def check_nothing_dropped(row: Row, pair: Pair) -> None:
-    """Raises Refused where a column that looks like a part of the prompt says what the prompt does not: a text that is
-    none of its messages or their lines, messages that are none of the pair's, or an image."""
-    for name in sorted(_LOOKS_LIKE_IT.intersection(row) - pair.used):
-        value = row[name]
+def _nothing_said(name: str, text: str) -> str:
+    return f"{name} is {text.strip()!r}, which is read as none"
+
+
+def check_nothing_dropped(row: Row, pair: Pair) -> Pair:
+    """Return the pair, with a note on messages in a column whose name does not say that they are of the prompt.
+
+    Raises:
+        Refused: a column that looks like a part of the prompt says what the prompt does not: a text that is none of
+            its messages or their lines, messages that are none of the pair's, or an image.
+    """
+    for name, value in sorted(row.items()):
+        if name in pair.used or not (name in _LOOKS_LIKE_IT or _is_dialogue(name, value)):
+            continue
+        if name not in _LOOKS_LIKE_IT and not _OF_DIALOGUES.search(name.lower()):
+            if not _is_told(value, pair):
+                pair = pair._replace(notes=(*pair.notes, f"{name} holds messages, and is no part of the prompt"))
+            continue
         if value in EMPTY:
             continue
         if name in MEDIA:
@@ -243,12 +307,33 @@ def check_nothing_dropped(row: Row, pair: Pair) -> None:
                 f"unread column: {name}; pairs hold text alone; set `carried: [{name}]` (--set carried={name}) where "
                 "it is no part of a prompt"
             )
+        if name in PARTS and _is_within(value, pair):
+            continue
         if not _is_told(value, pair):
             used = next((other for other in PROMPTS if other in pair.used), "chosen and rejected")
             raise Refused(
                 f"two prompts: {name} says what the prompt, read from {used}, does not; rename it, or set "
                 f"`carried: [{name}]` (--set carried={name}) where it is no part of the prompt"
             )
+    return pair
+
+
+def _is_dialogue(name: str, value: Any) -> bool:
+    """Return whether a column of any name holds messages; one that is named by a side is that side's."""
+    if not isinstance(value, list | str) or not value or name.startswith(("chosen", "rejected")) or name == NOTED:
+        return False
+    if isinstance(value, list):
+        return looks_like_messages(value)
+    try:
+        return written_as_json(value, name) is not None
+    except Refused:
+        return True
+
+
+def _is_within(value: Any, pair: Pair) -> bool:
+    """Return whether each text of several words is within a message of the prompt."""
+    texts = [text for item in _texts(value) if len((text := item.strip()).split()) > 1]
+    return all(any(text in message["content"] for message in pair.prompt) for text in texts)
 
 
 def _is_told(value: Any, pair: Pair) -> bool:

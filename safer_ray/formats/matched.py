@@ -41,7 +41,7 @@ def _half(
     sides = {"chosen": row.get(column), "rejected": row.get(column)}
     rest = {name: value for name, value in row.items() if name not in (column, *SIDES)}
     pair = with_system(rest, canonical(rest | sides, {}))
-    check_nothing_dropped(rest, pair)
+    pair = check_nothing_dropped(rest, pair)
     gone = {*pair.used, *columns, *labels, *(("prompt",) if "prompt" in row else ())}
     others = {name: value for name, value in row.items() if name not in gone}
     notes = (*pair.notes, *markup_notes(rest | sides, pair))

@@ -212,7 +212,7 @@ def written_as_json(text: str, name: str) -> Any:
     """
     if text[:1] not in _FIRSTS and not text.startswith("array("):
         return None
-    if _REPR.match(text) and _REPR_ROLE.search(text, 0, 5000):
+    if _REPR.match(text) and _REPR_ROLE.search(text):
         raise Refused(
             f"not JSON: {name} holds messages as Python's repr writes them; write them by json.dumps, or as a list"
         )
@@ -229,10 +229,11 @@ def written_as_json(text: str, name: str) -> Any:
             why = str(reason).removeprefix("not JSON: ")
             raise Refused(f"not JSON: {name} begins as messages in JSON do, but {why}") from None
         return None
-    return value if _looks_like_messages(value) else None
+    return value if looks_like_messages(value) else None
 
 
-def _looks_like_messages(value: Any) -> bool:
+def looks_like_messages(value: Any) -> bool:
+    """Return whether a value is a message, or a list that begins with one, of a role that is known."""
     if isinstance(value, dict) and len(value) == 1:
         value = next((value[key] for key in _LISTS if key in value), value)
     first = value[0] if isinstance(value, list) and value else value

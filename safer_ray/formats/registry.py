@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 from safer_ray.errors import UserError
 from safer_ray.formats import chosen_rejected as sides
 from safer_ray.formats.benchmarks import HHH, LLMBAR, REWARDBENCH, REWARDBENCH2, RM_BENCH
-from safer_ray.formats.canonical import PROMPTS, by_any_prompt, canonical, check_nothing_dropped, with_system
+from safer_ray.formats.canonical import (
+    PROMPTS,
+    by_any_prompt,
+    canonical,
+    check_nothing_dropped,
+    first_prompt,
+    with_system,
+    without_lists,
+)
 from safer_ray.formats.declaration import (
     NOTED,
     OWN_MARGIN,
@@ -125,8 +133,10 @@ def read_pair(row: Row, format: str, options: Options = NONE, table: Table = ANY
     """
     known = FORMATS[format]
     row, told = as_told(without_carried(row, options), table)
+    if row.keys() >= sides.SIDES:
+        row = without_lists(row, (*sorted(sides.SIDES), first_prompt(row) or "prompt"))
     pair = with_system(row, known.read(row, options))
-    check_nothing_dropped(row, pair)
+    pair = check_nothing_dropped(row, pair)
     if say_the_same(pair.chosen, pair.rejected):
         raise Refused("equal responses")
     margin, used, of_margin = _margin(row, pair, known, table)

@@ -5,9 +5,8 @@ better, HelpSteer3's `overall_preference` likewise below 0 where response 1 is; 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from safer_ray.formats.canonical import by_any_prompt, canonical, has_sides
+from safer_ray.formats.canonical import by_any_prompt, canonical, has_sides, without_lists
 from safer_ray.formats.declaration import (
     OWN_MARGIN,
     Options,
@@ -18,7 +17,6 @@ from safer_ray.formats.declaration import (
     as_mapping,
     as_number,
     as_text,
-    parsed_json,
     type_name,
 )
 from safer_ray.formats.messages import as_messages
@@ -26,6 +24,7 @@ from safer_ray.formats.messages import as_messages
 Names = tuple[str, str]
 NAME_CHARS = 12  # of a label that names a response
 STRONGEST = 3  # of HelpSteer's preferences
+_TIED = frozenset({"tie", "both", "neither", "draw"})
 TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both", "neither", "none", "draw", "")
 
 
@@ -148,21 +147,6 @@ def _named_winner(row: Row) -> int | None:
     raise Refused(f"unknown label: winner is {said[:40]}, wanted model_a, model_b, a model's name, or tie")
 
 
-def _one_turn(value: Any, name: str) -> Any:
-    """Return what one turn says, of turns that Chatbot Arena's tables hold as a list in JSON."""
-    turns = value
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            turns = parsed_json(value)
-        except Refused:
-            return value
-    if isinstance(turns, list) and all(isinstance(turn, str | None) for turn in turns):
-        if len(turns) != 1:
-            raise Refused(f"several turns: {name} has {len(turns)}, whose answers of two models follow each other")
-        return turns[0]
-    return value
-
-
 _WINNERS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
 _WON = ("model_", "model ", "response_", "response ", "assistant_")  # what stands before a letter that names a winner
 ARENA_SIDES = {"model": ("model_a", "model_b")}
@@ -176,8 +160,7 @@ def arena(row: Row, options: Options) -> list[Row]:
     """
     names = ("response_a", "response_b")
     won = _winner(row)
-    row = row | {name: _one_turn(row.get(name), name) for name in (*names, "prompt")}
-    return [_preferred(row, names, won, _WINNERS, ARENA_SIDES)]
+    return [_preferred(without_lists(row, ("prompt", *names)), names, won, _WINNERS, ARENA_SIDES)]
 
 
 def arena_conversations(row: Row, options: Options) -> list[Row]:
@@ -206,6 +189,12 @@ _NAMED: tuple[tuple[Names, Names], ...] = tuple(
 )
 
 
+def _is_tied(row: Row) -> bool:
+    """Return whether `chosen` and `rejected` say that neither of two columns of responses is better."""
+    said = {as_text(row.get(side)).strip().lower() for side in ("chosen", "rejected")}
+    return said <= _TIED and any(set(columns) <= row.keys() for columns, _ in _NAMED)
+
+
 def _named(row: Row) -> list[tuple[Names, int]]:
     """Return the columns of two responses that `chosen` and `rejected` may name, and which is chosen."""
     sides = [as_text(row.get(side)).strip().lower() for side in ("chosen", "rejected")]
@@ -226,6 +215,8 @@ def _named(row: Row) -> list[tuple[Names, int]]:
 def named_responses(row: Row, options: Options) -> list[Row]:
     """Read `chosen` and `rejected` that name two other columns, which hold the responses."""
     found = _named(row)
+    if not found and _is_tied(row):
+        raise Refused(f"no preference: chosen is {as_text(row['chosen'])}")
     if not found:
         raise Refused("unknown label: chosen and rejected name no two columns of responses")
     if len(found) > 1:
@@ -241,7 +232,7 @@ NAMED_RESPONSES = PreferenceFormat(
     "response_a, response_b, and chosen, rejected that name them",
     by_any_prompt,
     named_responses,
-    holds=lambda row: bool(_named(row)),
+    holds=lambda row: bool(_named(row)) or _is_tied(row),
     ordered=True,
 )
 HELPSTEER2 = PreferenceFormat(

@@ -97,11 +97,9 @@ class CsvRows:
         """Return why a row of one line, or of proper cells, is refused."""
         if cells and _plain(cells[0]) in self.names and {_plain(cell) for cell in cells} == self.names:
             return "header again: the row holds the names of the columns, as where files are joined; delete it"
-        if len(cells) > len(self.header):
-            return (
-                f"wrong type: the row is {len(cells)} cells, wanted {len(self.header)} as in the header"
-                f"{_remedy(self.lines)}"
-            )
+        if cells and len(cells) != len(self.header):
+            short = "; write its empty cells, too" if len(cells) < len(self.header) else _remedy(self.lines)
+            return f"wrong type: the row is {len(cells)} cells, wanted {len(self.header)} as in the header{short}"
         for cell in cells:
             if cell[:1] in _BLANKS and cell.lstrip(" \t")[:1] == '"' and f",{cell}" in "".join(self.lines):
                 return f"not CSV: a space before a quote{_SPACE}"

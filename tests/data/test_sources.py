@@ -421,7 +421,11 @@ def test_multi_line_cells_and_odd_records_of_a_csv_are_read_or_refused(tmp_path)
     lines = ["prompt,chosen,rejected", '"two\nlines",a,b', "", "p,,b", "p,a", "p,a,b,c", "p,\xff,b"]
     (tmp_path / "a.csv").write_bytes("\n".join(lines).encode("latin-1"))
     found = [(row["position"], row["refused"]) for row in pairs_of(tmp_path / "a.csv")]
-    assert found[:3] == [(0, None), (2, "empty text: chosen"), (3, "missing column: rejected")]
+    assert found[:3] == [
+        (0, None),
+        (2, "empty text: chosen"),
+        (3, "wrong type: the row is 2 cells, wanted 3 as in the header; write its empty cells, too"),
+    ]
     assert found[3][1].startswith("wrong type: the row is 4 cells, wanted 3")
     assert found[4][1].startswith("bad UTF-8")
 

@@ -11,6 +11,7 @@ from support.messages import short
 from safer_ray.config.sections import SourceConfig
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.errors import UserError
+from safer_ray.formats.notes import BEGUN, FOLLOWING, TOOLS
 
 ANSWERS = [
     ("Boil it for eight minutes.", "Boil it."),
@@ -27,7 +28,7 @@ def written(path, rows):
 def read(path, **settings):
     """All rows of a source, pairs and refused ones."""
     source = SourceConfig(path=str(path), **settings)
-    normalise = NormalisePairs([source], 10_000)
+    normalise = NormalisePairs([source], 100_000)
     return [short(row) for f in plan_sources([source]) for row in normalise(read_raw(f, source)).to_pylist()]
 
 
@@ -249,3 +250,88 @@ def test_a_rating_of_minus_one_is_none_where_no_other_is_below_zero(tmp_path):
     assert found[1]["notes"][0].startswith("a rating of chosen_rating or rejected_rating is -1")
     rewards = [row | {"rejected_rating": -0.5} for row in rows]
     assert [row["label_margin"] for row in read(written(tmp_path / "rewards.jsonl", rewards))] == [4.5, -0.5]
+
+
+# Parts of the prompt, and what stands for none
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("chat_history", [USER, GOOD]),
+        ("earlier_turns", json.dumps([USER, BAD, {"role": "user", "content": "And now?"}])),
+        ("documents", ["The office opens at nine.", "It is shut at five."]),
+        ("passage", "The office opens at nine."),
+        ("user_message", "When do you open?"),
+    ],
+)
+def test_a_part_of_the_prompt_in_a_column_of_its_own_is_refused_by_name(tmp_path, column, value):
+    path = written(tmp_path / "rows.jsonl", [{"prompt": "Go on.", "chosen": "Yes.", "rejected": "No.", column: value}])
+    assert read(path)[0]["refused"].startswith(f"two prompts: {column} says what the prompt")
+    assert read(path, carried=(column,))[0]["refused"] is None
+
+
+def test_documents_within_the_prompt_and_messages_of_judges_are_no_part_that_is_dropped(tmp_path):
+    row = {"prompt": "Read this: it opens at nine. When?", "documents": ["it opens at nine."], **SIDES}
+    (pair,) = read(
+        written(tmp_path / "rows.jsonl", [row | {"labelling_prompt": [{"role": "user", "content": "Judge."}]}])
+    )
+    assert (pair["refused"], pair["notes"]) == (None, ["labelling_prompt holds messages, and is no part of the prompt"])
+
+
+def test_a_system_instruction_is_the_first_message(tmp_path):
+    (pair,) = read(written(tmp_path / "rows.jsonl", [{"prompt": ASKED, "system_instruction": "Be kind.", **SIDES}]))
+    assert pair["prompt"] == [{"role": "system", "content": "Be kind."}, USER]
+
+
+def test_marks_that_stand_for_no_text_are_left_out_and_told(tmp_path):
+    row = {"instruction": ASKED, "input": "<noinput>", "system": "nan", **SIDES}
+    (pair,) = read(written(tmp_path / "rows.jsonl", [row]))
+    assert pair["prompt"] == [USER]
+    assert pair["notes"] == ["input is '<noinput>', which is read as none", "system is 'nan', which is read as none"]
+
+
+def test_lists_of_one_turn_are_unwrapped_where_the_prompt_and_both_responses_are_some(tmp_path):
+    row = {name: json.dumps([text]) for name, text in {"prompt": ASKED, **SIDES}.items()}
+    (pair,) = read(written(tmp_path / "rows.jsonl", [row]))
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([USER], [GOOD], [BAD])
+    several = row | {"chosen": json.dumps(["a", "b"])}
+    assert read(written(tmp_path / "several.jsonl", [several]))[0]["refused"].startswith("several turns: chosen has 2")
+
+
+def test_a_list_that_is_an_answer_stays_one(tmp_path):
+    row = {"prompt": "List the capital.", "response_a": '["Lima"]', "response_b": "Lima", "winner": "model_a"}
+    assert read(written(tmp_path / "rows.jsonl", [row]))[0]["chosen"][0]["content"] == '["Lima"]'
+
+
+def test_ties_of_named_responses_are_no_preference(tmp_path):
+    tie = {"chosen": "tie", "rejected": "tie"}
+    found = read(written(tmp_path / "rows.jsonl", [ROWS["named_responses"] | tie] * 2 + [ROWS["named_responses"]]))
+    assert [row["refused"] for row in found] == ["no preference: chosen is tie"] * 2 + [None]
+
+
+def test_messages_in_pythons_repr_are_refused_however_long_the_first_is(tmp_path):
+    long = str([{"content": "x" * 20_000, "role": "user"}, {"content": "y", "role": "assistant"}])
+    (pair,) = read(written(tmp_path / "rows.jsonl", [{"prompt": ASKED, "chosen": long, "rejected": "Go away."}]))
+    assert pair["refused"].startswith("not JSON: chosen holds messages as Python's repr")
+
+
+def test_one_side_alone_has_a_system_message(tmp_path):
+    row = {"prompt": ASKED, "chosen": "Fine.", "rejected": [{"role": "system", "content": "Be rude."}, USER, BAD]}
+    assert read(written(tmp_path / "rows.jsonl", [row]))[0]["refused"].startswith("prompts differ")
+
+
+def test_empty_turns_and_repeated_prompts_are_told(tmp_path):
+    prompt = [USER, {"role": "assistant", "content": ""}, USER]
+    sides = {side: f"{ASKED} {text}" for side, text in SIDES.items()}
+    (pair,) = read(written(tmp_path / "rows.jsonl", [{"prompt": prompt, **sides, "tools": [{"name": "f"}]}]))
+    assert {BEGUN, FOLLOWING, TOOLS} == set(pair["notes"])
+
+
+def test_rows_of_one_prompt_that_differ_in_another_text_are_told(tmp_path):
+    rows = [
+        {"prompt": "Sum it up.", "report": f"Report number {i}", "completion": text, "label": bool(i)}
+        for i, text in enumerate(("bad", "good"))
+    ]
+    (pair,) = read(written(tmp_path / "kto.jsonl", rows))
+    assert pair["notes"] == ["the two rows of a pair have one prompt, and differ in report, too"]
