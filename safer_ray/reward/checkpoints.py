@@ -335,9 +335,10 @@ def _save(reward: RewardModel, directory: Path, weights: dict[str, Tensor] | Non
     with explain_disk_errors(directory):
         if reward.adapter is not None:
             weights = reward.model.state_dict() if weights is None else weights
-            save_adapter(reward, directory / ADAPTER_FOLDER, weights)
-            pad = {"pad": reward.unread} if reward.unread is not None else {}
-            (directory / ADAPTER_FOLDER / SETTINGS).write_text(json.dumps(settings | pad) + "\n", encoding="utf-8")
+            if not reward.is_cut:  # else it would open on the whole base, and read another model
+                save_adapter(reward, directory / ADAPTER_FOLDER, weights)
+                pad = {"pad": reward.unread} if reward.unread is not None else {}
+                (directory / ADAPTER_FOLDER / SETTINGS).write_text(json.dumps(settings | pad) + "\n", encoding="utf-8")
             weights = merged(reward.model, weights)
         reward.model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
         reward.pairs.tokenizer.save_pretrained(directory)

@@ -5,12 +5,13 @@ A state is kept as float16 with one power of two for each token, which puts the 
 (plain float16 overflows at 65,504, which the largest entries of some models come near; bfloat16 rounds by 2^-8).
 """
 
+import json
 import logging
+import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from safer_ray.reward.forward import trunk_states
 from safer_ray.reward.model import RewardModel
 from safer_ray.reward.packing import unpacked
 from safer_ray.reward.text import both_sides
-from safer_ray.reward.training_pairs import TrainingPairs
+from safer_ray.reward.training_pairs import TrainingPairs, checksum
 from safer_ray.reward.training_steps import Workers, share
-from safer_ray.storage.files import make_folder, read_json, write_json
+from safer_ray.storage.files import make_folder, write_json
 
 FOLDER = "frozen-states"  # in a training's state
 TOP = 15  # the exponent of two that a token's largest entry lies below
@@ -99,29 +100,36 @@ def frozen_states(
     folder, width = workers.state / FOLDER, reward.hidden_size
     own = share(len(pairs), workers.rank, workers.size)
     lengths = pairs.side_lengths
-    known = {
-        "layer": reward.frozen_layers,
-        "width": width,
-        "pairs": len(pairs),
-        "lengths": zlib.crc32(lengths.tobytes()),
-    }
-    account = folder / f"{workers.rank}-of-{workers.size}.json"
-    missing = not account.is_file() or read_json(account) != known
+    known = {"layer": reward.frozen_layers, "width": width, "pairs": len(pairs), "tokens": pairs.checksum}
+    account, files = folder / f"{workers.rank}-of-{workers.size}.json", _files(folder, workers.rank, workers.size)
+    # Their content, too: what is damaged is computed again, where training on it would go unnoticed.
+    missing = _read(account) != known | {"files": [checksum(file) for file in files]}
     if workers.sum(torch.tensor([float(missing)]))[0] > 0:
         _check_room(folder, reward, len(pairs), int(lengths.sum()), gigabytes)
     if missing:
         make_folder(folder)
-        values, exponents = _files(folder, workers.rank, workers.size)
-        with values.open("wb") as numbers, exponents.open("wb") as powers:
+        account.unlink(missing_ok=True)
+        with files[0].open("wb") as numbers, files[1].open("wb") as powers:
             for rows in _chunks(lengths[own].sum(axis=1), own.start, max(1, AT_ONCE // (4 * width))):
                 sides = both_sides(pairs[rows])
                 for states in trunk_states(reward, [unpacked(side.ids, side.types) for side in sides]):
                     halves = to_halves(states)
                     numbers.write(halves.values.tobytes())
                     powers.write(halves.exponents.tobytes())
-        write_json(known, account)
+            for file in (numbers, powers):  # before the account that says so
+                file.flush()
+                os.fsync(file.fileno())
+        write_json(known | {"files": [checksum(file) for file in files]}, account)
     workers.sum(torch.zeros(1))  # all wait for all
     return FrozenStates(folder, pairs, width, workers.size)
+
+
+def _read(account: Path) -> Any:
+    """Return what an account says; None where there is none, or a torn one."""
+    try:
+        return json.loads(account.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _check_room(folder: Path, reward: RewardModel, pairs: int, tokens: int, gigabytes: float | None) -> None:

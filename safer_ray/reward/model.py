@@ -30,6 +30,7 @@ class RewardModel:
     pad: int = 0  # fills up batches, where nothing is read
     pads: bool = True  # whether sequences of unlike length run side by side, which moves no reward of most models
     weights: tuple[float, ...] | None = None  # of the outputs of code of a checkpoint's own, where it gives several
+    is_cut: bool = False  # of a base of which the first blocks alone are kept, which an adapter does not say
     adapter: Any = None  # peft's configuration of the additions that are trained on it, where there are any
     unread: int | None = None  # the pad token of the checkpoint, behind which its rewards are read; None: it names none
 

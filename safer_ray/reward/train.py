@@ -1,7 +1,7 @@
 """The loop that trains a reward model on pairs: split by prompt, resume exactly, keep the best, export."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ def train_reward(pairs: Path, out: Path, config: RewardConfig, workers: Workers)
         reward.model.eval()  # so that they are without dropout
         states = frozen_states(reward, found, workers, config.frozen_states_gb)
     if config.lora is not None:
-        reward = add_lora(reward, config.lora, config.seed)
+        reward = replace(add_lora(reward, config.lora, config.seed), is_cut=config.blocks is not None)
     train = _Batches(trained, reward.frozen_layers, states)
     validation = _Batches(held, reward.frozen_layers, states) if len(held) else train
     if config.gradient_checkpointing:
@@ -219,6 +219,11 @@ def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) 
     # which holds its own, overrides it.
     torch.manual_seed(config.seed + 1 + workers.rank)
     checkpoint = workers.load(engine)
+    if checkpoint and checkpoint.get("pairs") not in (None, train.pairs.checksum):
+        raise UserError(
+            "reward: the unfinished training was on other pairs than are there now; put back those that it began with, "
+            "or start again with --fresh"
+        )
     progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     marks = {round(total * (i + 1) / config.evaluations) for i in range(config.evaluations)} | {total}
     for rows in _batch_rows(config, train.lengths, progress.step, per_epoch):
@@ -236,7 +241,7 @@ def _fit(training: _Training, train: _Batches, validation: _Batches, out: Path) 
         if progress.step in marks:
             _evaluate(training, validation, progress, out)
         if workers.due(wanted=progress.step in marks):
-            workers.save(engine, {"progress": vars(progress)})
+            workers.save(engine, {"progress": vars(progress), "pairs": train.pairs.checksum})
     return progress
 
 

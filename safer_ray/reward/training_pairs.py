@@ -7,6 +7,7 @@ once for all workers of a host. (A row of Parquet is found by decoding its row g
 
 import json
 import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,7 @@ class _Account(NamedTuple):
     """What became of a part's rows."""
 
     of: list[Any]  # by which the part is known: its name, its size and when it was written
+    checksum: int  # of the file of its tokens
     read: int
     refused: int
     first: list[str]  # pair and reason of the first that was refused
@@ -96,12 +98,29 @@ def tokenise(pairs: Path, out: Path, reward: RewardModel, config: RewardConfig, 
     make_folder(folder)
     for number, path in enumerate(part_files(pairs)):
         known = [path.name, *stamp(path)]
-        if number % workers.size == workers.rank and (_account(folder, number) or _NONE).of != known:
+        if number % workers.size == workers.rank and not _is_tokenised(folder, number, known):
             _tokenise_part(path, number, known, out, folder, reward, config)
     workers.sum(torch.zeros(1))  # all wait for all
 
 
-_NONE = _Account([], 0, 0, [])
+_NONE = _Account([], 0, 0, 0, [])
+
+
+def _is_tokenised(folder: Path, number: int, known: list[Any]) -> bool:
+    found = _account(folder, number)
+    return found is not None and found.of == known and found.checksum == checksum(_file(folder, number))
+
+
+def checksum(file: Path) -> int:
+    """Return the CRC-32 of a file; -1 where there is none."""
+    found = 0
+    try:
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                found = zlib.crc32(block, found)
+    except FileNotFoundError:
+        return -1
+    return found
 
 
 def _account(folder: Path, number: int) -> _Account | None:
@@ -140,7 +159,9 @@ def _tokenise_part(
         rows = refused_rows(pa.concat_tables(bad_rows), "reward")
         write_parquet(rows, out / "quarantine" / part_name(number))
         refused, first = len(rows), [str(rows["pair_id"][0]), str(rows["reason"][0])]
-    write_json(_Account(known, read, refused, first)._asdict(), folder / f"{number:08}.json")
+    write_json(
+        _Account(known, checksum(_file(folder, number)), read, refused, first)._asdict(), folder / f"{number:08}.json"
+    )
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -229,6 +250,15 @@ class TrainingPairs:
         """Tokens of the chosen and the rejected side of each pair, int64 [n, 2]."""
         sides = [np.stack([each.ids[side].lengths for side in SIDES], axis=1) for each in self.batches]
         return np.concatenate([np.empty((0, 2), np.int64), *sides])[self.numbers]
+
+    @cached_property
+    def checksum(self) -> int:
+        """A CRC-32 of the tokens of all pairs."""
+        found = zlib.crc32(self.numbers.tobytes())
+        for each in self.batches:
+            for side in SIDES:
+                found = zlib.crc32(each.ids[side].values, zlib.crc32(each.ids[side].offsets, found))
+        return found
 
     @property
     def lengths(self) -> np.ndarray:

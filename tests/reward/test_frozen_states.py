@@ -83,6 +83,33 @@ def test_states_that_are_there_are_not_computed_again(frozen, few, tmp_path, mon
         frozen_states(frozen.freeze(1), few, workers)
 
 
+@pytest.mark.parametrize("suffix", ["float16", "exponents", "json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "empty"])
+def test_states_that_are_damaged_are_computed_again(frozen, few, tmp_path, suffix, damage):
+    """A training went on with wrong ones, and without a word."""
+    workers = OneProcess(tmp_path)
+    wanted = frozen_states(frozen, few, workers)[np.arange(11)]
+    (file,) = (tmp_path / module.FOLDER).glob(f"*.{suffix}")
+    whole = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        middle = len(whole) // 2
+        worse = {"cut": whole[:middle], "empty": b"", "changed": whole[:middle] + b"!" + whole[middle + 1 :]}
+        file.write_bytes(worse[damage])
+    found = frozen_states(frozen, few, workers)[np.arange(11)]
+    assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+
+
+def test_states_of_other_pairs_of_the_same_lengths_are_computed_again(frozen, few, tmp_path):
+    workers = OneProcess(tmp_path)
+    wanted = frozen_states(frozen, few, workers)[np.arange(11)]
+    tokens = few[np.arange(11)]
+    turned = [pair._replace(chosen=pair.chosen._replace(ids=pair.chosen.ids[::-1].copy())) for pair in tokens]
+    found = frozen_states(frozen, TrainingPairs.of([as_batch(turned, [False] * 11)]), workers)[np.arange(11)]
+    assert not any(torch.equal(*both) for both in zip(found[:11], wanted[:11], strict=True))
+
+
 def test_a_budget_that_is_too_small_is_one_line_with_the_remedy_before_anything_is_computed(
     frozen, few, tmp_path, monkeypatch
 ):

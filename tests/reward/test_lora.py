@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.made import make_pairs
+from support.made import make_pairs, write_parts
 from support.reward_models import save_reward_model_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -151,7 +151,7 @@ def test_additions_begin_as_nothing_and_are_drawn_by_the_seed(reward_dir):
 def test_a_killed_run_resumes_to_the_same_weights_from_a_checkpoint_of_what_is_trained(
     reward_dir, pairs_dir, tmp_path, monkeypatch, frozen
 ):
-    monkeypatch.setattr(training_steps, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training_steps.Checkpoints, "due", lambda self, wanted=False: True)
     whole = train(reward_dir, pairs_dir, tmp_path / "whole", frozen_layers=frozen)
 
     class KilledError(Exception):
@@ -290,3 +290,24 @@ def test_a_bundle_holds_the_merged_model_alone(reward_dir, pairs_dir, tmp_path):
     wanted, found = (rewards_of(load_reward_model(tmp_path / name))[1] for name in ("out", "bundle"))
     np.testing.assert_array_equal(found, wanted)
     assert not (tmp_path / "bundle/adapter").exists()
+
+
+def test_of_a_cut_base_no_adapter_is_left_that_would_open_on_the_whole_one(reward_dir, pairs_dir, tmp_path):
+    train(reward_dir, pairs_dir, tmp_path / "cut", blocks=2)
+    assert load_reward_model(tmp_path / "cut").model.config.num_hidden_layers == 2
+    assert not (tmp_path / "cut/adapter").exists()
+
+
+def test_a_training_does_not_go_on_with_other_pairs(reward_dir, pairs_dir, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def die(done, total):
+        if done == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(reward_dir, pairs_dir, tmp_path / "killed", die)
+    others = write_parts(make_pairs(40), tmp_path / "others", 20)
+    with pytest.raises(UserError, match=r"^reward: the unfinished training was on other pairs .*--fresh$"):
+        train(reward_dir, others, tmp_path / "killed")

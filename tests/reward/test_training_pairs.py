@@ -97,6 +97,22 @@ def test_parts_that_are_there_stay_and_those_of_other_pairs_are_made_anew(reward
     assert [pair.pair_id for pair in found[np.array([0, 19])]] == ["pair-020", "pair-039"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_tokens_that_are_damaged_are_made_again(reward, tmp_path, damage):
+    pairs, workers = write_parts(make_pairs(20), tmp_path / "pairs", 10), OneProcess(tmp_path)
+    tokenise(pairs, tmp_path / "out", reward, CONFIG, workers)
+    wanted = open_tokenised(pairs, tmp_path, "tiny").pairs.checksum
+    file = sorted((tmp_path / FOLDER).glob("*.arrow"))[1]
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(whole[:middle] + (b"\x01" + whole[middle + 1 :] if damage == "changed" else b""))
+    tokenise(pairs, tmp_path / "out", reward, CONFIG, workers)
+    assert open_tokenised(pairs, tmp_path, "tiny").pairs.checksum == wanted
+    assert file.read_bytes() == whole
+
+
 def test_refused_pairs_of_every_part_are_counted_told_once_and_kept(reward, tmp_path, caplog):
     rows = make_pairs(20).to_pylist()
     for number in (3, 15):
