@@ -52,7 +52,8 @@ Several messages of one assistant, and its tools', are one response.
 `label_margin` is the first of {_names(MARGINS)}, or the difference of two numbers of the sides:
 {_names(one for one, _ in SCORES)}, each less its other: of a file the first that its
 first rows have. Where a layout has a first and a second response, only these differences are read, and what the
-layout's own numbers tell. Below 0 it contradicts the label: `inspect`, `pairs` and the summary of an audit count such rows, `where: label_margin < 0` takes them, and the curation strategy `label_margin`
+layout's own numbers tell. Below 0 it contradicts the label: `inspect`, `pairs` and the
+summary of an audit count such rows, `where: label_margin < 0` takes them, and the curation strategy `label_margin`
 orders by it. Ties that a layout's own label tells, and equal scores of `ultrafeedback`, are left out with
 their reason and do not count as damage of a file; labels that a layout does not know do. Other equal numbers beside
 `chosen` and `rejected` leave the label as it is.

@@ -43,7 +43,7 @@ def _table(path: Path, source: SourceConfig) -> Table:
     try:
         found = look_at(head, source.format, source.options())
     except UserError as error:
-        raise UserError(f"{path}: {error}; a file that is no data is left out by a glob, say *.jsonl") from None
+        raise UserError(f"{path}: {error}") from None
     if source.format == AUTO:
         try:
             check_options(found.format, source.asked())

@@ -33,6 +33,7 @@ ROWS = "pairs"  # the folder of pairs in an artifact that holds others, too
 BOOKS = {MANIFEST, PLAN, "quarantine", "done", *SCRATCH}  # of an artifact, beside its rows
 WRITTEN = {*OWN_FILES, REVIEWS}  # by audits, beside which data may lie
 log = logging.getLogger(__name__)
+_FROM_TABS = "pandas.read_csv(FILE, sep='\\t').to_csv(OTHER, index=False)"
 
 
 class Found(NamedTuple):
@@ -97,7 +98,9 @@ def find_files(source: SourceConfig, apart: Sequence[Path] = ()) -> Found:
     path = place_of(source)
     if path.is_file():
         if kind_of(path)[0] is None:
-            raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}")
+            tabs = path.name.lower().endswith((".tsv", ".tab"))
+            remedy = f"; write it anew, say by {_FROM_TABS}" if tabs else ""
+            raise UserError(f"{source.path}: unknown kind of file; supported are {ENDINGS}{remedy}")
         of_split([path.name], source.asked_split(), source.path)
         return Found([path], {})
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -90,6 +90,7 @@ FORMATS: dict[str, PreferenceFormat] = {
 }
 AUTO = "auto"  # in a config: the format that most rows at the head of a file fit
 CARRIED = "carried"  # the option that names columns which no reader of a row sees, joined by commas
+MOST_NAMED, NAME_CHARS = 8, 24  # columns that an error names, and characters of each
 NOTHING: frozenset[str] = frozenset()
 NONE: Options = MappingProxyType({})
 MARGINS = ("label_margin", "margin", "preference_strength", "score_margin", "reward_margin", "score_diff")
@@ -312,5 +313,24 @@ def detect_format(rows: Sequence[Row]) -> str:
     columns = sorted({column for row in rows for column in row})
     if set(columns) >= sides.SIDES:
         raise UserError(_no_prompt(columns))
-    supported = "; ".join(f"{known.name} ({known.told})" for known in FORMATS.values())
-    raise UserError(f"no preference format fits the columns {columns}; rename them to one of: {supported}")
+    raise UserError(
+        f"no preference format fits the columns {_some(columns)}; {_nearest(columns)}; all are listed in "
+        "docs/layouts.md; a file that is no data is left out by a glob, say *.jsonl"
+    )
+
+
+def _some(columns: Sequence[str]) -> str:
+    shown = [name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…" for name in columns[:MOST_NAMED]]
+    return f"{', '.join(shown) or '(none)'}{f' and {more} more' if (more := len(columns) - len(shown)) else ''}"
+
+
+def _nearest(columns: Collection[str]) -> str:
+    """Return the layout that lacks the fewest columns, and which, or that it has all and wants other values."""
+    detected = [known for known in FORMATS.values() if known.detected and set(known.columns) & set(columns)]
+    if not detected:
+        return f"the simplest is canonical: {sides.CANONICAL.told}"
+    lacks = {known.name: [name for name in known.columns if name not in columns] for known in detected}
+    near = min(detected, key=lambda known: (len(lacks[known.name]), -len(known.columns)))
+    missing = lacks[near.name]
+    told = f"without {', '.join(missing)}" if missing else "with other values in them"
+    return f"nearest is {near.name} ({near.told}), {told}"

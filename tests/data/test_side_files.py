@@ -61,7 +61,9 @@ def test_a_file_that_is_named_itself_is_tried_and_so_are_those_that_lie_alone(da
     assert find(data / "metadata.json") == (["metadata.json"], ())
     (data / "rows.jsonl").unlink()
     assert find(data) == (["metadata.json"], ())
-    with pytest.raises(UserError, match=r"metadata.json: no preference format fits the columns \['a'\]"):
+    with pytest.raises(
+        UserError, match=r"metadata.json: no preference format fits the columns a; the simplest is canonical"
+    ):
         inspect(str(data))
 
 

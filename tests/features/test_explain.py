@@ -226,7 +226,11 @@ def test_a_response_behind_a_repeated_prompt_is_found_where_it_was_sent():
 
 def test_a_side_that_repeats_the_prompt_as_messages_keeps_its_own_numbers():
     lead = [*messages("system", "Be kind."), *messages("user", "Hi.")]
-    sent = {"prompt": "Hi.", "chosen": [*lead, *messages("assistant", "Yes.")], "rejected": "No."}
+    sent = {
+        "prompt": "Hi.",
+        "chosen": [*lead, *messages("assistant", "Yes.")],
+        "rejected": [*lead, *messages("assistant", "No.")],
+    }
     pieces = pieces_of(sent, sent, read_pair(sent, "canonical"))
     assert [piece.message for (piece,) in pieces["chosen"]] == [2]
     assert pieces["prompt"] == [[], [Piece(0, "prompt", 0, 0, 3)]]  # the side told more of it than was sent as that

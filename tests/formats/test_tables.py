@@ -12,6 +12,7 @@ from safer_ray.config.sections import SourceConfig
 from safer_ray.data.sources import NormalisePairs, plan_sources, read_raw
 from safer_ray.errors import UserError
 from safer_ray.formats.notes import BEGUN, FOLLOWING, TOOLS
+from safer_ray.formats.registry import look_at
 
 ANSWERS = [
     ("Boil it for eight minutes.", "Boil it."),
@@ -335,3 +336,26 @@ def test_rows_of_one_prompt_that_differ_in_another_text_are_told(tmp_path):
     ]
     (pair,) = read(written(tmp_path / "kto.jsonl", rows))
     assert pair["notes"] == ["the two rows of a pair have one prompt, and differ in report, too"]
+
+
+# Files that are of no layout
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (("prompt", "completion", "label", "x" * 200), "nearest is kto .*with other values"),
+        (("prompt", "completion"), "nearest is kto .*, without label"),
+        (tuple(f"column_{i}_{'x' * 100}" for i in range(99)), "and 91 more; the simplest is canonical: prompt, chosen"),
+    ],
+)
+def test_columns_that_fit_no_layout_are_told_with_the_nearest_one(columns, told):
+    with pytest.raises(UserError, match=told) as error:
+        look_at([dict.fromkeys(columns, "x")])
+    assert len(str(error.value)) < 500
+
+
+def test_a_table_of_tabs_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "rows.tsv").write_text("prompt\tchosen\trejected\n")
+    with pytest.raises(UserError, match=r"unknown kind of file.*sep='\\t'"):
+        read(tmp_path / "rows.tsv")
