@@ -95,7 +95,7 @@ def audit(
     if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
         files = find_files(source, [folder]).files
         if fresh:
-            check_doomed((folder / name for name in OWN_FILES), [bundle.path, *files])
+            check_doomed((folder / name for name in OWN_FILES), [bundle.path, *([config] if config else []), *files])
     with emptied(folder), locked(folder), at_work(runner, cluster, shards) as (where, _):
         began = time.monotonic()
         counts = audit_corpus(asked, folder, where, fresh=fresh)

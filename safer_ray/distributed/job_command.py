@@ -14,6 +14,7 @@ from safer_ray.storage.locations import a_source, anywhere, shipped_configs
 VALUE_OPTIONS = (
     "--runner",
     "--actors",
+    "--config",
     "--until",
     "--out",
     "--auditor",

@@ -93,8 +93,9 @@ def reference_values(auditor: Artifact, detector: DetectorOf) -> np.ndarray:
         values = read_parquet(_fitted(auditor) / VALUES)["combined"].to_numpy()
     else:
         name = "score" if detector == "safer" else detector
-        known = read_parquet(auditor.path / "reference.parquet")[name].drop_null()
-        if not len(known) and detector == "reward_margin":
+        column = read_parquet(auditor.path / "reference.parquet")[name]
+        known = column.drop_null()  # of fewer pairs than the other column, where it ends in nulls
+        if len(column) and not len(known) and detector == "reward_margin":
             raise UserError(f"{auditor.path} knows no rewards of its reference pairs; pass --detector safer")
         values = known.to_numpy()
     if not len(values) or not np.isfinite(values).all():

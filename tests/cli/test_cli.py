@@ -258,7 +258,7 @@ def test_a_stage_by_hand_tells_how_far_it_is(safer, at, tmp_path, monkeypatch):
     assert code == 0
     found = [line for line in events(err) if line["event"] == "progress"]
     assert [(line["stage"], line["done"], line["total"]) for line in found] == [
-        ("codes", done, 4) for done in (1, 2, 3, 4)
+        ("codes", done, 4) for done in (0, 1, 2, 3, 4)
     ]
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 # Text that names no file. A new option of text stands here or is declared by `path_option` or `place_option`.
 NO_PATHS = {
+    "licence",
     "split",
     "encoding",
     "settings",  # of a source, key=value
@@ -49,6 +50,7 @@ NO_PATHS = {
 }
 # The same of config fields.
 NO_PATH_FIELDS = {
+    "LoraConfig.targets",
     "RunConfig.name",
     "RewardConfig.template_arguments",
     "SourceConfig.name",

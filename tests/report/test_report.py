@@ -92,6 +92,8 @@ def data() -> report.ReportData:
         title="What the reward model learned",
         run="demo",
         mode="response",
+        rating=5,
+        detector="safer",
         facts=(("Judge", "concept probe"),),
         conclusions=("SAFER finds planted swaps.",),
         stages=(report.StageView("pairs", 400, 1.25), report.StageView("reward", 400, 3700.0)),
@@ -128,7 +130,26 @@ def data() -> report.ReportData:
 def bare(data: report.ReportData) -> report.ReportData:
     """A run that left nothing but its name."""
     none = np.zeros(0)
-    return report.ReportData(data.title, data.run, data.mode, (), (), (), {}, {}, (), {}, (), none, (), none, None, ())
+    return report.ReportData(
+        data.title,
+        data.run,
+        data.mode,
+        data.rating,
+        data.detector,
+        (),
+        (),
+        (),
+        {},
+        {},
+        (),
+        {},
+        (),
+        none,
+        (),
+        none,
+        None,
+        (),
+    )
 
 
 def test_every_section_is_present_and_linked_from_the_contents(data: report.ReportData) -> None:

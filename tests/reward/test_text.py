@@ -226,7 +226,7 @@ def test_a_pair_that_is_too_long_can_be_refused(tokenizer):
 
 def test_markup_alone_may_be_longer_than_the_model_reads(chat):
     found = PairTokenizer(chat.tokenizer, "chat", 9).read([make_pair("a", "Hi.", "Yes.", "No.")])
-    assert "tokens around the texts, and the model reads 9 in all" in found[0]
+    assert "tokens around the texts of 2 turns, and the model reads 9 in all" in found[0]
 
 
 def test_a_response_without_an_end_falls_back_on_its_last_token(plain):

@@ -144,10 +144,11 @@ def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk_and_the_one_before_go
     state = disk.root / "reward/state"
     workers = OneProcess(state)
     engine = workers.engine(torch.nn.Linear(2, 1), OptimizerOptions(0.1))
-    for step in (1, 2):
+    for step in (1, 2, 3):  # two are kept
         workers.save(engine, {"progress": {"step": step}})
     assert disk.at("step-00000001") == ([], True)
     assert disk.at("step-00000002") == ([], True)
+    assert disk.at("step-00000003") == ([], True)
     assert [lost for what, lost, _ in disk.events if what == f"rm {state / 'step-00000001'}"][-1] == []
 
 

@@ -30,7 +30,7 @@ reward:
   max_length: 160
   learning_rate: 1.0e-3
 activations: {{layer: 1}}
-sae: {{latents: 64, k: 4, steps: 60, batch_size: 256, learning_rate: 1.0e-3}}
+sae: {{latents: 64, k: 4, steps: 60, batch_size: 256, learning_rate: 1.0e-3, dead_after: 50000}}
 judge: {{exchanges: "corpus:probe.yaml", thresholds: [0.0, 0.0, 0.0, 0.0]}}
 curate:
   flip_safer_5: {{strategy: safer, action: poison, percent: 5, where: section == safety, red_team: true}}
