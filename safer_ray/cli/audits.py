@@ -30,6 +30,7 @@ from safer_ray.storage.locations import is_name
 
 if TYPE_CHECKING:
     from safer_ray.audit.run import Audit
+    from safer_ray.config.sections import SourceConfig
 
 app = typer.Typer()
 
@@ -71,13 +72,11 @@ def audit(
     from safer_ray.audit.run import Audit, audit_corpus
     from safer_ray.audit.summary import close_audit
     from safer_ray.config.sections import ScoresConfig
-    from safer_ray.data.audit_files import OWN_FILES
-    from safer_ray.data.source_files import find_files
     from safer_ray.features.bundle import best_detector
     from safer_ray.pipeline.inputs import durable_path
     from safer_ray.storage.artifacts import SETTINGS_FILE
     from safer_ray.storage.lock import locked
-    from safer_ray.storage.replacing import check_doomed, check_outside
+    from safer_ray.storage.replacing import check_outside
 
     folder = check_out(durable_path(out))
     if actors is not None and runner == "local" and not dry_run:
@@ -92,15 +91,29 @@ def audit(
         return
     cluster = ray_config(config, settings, runner, actors)
     check_outside(folder / SETTINGS_FILE, [bundle.path])
-    if "://" not in pairs and not is_name(pairs):  # those of a store are listed once, later
-        files = find_files(source, [folder]).files
-        if fresh:
-            check_doomed((folder / name for name in OWN_FILES), [bundle.path, *([config] if config else []), *files])
+    _check_read(source, folder, [bundle.path, *([config] if config else [])], fresh=fresh)
     with emptied(folder), locked(folder), at_work(runner, cluster, shards) as (where, _):
         began = time.monotonic()
         counts = audit_corpus(asked, folder, where, fresh=fresh)
         summary = close_audit(asked, folder, counts, time.monotonic() - began)
     _show(summary, folder)
+
+
+def _check_read(source: "SourceConfig", folder: Path, others: list[Path], *, fresh: bool) -> None:
+    """Find the files of a source, and see that an audit that begins anew in `folder` deletes none of them, or of the
+    `others` that it reads.
+
+    Raises:
+        UserError: there are none, or it would.
+    """
+    from safer_ray.data.audit_files import OWN_FILES
+    from safer_ray.data.source_files import find_files
+    from safer_ray.storage.replacing import check_doomed
+
+    is_here = "://" not in source.path and not is_name(source.path)  # those of a store are listed once, later
+    files = find_files(source, [folder]).files if is_here else []
+    if fresh:
+        check_doomed((folder / name for name in OWN_FILES), [*others, *files])
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the first rows of a file say: its format, and what holds of all of its rows."""
+"""Read the first rows of a file for its format, and for what holds of all of its rows."""
 
 import functools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What shows only over several rows of a table: names that stand for responses, columns that hold messages or lists as
+"""Look at several rows of a table together: names that stand for responses, columns that hold messages or lists as
 text, labels that may count from 0, the column that the prompt or the margin stands in."""
 
 import ast
@@ -21,7 +21,7 @@ THEMSELVES = "where they are the responses themselves, name the format (--format
 
 
 class Table(NamedTuple):
-    """What the first rows of a file say of all of its rows."""
+    """Facts about all rows of a file, read in its first ones."""
 
     format: str = ""
     prompt: str = ""  # the column of the prompt, where one says it; a row in which it is empty has none

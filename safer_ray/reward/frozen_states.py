@@ -1,4 +1,4 @@
-"""What frozen blocks give of every pair of a training, computed once, each worker its share, and mapped from files.
+"""Compute once what frozen blocks give of every pair of a training, each worker its share, and map it from files.
 
 A state is kept as float16 with one power of two for each token, which puts the token's largest entry into the range
 [2^14, 2^15): the rounding is relative, 2^-11 at most, for all entries down to 2^-28 of that, whatever the model's scale

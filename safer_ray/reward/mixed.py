@@ -44,7 +44,7 @@ def _give_own_dtype(module: nn.Module) -> None:
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """What a module is given, its floats in a dtype."""
+    """Return what a module is given, its floats in a dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) is tuple:

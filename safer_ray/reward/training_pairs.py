@@ -77,7 +77,7 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 class _Account(NamedTuple):
-    """What became of a part's rows."""
+    """The account of a part: which it is, how many rows were read and refused."""
 
     of: list[Any]  # by which the part is known: its name, its size and when it was written
     checksum: int  # of the file of its tokens

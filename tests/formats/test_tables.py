@@ -1,4 +1,4 @@
-"""What shows only over several rows: labels with names, names in place of responses, the prompt of a file."""
+"""Faults that show only over several rows: labels with names, names in place of responses, the prompt of a file."""
 
 import json
 

@@ -54,6 +54,15 @@ def train(base, pairs_dir, out, on_step=lambda done, total: None, **values):
     return train_reward(pairs_dir, out, config_of(base, **values), OneProcess(out / "state", on_step))
 
 
+class KilledError(Exception):
+    pass
+
+
+def die(done, total):
+    if done == 5:
+        raise KilledError
+
+
 def rewards_of(reward):
     sides = [side.ids for side in both_sides(reward.pairs(make_pairs(3).to_pylist()))]
     return sides, np.asarray(forward(reward, sides).rewards)
@@ -153,13 +162,6 @@ def test_a_killed_run_resumes_to_the_same_weights_from_a_checkpoint_of_what_is_t
 ):
     monkeypatch.setattr(training_steps.Checkpoints, "due", lambda self, wanted=False: True)
     whole = train(reward_dir, pairs_dir, tmp_path / "whole", frozen_layers=frozen)
-
-    class KilledError(Exception):
-        pass
-
-    def die(done, total):
-        if done == 5:
-            raise KilledError
 
     with pytest.raises(KilledError):
         train(reward_dir, pairs_dir, tmp_path / "killed", die, frozen_layers=frozen)
@@ -298,14 +300,8 @@ def test_of_a_cut_base_no_adapter_is_left_that_would_open_on_the_whole_one(rewar
     assert not (tmp_path / "cut/adapter").exists()
 
 
-def test_a_training_does_not_go_on_with_other_pairs(reward_dir, pairs_dir, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def die(done, total):
-        if done == 5:
-            raise KilledError
-
+def test_a_training_does_not_go_on_with_other_pairs(reward_dir, pairs_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_steps.Checkpoints, "due", lambda self, wanted=False: True)
     with pytest.raises(KilledError):
         train(reward_dir, pairs_dir, tmp_path / "killed", die)
     others = write_parts(make_pairs(40), tmp_path / "others", 20)

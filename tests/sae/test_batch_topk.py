@@ -67,7 +67,7 @@ def batch():
 
 
 def fired(sae, pieces):
-    """Where latents are active, in the order of the pieces' rows."""
+    """Return the active values of the pieces, in the order of their rows; 0 elsewhere."""
     rows = []
     for x in pieces:
         found = sae.active(x)
